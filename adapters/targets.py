@@ -1,0 +1,126 @@
+"""Which modules a config targets: PEFT's matching rules (its `tuners/tuners_utils.py`), as functions of names."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from torchgraft.functional.site import is_transposed_linear
+
+
+def find_targets(config: Any, model: nn.Module) -> list[str]:
+    """Names of the modules that `config` targets, in the order of `named_modules`.
+
+    A string is a regular expression for the whole name (`"all-linear"` means every linear layer but the output
+    layer); names in a list match a whole name or its end after a dot. `exclude_modules` goes first, then
+    `target_modules`, then `layers_to_transform` with `layers_pattern`, which do not apply to whole names.
+
+    Raises:
+        ValueError: No target given, or nothing matched; says what the model has.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    >>> find_targets(LoraConfig(target_modules=["b"]), model)
+    ['b']
+    """
+    targets = config.target_modules
+    if targets is None or (not isinstance(targets, str) and not targets):
+        raise ValueError(
+            f"{type(config).__name__}: target_modules is {targets!r}; name the modules to adapt, as a list of names "
+            f"or a regular expression, or use 'all-linear'. The model has {_sample(model)}"
+        )
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        linear = _linear_names(model)
+        matched = [name for name in names if name in linear]
+        found = [name for name in matched if not _excluded(config.exclude_modules, name)]
+    else:
+        matched = [name for name in names if _matches(config, name)]
+        found = [name for name in matched if not _excluded(config.exclude_modules, name)]
+        _warn_partial_miss(config, names, found)
+    if not found:
+        raise ValueError(_nothing(config, matched, model))
+    return found
+
+
+def _matches(config: Any, name: str) -> bool:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{target}") for target in targets):
+        return False
+    return _in_layers(config.layers_to_transform, config.layers_pattern, name)
+
+
+def _in_layers(layers: list[int] | int | None, patterns: list[str] | str | None, name: str) -> bool:
+    if layers is None or layers == []:
+        return True
+    wanted = [layers] if isinstance(layers, int) else layers
+    if not patterns:
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
+    else:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+    for expression in expressions:
+        if match := re.match(expression, name):
+            return int(match[1]) in wanted
+    return False
+
+
+def _excluded(exclude: list[str] | str | None, name: str) -> bool:
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return name in exclude or any(name.endswith(f".{one}") for one in exclude)
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    """Every linear layer but the output layer of a model that knows one (`get_output_embeddings`)."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (isinstance(module, nn.Linear) or is_transposed_linear(module)) and module is not output
+    }
+
+
+def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[str]) -> None:
+    """One target of several that matches nothing is a warning that names it, as in PEFT."""
+    if isinstance(config.target_modules, str) or not found:
+        return
+    missed = [
+        target
+        for target in sorted(config.target_modules)
+        if target not in names and not any(name.endswith(f".{target}") for name in names)
+    ]
+    if missed:
+        warnings.warn(
+            f"{type(config).__name__}: target_modules {missed} match no module of the model; the others do",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _nothing(config: Any, matched: Collection[str], model: nn.Module) -> str:
+    what = f"{type(config).__name__}: target_modules={config.target_modules!r} "
+    if matched:
+        return what + f"matches {len(matched)} modules, and exclude_modules={config.exclude_modules!r} excludes them all"
+    if config.layers_to_transform not in (None, []):
+        return (
+            what + f"with layers_to_transform={config.layers_to_transform!r} and layers_pattern="
+            f"{config.layers_pattern!r} matches no module; the model has {_sample(model)}"
+        )
+    return what + f"matches no module; a string has to match a whole name. The model has {_sample(model)}"
+
+
+def _sample(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if name and not list(module.children())]
+    return ", ".join(map(repr, names[:6])) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")

@@ -1,0 +1,20 @@
+"""Models as pure functions of (adapter, inputs).
+
+`bind` a model to adapter configs; the graft it returns is a function of a parameter tree and the model's inputs,
+under any transform of `torch.func`, `torch.compile` and threads. The model is never changed.
+"""
+
+from .call import functional_call as functional_call
+from .grads import value_and_grad as value_and_grad
+from .graft import Graft as Graft
+from .graft import bind as bind
+from .merge import merge as merge
+from .method import Config as Config
+from .method import Layer as Layer
+from .method import Method as Method
+from .site import Site as Site
+from .site import widen as widen
+from .trees import stack as stack
+from .trees import unstack as unstack
+
+__version__ = "0.1.0"

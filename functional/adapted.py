@@ -1,0 +1,194 @@
+"""Adapted modules: the user's own classes, with the adapter in their forward and in their weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .method import Entry, Leaves, Tree
+from .site import Site
+
+
+class Base:
+    """The base module under its own class: no hooks, no adapter, canonical weight."""
+
+    __slots__ = ("args", "kwargs", "module", "site")
+
+    def __init__(self, module: nn.Module, site: Site, args: tuple = (), kwargs: Mapping[str, Any] | None = None):
+        self.module, self.site, self.args, self.kwargs = module, site, args, kwargs or {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, x, *self.args, **self.kwargs)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias."""
+        bias = self.module.bias if self.site.has_bias else None
+        return self.site.canonical(self.module.weight), bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.dense()[1]
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+
+class Adapted:
+    """A layer with one adapter on it; layers nest, the first adapter innermost."""
+
+    __slots__ = ("base", "entry", "leaves")
+
+    def __init__(self, base: Base | Adapted, entry: Entry, leaves: Leaves):
+        self.base, self.entry, self.leaves = base, entry, leaves
+
+    def __call__(self, x: Tensor) -> Tensor:
+        entry = self.entry
+        return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias with every adapter up to this one in, not yet rounded."""
+        return self.entry.merge(self.leaves, *self.base.dense())
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.dense()[1]
+
+    @property
+    def training(self) -> bool:
+        return self.base.training
+
+
+class Cell:
+    """What one call tells its sites: the active trees. Each skeleton has one, so threads never share it."""
+
+    __slots__ = ("__weakref__", "lease", "reached", "trees")
+
+    def __init__(self) -> None:
+        self.trees: Mapping[str, Tree] | None = None
+        self.reached: set[str] = set()
+        self.lease: Any = None
+
+
+@dataclasses.dataclass(eq=False)
+class Socket:
+    """Everything an adapted module knows beyond its class."""
+
+    path: str
+    cell: Cell
+    entries: Mapping[str, Entry]
+    inner: nn.Module
+    argument: str
+
+    def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
+        """The base under the active adapters, the first innermost."""
+        trees = self.cell.trees
+        if trees is None:
+            raise RuntimeError(
+                f"{self.path}: this adapted module ran outside any call of its graft. If the model checkpoints "
+                "activations, use use_reentrant=False; to keep an adapted module, take it from graft.view(params)"
+            )
+        layer: Base | Adapted | None = None
+        for name, entry in self.entries.items():
+            tree = trees.get(name)
+            if tree is not None:
+                layer = Adapted(layer or Base(self.inner, entry.site, args, kwargs), entry, tree[entry.site.path])
+        self.cell.reached.add(self.path)
+        return layer or Base(self.inner, next(iter(self.entries.values())).site, args, kwargs)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Stored weight and bias with the active adapters in, in the base's dtype."""
+        layer = self.layer()
+        if isinstance(layer, Base):
+            return self.inner.weight, self.inner.bias
+        weight, bias = layer.dense()
+        weight = layer.entry.site.canonical(weight).to(self.inner.weight.dtype)
+        return weight, None if bias is None else bias.to(self.inner.bias.dtype)
+
+
+class AdaptedModule:
+    """Mixed into the class of a targeted module: same attributes, adapted forward, adapted `weight` and `bias`.
+
+    Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        socket: Socket = self.__dict__["_socket"]
+        if args:
+            x, args = args[0], args[1:]
+        elif socket.argument in kwargs:
+            x = kwargs.pop(socket.argument)
+        else:
+            raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
+        y = socket.layer(args, kwargs)(x)
+        if not torch.compiler.is_compiling():
+            _pin(socket.cell, y)
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        return self.__dict__["_socket"].dense()[0]
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        setattr(self.__dict__["_socket"].inner, "weight", value)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.__dict__["_socket"].dense()[1]
+
+    @bias.setter
+    def bias(self, value: Tensor | None) -> None:
+        setattr(self.__dict__["_socket"].inner, "bias", value)
+
+    def extra_repr(self) -> str:
+        socket: Socket = self.__dict__["_socket"]
+        names = ", ".join(f"{name!r}: {entry.config.method.name}" for name, entry in socket.entries.items())
+        described = super().extra_repr()  # type: ignore[misc]
+        return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
+
+
+def _pin(cell: Cell, y: Tensor) -> None:
+    """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
+
+    Activation checkpointing runs the forward once more during backward and must find the same adapter.
+    """
+    if (
+        cell.lease is not None
+        and y.grad_fn is not None
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
+        y.grad_fn.metadata[id(cell)] = cell.lease
+
+
+@functools.lru_cache(maxsize=256)
+def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (AdaptedModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def adapt(shell: nn.Module, cls: type[nn.Module], path: str, cell: Cell, entries: Mapping[str, Entry]) -> None:
+    """Turn a bare copy of a module into an adapted one, in place.
+
+    The copy keeps its `__dict__`; a second object of the plain class shares that dict and is the base layer, so
+    hooks, flags and tensors stay one set.
+    """
+    inner = object.__new__(cls)
+    object.__setattr__(inner, "__dict__", shell.__dict__)
+    argument = next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "input")
+    shell.__class__ = _adapted_class(cls)
+    shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument)
+

@@ -1,0 +1,175 @@
+"""Calls: a base, an adapter and inputs meet in a skeleton."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .graft import Graft
+from .method import Tree
+from .skeleton import Skeleton
+
+
+def functional_call(
+    graft: Graft,
+    params: Tree | tuple[Mapping[str, Tensor], Tree],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    return_buffers: bool = False,
+) -> Any:
+    """Run the bound model as a pure function of adapter parameters, base tensors and inputs.
+
+    Args:
+        graft: What `bind` returned.
+        params: A parameter tree, or `(base_params, params)` to give base tensors as data too: a dict from names of
+            the user's model's parameters or buffers to tensors of any dtype, differentiable and vmappable. What it
+            does not name is the model's own.
+        args: Positional arguments of the model's forward (a tuple; one bare tensor is taken as one argument).
+        kwargs: Keyword arguments of the forward.
+        return_buffers: Also return what the forward left in the model's buffers.
+
+    Returns:
+        The model's output, or `(output, buffers)`, where `buffers` maps names of the user's model to tensors.
+
+    Raises:
+        KeyError, TypeError, ValueError: A tree that does not fit, a base tensor that does not exist.
+        RuntimeError: The forward ran past a site, so that its adapter had no effect.
+
+    >>> from torchgraft.adapters import IA3Config
+    >>> from torchgraft.functional import bind
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    >>> graft = bind(model, IA3Config(target_modules=["0"], feedforward_modules=[]))
+    >>> y, buffers = functional_call(graft, graft.init(), (torch.ones(4, 2),), return_buffers=True)
+    >>> buffers["1.num_batches_tracked"], model[1].num_batches_tracked
+    (tensor(1), tensor(0))
+    """
+    base: Mapping[str, Tensor] = {}
+    if isinstance(params, tuple):
+        if len(params) != 2:
+            raise TypeError(f"params is a tuple of {len(params)}, expected a tree or (base_params, params)")
+        base, params = params
+    active = graft.active(params)
+    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    if torch.compiler.is_compiling():
+        return _traced(graft, active, base, args, kwargs, return_buffers)
+    lease = graft.pool().lease()
+    cell = lease.skeleton.cell
+    cell.lease = lease
+    try:
+        _fill(graft, lease.skeleton, active, base, args, kwargs)
+        return _run(graft, lease.skeleton, args, kwargs, return_buffers)
+    finally:
+        cell.lease = None
+
+
+def _traced(
+    graft: Graft,
+    active: dict[str, Tree],
+    base: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    return_buffers: bool,
+) -> Any:
+    """One call as `torch.compile` sees it: a fixed skeleton, left as it was found."""
+    skeleton = graft.traced
+    try:
+        _fill(graft, skeleton, active, base, args, kwargs)
+        return _run(graft, skeleton, args, kwargs, return_buffers)
+    finally:
+        skeleton.cell.trees, skeleton.cell.reached = None, None
+        for key in (*skeleton.buffers, *(id(tensor) for tensor in _named(graft, base).values())):
+            for container, name in skeleton.places[key]:
+                container[name] = skeleton.aliases[key]
+
+
+def _fill(
+    graft: Graft,
+    skeleton: Skeleton,
+    active: dict[str, Tree],
+    base: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Put the call's adapters, base tensors and own copies of buffers into a skeleton."""
+    skeleton.cell.trees, skeleton.cell.reached = active, set()
+    given = {id(tensor): base[name] for name, tensor in _named(graft, base).items()}
+    own = [key for key in skeleton.buffers if key not in given]
+    if own:
+        zero = _batched_zero(active, args, kwargs)
+        given.update((key, _fresh(skeleton.aliases[key], zero)) for key in own)
+    for key, tensor in given.items():
+        for container, name in skeleton.places[key]:
+            container[name] = tensor
+
+
+def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any], return_buffers: bool) -> Any:
+    y = skeleton.root(*args, **kwargs)
+    if not graft.allow_unreached:
+        missing = [
+            path for name in skeleton.cell.trees for path in graft.sites[name] if path not in skeleton.cell.reached
+        ]
+        if missing:
+            missing = graft.unreached(missing, skeleton.cell.reached)
+        if missing:
+            raise RuntimeError(
+                f"the forward never reached {', '.join(map(repr, missing[:4]))}{', ...' if len(missing) > 4 else ''} "
+                f"({len(missing)} of the adapted modules), so an adapter there has no effect. If the model calls them "
+                "through something a copy cannot follow (a global, a compiled function), leave them out of "
+                "target_modules; if it may run past them, bind(..., allow_unreached=True)"
+            )
+    if not return_buffers:
+        return y
+    own = {id(skeleton.aliases[key]) for key in skeleton.aliases}
+    buffers = dict(skeleton.root.named_buffers())
+    return y, {name: buffer.clone() if id(buffer) in own else buffer for name, buffer in buffers.items()}
+
+
+def _named(graft: Graft, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own tensors under the names in `base`, each held against what was given."""
+    if not base:
+        return {}
+    model = graft.model
+    tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    found: dict[str, Tensor] = {}
+    places: dict[int, str] = {}
+    for name, tensor in base.items():
+        if name not in tensors:
+            close = difflib.get_close_matches(name, tensors, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise KeyError(f"base_params has {name!r}, which is no parameter or buffer of the model{hint}")
+        own = tensors[name]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"base_params[{name!r}] is of type {type(tensor).__name__}, expected a tensor")
+        if tensor.shape != own.shape:
+            raise ValueError(f"base_params[{name!r}] has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}")
+        other = places.setdefault(id(own), name)
+        if base[other] is not tensor:
+            raise ValueError(
+                f"base_params has different tensors for {other!r} and {name!r}, which are one tied tensor in the "
+                "model; give one of them, or the same tensor twice"
+            )
+        found[name] = own
+    return found
+
+
+def _batched_zero(active: dict[str, Tree], args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return None
+    leaves = [x for x in optree.tree_leaves((active, args, dict(kwargs))) if isinstance(x, Tensor)]
+    zeros = [leaf.detach().new_zeros((), dtype=torch.float32) for leaf in leaves]
+    return functools.reduce(torch.add, zeros) if zeros else None
+
+
+def _fresh(tensor: Tensor, zero: Tensor | None) -> Tensor:
+    if zero is None or not tensor.is_floating_point():
+        return tensor.clone()
+    return tensor + zero.to(tensor)

@@ -1,0 +1,282 @@
+"""Grafts: a model bound to adapter configs, as a pure function of (params, inputs)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import trees
+from .adapted import AdaptedModule
+from .method import Config, Entry, Tree
+from .pool import Pool
+from .site import Site, describe
+from .skeleton import Skeleton
+
+_RECENT = 4
+"""Pools kept for states of the model that come back, such as train() and eval()."""
+
+
+class Graft:
+    """A model and the adapters bound to it; made by `bind`.
+
+    Holds no parameters: `graft(params, *inputs)` is a pure function. The user's model is only read.
+
+    Attributes:
+        model: The user's model.
+        configs: The configs, by adapter name (`""` for an unnamed one).
+        sites: The adapted modules, by adapter name and path.
+    """
+
+    def __init__(self, model: nn.Module, configs: Mapping[str, Config], named: bool, allow_unreached: bool):
+        self.model = model
+        self.configs = dict(configs)
+        self.named = named
+        self.allow_unreached = allow_unreached
+        self.sites: dict[str, dict[str, Site]] = {
+            name: _plan(name if named else "", config, model) for name, config in configs.items()
+        }
+        self._shapes = {
+            name: {path: configs[name].method.shapes(configs[name], site) for path, site in sorted(sites.items())}
+            for name, sites in self.sites.items()
+        }
+        self._pools: list[Pool] = []
+        self.pool()
+
+    def init(
+        self,
+        generator: torch.Generator | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tree:
+        """Make fresh parameters.
+
+        Args:
+            generator: Source of randomness; one generator state gives one tree. `None` takes torch's global one.
+            dtype: Dtype of the leaves; by default float32, or the base's where that is wider.
+            device: Device of the leaves; by default each site's own.
+
+        Returns:
+            `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}` for named adapters; keys are sorted.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=2, target_modules="all-linear"))
+        >>> {leaf: tuple(t.shape) for leaf, t in graft.init()[""].items()}
+        {'lora_A': (2, 4), 'lora_B': (3, 2)}
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        made: Tree = {}
+        for name, config in self.configs.items():
+            sites = self.sites[name]
+            fresh = config.method.init(config, list(sites.values()), generator)
+            made[name] = trees.sort({
+                path: {
+                    leaf: value.to(device or weight.device, dtype or _wide(weight.dtype))
+                    for leaf, value in fresh[path].items()
+                }
+                for path, weight in ((path, modules[path].weight) for path in sites)
+            })
+        return trees.sort(made) if self.named else made[""]
+
+    def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the adapters in `params`; the same as `functional_call(graft, params, args, kwargs)`."""
+        from .call import functional_call
+
+        return functional_call(self, params, args, kwargs)
+
+    def view(self, params: Tree) -> nn.Module:
+        """A module like the user's, with the adapter in and the base shared.
+
+        It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
+        by name), shares every base tensor and keeps `params` as they are, so gradients flow to them. Any number of
+        views live side by side; each is its own module, so flags set on one (`eval()`) stay there.
+
+        Args:
+            params: A parameter tree, as for a call.
+
+        Raises:
+            KeyError, TypeError, ValueError: As a call does, for a tree that does not fit.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> graft = bind(model, LoraConfig(target_modules=["0"]))
+        >>> type(graft.view(graft.init())).__name__
+        'Sequential'
+        """
+        active = self.active(params)
+        skeleton = self.build()
+        skeleton.cell.trees = active
+        return skeleton.root
+
+    def active(self, params: Any) -> dict[str, Tree]:
+        """The trees of `params` by adapter name, held against what this graft expects.
+
+        Raises:
+            KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
+        """
+        if not self.named:
+            trees.check(params, self._shapes[""])
+            return {"": params}
+        if not isinstance(params, dict):
+            raise TypeError(
+                f"params is of type {type(params).__name__}, expected a dict of adapters: {sorted(self.configs)}"
+            )
+        for name, tree in params.items():
+            if name not in self.configs:
+                raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
+            trees.check(tree, self._shapes[name], f"params[{name!r}]")
+        return {name: params[name] for name in self.configs if name in params}
+
+    def pool(self) -> Pool:
+        """The skeletons that fit the model as it is now."""
+        for pool in self._pools:
+            if pool.watch.same():
+                return pool
+        pool = Pool(self.model, self.build)
+        self._pools = [pool, *(old for old in self._pools if old.watch.same_tensors())][:_RECENT]
+        return pool
+
+    @property
+    def traced(self) -> Skeleton:
+        """The skeleton that compiled calls run through."""
+        return self._pools[0].traced
+
+    def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
+        """Of these sites, those whose module no forward reached under any of its names."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        seen = {id(modules[path]) for path in reached}
+        return sorted({path for path in paths if id(modules[path]) not in seen})
+
+    def build(self) -> Skeleton:
+        """A new skeleton of the model as it is now.
+
+        Raises:
+            ValueError: A module at a site was replaced by one that the site's parameters do not fit.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        entries: dict[int, dict[str, Entry]] = {}
+        paths: dict[int, str] = {}
+        for name in self.configs:
+            for path, entry in self.entries(name).items():
+                entries.setdefault(id(modules[path]), {})[name] = entry
+                paths.setdefault(id(modules[path]), path)
+        return Skeleton(self.model, entries, paths)
+
+    def entries(self, name: str) -> dict[str, Entry]:
+        """One adapter's entries by path, with constants on the devices where the model is now.
+
+        Raises:
+            ValueError: A module at a site was replaced by one that the site's parameters do not fit.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        moved: dict[tuple[int, torch.device], Tensor] = {}
+        found: dict[str, Entry] = {}
+        for path, site in self.sites[name].items():
+            module = modules.get(path)
+            _check_unchanged(path, site, module)
+            assert module is not None
+            site = dataclasses.replace(site, constants=_to(site.constants, module.weight.device, moved))
+            found[path] = Entry(self.configs[name], site)
+        return found
+
+    def __repr__(self) -> str:
+        adapters = ", ".join(
+            f"{name + ': ' if name else ''}{config.method.name} on {len(self.sites[name])} sites"
+            for name, config in self.configs.items()
+        )
+        return f"Graft({type(self.model).__name__}, {adapters})"
+
+
+def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unreached: bool = False) -> Graft:
+    """Bind adapter configs to a model; the model stays as it is.
+
+    Args:
+        model: Any module. It may still move, be evaluated or get new weights later; every call sees it.
+        config: One config, or several by name. With names, parameters are `{name: tree}` and a name that is missing
+            from them is switched off.
+        allow_unreached: Accept forwards that run past a site, as mixtures of experts and encoder-decoder models
+            with cached encoder outputs do. Otherwise such a forward is an error.
+
+    Returns:
+        A `Graft`: `graft.init(generator)` makes parameters, `graft(params, *inputs)` runs the model with them.
+
+    Raises:
+        TypeError: `model` is no module, or `config` no config.
+        ValueError: A config that matches nothing, or a module that its method does not support.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    >>> bind(model, LoraConfig(target_modules=["0"]))
+    Graft(Sequential, LORA on 1 sites)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    named = isinstance(config, Mapping)
+    configs: Mapping[str, Config] = config if isinstance(config, Mapping) else {"": config}
+    if not configs:
+        raise ValueError("bind: got an empty dict of configs; give at least one, as {'name': LoraConfig(...)}")
+    for name, one in configs.items():
+        if not isinstance(name, str) or (named and not name):
+            raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
+        if isinstance(one, type) or not hasattr(one, "method") or not hasattr(one, "targets"):
+            given = f"the class {one.__name__}" if isinstance(one, type) else f"of type {type(one).__name__}"
+            raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedModule):
+            raise TypeError(
+                f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "
+                "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
+            )
+    return Graft(model, configs, named, allow_unreached)
+
+
+def _plan(name: str, config: Config, model: nn.Module) -> dict[str, Site]:
+    """Describe the targeted modules and let the method plan its constants for them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites: dict[str, Site] = {}
+    seen: set[int] = set()
+    method = config.method
+    for path in config.targets(model):
+        module = modules[path]
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        site = describe(path, module)
+        if site is None or site.kind not in method.kinds:
+            kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
+            raise ValueError(
+                f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
+                f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
+            )
+        sites[path] = site
+    constants = method.plan(config, list(sites.values()))
+    return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
+
+
+def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:
+    if module is None:
+        raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
+    now = describe(path, module)
+    if now is None or dataclasses.replace(now, constants=site.constants) != site:
+        raise ValueError(
+            f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
+            f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"
+        )
+
+
+def _to(constants: Mapping[str, Any], device: torch.device, moved: dict[tuple[int, torch.device], Tensor]) -> dict[str, Any]:
+    """Move tensors among a site's constants, each shared one once."""
+    out: dict[str, Any] = {}
+    for key, value in constants.items():
+        if isinstance(value, Tensor) and value.device != device:
+            value = moved.setdefault((id(value), device), value.to(device))
+        out[key] = value
+    return out
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_floating_point and dtype.itemsize > 4 else torch.float32

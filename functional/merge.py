@@ -1,0 +1,84 @@
+"""Merging: adapters baked into a state dict of the original model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .adapted import Adapted, Base
+from .graft import Graft
+from .method import Tree
+
+
+def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
+    """Bake adapters into a full state dict under the original model's keys.
+
+    Adapters apply in the order they were bound in, `W' = merge_n(... merge_1(W))`, in float32 or wider, rounded to
+    the base's dtype once. Tensors that no adapter touches are the model's own, as in `model.state_dict()`; the model
+    stays as it was.
+
+    Args:
+        graft: What `bind` returned.
+        params: A parameter tree, as for a call; the result is differentiable in it.
+
+    Returns:
+        A state dict to load into a model of the original architecture, which then computes the adapted output.
+
+    Raises:
+        KeyError, TypeError, ValueError: A tree that does not fit; a weight that is tied to a module outside of the
+            adapter or computed by a parametrization, which no state dict can express; a site whose method has no
+            dense form.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> from torchgraft.functional import bind
+    >>> graft = bind(torch.nn.Linear(2, 2), LoraConfig(target_modules="all-linear"))
+    >>> sorted(merge(graft, graft.init()))
+    ['bias', 'weight']
+    """
+    active = graft.active(params)
+    model = graft.model
+    state = model.state_dict()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    layers: dict[int, Base | Adapted] = {}
+    paths: dict[int, str] = {}
+    for adapter, tree in active.items():
+        for path, entry in graft.entries(adapter).items():
+            module = modules[path]
+            below = layers.get(id(module)) or Base(module, entry.site)
+            layers[id(module)] = Adapted(below, entry, tree[path])
+            paths.setdefault(id(module), path)
+    for key, layer in layers.items():
+        path = paths[key]
+        assert isinstance(layer, Adapted)
+        weight, bias = layer.dense()
+        _write(state, names, modules, path, "weight", layer.entry.site.canonical(weight))
+        if bias is not None:
+            _write(state, names, modules, path, "bias", bias)
+    return state
+
+
+def _write(
+    state: dict[str, Tensor],
+    names: dict[int, list[str]],
+    modules: dict[str, nn.Module],
+    path: str,
+    leaf: str,
+    value: Tensor,
+) -> None:
+    module = modules[path]
+    own = module._parameters.get(leaf)
+    if own is None:
+        raise ValueError(
+            f"{path}: {leaf} is computed (a parametrization or weight norm), so no entry of the state dict is the "
+            "merged one; remove it first, or use graft.view(params)"
+        )
+    for name in names[id(own)]:
+        parent = name.rpartition(".")[0]
+        if modules[parent] is not module:
+            raise ValueError(
+                f"{path}: its {leaf} is tied to {name}, which would change with it; untie the two, "
+                "or use graft.view(params), which keeps them apart"
+            )
+        state[name] = value.to(own.dtype)

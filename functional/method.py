@@ -1,0 +1,82 @@
+"""What an adapter method has to say for itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .site import Site
+
+Leaves = dict[str, Tensor]
+Tree = dict[str, Any]
+
+
+class Layer(Protocol):
+    """The module under an adapter, as a method sees it: callable, with a canonical weight."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An adapter method as pure functions; one file makes one.
+
+    Attributes:
+        name: Name of the method, as in `peft_type` (`"LORA"`).
+        kinds: The kinds of site it supports (`Site.kind`).
+        plan: `(config, sites) -> {path: constants}`, run once by `bind`; sees all sites, checks the config
+            against each and computes what stays fixed (scaling factors, ranks, shared random tensors).
+        shapes: `(config, site) -> {leaf: shape}`.
+        init: `(config, sites, generator) -> {path: {leaf: tensor}}`, float32.
+        apply: `(config, site, leaves, base, x) -> y`, the factored forward around the base module's own call.
+        merge: `(config, site, leaves, weight, bias) -> (weight, bias)`, the dense meaning, on canonical weights.
+            Everything it gets is float32 or wider, of one dtype.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    plan: Callable[[Any, list[Site]], Mapping[str, Mapping[str, Any]]]
+    shapes: Callable[[Any, Site], dict[str, tuple[int, ...]]]
+    init: Callable[[Any, list[Site], torch.Generator | None], dict[str, Leaves]]
+    apply: Callable[[Any, Site, Leaves, Layer, Tensor], Tensor]
+    merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+class Config(Protocol):
+    """What `bind` needs of a config: its method, and the modules it targets."""
+
+    method: ClassVar[Method]
+
+    def targets(self, model: nn.Module) -> list[str]:
+        """Names of the modules of `model` to adapt, in the order of `named_modules`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One adapter's part at one site."""
+
+    config: Config
+    site: Site
+
+    def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Dense meaning in float32 or wider; `weight` is canonical."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        for leaf in leaves.values():
+            wide = torch.promote_types(wide, leaf.dtype)
+        leaves = {name: leaf.to(wide) for name, leaf in leaves.items()}
+        bias = None if bias is None else bias.to(wide)
+        return self.config.method.merge(self.config, self.site, leaves, weight.to(wide), bias)

@@ -1,0 +1,287 @@
+"""Skeletons: structural copies of a module tree that share its tensors and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedTensorMixin
+
+from .adapted import Cell, adapt
+from .method import Entry
+
+Place = tuple[Any, Any]
+"""Where a tensor hangs: a mutable container and the key in it."""
+
+_ATOMIC = (
+    type(None), bool, int, float, complex, str, bytes, type, range, slice,
+    types.ModuleType, types.BuiltinFunctionType, types.CodeType,
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator,
+    torch.fx.Graph, torch.fx.Node,
+)  # fmt: skip
+_CONTAINERS = (list, dict, set, deque)
+
+
+class Skeleton:
+    """A copy of `model` in which targeted modules are adapted and every tensor is a detached alias.
+
+    Modules, plain containers, bound methods, partials, closures and objects that hold a module of the model
+    are rebuilt around the copies; everything else is shared by reference.
+
+    Args:
+        model: The user's model; only read.
+        entries: Adapter entries by name, for each targeted module's id.
+        paths: The path of each targeted module, by id.
+    """
+
+    def __init__(self, model: nn.Module, entries: Mapping[int, Mapping[str, Entry]], paths: Mapping[int, str]):
+        self.cell = Cell()
+        self._entries, self._paths = entries, paths
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._tensors = {id(tensor) for tensor in _tensors(model)}
+        self._memo: dict[int, Any] = {}
+        self._keep: list[Any] = []
+        self._plain: dict[int, Any] = {}
+        self._where = "the model"
+        self.places: dict[int, list[Place]] = {}
+        self.frozen: set[int] = set()
+        self.aliases: dict[int, Tensor] = {}
+        self._touchable: list[Any] = []
+        self.root: nn.Module = self._copy(model)
+        self.buffers = self._volatile(model)
+        self._snapshots = [(container, copy.copy(container)) for container in self._touchable]
+        del self._memo, self._keep, self._plain
+
+    def restore(self) -> None:
+        """Undo whatever a forward wrote to attributes and plain containers of the skeleton."""
+        for container, saved in self._snapshots:
+            if not _identical(container, saved):
+                container.clear()
+                container.update(saved) if isinstance(container, (dict, set)) else container.extend(saved)
+
+    def _volatile(self, model: nn.Module) -> list[int]:
+        """Tensors that a forward may write to: buffers, bare tensor attributes."""
+        found: dict[int, None] = {}
+        for module in model.modules():
+            if isinstance(module, _NormBase) and not module.training:
+                continue
+            for value in (*module._buffers.values(), *vars(module).values()):
+                if isinstance(value, Tensor):
+                    found[id(value)] = None
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                found[id(module.weight)] = None
+        return [key for key in found if key in self.places]
+
+    # -- copying ---------------------------------------------------------------------------------------------
+
+    def _copy(self, x: Any) -> Any:
+        if isinstance(x, _ATOMIC):
+            return x
+        if id(x) in self._memo:
+            return self._memo[id(x)]
+        if isinstance(x, Tensor):
+            return self._remember(x, self._alias(x))
+        if isinstance(x, nn.Module):
+            return self._module(x)
+        if isinstance(x, _CONTAINERS):
+            return self._container(x)
+        if isinstance(x, (tuple, frozenset)):
+            return self._tuple(x)
+        if not self._holds(x):
+            return x
+        if isinstance(x, types.MethodType):
+            owner = self._copy(x.__self__)
+            named = getattr(type(x.__self__), x.__func__.__name__, None) is x.__func__
+            func = getattr(type(owner), x.__func__.__name__) if named else self._copy(x.__func__)
+            return types.MethodType(func, owner)
+        if isinstance(x, types.FunctionType):
+            return self._function(x)
+        if isinstance(x, functools.partial):
+            new = functools.partial(
+                self._copy(x.func), *map(self._copy, x.args), **{k: self._copy(v) for k, v in x.keywords.items()}
+            )
+            vars(new).update({k: self._copy(v) for k, v in vars(x).items()})
+            return self._remember(x, new)
+        if isinstance(x, weakref.ReferenceType):
+            return weakref.ref(self._copy(x()))
+        return self._object(x)
+
+    def _remember(self, old: Any, new: Any) -> Any:
+        self._memo[id(old)] = new
+        self._keep.append(old)
+        return new
+
+    def _alias(self, x: Tensor) -> Tensor:
+        if isinstance(x, UninitializedTensorMixin):
+            raise ValueError(
+                f"{self._where}: a parameter of a lazy module has no shape yet; run one forward of the model before bind"
+            )
+        alias = x.detach() if type(x) in (Tensor, nn.Parameter) or x.requires_grad else x
+        if type(x) is nn.Parameter:
+            alias = nn.Parameter(alias, requires_grad=False)
+        self.aliases[id(x)] = alias
+        self.places[id(x)] = []
+        return alias
+
+    def _put(self, container: Any, key: Any, value: Any) -> None:
+        container[key] = self._copy(value)
+        if isinstance(value, Tensor):
+            self.places[id(value)].append((container, key))
+
+    def _module(self, x: nn.Module) -> nn.Module:
+        if isinstance(x, torch.jit.ScriptModule):
+            return self._remember(x, x)
+        if isinstance(x, torch._dynamo.OptimizedModule):
+            raise TypeError(
+                f"{self._modules.get(id(x)) or 'the model'}: a module compiled by torch.compile hides its structure; "
+                "bind the module it was made from and compile a function that calls the graft"
+            )
+        cls = type(x)
+        new = self._remember(x, object.__new__(cls))
+        if id(x) in self._entries:
+            adapt(new, cls, self._paths[id(x)], self.cell, self._entries[id(x)])
+        where, self._where = self._where, self._modules.get(id(x)) or "the model"
+        for key, value in vars(x).items():
+            if key in ("_parameters", "_buffers"):
+                new.__dict__[key] = registry = type(value)()
+                for name, tensor in value.items():
+                    self._put(registry, name, tensor)
+                self._touchable.append(registry)
+            else:
+                self._put(new.__dict__, key, value)
+        bare = any(isinstance(value, Tensor) for value in vars(x).values())
+        if bare or not cls.__module__.startswith("torch.nn.modules."):
+            self._touchable.append(new.__dict__)
+        self._where = where
+        return new
+
+    def _container(self, x: Any) -> Any:
+        new = self._remember(x, copy.copy(x))
+        if isinstance(x, dict):
+            new.clear()
+            for key, value in x.items():
+                self._put(new, self._copy(key), value)
+        elif isinstance(x, set):
+            new.clear()
+            new.update(map(self._copy, x))
+        else:
+            for index, value in enumerate(x):
+                self._put(new, index, value)
+        if type(x) in _CONTAINERS:
+            self._touchable.append(new)
+        return new
+
+    def _tuple(self, x: Any) -> Any:
+        items = [self._copy(item) for item in x]
+        self.frozen.update(id(item) for item in x if isinstance(item, Tensor))
+        if all(new is old for new, old in zip(items, x, strict=True)):
+            return x
+        if isinstance(x, tuple) and type(x) is not tuple and hasattr(x, "_make"):
+            return self._remember(x, x._make(items))
+        return self._remember(x, type(x)(items))
+
+    def _function(self, x: types.FunctionType) -> types.FunctionType:
+        cells = tuple(types.CellType() for _ in x.__closure__ or ())
+        new = types.FunctionType(x.__code__, x.__globals__, x.__name__, None, cells or None)
+        self._remember(x, new)
+        for cell, old in zip(cells, x.__closure__ or (), strict=True):
+            if _filled(old):
+                cell.cell_contents = self._copy(old.cell_contents)
+        new.__defaults__ = self._copy(x.__defaults__)
+        new.__kwdefaults__ = self._copy(x.__kwdefaults__)
+        vars(new).update({key: self._copy(value) for key, value in vars(x).items()})
+        new.__qualname__, new.__doc__, new.__annotations__ = x.__qualname__, x.__doc__, x.__annotations__
+        return new
+
+    def _object(self, x: Any) -> Any:
+        try:
+            new = self._remember(x, object.__new__(type(x)))
+        except TypeError:
+            raise TypeError(
+                f"{self._where}: an attribute of type {type(x).__module__}.{type(x).__qualname__} holds a module of the "
+                "model and cannot be rebuilt around an adapted copy; keep the module in a submodule, list or dict"
+            ) from None
+        for key, value in _attributes(x):
+            object.__setattr__(new, key, self._copy(value))
+        return new
+
+    # -- does an object lead to the model? --------------------------------------------------------------------
+
+    def _holds(self, x: Any) -> bool:
+        """Whether a module or tensor of the model can be reached from `x`."""
+        seen: dict[int, Any] = {}
+        stack = [x]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, _ATOMIC) or id(item) in seen or id(item) in self._plain:
+                continue
+            if id(item) in self._modules or id(item) in self._tensors:
+                return True
+            seen[id(item)] = item
+            if not isinstance(item, (nn.Module, Tensor)):
+                stack.extend(_parts(item))
+        self._plain.update(seen)
+        return False
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            yield from (tensor for tensor in registry.values() if tensor is not None)
+
+
+def _parts(x: Any) -> Iterator[Any]:
+    if isinstance(x, dict):
+        yield from x.values()
+    elif isinstance(x, (list, tuple, set, frozenset, deque)):
+        yield from x
+    elif isinstance(x, types.MethodType):
+        yield x.__self__
+        yield x.__func__
+    elif isinstance(x, types.FunctionType):
+        yield from (cell.cell_contents for cell in x.__closure__ or () if _filled(cell))
+        yield x.__defaults__
+        yield x.__kwdefaults__
+        yield vars(x)
+    elif isinstance(x, functools.partial):
+        yield x.func
+        yield x.args
+        yield x.keywords
+        yield vars(x)
+    elif isinstance(x, weakref.ReferenceType):
+        yield x()
+    else:
+        yield from (value for _, value in _attributes(x))
+
+
+def _attributes(x: Any) -> Iterator[tuple[str, Any]]:
+    yield from getattr(x, "__dict__", {}).items()
+    for cls in type(x).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(x, name):
+                yield name, getattr(x, name)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - reading an empty cell is the only way to learn that it is empty
+    except ValueError:
+        return False
+    return True
+
+
+def _identical(a: Any, b: Any) -> bool:
+    """Equality that answers False where elements refuse to be compared (tensors)."""
+    try:
+        return bool(a == b)
+    except Exception:
+        return False
