@@ -80,7 +80,7 @@ class Cell:
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Tree] | None = None
-        self.reached: set[str] = set()
+        self.reached: set[str] | None = None
         self.lease: Any = None
 
 
@@ -107,7 +107,8 @@ class Socket:
             tree = trees.get(name)
             if tree is not None:
                 layer = Adapted(layer or Base(self.inner, entry.site, args, kwargs), entry, tree[entry.site.path])
-        self.cell.reached.add(self.path)
+        if self.cell.reached is not None:
+            self.cell.reached.add(self.path)
         return layer or Base(self.inner, next(iter(self.entries.values())).site, args, kwargs)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:

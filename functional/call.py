@@ -85,7 +85,7 @@ def _traced(
         return _run(graft, skeleton, args, kwargs, return_buffers)
     finally:
         skeleton.cell.trees, skeleton.cell.reached = None, None
-        for key in (*skeleton.buffers, *(id(tensor) for tensor in _named(graft, base).values())):
+        for key in (*skeleton.written, *(id(tensor) for tensor in _named(graft, base).values())):
             for container, name in skeleton.places[key]:
                 container[name] = skeleton.aliases[key]
 
@@ -101,7 +101,7 @@ def _fill(
     """Put the call's adapters, base tensors and own copies of buffers into a skeleton."""
     skeleton.cell.trees, skeleton.cell.reached = active, set()
     given = {id(tensor): base[name] for name, tensor in _named(graft, base).items()}
-    own = [key for key in skeleton.buffers if key not in given]
+    own = [key for key in skeleton.written if key not in given]
     if own:
         zero = _batched_zero(active, args, kwargs)
         given.update((key, _fresh(skeleton.aliases[key], zero)) for key in own)
@@ -113,11 +113,9 @@ def _fill(
 def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any], return_buffers: bool) -> Any:
     y = skeleton.root(*args, **kwargs)
     if not graft.allow_unreached:
-        missing = [
-            path for name in skeleton.cell.trees for path in graft.sites[name] if path not in skeleton.cell.reached
-        ]
-        if missing:
-            missing = graft.unreached(missing, skeleton.cell.reached)
+        trees, reached = skeleton.cell.trees or {}, skeleton.cell.reached or set()
+        missing = [path for name in trees for path in graft.sites[name] if path not in reached]
+        missing = graft.unreached(missing, reached) if missing else missing
         if missing:
             raise RuntimeError(
                 f"the forward never reached {', '.join(map(repr, missing[:4]))}{', ...' if len(missing) > 4 else ''} "

@@ -13,6 +13,7 @@ from . import trees
 from .adapted import AdaptedModule
 from .method import Config, Entry, Tree
 from .pool import Pool
+from .references import check_references
 from .site import Site, describe
 from .skeleton import Skeleton
 
@@ -44,6 +45,7 @@ class Graft:
             for name, sites in self.sites.items()
         }
         self._pools: list[Pool] = []
+        check_references(model, {path for sites in self.sites.values() for path in sites})
         self.pool()
 
     def init(
@@ -92,8 +94,9 @@ class Graft:
         """A module like the user's, with the adapter in and the base shared.
 
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
-        by name), shares every base tensor and keeps `params` as they are, so gradients flow to them. Any number of
-        views live side by side; each is its own module, so flags set on one (`eval()`) stay there.
+        by name), shares the base parameters, has its own buffers and keeps `params` as they are, so gradients flow to
+        them. Any number of views live side by side; each is its own module, so flags set on one (`eval()`) stay there,
+        and later changes of the model's structure or placement are not followed: take a new view.
 
         Args:
             params: A parameter tree, as for a call.
@@ -110,6 +113,7 @@ class Graft:
         active = self.active(params)
         skeleton = self.build()
         skeleton.cell.trees = active
+        skeleton.own_buffers()
         return skeleton.root
 
     def active(self, params: Any) -> dict[str, Tree]:

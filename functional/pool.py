@@ -56,19 +56,19 @@ class Lease:
         self.skeleton, self._free = skeleton, free
 
     def __del__(self) -> None:
-        self.skeleton.cell.trees = None
+        self.skeleton.cell.trees = self.skeleton.cell.reached = None
         self.skeleton.restore()
         self._free.append(self.skeleton)
 
 
 class Pool:
-    """Skeletons for one state of the model: as many as are in use at once."""
+    """Skeletons for one state of the model: as many as are in use at once, and one for compiled calls."""
 
     def __init__(self, model: nn.Module, build: Callable[[], Skeleton]):
+        self.traced = build()
         self.watch = Watch(model)
         self._build = build
-        self.traced = build()
-        self._free: deque[Skeleton] = deque([build()])
+        self._free: deque[Skeleton] = deque()
 
     def lease(self) -> Lease:
         """Take a free skeleton, or make one."""

@@ -28,6 +28,7 @@ _ATOMIC = (
     torch.fx.Graph, torch.fx.Node,
 )  # fmt: skip
 _CONTAINERS = (list, dict, set, deque)
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 class Skeleton:
@@ -56,7 +57,8 @@ class Skeleton:
         self.aliases: dict[int, Tensor] = {}
         self._touchable: list[Any] = []
         self.root: nn.Module = self._copy(model)
-        self.buffers = self._volatile(model)
+        self.volatile = self._volatile(model)
+        self.written = [key for key, active in self.volatile.items() if active]
         self._snapshots = [(container, copy.copy(container)) for container in self._touchable]
         del self._memo, self._keep, self._plain
 
@@ -67,18 +69,25 @@ class Skeleton:
                 container.clear()
                 container.update(saved) if isinstance(container, (dict, set)) else container.extend(saved)
 
-    def _volatile(self, model: nn.Module) -> list[int]:
-        """Tensors that a forward may write to: buffers, bare tensor attributes."""
-        found: dict[int, None] = {}
+    def own_buffers(self) -> None:
+        """Give the skeleton its own copy of every tensor that a forward may write to."""
+        for key in self.volatile:
+            copied = self.aliases[key].clone()
+            for container, name in self.places[key]:
+                container[name] = copied
+
+    def _volatile(self, model: nn.Module) -> dict[int, bool]:
+        """Tensors that a forward may write to, and whether it may do so in the modes that the modules are in now."""
+        found: dict[int, bool] = {}
         for module in model.modules():
-            if isinstance(module, _NormBase) and not module.training:
-                continue
-            for value in (*module._buffers.values(), *vars(module).values()):
-                if isinstance(value, Tensor):
-                    found[id(value)] = None
+            active = module.training or not isinstance(module, _NormBase)
+            tensors = [*module._buffers.values(), *vars(module).values()]
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                found[id(module.weight)] = None
-        return [key for key in found if key in self.places]
+                tensors.append(module.weight)
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and id(tensor) in self.places:
+                    found[id(tensor)] = found.get(id(tensor), False) or active
+        return found
 
     # -- copying ---------------------------------------------------------------------------------------------
 
@@ -154,7 +163,10 @@ class Skeleton:
                 new.__dict__[key] = registry = type(value)()
                 for name, tensor in value.items():
                     self._put(registry, name, tensor)
-                self._touchable.append(registry)
+                if registry:
+                    self._touchable.append(registry)
+            elif key in _INTERNAL and not value:
+                new.__dict__[key] = copy.copy(value)
             else:
                 self._put(new.__dict__, key, value)
         bare = any(isinstance(value, Tensor) for value in vars(x).values())

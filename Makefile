@@ -1,0 +1,56 @@
+# Needs Python 3.11 or newer, and make. Everything is installed into .venv; nothing has to be activated.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SOURCES := $(wildcard functional adapters examples benchmarks tests)
+SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
+
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo 'make demo    run examples/digits.py; results in demo-out/'
+	@echo 'make test    lint, types and all tests, as CI does'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  let ruff rewrite what it can'
+	@echo 'make bench   run every script of benchmarks/'
+	@echo 'make clean   remove all that these made, .venv too'
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/digits.py --out demo-out
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy -p torchgraft.functional -p torchgraft.adapters
+	$(BIN)/mypy $(SCRIPTS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.bench
+	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
+# The links show mypy the folders under their import names, which it cannot learn from an editable install.
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python'; exit 1; }
+	@echo 'Installing into $(VENV); the first time takes minutes.'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) --editable '.[$*]'
+	mkdir -p $(VENV)/types/torchgraft
+	ln -sfn ../../../functional $(VENV)/types/torchgraft/functional
+	ln -sfn ../../../adapters $(VENV)/types/torchgraft/adapters
+	touch $@

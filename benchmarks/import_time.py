@@ -1,0 +1,92 @@
+"""Claim: importing torchgraft adds less than 0.3 s to importing torch.
+
+Each sample is a fresh process that has imported torch already and then times one more import. The rounds are
+interleaved, so that a slow spell of the machine hits all packages alike; the first round only warms the disk cache
+and compiles, and is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+IMPORTS = {"torchgraft": "import torchgraft.adapters, torchgraft.functional", "peft": "import peft"}
+LIMIT = 0.3
+PROGRAM = """
+import time
+start = time.perf_counter()
+import torch
+between = time.perf_counter()
+{statement}
+print(between - start, time.perf_counter() - between)
+"""
+ROOT = Path(__file__).parent.parent
+RESULT = Path(__file__).parent / "results" / "import_time.json"
+
+
+def sample(statement: str) -> tuple[float, float]:
+    """Seconds for `import torch` and then for `statement`, in a fresh process."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    first, second = map(float, run.stdout.split())
+    return first, second
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    low, middle, high = (round(value, 4) for value in statistics.quantiles(seconds, n=4, method="inclusive"))
+    return {"median_s": middle, "quartile_1_s": low, "quartile_3_s": high, "samples": len(seconds)}
+
+
+def commit() -> str:
+    """The commit that was measured, with a mark if the packages differ from it."""
+    run = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each package")
+    rounds = parser.parse_args().rounds
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("torch", *IMPORTS)}
+    for round_ in range(rounds + 1):
+        for name, statement in IMPORTS.items():
+            torch_seconds, added = sample(statement)
+            if round_ > 0:
+                seconds["torch"].append(torch_seconds)
+                seconds[name].append(added)
+
+    result = {
+        "claim": f"importing torchgraft adds less than {LIMIT} s to importing torch",
+        "added_to_import_torch": {name: summary(seconds[name]) for name in IMPORTS},
+        "import_torch": summary(seconds["torch"]),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_count": os.cpu_count(),
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+    ours, theirs = (statistics.median(seconds[name]) for name in IMPORTS)
+    print(f"import adds to torch: torchgraft {ours:.3f} s, peft {theirs:.3f} s (median of {rounds})")
+    if ours >= LIMIT:
+        sys.exit(f"torchgraft took {ours:.3f} s, the limit is {LIMIT} s; python -X importtime tells where it goes")
+
+
+if __name__ == "__main__":
+    main()

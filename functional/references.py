@@ -1,0 +1,67 @@
+"""Modules that a forward reaches behind the module tree's back, where no copy can follow."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+
+def check_references(model: nn.Module, sites: Collection[str]) -> None:
+    """Refuse a model whose methods name a targeted module, or a parent of one, as a global or in a class's closure.
+
+    Args:
+        model: The user's model.
+        sites: Paths of the targeted modules.
+
+    Raises:
+        ValueError: Names the method, the variable and the site.
+    """
+    parents = {path.rsplit(".", depth)[0] if depth else path for path in sites for depth in range(path.count(".") + 1)}
+    watched = {id(module): name for name, module in model.named_modules() if name in parents or name in sites}
+    done: set[Any] = set()
+    for where, module in model.named_modules():
+        functions = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
+        for cls in type(module).__mro__:
+            if cls in done or cls.__module__.startswith("torch."):
+                continue
+            done.add(cls)
+            functions += [f for value in vars(cls).values() if (f := _function(value)) is not None]
+        for function in functions:
+            for name, value in _named(function, from_class=function not in vars(module).values()):
+                if isinstance(value, nn.Module) and id(value) in watched:
+                    raise ValueError(
+                        f"{watched[id(value)] or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
+                        f"reaches this module through the variable {name!r} instead of an attribute, so it would run "
+                        "without its adapter; store it on the module that uses it, or do not target it"
+                    )
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    """The plain function behind a class attribute."""
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str, Any]]:
+    """Variables from outside of a function. An instance's own functions have their closures rebuilt by the skeleton."""
+    names: list[str] = []
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names.extend(code.co_names)
+        codes.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
+    for name in names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+    if from_class and function.__closure__:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
+            try:
+                yield name, cell.cell_contents
+            except ValueError:
+                continue

@@ -1,0 +1,253 @@
+"""What every method promises, over every kind of site. A new method joins by one row in `METHODS`."""
+
+import copy
+
+import optree
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.func import grad, jvp, vmap
+from transformers.pytorch_utils import Conv1D
+
+from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.functional import bind, functional_call, merge, stack, unstack, value_and_grad
+
+METHODS = {
+    "lora": LoraConfig(r=2, lora_alpha=3, target_modules=["first", "second"]),
+    "rslora": LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["first", "second"]),
+    "ia3": IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
+    "adalora": AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["first", "second"]),
+    "oft": OFTConfig(oft_block_size=2, target_modules=["first", "second"]),
+    "oft exact": OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, target_modules=["first", "second"]),
+    "vera": VeraConfig(r=3, target_modules=["first", "second"]),
+}
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 0.05, "atol": 0.05},
+}
+
+
+class Model(nn.Module):
+    """Two sites of one kind and of different sizes, with a nonlinearity between them."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+class Lookup(Model):
+    def forward(self, ids):
+        return self.first(ids).tanh() + self.second(ids)
+
+
+SITES = {
+    "linear": lambda: (Model(nn.Linear(4, 6), nn.Linear(6, 4, bias=False)), (5, 4)),
+    "linear (3-d input)": lambda: (Model(nn.Linear(4, 6), nn.Linear(6, 4)), (2, 5, 4)),
+    "linear (Conv1D)": lambda: (Model(Conv1D(6, 4), Conv1D(4, 6)), (3, 2, 4)),
+    "embedding": lambda: (Lookup(nn.Embedding(7, 4), nn.Embedding(7, 4)), None),
+    "conv1d": lambda: (Model(nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(6, 4, 1)), (3, 4, 7)),
+    "conv2d": lambda: (
+        Model(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.Conv2d(6, 4, 2, stride=2, bias=False)),
+        (3, 4, 5, 6),
+    ),
+    "conv2d (dilated)": lambda: (Model(nn.Conv2d(4, 6, 2, dilation=2), nn.Conv2d(6, 4, 1)), (3, 4, 5, 6)),
+    "conv3d": lambda: (Model(nn.Conv3d(4, 6, 2, padding="same"), nn.Conv3d(6, 4, (1, 2, 2))), (2, 4, 2, 3, 4)),
+}
+CASES = [
+    pytest.param(name, site, id=f"{name}-{site}")
+    for name, config in METHODS.items()
+    for site in SITES
+    if site.split(" ")[0] in config.method.kinds
+]
+
+
+class Case:
+    def __init__(self, name, site, dtype=torch.float64):
+        torch.manual_seed(1)
+        self.config = METHODS[name]
+        model, shape = SITES[site]()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        self.model = model.to(dtype)
+        self.x = torch.arange(7).view(7, 1) if shape is None else torch.randn(shape, dtype=dtype)
+        self.graft = bind(self.model, self.config)
+        self.initial = self.graft.init(torch.Generator().manual_seed(0))
+        self.trees = [self.random(seed) for seed in range(3)]
+        self.params = self.trees[0]
+
+    def random(self, seed):
+        """Parameters away from the initial ones, where nothing vanishes."""
+        generator = torch.Generator().manual_seed(seed)
+        return optree.tree_map(
+            lambda t: t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype), self.initial
+        )
+
+    def loss(self, params, x):
+        return self.graft(params, x).square().mean()
+
+
+def close(a, b, dtype):
+    torch.testing.assert_close(a, b, **TOLERANCE[dtype])
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize(("name", "site"), CASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identity_at_init_bit_for_bit(name, site, dtype):
+    case = Case(name, site, dtype)
+    assert torch.equal(case.graft(case.initial, case.x), case.model(case.x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_factored_output_is_the_dense_meaning(name, site, dtype):
+    case = Case(name, site, dtype)
+    twin = copy.deepcopy(case.model)
+    twin.load_state_dict(merge(case.graft, case.params))
+    y = case.graft(case.params, case.x)
+    assert y.dtype == dtype
+    close(y, twin(case.x), dtype)
+    close(case.graft.view(case.params)(case.x), y, dtype)
+    assert not torch.allclose(y.double(), case.model(case.x).double(), atol=1e-2)
+
+
+def test_model_is_what_it_was(name, site):
+    case = Case(name, site)
+    before = {key: value.clone() for key, value in case.model.state_dict().items()}
+    objects = [id(x) for m in case.model.modules() for x in (m, *vars(m).values())]
+    merge(case.graft, case.params)
+    case.loss(optree.tree_map(lambda t: t.clone().requires_grad_(), case.params), case.x).backward()
+    assert all(torch.equal(before[key], value) for key, value in case.model.state_dict().items())
+    assert objects == [id(x) for m in case.model.modules() for x in (m, *vars(m).values())]
+    assert all(p.requires_grad and p.grad is None for p in case.model.parameters())
+
+
+def test_gradients_agree(name, site):
+    case = Case(name, site)
+    leaves = optree.tree_map(lambda t: t.clone().requires_grad_(), case.params)
+    expected = torch.autograd.grad(case.loss(leaves, case.x), optree.tree_leaves(leaves))
+    value, grads = value_and_grad(case.loss)(case.params, case.x)
+    close(value, case.loss(case.params, case.x), torch.float64)
+    close(optree.tree_leaves(grads), list(expected), torch.float64)
+    close(optree.tree_leaves(grad(case.loss)(case.params, case.x)), list(expected), torch.float64)
+
+
+def test_vmap_is_a_loop(name, site):
+    case = Case(name, site)
+    many = stack(case.trees)
+    expected = torch.stack([case.graft(tree, case.x) for tree in case.trees])
+    close(vmap(case.graft, in_dims=(0, None))(many, case.x), expected, torch.float64)
+    xs = torch.stack([case.x.roll(i, 0) for i in range(3)])
+    expected = torch.stack([case.graft(tree, x) for tree, x in zip(case.trees, xs, strict=True)])
+    close(vmap(case.graft)(many, xs), expected, torch.float64)
+
+
+def test_vmap_of_grad_is_a_loop(name, site):
+    case = Case(name, site)
+    many = vmap(grad(case.loss), in_dims=(0, None))(stack(case.trees), case.x)
+    for given, tree in zip(unstack(many), case.trees, strict=True):
+        close(given, grad(case.loss)(tree, case.x), torch.float64)
+    values, grads = vmap(value_and_grad(case.loss), in_dims=(0, None))(stack(case.trees), case.x)
+    close(grads, many, torch.float64)
+    assert values.shape == (3,)
+
+
+def test_per_example_gradients(name, site):
+    case = Case(name, site)
+    grads = vmap(grad(lambda params, x: case.loss(params, x[None])), in_dims=(None, 0))(case.params, case.x)
+    for given, x in zip(unstack(grads), case.x, strict=True):
+        close(given, grad(case.loss)(case.params, x[None]), torch.float64)
+
+
+def test_jvp_agrees_with_the_gradient(name, site):
+    case = Case(name, site)
+    tangent = case.random(7)
+    _, given = jvp(lambda params: case.loss(params, case.x), (case.params,), (tangent,))
+    grads = grad(case.loss)(case.params, case.x)
+    expected = sum((g * t).sum() for g, t in zip(*map(optree.tree_leaves, (grads, tangent)), strict=True))
+    close(given, expected, torch.float64)
+
+
+def test_gradients_of_gradients(name, site):
+    case = Case(name, site)
+    leaves, treedef = optree.tree_flatten(case.params)
+    x = case.x[:2]
+
+    def f(*leaves):
+        return case.graft(optree.tree_unflatten(treedef, leaves), x).sum((0,))
+
+    inputs = tuple(leaf.clone().requires_grad_() for leaf in leaves)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
+def test_leaves_from_another_network_get_gradients(name, site):
+    case = Case(name, site)
+    leaves, treedef = optree.tree_flatten(case.params)
+    sizes = [leaf.numel() for leaf in leaves]
+    network = nn.Linear(3, sum(sizes)).double()
+    emitted = network(torch.ones(3, dtype=torch.float64)).split(sizes)
+    emitted = [e.view(leaf.shape) * 0.1 + leaf for e, leaf in zip(emitted, leaves, strict=True)]
+    case.loss(optree.tree_unflatten(treedef, emitted), case.x).backward()
+    assert network.weight.grad.abs().sum() > 0
+
+
+def test_compiles_whole_and_once(name, site):
+    case = Case(name, site, torch.float32)
+    torch._dynamo.reset()
+    f = torch.compile(lambda params, x: case.loss(params, x), fullgraph=True, backend="aot_eager")
+    close(f(case.trees[0], case.x), case.loss(case.trees[0], case.x), torch.float32)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tree in case.trees[1:]:
+            close(f(tree, case.x), case.loss(tree, case.x), torch.float32)
+
+
+def test_init_is_deterministic_and_has_the_shapes_it_says(name, site):
+    case = Case(name, site)
+    again = case.graft.init(torch.Generator().manual_seed(0))
+    assert optree.tree_all(optree.tree_map(torch.equal, again, case.initial))
+    for path, leaves in case.initial.items():
+        expected = case.config.method.shapes(case.config, case.graft.sites[""][path])
+        assert {leaf: tuple(t.shape) for leaf, t in leaves.items()} == expected
+        assert all(type(t) is torch.Tensor and t.dtype == torch.float64 for t in leaves.values())
+    half = bind(copy.deepcopy(case.model).bfloat16(), case.config).init()
+    assert {t.dtype for t in optree.tree_leaves(half)} == {torch.float32}
+
+
+def test_leaf_order_is_the_same_everywhere(name, site):
+    case = Case(name, site)
+    assert [id(t) for t in optree.tree_leaves(case.params)] == [id(t) for t in pytree.tree_leaves(case.params)]
+    assert [id(t) for t in optree.tree_leaves(case.initial)] == [id(t) for t in pytree.tree_leaves(case.initial)]
+
+
+def test_safetensors_and_back(name, site, tmp_path):
+    case = Case(name, site)
+    paths, leaves, treedef = optree.tree_flatten_with_path(case.params)
+    save_file({".".join(path): leaf for path, leaf in zip(paths, leaves, strict=True)}, tmp_path / "a.safetensors")
+    loaded = load_file(tmp_path / "a.safetensors")
+    tree = optree.tree_unflatten(treedef, [loaded[".".join(path)] for path in paths])
+    assert torch.equal(case.graft(tree, case.x), case.graft(case.params, case.x))
+
+
+def test_base_as_data(name, site):
+    case = Case(name, site)
+    base = {key: torch.randn_like(value) for key, value in case.model.named_parameters()}
+    twin = copy.deepcopy(case.model)
+    twin.load_state_dict(base)
+    expected = bind(twin, case.config)(case.params, case.x)
+    close(functional_call(case.graft, (base, case.params), (case.x,)), expected, torch.float64)
+    bases = stack([base, {key: 2 * value for key, value in base.items()}])
+    both = vmap(lambda b: functional_call(case.graft, (b, case.params), (case.x,)))(bases)
+    close(both[0], expected, torch.float64)
+    grads = grad(lambda b: functional_call(case.graft, (b, case.params), (case.x,)).square().sum())(base)
+    assert all(g.abs().sum() > 0 for g in grads.values())
