@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchgraft.functional import Layer, Method, Site, widen
 
 from .config import AdapterConfig, require
+from .low_rank import add_product, add_scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,14 +141,8 @@ def apply(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: La
     if site.kernel_size:
         kernels = a.unflatten(1, site.weight_shape[1:]).repeat(site.groups, *(1 for _ in site.weight_shape[1:]))
         down = site.convolve(x, kernels, groups=site.groups)
-        delta = site.pointwise(down, b[(...,) + (None,) * len(site.kernel_size)])
-    else:
-        down = F.linear(x, a)
-        if y.dtype == down.dtype and y.ndim > 1:
-            return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), b.mT, alpha=scaling).view(y.shape)
-        delta = F.linear(down, b)
-    wide, delta = widen(y, delta)
-    return torch.add(wide, delta, alpha=scaling).to(y.dtype)
+        return add_scaled(y, site.pointwise(down, b[(...,) + (None,) * len(site.kernel_size)]), scaling)
+    return add_product(y, F.linear(x, a), b, scaling)
 
 
 def merge(

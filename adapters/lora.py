@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Layer, Method, Site, widen
 
 from .config import AdapterConfig, by_pattern, require
+from .low_rank import add_product, add_scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class LoraConfig(AdapterConfig):
         lora_dropout: Probability of dropout on the adapter's input, in training mode; embeddings ignore it.
         use_rslora: Scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: `True` for a uniform `A` and a zero `B` (embeddings: a zero `A` and a normal `B`),
-            `"gaussian"` for a normal `A` of standard deviation `1 / r`, `False` for both random.
+            `"gaussian"` for a normal `A` of standard deviation `1 / r` (embeddings: as `True`), `False` for both
+            random.
         rank_pattern: Ranks by pattern of the end of a module's name; the first that matches counts.
         alpha_pattern: The same for `lora_alpha`.
 
@@ -103,12 +105,9 @@ def _init_site(config: LoraConfig, site: Site, generator: torch.Generator | None
     if site.kind == "embedding":
         for tensor in (a, b):
             tensor.normal_(generator=generator)
-        if config.init_lora_weights is True:
+        if config.init_lora_weights:
             a.zero_()
             b.normal_(generator=generator)
-        elif config.init_lora_weights == "gaussian":
-            a.normal_(std=1 / site.constants["r"], generator=generator)
-            b.zero_()
         return {a_name: a, b_name: b}
     for tensor in (a, b):
         nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
@@ -127,21 +126,13 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     a, b, scaling = leaves[a_name], leaves[b_name], site.constants["scaling"]
     y = base(x)
     if site.kind == "embedding":
-        return _add(y, F.linear(F.embedding(x, a.mT), b), scaling)
+        return add_product(y, F.embedding(x, a.mT), b, scaling)
     if config.lora_dropout:
         x = F.dropout(x, config.lora_dropout, training=base.training)
     x, a, b = widen(x, a, b)
     if site.kernel_size:
-        return _add(y, site.pointwise(site.convolve(x, a), b), scaling)
-    down = F.linear(x, a)
-    if y.dtype == down.dtype and y.ndim > 1:
-        return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), b.mT, alpha=scaling).view(y.shape)
-    return _add(y, F.linear(down, b), scaling)
-
-
-def _add(y: Tensor, delta: Tensor, scaling: float) -> Tensor:
-    wide, delta = widen(y, delta)
-    return torch.add(wide, delta, alpha=scaling).to(y.dtype)
+        return add_scaled(y, site.pointwise(site.convolve(x, a), b), scaling)
+    return add_product(y, F.linear(x, a), b, scaling)
 
 
 def merge(
@@ -154,7 +145,7 @@ def merge(
             "weight is its merged form; call the graft instead, or leave this module out of target_modules"
         )
     a, b = (leaves[name] for name in _names(site))
-    delta = (b.flatten(1) @ a.flatten(1)).view(weight.shape)
+    delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
     return torch.add(weight, delta, alpha=site.constants["scaling"]), bias
 
 

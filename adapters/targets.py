@@ -44,6 +44,12 @@ def find_targets(config: Any, model: nn.Module) -> list[str]:
         _warn_partial_miss(config, names, found)
     if not found:
         raise ValueError(_nothing(config, matched, model))
+    if config.exclude_modules and len(found) == len(matched):
+        warnings.warn(
+            f"{type(config).__name__}: exclude_modules={config.exclude_modules!r} excludes none of the targets",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return found
 
 
@@ -112,7 +118,9 @@ def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[st
 def _nothing(config: Any, matched: Collection[str], model: nn.Module) -> str:
     what = f"{type(config).__name__}: target_modules={config.target_modules!r} "
     if matched:
-        return what + f"matches {len(matched)} modules, and exclude_modules={config.exclude_modules!r} excludes them all"
+        return (
+            what + f"matches {len(matched)} modules, and exclude_modules={config.exclude_modules!r} excludes them all"
+        )
     if config.layers_to_transform not in (None, []):
         return (
             what + f"with layers_to_transform={config.layers_to_transform!r} and layers_pattern="

@@ -20,7 +20,7 @@ class Base:
 
     __slots__ = ("args", "kwargs", "module", "site")
 
-    def __init__(self, module: nn.Module, site: Site, args: tuple = (), kwargs: Mapping[str, Any] | None = None):
+    def __init__(self, module: Any, site: Site, args: tuple = (), kwargs: Mapping[str, Any] | None = None):
         self.module, self.site, self.args, self.kwargs = module, site, args, kwargs or {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Socket:
     path: str
     cell: Cell
     entries: Mapping[str, Entry]
-    inner: nn.Module
+    inner: Any
     argument: str
 
     def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
@@ -146,7 +146,7 @@ class AdaptedModule:
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        setattr(self.__dict__["_socket"].inner, "weight", value)
+        self.__dict__["_socket"].inner.weight = value
 
     @property
     def bias(self) -> Tensor | None:
@@ -154,7 +154,7 @@ class AdaptedModule:
 
     @bias.setter
     def bias(self, value: Tensor | None) -> None:
-        setattr(self.__dict__["_socket"].inner, "bias", value)
+        self.__dict__["_socket"].inner.bias = value
 
     def extra_repr(self) -> str:
         socket: Socket = self.__dict__["_socket"]
@@ -173,11 +173,12 @@ def _pin(cell: Cell, y: Tensor) -> None:
         and y.grad_fn is not None
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
-        y.grad_fn.metadata[id(cell)] = cell.lease
+        metadata: Any = y.grad_fn.metadata
+        metadata[id(cell)] = cell.lease
 
 
 @functools.lru_cache(maxsize=256)
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _adapted_class(cls: Any) -> type[nn.Module]:
     return type(cls.__name__, (AdaptedModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
@@ -192,4 +193,3 @@ def adapt(shell: nn.Module, cls: type[nn.Module], path: str, cell: Cell, entries
     argument = next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "input")
     shell.__class__ = _adapted_class(cls)
     shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument)
-

@@ -135,7 +135,9 @@ def _named(graft: Graft, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not base:
         return {}
     model = graft.model
-    tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    tensors = dict(
+        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
     found: dict[str, Tensor] = {}
     places: dict[int, str] = {}
     for name, tensor in base.items():
@@ -162,8 +164,8 @@ def _batched_zero(active: dict[str, Tree], args: tuple, kwargs: Mapping[str, Any
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if torch._C._functorch.maybe_current_level() is None:
         return None
-    leaves = [x for x in optree.tree_leaves((active, args, dict(kwargs))) if isinstance(x, Tensor)]
-    zeros = [leaf.detach().new_zeros((), dtype=torch.float32) for leaf in leaves]
+    leaves: list[Any] = optree.tree_leaves((active, args, dict(kwargs)))  # type: ignore[arg-type]  # any tree
+    zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None
 
 

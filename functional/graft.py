@@ -75,13 +75,15 @@ class Graft:
         for name, config in self.configs.items():
             sites = self.sites[name]
             fresh = config.method.init(config, list(sites.values()), generator)
-            made[name] = trees.sort({
-                path: {
-                    leaf: value.to(device or weight.device, dtype or _wide(weight.dtype))
-                    for leaf, value in fresh[path].items()
+            made[name] = trees.sort(
+                {
+                    path: {
+                        leaf: value.to(device or weight.device, dtype or _wide(weight.dtype))
+                        for leaf, value in fresh[path].items()
+                    }
+                    for path, weight in ((path, modules[path].weight) for path in sites)
                 }
-                for path, weight in ((path, modules[path].weight) for path in sites)
-            })
+            )
         return trees.sort(made) if self.named else made[""]
 
     def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
@@ -272,7 +274,9 @@ def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:
         )
 
 
-def _to(constants: Mapping[str, Any], device: torch.device, moved: dict[tuple[int, torch.device], Tensor]) -> dict[str, Any]:
+def _to(
+    constants: Mapping[str, Any], device: torch.device, moved: dict[tuple[int, torch.device], Tensor]
+) -> dict[str, Any]:
     """Move tensors among a site's constants, each shared one once."""
     out: dict[str, Any] = {}
     for key, value in constants.items():

@@ -28,6 +28,7 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
             adapter or computed by a parametrization, which no state dict can express; a site whose method has no
             dense form.
 
+    >>> import torch
     >>> from torchgraft.adapters import LoraConfig
     >>> from torchgraft.functional import bind
     >>> graft = bind(torch.nn.Linear(2, 2), LoraConfig(target_modules="all-linear"))

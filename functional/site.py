@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONVOLUTIONS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Conv1d, "conv1d"),
-    (nn.Conv2d, "conv2d"),
-    (nn.Conv3d, "conv3d"),
-)
-_CONVOLVE = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Site:
         """Convolve as the module does: same stride, padding, dilation and padding mode."""
         how = self.geometry
         assert how is not None
-        padding = how.padding
+        padding: Any = how.padding
         if how.padding_mode != "zeros":
             x, padding = F.pad(x, how.pad, mode=how.padding_mode), 0
         return _CONVOLVE[self.kind](x, weight, bias, how.stride, padding, how.dilation, groups)
@@ -108,8 +103,7 @@ class Site:
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is `transformers`' `Conv1D`, a linear map that stores `"in out"`, without importing it."""
     return any(
-        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
-        for base in type(module).__mro__
+        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in type(module).__mro__
     )
 
 
@@ -129,7 +123,7 @@ def describe(path: str, module: nn.Module) -> Site | None:
     if isinstance(module, nn.Linear):
         return Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
     if is_transposed_linear(module):
-        rows, columns = module.weight.shape
+        rows, columns = module.get_parameter("weight").shape
         return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -138,25 +132,24 @@ def describe(path: str, module: nn.Module) -> Site | None:
                 "adapter on it has no fixed meaning; set max_norm=None or leave this module out of target_modules"
             )
         return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True)
-    for cls, kind in _CONVOLUTIONS:
-        if isinstance(module, cls) :
-            geometry = Geometry(
-                module.stride,
-                module.padding,
-                module.dilation,
-                module.groups,
-                module.padding_mode,
-                tuple(module._reversed_padding_repeated_twice),
-            )
-            return Site(
-                path,
-                kind,
-                module.in_channels,
-                module.out_channels,
-                module.bias is not None,
-                kernel_size=tuple(module.kernel_size),
-                geometry=geometry,
-            )
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        geometry = Geometry(
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.padding_mode,
+            tuple(module._reversed_padding_repeated_twice),
+        )
+        return Site(
+            path,
+            f"conv{len(module.kernel_size)}d",
+            module.in_channels,
+            module.out_channels,
+            module.bias is not None,
+            kernel_size=tuple(module.kernel_size),
+            geometry=geometry,
+        )
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .adapted import Cell, adapt
 from .method import Entry
@@ -129,9 +129,9 @@ class Skeleton:
         return new
 
     def _alias(self, x: Tensor) -> Tensor:
-        if isinstance(x, UninitializedTensorMixin):
+        if isinstance(x, (UninitializedParameter, UninitializedBuffer)):
             raise ValueError(
-                f"{self._where}: a parameter of a lazy module has no shape yet; run one forward of the model before bind"
+                f"{self._where}: a parameter of a lazy module has no shape yet; run the model once before bind"
             )
         alias = x.detach() if type(x) in (Tensor, nn.Parameter) or x.requires_grad else x
         if type(x) is nn.Parameter:
@@ -148,7 +148,7 @@ class Skeleton:
     def _module(self, x: nn.Module) -> nn.Module:
         if isinstance(x, torch.jit.ScriptModule):
             return self._remember(x, x)
-        if isinstance(x, torch._dynamo.OptimizedModule):
+        if (type(x).__module__, type(x).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule"):
             raise TypeError(
                 f"{self._modules.get(id(x)) or 'the model'}: a module compiled by torch.compile hides its structure; "
                 "bind the module it was made from and compile a function that calls the graft"
@@ -218,8 +218,8 @@ class Skeleton:
             new = self._remember(x, object.__new__(type(x)))
         except TypeError:
             raise TypeError(
-                f"{self._where}: an attribute of type {type(x).__module__}.{type(x).__qualname__} holds a module of the "
-                "model and cannot be rebuilt around an adapted copy; keep the module in a submodule, list or dict"
+                f"{self._where}: an attribute of type {type(x).__module__}.{type(x).__qualname__} holds a module of "
+                "the model and cannot be rebuilt around an adapted copy; keep the module in a submodule, list or dict"
             ) from None
         for key, value in _attributes(x):
             object.__setattr__(new, key, self._copy(value))

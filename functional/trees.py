@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from .method import Tree
+
+tree_map: Callable[..., Any] = optree.tree_map
+"""`optree.tree_map`, whose own types cannot speak of nested dicts."""
 
 
 def sort(tree: Mapping[str, Any]) -> Tree:
@@ -53,7 +56,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
                     f"stack: leaf {path} has shape {tuple(flat[0][path].shape)} in tree 0 and "
                     f"{tuple(other[path].shape)} in tree {index}; stack adapters of one rank and one base"
                 )
-    return optree.tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
+    return tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
 
 
 def unstack(tree: Tree) -> list[Tree]:
@@ -81,7 +84,7 @@ def unstack(tree: Tree) -> list[Tree]:
                 f"unstack: leaf {path} has shape {tuple(other.shape)} and leaf {first} has {tuple(leaf.shape)}; "
                 "their leading axes must be equal: the number of adapters"
             )
-    return [optree.tree_map(lambda leaf, i=i: leaf[i], sort(tree)) for i in range(leaf.shape[0])]
+    return [tree_map(lambda leaf, i=i: leaf[i], sort(tree)) for i in range(leaf.shape[0])]
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
@@ -146,9 +149,7 @@ def _name_difference(given: Mapping[str, Any], expected: Mapping[str, Any], what
     unknown = [key for key in given if key not in expected]
     missing = [key for key in expected if key not in given]
     if unknown:
-        raise KeyError(
-            f"{what} has unknown {kind} {unknown[0]!r}{_more(unknown)}; expected {_list(sorted(expected))}"
-        )
+        raise KeyError(f"{what} has unknown {kind} {unknown[0]!r}{_more(unknown)}; expected {_list(sorted(expected))}")
     if missing:
         raise KeyError(f"{what} lacks {kind} {missing[0]!r}{_more(missing)}; given were {_list(sorted(given))}")
     raise TypeError(

@@ -15,8 +15,6 @@ import pytest
 
 import torchgraft.functional
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one worker, one build
-
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("functional", "adapters")
 VERSION = torchgraft.functional.__version__

@@ -29,7 +29,14 @@ def gpt2():
 
 def t5():
     config = transformers.T5Config(
-        d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=31, dropout_rate=0.0, decoder_start_token_id=0
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=31,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config), {"input_ids": IDS, "labels": IDS}, ["q", "v", "wo"]
 
@@ -164,7 +171,7 @@ def test_every_method_on_every_architecture(made, method):
     view = graft.view(params)
     assert isinstance(view, type(model))
     torch.testing.assert_close(view(**inputs)["logits"], adapted)
-    value, grads = value_and_grad(loss_of(graft, inputs))(params)
+    _, grads = value_and_grad(loss_of(graft, inputs))(params)
     torch.testing.assert_close(grad(loss_of(graft, inputs))(params), grads, rtol=1e-3, atol=1e-6)
     trees = [params, randomised(graft, 1)]
     many = stack(trees)

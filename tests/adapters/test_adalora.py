@@ -28,7 +28,7 @@ class Net(nn.Module):
         self.w0 = Conv1D(3, 5) if linear is Conv1D else nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.w0(self.k(self.kernel(x).tanh().movedim(1, -1)).tanh())
+        return self.w0(self.k(self.kernel(x).tanh().movedim(1, -1).contiguous()).tanh())
 
 
 def randomised(params, dtype=torch.float64):
@@ -142,7 +142,8 @@ def test_allocation_is_that_of_peft_over_a_whole_schedule(schedule, dtype):
     graft = bind(model, config)
     params = randomised(graft.init(), dtype)
     twin = planted(model, peft.AdaLoraConfig(**kwargs), params)
-    trained = {name: p for name, p in twin.model.named_parameters() if p.requires_grad}
+    # PEFT also leaves ranknum trainable where the base is not float32, a defect
+    trained = {name: p for name, p in twin.model.named_parameters() if "lora_" in name}
     state = adalora_state(config, params)
 
     def loss(params):
@@ -174,7 +175,7 @@ def test_allocation_is_that_of_peft_over_a_whole_schedule(schedule, dtype):
         for path, leaves in params.items():
             for leaf, value in leaves.items():
                 own = trained[f"{path}.{leaf}.default"].detach()
-                torch.testing.assert_close(value, own, **TOLERANCE[dtype], msg=f"step {step}: {path}.{leaf}")
+                torch.testing.assert_close(value, own, **TOLERANCE[dtype])
         zeros = sum((leaves["lora_E"] == 0).sum().item() for leaves in params.values())
         phases.add("masked" if zeros else "free")
     assert phases == {"masked", "free"}

@@ -166,15 +166,31 @@ def altered(params, path, leaf, value):
         (lambda p: altered(p, "0", None, None), TypeError, "params has None for a site: ['0']"),
         (lambda p: altered(p, "0", None, torch.ones(1)), TypeError, "params['0'] is of type Tensor, expected a dict"),
         (lambda p: altered(p, "0", "lora_C", X), KeyError, "params['0'] has unknown leaf 'lora_C'; expected 'lora_A'"),
-        (lambda p: altered(p, "2", None, {"lora_A": X}), KeyError, "params['2'] lacks leaf 'lora_B'; given were 'lora_A'"),
+        (
+            lambda p: altered(p, "2", None, {"lora_A": X}),
+            KeyError,
+            "params['2'] lacks leaf 'lora_B'; given were 'lora_A'",
+        ),
         (lambda p: altered(p, "2", "lora_B", None), TypeError, "params['2']['lora_B'] is None, expected a tensor of"),
-        (lambda p: altered(p, "2", "lora_B", 1.0), TypeError, "params['2']['lora_B'] is of type float, expected a tensor"),
-        (lambda p: altered(p, "0", "lora_A", X.T), ValueError, "params['0']['lora_A'] has shape (4, 2), expected (2, 4)"),
+        (
+            lambda p: altered(p, "2", "lora_B", 1.0),
+            TypeError,
+            "params['2']['lora_B'] is of type float, expected a tensor",
+        ),
+        (
+            lambda p: altered(p, "0", "lora_A", X.T),
+            ValueError,
+            "params['0']['lora_A'] has shape (4, 2), expected (2, 4)",
+        ),
         (lambda p: stack([p, p]), ValueError, "it looks like a stack of 2 adapters: use torch.vmap, or unstack it"),
         (lambda p: ({}, p, p), TypeError, "params is a tuple of 3, expected a tree or (base_params, params)"),
         (lambda p: ({"0.wieght": X}, p), KeyError, "no parameter or buffer of the model; did you mean '0.weight'?"),
         (lambda p: ({"0.weight": X}, p), ValueError, "base_params['0.weight'] has shape (2, 4), expected (4, 4)"),
-        (lambda p: ({"0.weight": None}, p), TypeError, "base_params['0.weight'] is of type NoneType, expected a tensor"),
+        (
+            lambda p: ({"0.weight": None}, p),
+            TypeError,
+            "base_params['0.weight'] is of type NoneType, expected a tensor",
+        ),
     ],
 )
 def test_a_tree_that_does_not_fit(graft, alter, error, words):
@@ -196,13 +212,28 @@ def test_unknown_adapter_name():
 @pytest.mark.parametrize(
     ("model", "config", "error", "words"),
     [
-        ("model", LoraConfig(target_modules=["0"]), TypeError, "bind: model is of type str, expected a torch.nn.Module"),
+        (
+            "model",
+            LoraConfig(target_modules=["0"]),
+            TypeError,
+            "bind: model is of type str, expected a torch.nn.Module",
+        ),
         (mlp(), LoraConfig, TypeError, "bind: config is the class LoraConfig, expected a config object"),
         (mlp(), {"a": 3}, TypeError, "bind: config is of type int, expected a config object"),
         (mlp(), {}, ValueError, "bind: got an empty dict of configs"),
-        (mlp(), {"": LoraConfig(target_modules=["0"])}, TypeError, "bind: an adapter's name is a non-empty string, got ''"),
+        (
+            mlp(),
+            {"": LoraConfig(target_modules=["0"])},
+            TypeError,
+            "bind: an adapter's name is a non-empty string, got ''",
+        ),
         (mlp(), LoraConfig(target_modules=["1"]), ValueError, "1: LORA does not support Tanh; it supports conv1d"),
-        (mlp(), LoraConfig(r=0, target_modules=["0"]), ValueError, "LoraConfig: r is 0 at 0, expected a positive integer"),
+        (
+            mlp(),
+            LoraConfig(r=0, target_modules=["0"]),
+            ValueError,
+            "LoraConfig: r is 0 at 0, expected a positive integer",
+        ),
     ],
 )
 def test_bad_binds(model, config, error, words):

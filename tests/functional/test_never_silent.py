@@ -380,7 +380,7 @@ def test_a_module_reached_through_a_global_or_a_closure_is_named():
         bind(model, LoraConfig(target_modules=["lin"]))
     bind(model, LoraConfig(target_modules=["out"]))
     hidden = nn.Linear(4, 4)
-    model = block(lambda self, x: self.out([hidden(v) for v in [x]][0] + self.lin(x)))
+    model = block(lambda self, x: self.out(sum(hidden(v) for v in [x]) + self.lin(x)))
     model.lin = hidden
     with pytest.raises(ValueError, match=r"lin: .* through the variable 'hidden'"):
         bind(model, LoraConfig(target_modules=["lin"]))

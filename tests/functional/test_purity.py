@@ -96,9 +96,7 @@ def test_written_buffers_come_back_on_request():
     params = graft.init()
     y, buffers = functional_call(graft, params, (X,), return_buffers=True)
     assert torch.equal(y, twin(X))
-    assert {name: t.tolist() for name, t in buffers.items()} == {
-        name: t.tolist() for name, t in twin.named_buffers()
-    }
+    assert {name: t.tolist() for name, t in buffers.items()} == {name: t.tolist() for name, t in twin.named_buffers()}
     assert model.norm.num_batches_tracked == 0 and buffers["norm.num_batches_tracked"] == 1
     second, _ = functional_call(graft, (buffers, params), (X,), return_buffers=True)
     torch.testing.assert_close(second, twin(X) - 4, msg="buffers go back in as base parameters, attributes do not")
@@ -161,7 +159,9 @@ def test_what_the_user_changes_is_seen():
     with torch.no_grad():
         model[0].weight.mul_(2)
     check()
-    model.load_state_dict({key: torch.randn_like(t) if t.is_floating_point() else t for key, t in model.state_dict().items()})
+    model.load_state_dict(
+        {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    )
     model[2].running_var.abs_()
     check()
     fresh = {key: t.clone() for key, t in model.state_dict().items()}
