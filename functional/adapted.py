@@ -191,5 +191,5 @@ def adapt(shell: nn.Module, cls: type[nn.Module], path: str, cell: Cell, entries
     inner = object.__new__(cls)
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "input")
-    shell.__class__ = _adapted_class(cls)
+    shell.__class__ = _adapted_class(cls)  # type: ignore[arg-type]  # a class is hashable
     shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument)

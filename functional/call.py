@@ -164,7 +164,7 @@ def _batched_zero(active: dict[str, Tree], args: tuple, kwargs: Mapping[str, Any
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if torch._C._functorch.maybe_current_level() is None:
         return None
-    leaves: list[Any] = optree.tree_leaves((active, args, dict(kwargs)))  # type: ignore[arg-type]  # any tree
+    leaves = optree.tree_leaves((active, args, dict(kwargs)))
     zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optree
@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 
 from .method import Tree
-
-tree_map: Callable[..., Any] = optree.tree_map
-"""`optree.tree_map`, whose own types cannot speak of nested dicts."""
 
 
 def sort(tree: Mapping[str, Any]) -> Tree:
@@ -56,7 +53,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
                     f"stack: leaf {path} has shape {tuple(flat[0][path].shape)} in tree 0 and "
                     f"{tuple(other[path].shape)} in tree {index}; stack adapters of one rank and one base"
                 )
-    return tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
+    return optree.tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
 
 
 def unstack(tree: Tree) -> list[Tree]:
@@ -84,7 +81,7 @@ def unstack(tree: Tree) -> list[Tree]:
                 f"unstack: leaf {path} has shape {tuple(other.shape)} and leaf {first} has {tuple(leaf.shape)}; "
                 "their leading axes must be equal: the number of adapters"
             )
-    return [tree_map(lambda leaf, i=i: leaf[i], sort(tree)) for i in range(leaf.shape[0])]
+    return [optree.tree_map(lambda leaf, i=i: leaf[i], sort(tree)) for i in range(leaf.shape[0])]
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:

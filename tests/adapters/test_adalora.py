@@ -17,6 +17,7 @@ from torchgraft.adapters.budget import budget
 from torchgraft.functional import bind, merge, stack, unstack
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
+TRAJECTORY = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
 TARGETS = ["kernel", "k", "w0"]
 
 
@@ -175,7 +176,7 @@ def test_allocation_is_that_of_peft_over_a_whole_schedule(schedule, dtype):
         for path, leaves in params.items():
             for leaf, value in leaves.items():
                 own = trained[f"{path}.{leaf}.default"].detach()
-                torch.testing.assert_close(value, own, **TOLERANCE[dtype])
+                torch.testing.assert_close(value, own, **TRAJECTORY[dtype])
         zeros = sum((leaves["lora_E"] == 0).sum().item() for leaves in params.values())
         phases.add("masked" if zeros else "free")
     assert phases == {"masked", "free"}
