@@ -8,15 +8,12 @@ and compiles, and is dropped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-import torch
+from _results import write
 
 IMPORTS = {"torchgraft": "import torchgraft.adapters, torchgraft.functional", "peft": "import peft"}
 LIMIT = 0.3
@@ -28,8 +25,6 @@ between = time.perf_counter()
 {statement}
 print(between - start, time.perf_counter() - between)
 """
-ROOT = Path(__file__).parent.parent
-RESULT = Path(__file__).parent / "results" / "import_time.json"
 
 
 def sample(statement: str) -> tuple[float, float]:
@@ -44,17 +39,6 @@ def sample(statement: str) -> tuple[float, float]:
 def summary(seconds: list[float]) -> dict[str, float]:
     low, middle, high = (round(value, 4) for value in statistics.quantiles(seconds, n=4, method="inclusive"))
     return {"median_s": middle, "quartile_1_s": low, "quartile_3_s": high, "samples": len(seconds)}
-
-
-def commit() -> str:
-    """The commit that was measured, with a mark if the packages differ from it."""
-    run = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return run.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -74,13 +58,8 @@ def main() -> None:
         "claim": f"importing torchgraft adds less than {LIMIT} s to importing torch",
         "added_to_import_torch": {name: summary(seconds[name]) for name in IMPORTS},
         "import_torch": summary(seconds["torch"]),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu_count": os.cpu_count(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write("import_time", result)
 
     ours, theirs = (statistics.median(seconds[name]) for name in IMPORTS)
     print(f"import adds to torch: torchgraft {ours:.3f} s, peft {theirs:.3f} s (median of {rounds})")

@@ -12,6 +12,7 @@ from .merge import merge as merge
 from .method import Config as Config
 from .method import Layer as Layer
 from .method import Method as Method
+from .method import Tree as Tree
 from .site import Site as Site
 from .site import widen as widen
 from .trees import stack as stack

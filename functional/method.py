@@ -13,6 +13,7 @@ from .site import Site
 
 Leaves = dict[str, Tensor]
 Tree = dict[str, Any]
+"""A parameter tree: `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}`."""
 
 
 class Layer(Protocol):

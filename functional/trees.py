@@ -63,7 +63,7 @@ def unstack(tree: Tree) -> list[Tree]:
         tree: A tree whose leaves have shape `"N ..."`.
 
     Returns:
-        `N` trees; their leaves are views of the stack.
+        `N` trees; their leaves are views of the stack (call `.contiguous()` on them before saving).
 
     Raises:
         ValueError: Leaves that disagree on `N`, or have no axis.

@@ -1,0 +1,49 @@
+"""The README: its Python runs, its table of methods is what the code says, and it stays short."""
+
+import json
+import re
+from pathlib import Path
+
+import torchgraft.adapters
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_python_block_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        assert len(block.splitlines()) < 30
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert set(namespace["state"]) == set(namespace["model"].state_dict())
+
+
+def test_the_table_of_methods_is_true():
+    rows = re.findall(r"^\| `(\w+Config)` \| .* \| (\w+) \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", README, flags=re.M)
+    kinds = ["linear", "embedding", "conv1d", "conv2d", "conv3d"]
+    configs = {name for name in vars(torchgraft.adapters) if name.endswith("Config")} - {"AdapterConfig"}
+    assert {name for name, *_ in rows} == configs
+    for name, *cells in rows:
+        supported = getattr(torchgraft.adapters, name).method.kinds
+        assert cells == ["yes" if kind in supported else "no" for kind in kinds], name
+
+
+def test_the_import_times_are_those_measured():
+    result = json.loads((ROOT / "benchmarks" / "results" / "import_time.json").read_text())["added_to_import_torch"]
+    theirs, ours = (result[name]["median_s"] for name in ("peft", "torchgraft"))
+    assert f"| `import` beyond torch | {theirs:.1f} s | {ours:.2f} s |" in README
+
+
+def test_the_wrong_outputs_are_those_counted():
+    result = json.loads((ROOT / "benchmarks" / "results" / "threads.json").read_text())
+    assert result["wrong"]["torchgraft"] == 0
+    row = f"| {result['threads']} threads, {result['threads']} adapters, {result['calls']:,} calls | "
+    assert row + f"{result['wrong']['peft']} wrong outputs | none wrong |" in README
+
+
+def test_links_lead_somewhere_and_the_page_is_short():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    assert len(README.splitlines()) <= 200
