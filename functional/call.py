@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +63,7 @@ def functional_call(
     cell = lease.skeleton.cell
     cell.lease = lease
     try:
-        _fill(graft, lease.skeleton, active, base, args, kwargs)
+        _fill(lease.skeleton, active, base, args, kwargs, {})
         return _run(graft, lease.skeleton, args, kwargs, return_buffers)
     finally:
         cell.lease = None
@@ -78,33 +77,47 @@ def _traced(
     kwargs: Mapping[str, Any],
     return_buffers: bool,
 ) -> Any:
-    """One call as `torch.compile` sees it: a fixed skeleton, left as it was found."""
+    """One call as `torch.compile` sees it: a fixed skeleton that reads the model's own tensors and modes.
+
+    Whatever is read here is guarded by dynamo, so that a later change of the model compiles anew.
+    """
     skeleton = graft.traced
+    for parent, name, child in skeleton.children:
+        if parent._modules.get(name) is not child:
+            raise RuntimeError(
+                f"the module {name!r} of a {type(parent).__name__} was replaced since the model was bound or last "
+                "called; call the graft once outside of torch.compile, then compile again"
+            )
+    for theirs, own in skeleton.modules:
+        if own.training != theirs.training:
+            own.training = theirs.training
+    current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
-        _fill(graft, skeleton, active, base, args, kwargs)
+        _fill(skeleton, active, base, args, kwargs, current)
         return _run(graft, skeleton, args, kwargs, return_buffers)
     finally:
         skeleton.cell.trees, skeleton.cell.reached = None, None
-        for key in (*skeleton.written, *(id(tensor) for tensor in _named(graft, base).values())):
+        for key in current:
             for container, name in skeleton.places[key]:
                 container[name] = skeleton.aliases[key]
 
 
 def _fill(
-    graft: Graft,
     skeleton: Skeleton,
     active: dict[str, Tree],
     base: Mapping[str, Tensor],
     args: tuple,
     kwargs: Mapping[str, Any],
+    current: Mapping[int, Tensor],
 ) -> None:
     """Put the call's adapters, base tensors and own copies of buffers into a skeleton."""
     skeleton.cell.trees, skeleton.cell.reached = active, set()
-    given = {id(tensor): base[name] for name, tensor in _named(graft, base).items()}
-    own = [key for key in skeleton.written if key not in given]
+    named = _named(skeleton, base) if base else {}
+    given = {**current, **named}
+    own = [key for key in skeleton.written if key not in named]
     if own:
         zero = _batched_zero(active, args, kwargs)
-        given.update((key, _fresh(skeleton.aliases[key], zero)) for key in own)
+        given.update((key, _fresh(current.get(key, skeleton.aliases[key]), zero)) for key in own)
     for key, tensor in given.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
@@ -130,33 +143,32 @@ def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any
     return y, {name: buffer.clone() if id(buffer) in own else buffer for name, buffer in buffers.items()}
 
 
-def _named(graft: Graft, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's own tensors under the names in `base`, each held against what was given."""
-    if not base:
-        return {}
-    model = graft.model
-    tensors = dict(
-        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    )
-    found: dict[str, Tensor] = {}
-    places: dict[int, str] = {}
+def _named(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The tensors of `base` by the id of the model's tensor that each stands for, held against it."""
+    found: dict[int, Tensor] = {}
+    names: dict[int, str] = {}
     for name, tensor in base.items():
-        if name not in tensors:
-            close = difflib.get_close_matches(name, tensors, n=1)
+        if name not in skeleton.sources:
+            close = difflib.get_close_matches(name, skeleton.sources, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise KeyError(f"base_params has {name!r}, which is no parameter or buffer of the model{hint}")
-        own = tensors[name]
+        key = skeleton.sources[name][2]
         if not isinstance(tensor, Tensor):
             raise TypeError(f"base_params[{name!r}] is of type {type(tensor).__name__}, expected a tensor")
-        if tensor.shape != own.shape:
-            raise ValueError(f"base_params[{name!r}] has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}")
-        other = places.setdefault(id(own), name)
-        if base[other] is not tensor:
+        if tensor.shape != skeleton.aliases[key].shape:
+            expected = tuple(skeleton.aliases[key].shape)
+            raise ValueError(f"base_params[{name!r}] has shape {tuple(tensor.shape)}, expected {expected}")
+        if key in skeleton.frozen:
             raise ValueError(
-                f"base_params has different tensors for {other!r} and {name!r}, which are one tied tensor in the "
+                f"base_params[{name!r}]: the model also keeps this tensor in a tuple, where it cannot be exchanged; "
+                "keep it in a list"
+            )
+        if found.setdefault(key, tensor) is not tensor:
+            raise ValueError(
+                f"base_params has different tensors for {names[key]!r} and {name!r}, which are one tied tensor in the "
                 "model; give one of them, or the same tensor twice"
             )
-        found[name] = own
+        names.setdefault(key, name)
     return found
 
 

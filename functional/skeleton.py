@@ -41,6 +41,15 @@ class Skeleton:
         model: The user's model; only read.
         entries: Adapter entries by name, for each targeted module's id.
         paths: The path of each targeted module, by id.
+
+    Attributes:
+        root: The copy.
+        cell: What the call in progress tells the adapted modules.
+        aliases: The detached alias of each tensor of the model, by the tensor's id.
+        places: Where each alias hangs in the copy: containers and keys.
+        sources: Where each named tensor hangs in the model, and its id.
+        modules: The model's modules, each with its copy.
+        volatile: Tensors that a forward may write to, and whether it may in the present modes.
     """
 
     def __init__(self, model: nn.Module, entries: Mapping[int, Mapping[str, Entry]], paths: Mapping[int, str]):
@@ -57,6 +66,15 @@ class Skeleton:
         self.aliases: dict[int, Tensor] = {}
         self._touchable: list[Any] = []
         self.root: nn.Module = self._copy(model)
+        self.modules: list[tuple[nn.Module, Any]] = [(m, self._memo[id(m)]) for m in model.modules()]
+        self.children = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
+        self.sources: dict[str, tuple[Any, str, int]] = {
+            f"{path}.{name}" if path else name: (registry, name, id(tensor))
+            for path, module in model.named_modules(remove_duplicate=False)
+            for registry in (module._parameters, module._buffers)
+            for name, tensor in registry.items()
+            if tensor is not None
+        }
         self.volatile = self._volatile(model)
         self.written = [key for key, active in self.volatile.items() if active]
         self._snapshots = [(container, copy.copy(container)) for container in self._touchable]

@@ -231,3 +231,45 @@ def test_one_graft_inside_another_call_of_itself():
     a, b = randomised(graft, 1), randomised(graft, 2)
     nested = graft(a, X, inner=lambda: graft(b, X))
     assert torch.equal(nested, graft(a, graft(b, X)))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_what_the_user_changes_is_seen_by_compiled_calls():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    graft = bind(model, CONFIG)
+    params = randomised(graft)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda params, x: graft(params, x), fullgraph=True, backend="eager")
+
+    def check(x=X):
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(merge(graft, params))
+        torch.manual_seed(3)
+        expected = twin(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(compiled(params, x), expected)
+
+    check()
+    model.eval()
+    check()
+    state = {key: torch.rand_like(t) if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    check()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    check()
+    model[3].bias = nn.Parameter(torch.ones(3))
+    check()
+    model.double()
+    check(X.double())
+    model.float().train()
+    check()
+    base = {"0.weight": torch.randn(8, 4)}
+    model.eval()
+    given = torch.compile(lambda b, p, x: functional_call(graft, (b, p), (x,)), fullgraph=True, backend="eager")
+    torch.testing.assert_close(given(base, params, X), functional_call(graft, (base, params), (X,)))
+    model[1] = nn.Identity()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="was replaced since the model was bound"):
+        compiled(params, X)
+    graft(params, X)
+    check()
