@@ -110,11 +110,14 @@ def _fill(
     kwargs: Mapping[str, Any],
     current: Mapping[int, Tensor],
 ) -> None:
-    """Put the call's adapters, base tensors and own copies of buffers into a skeleton."""
+    """Put the call's adapters, base tensors and own copies of buffers into a skeleton.
+
+    With `current`, the model's tensors as they are now, modes may have changed too: then every buffer is copied.
+    """
     skeleton.cell.trees, skeleton.cell.reached = active, set()
     named = _named(skeleton, base) if base else {}
     given = {**current, **named}
-    own = [key for key in skeleton.written if key not in named]
+    own = [key for key in (skeleton.volatile if current else skeleton.written) if key not in named]
     if own:
         zero = _batched_zero(active, args, kwargs)
         given.update((key, _fresh(current.get(key, skeleton.aliases[key]), zero)) for key in own)

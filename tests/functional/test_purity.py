@@ -273,3 +273,17 @@ def test_what_the_user_changes_is_seen_by_compiled_calls():
         compiled(params, X)
     graft(params, X)
     check()
+
+
+@pytest.mark.parametrize("first", ["train", "eval"])
+def test_compiled_calls_write_to_their_own_buffers_in_any_mode(first):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(first == "train")
+    graft = bind(model, CONFIG)
+    params = randomised(graft)
+    before = {name: t.clone() for name, t in model.named_buffers()}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda params: graft(params, X), fullgraph=True, backend="aot_eager")
+    for training in (first == "train", first != "train", first == "train"):
+        model.train(training)
+        torch.testing.assert_close(compiled(params), graft(params, X))
+        assert same(before, dict(model.named_buffers()))
