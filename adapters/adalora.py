@@ -20,12 +20,14 @@ from torch import Tensor
 
 from torchgraft.functional import Layer, Method, Site, widen
 
-from .config import AdapterConfig, require
+from .config import require
+from .form import Form, Value
+from .lora_fields import LoraFields
 from .low_rank import add_product, add_scaled
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(AdapterConfig):
+@dataclasses.dataclass(kw_only=True)
+class AdaLoraConfig(LoraFields):
     """AdaLoRA learns singular triplets and spends a shrinking budget of them where they matter.
 
     Supports linear layers (also `transformers`' `Conv1D`) and 2-d convolutions in any number of groups, where the
@@ -71,6 +73,7 @@ class AdaLoraConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("target_r", "init_r", "deltaT"):
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, self, f"{name} is {value!r}, expected a positive integer")
@@ -92,10 +95,15 @@ def plan(config: AdaLoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
     patterns = {_module(key): [bool(kept) for kept in mask] for key, mask in (config.rank_pattern or {}).items()}
     unknown = sorted(set(patterns) - {site.path for site in sites})
     require(not unknown, config, f"rank_pattern names {unknown}, expected targeted modules followed by '.lora_E'")
-    scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+    alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return {
-        site.path: {"r": sum(patterns.get(site.path, [True] * config.init_r)), "scaling": scaling} for site in sites
+        site.path: {"r": sum(patterns.get(site.path, [True] * config.init_r)), **_scaled(config, alpha)}
+        for site in sites
     }
+
+
+def _scaled(config: AdaLoraConfig, alpha: float) -> dict[str, float]:
+    return {"alpha": alpha, "scaling": alpha / (config.init_r + 1e-5)}
 
 
 def _module(key: str) -> str:
@@ -161,4 +169,27 @@ AdaLoraConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+)
+
+
+def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """A pattern for modules with another rank than `init_r`, which keeps the scaling factor."""
+    ranks = {path: len(leaves["lora_E"]) for path, leaves in found.items() if "lora_E" in leaves}
+    if all(rank == config.init_r for rank in ranks.values()):
+        return {}
+    return {"rank_pattern": {f"{path}.lora_E": [True] * rank for path, rank in ranks.items()}}
+
+
+AdaLoraConfig.form = Form(
+    prefix="lora_",
+    infer=_infer,
+    parameters=("lora_A", "lora_B", "lora_E"),
+    values={
+        "lora_alpha": Value(lambda config, site: config.lora_alpha),
+        "r": Value(lambda config, site: site.constants["r"]),
+        "ranknum": Value(lambda config, site: float(config.init_r)),
+        "scaling": Value(
+            lambda config, site: site.constants["alpha"], lambda config, site, value: _scaled(config, value)
+        ),
+    },
 )

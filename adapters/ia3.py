@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from torchgraft.functional import Layer, Method, Site, widen
 
 from .config import AdapterConfig, require
+from .form import Form
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class IA3Config(AdapterConfig):
     """(IA)^3 multiplies each channel that leaves (or enters) a targeted module by a learned number.
 
@@ -48,6 +50,7 @@ class IA3Config(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         named, targets = self.feedforward_modules, self.target_modules
         if named is None or targets is None or isinstance(named, str) or isinstance(targets, str):
             return
@@ -132,4 +135,23 @@ IA3Config.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+)
+
+
+def _infer(config: IA3Config, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The feed-forward modules, from which side their vectors rescale; convolutions do not tell."""
+    shapes = {path: leaves["ia3_l"].shape for path, leaves in found.items()}
+    rows = [path for path, shape in shapes.items() if len(shape) == 2 and shape[0] == 1]
+    rows += [
+        path for path, shape in shapes.items() if len(shape) > 2 and _matches(config.feedforward_modules or [], path)
+    ]
+    return {"feedforward_modules": rows}
+
+
+IA3Config.form = Form(
+    prefix="ia3_",
+    parameters=("ia3_l",),
+    facts=lambda config, site: {"is_feedforward": site.constants["feedforward"]},
+    infer=_infer,
+    only_here=("bias", "layers_pattern", "layers_to_transform"),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Layer, Method, Site, widen
 
-from .config import AdapterConfig, by_pattern, require
+from .config import by_pattern, require
+from .form import Form, Value
+from .lora_fields import LoraFields
 from .low_rank import add_product, add_scaled
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
+@dataclasses.dataclass(kw_only=True)
+class LoraConfig(LoraFields):
     """LoRA adds a product of two thin matrices to each targeted weight.
 
     Supports linear layers (also `transformers`' `Conv1D`), embeddings and 1-, 2- and 3-d convolutions. A grouped
@@ -57,6 +60,7 @@ class LoraConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.lora_dropout < 1, self, f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
         require(
             self.init_lora_weights in (True, False, "gaussian"),
@@ -77,7 +81,8 @@ def plan(config: LoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
             config,
             f"r is {r} at {site.path}, a convolution with {site.groups} groups; expected a multiple of the groups",
         )
-        planned[site.path] = {"r": r, "scaling": alpha / math.sqrt(r) if config.use_rslora else alpha / r}
+        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        planned[site.path] = {"alpha": alpha, "r": r, "scaling": scaling}
     return planned
 
 
@@ -161,4 +166,43 @@ LoraConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+)
+
+
+def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
+    """The layer that PEFT keeps a leaf in: a linear one, or a convolution like the base's around one of ones."""
+    r = site.constants["r"]
+    how: dict[str, Any] = {"bias": False, "device": "meta"}
+    if site.geometry is None:
+        return nn.Linear(site.in_features, r, **how) if leaf == "lora_A" else nn.Linear(r, site.out_features, **how)
+    conv, g = getattr(nn, f"Conv{len(site.kernel_size)}d"), site.geometry
+    if leaf == "lora_B":
+        return conv(r, site.out_features, 1, groups=g.groups, **how)
+    return conv(
+        site.in_features, r, site.kernel_size, g.stride, g.padding, g.dilation, padding_mode=g.padding_mode, **how
+    )
+
+
+def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Ranks that differ from the config's, from the shapes of `A`."""
+    ranks = {path: len(leaves[name]) for path, leaves in found.items() for name in leaves if name.endswith("_A")}
+    wanted = {path: by_pattern(config.rank_pattern, path, config.r) for path in ranks}
+    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != wanted[path]}
+    return {"rank_pattern": {**other, **config.rank_pattern}} if other else {}
+
+
+LoraConfig.form = Form(
+    prefix="lora_",
+    modules=("lora_A", "lora_B"),
+    parameters=("lora_embedding_A", "lora_embedding_B"),
+    holder=_holder,
+    infer=_infer,
+    values={
+        "lora_alpha": Value(lambda config, site: site.constants["alpha"]),
+        "r": Value(lambda config, site: site.constants["r"]),
+        "scaling": Value(
+            lambda config, site: site.constants["scaling"], lambda config, site, value: {"scaling": value}
+        ),
+        "use_rslora": Value(lambda config, site: config.use_rslora),
+    },
 )

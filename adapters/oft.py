@@ -15,17 +15,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchgraft.functional import Layer, Method, Site, widen
 
 from .config import AdapterConfig, require
+from .form import Form, Value
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class OFTConfig(AdapterConfig):
     """OFT rotates the input of each targeted module (an embedding's output), block by block of its coordinates.
 
@@ -65,6 +67,7 @@ class OFTConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.r >= 0 and self.oft_block_size >= 0 and (self.r == 0) != (self.oft_block_size == 0),
             self,
@@ -227,4 +230,32 @@ OFTConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+)
+
+
+def _infer(config: OFTConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The size of the blocks, where all modules have one size: `size * (size - 1) / 2` entries each."""
+    entries = {tensor.shape[1] for leaves in found.values() for tensor in leaves.values()}
+    size = (1 + math.isqrt(1 + 8 * max(entries))) // 2
+    return {"r": 0, "oft_block_size": size} if len(entries) == 1 else {}
+
+
+class Rotation(nn.Module):
+    """Holds the entries of skew-symmetric blocks, `"blocks size*(size-1)/2"`, as `weight`."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device="meta"))
+
+
+OFTConfig.form = Form(
+    prefix="oft_",
+    modules=("oft_R", "oft_embedding_R"),
+    holder=lambda config, site, leaf: Rotation(shapes(config, site)[leaf]),
+    values={
+        "oft_block_size": Value(lambda config, site: site.constants["block_size"]),
+        "r": Value(lambda config, site: site.constants["blocks"]),
+    },
+    infer=_infer,
+    input_side=True,
 )

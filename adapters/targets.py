@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
 from torchgraft.functional.site import is_transposed_linear
 
+C = TypeVar("C", bound=Any)
 
-def find_targets(config: Any, model: nn.Module) -> list[str]:
-    """Names of the modules that `config` targets, in the order of `named_modules`.
+
+def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """Names of the modules that `config` targets, in the order of `modules`.
 
     A string is a regular expression for the whole name (`"all-linear"` means every linear layer but the output
     layer); names in a list match a whole name or its end after a dot. `exclude_modules` goes first, then
     `target_modules`, then `layers_to_transform` with `layers_pattern`, which do not apply to whole names.
+    Whatever is inside of `modules_to_save` is left out as well.
+
+    Args:
+        config: An adapter's config.
+        modules: The model's modules by name.
+        model: The model, which may know its output layer (`get_output_embeddings`).
 
     Raises:
         ValueError: No target given, or nothing matched; says what the model has.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
-    >>> find_targets(LoraConfig(target_modules=["b"]), model)
+    >>> find_targets(LoraConfig(target_modules=["b"]), dict(model.named_modules()), model)
     ['b']
     """
     targets = config.target_modules
     if targets is None or (not isinstance(targets, str) and not targets):
         raise ValueError(
             f"{type(config).__name__}: target_modules is {targets!r}; name the modules to adapt, as a list of names "
-            f"or a regular expression, or use 'all-linear'. The model has {_sample(model)}"
+            f"or a regular expression, or use 'all-linear'. The model has {_sample(modules)}"
         )
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = list(modules)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        linear = _linear_names(model)
+        linear = _linear_names(modules, model)
         matched = [name for name in names if name in linear]
-        found = [name for name in matched if not _excluded(config.exclude_modules, name)]
     else:
         matched = [name for name in names if _matches(config, name)]
-        found = [name for name in matched if not _excluded(config.exclude_modules, name)]
+    found = [name for name in matched if not _excluded(config, name)]
+    if not isinstance(targets, str):
         _warn_partial_miss(config, names, found)
     if not found:
-        raise ValueError(_nothing(config, matched, model))
+        raise ValueError(_nothing(config, matched, modules))
     if config.exclude_modules and len(found) == len(matched):
         warnings.warn(
             f"{type(config).__name__}: exclude_modules={config.exclude_modules!r} excludes none of the targets",
@@ -51,6 +60,19 @@ def find_targets(config: Any, model: nn.Module) -> list[str]:
             stacklevel=2,
         )
     return found
+
+
+def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
+    """A copy of a config that targets just these modules, whatever else their names may end.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> exact(LoraConfig(), ["q"], ["q", "k"]).target_modules, exact(LoraConfig(), ["q"], ["q", "a.q"]).target_modules
+    (['q'], 'q')
+    """
+    endings = tuple(f".{path}" for path in paths)
+    unclear = any(name.endswith(endings) for name in modules if name not in set(paths))
+    targets = "|".join(map(re.escape, paths)) if unclear else list(paths)
+    return dataclasses.replace(config, target_modules=targets, exclude_modules=None, layers_to_transform=None)
 
 
 def _matches(config: Any, name: str) -> bool:
@@ -79,7 +101,10 @@ def _in_layers(layers: list[int] | int | None, patterns: list[str] | str | None,
     return False
 
 
-def _excluded(exclude: list[str] | str | None, name: str) -> bool:
+def _excluded(config: Any, name: str) -> bool:
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+        return True
+    exclude = config.exclude_modules
     if not exclude:
         return False
     if isinstance(exclude, str):
@@ -87,20 +112,20 @@ def _excluded(exclude: list[str] | str | None, name: str) -> bool:
     return name in exclude or any(name.endswith(f".{one}") for one in exclude)
 
 
-def _linear_names(model: nn.Module) -> set[str]:
+def _linear_names(modules: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
     """Every linear layer but the output layer of a model that knows one (`get_output_embeddings`)."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     return {
         name
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in modules.items()
         if (isinstance(module, nn.Linear) or is_transposed_linear(module)) and module is not output
     }
 
 
 def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[str]) -> None:
     """One target of several that matches nothing is a warning that names it, as in PEFT."""
-    if isinstance(config.target_modules, str) or not found:
+    if not found:
         return
     missed = [
         target
@@ -115,20 +140,22 @@ def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[st
         )
 
 
-def _nothing(config: Any, matched: Collection[str], model: nn.Module) -> str:
+def _nothing(config: Any, matched: Collection[str], modules: Mapping[str, nn.Module]) -> str:
     what = f"{type(config).__name__}: target_modules={config.target_modules!r} "
     if matched:
         return (
-            what + f"matches {len(matched)} modules, and exclude_modules={config.exclude_modules!r} excludes them all"
+            what
+            + f"matches {len(matched)} modules, and exclude_modules={config.exclude_modules!r} excludes them all"
+            + (f", with modules_to_save={config.modules_to_save!r}" if config.modules_to_save else "")
         )
     if config.layers_to_transform not in (None, []):
         return (
             what + f"with layers_to_transform={config.layers_to_transform!r} and layers_pattern="
-            f"{config.layers_pattern!r} matches no module; the model has {_sample(model)}"
+            f"{config.layers_pattern!r} matches no module; the model has {_sample(modules)}"
         )
-    return what + f"matches no module; a string has to match a whole name. The model has {_sample(model)}"
+    return what + f"matches no module; a string has to match a whole name. The model has {_sample(modules)}"
 
 
-def _sample(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if name and not list(module.children())]
+def _sample(modules: Mapping[str, nn.Module]) -> str:
+    names = [name for name, module in modules.items() if name and not list(module.children())]
     return ", ".join(map(repr, names[:6])) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")

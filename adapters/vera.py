@@ -19,9 +19,10 @@ from torch import Tensor
 from torchgraft.functional import Layer, Method, Site, widen
 
 from .config import AdapterConfig, require
+from .form import Form, Value
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class VeraConfig(AdapterConfig):
     """VeRA learns two vectors per module, around one pair of random matrices that all modules share.
 
@@ -51,6 +52,7 @@ class VeraConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(isinstance(self.r, int) and self.r > 0, self, f"r is {self.r!r}, expected a positive integer")
         require(0 <= self.vera_dropout < 1, self, f"vera_dropout is {self.vera_dropout}, expected 0 <= p < 1")
 
@@ -121,4 +123,18 @@ VeraConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+)
+
+VeraConfig.form = Form(
+    prefix="vera_",
+    parameters=("vera_lambda_b", "vera_lambda_d"),
+    values={
+        "r": Value(lambda config, site: config.r),
+        "vera_A": Value(lambda config, site: site.constants["vera_A"]),
+        "vera_B": Value(lambda config, site: site.constants["vera_B"]),
+    },
+    infer=lambda config, found: {"r": len(next(iter(found.values()))["vera_lambda_d"])},
+    shared=("vera_A", "vera_B"),
+    saves_shared=lambda config: config.save_projection,
+    only_here=("exclude_modules",),
 )

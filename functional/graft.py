@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from . import trees
 from .adapted import AdaptedModule
 from .method import Config, Entry, Tree
+from .plan import plan_sites
 from .pool import Pool
 from .references import check_references
 from .site import Site, describe
@@ -34,14 +36,17 @@ class Graft:
 
     def __init__(self, model: nn.Module, configs: Mapping[str, Config], named: bool, allow_unreached: bool):
         self.model = model
-        self.configs = dict(configs)
+        self.configs = copy.deepcopy(dict(configs))
         self.named = named
         self.allow_unreached = allow_unreached
         self.sites: dict[str, dict[str, Site]] = {
-            name: _plan(name if named else "", config, model) for name, config in configs.items()
+            name: plan_sites(config, dict(model.named_modules(remove_duplicate=False)), config.targets(model))
+            for name, config in self.configs.items()
         }
         self._shapes = {
-            name: {path: configs[name].method.shapes(configs[name], site) for path, site in sorted(sites.items())}
+            name: {
+                path: self.configs[name].method.shapes(self.configs[name], site) for path, site in sorted(sites.items())
+            }
             for name, sites in self.sites.items()
         }
         self._pools: list[Pool] = []
@@ -238,29 +243,6 @@ def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unrea
                 "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
             )
     return Graft(model, configs, named, allow_unreached)
-
-
-def _plan(name: str, config: Config, model: nn.Module) -> dict[str, Site]:
-    """Describe the targeted modules and let the method plan its constants for them."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    sites: dict[str, Site] = {}
-    seen: set[int] = set()
-    method = config.method
-    for path in config.targets(model):
-        module = modules[path]
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        site = describe(path, module)
-        if site is None or site.kind not in method.kinds:
-            kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
-            raise ValueError(
-                f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
-                f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
-            )
-        sites[path] = site
-    constants = method.plan(config, list(sites.values()))
-    return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
 
 
 def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:

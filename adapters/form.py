@@ -1,0 +1,63 @@
+"""The form that a method's parameters have in PEFT: attributes of its layers, keys of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from torchgraft.functional import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A number that layers show for each adapter, such as `layer.scaling["default"]`.
+
+    Attributes:
+        get: `(config, site) -> value`.
+        set: `(config, site, value) -> constants` that change with it; `None` where the value is fixed.
+    """
+
+    get: Callable[[Any, Site], Any]
+    set: Callable[[Any, Site, Any], Mapping[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How PEFT's layers and files hold a method's parameters.
+
+    Attributes:
+        prefix: What the names of PEFT's attributes start with (`"lora_"`).
+        parameters: Leaves that are bare parameters, `layer.<leaf>[adapter]`; their key in a file is the leaf's name.
+        modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
+        holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
+        values: Numbers that layers show for each adapter.
+        facts: `(config, site) -> {attribute: value}` of the layer itself.
+        shared: Constants that files hold once for the whole model, `base_model.<name>`.
+        saves_shared: `(config) -> bool`, whether files hold them.
+        infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
+        input_side: Whether the method acts on the input, so that of several active adapters the first comes first.
+        only_here: Fields that PEFT's config of this method does not have; written only where they say something.
+    """
+
+    prefix: str
+    parameters: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    holder: Callable[[Any, Site, str], nn.Module] | None = None
+    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
+    shared: tuple[str, ...] = ()
+    saves_shared: Callable[[Any], bool] = lambda config: False
+    infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
+    input_side: bool = False
+    only_here: tuple[str, ...] = ()
+
+    def key(self, leaf: str) -> str:
+        """Name of a leaf in PEFT's files, after the module's.
+
+        >>> Form("lora_", modules=("lora_A",)).key("lora_A")
+        'lora_A.weight'
+        """
+        return f"{leaf}.weight" if leaf in self.modules else leaf

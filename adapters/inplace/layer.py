@@ -1,0 +1,373 @@
+"""The layer that carries injected adapters: PEFT's names outside, the functional forward inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torchgraft.functional.adapted import Adapted, Base
+from torchgraft.functional.method import Entry
+
+from .originals import Originals
+from .values import Values
+
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that compute with `child.weight` instead of calling the child."""
+
+_COPIES: Any = WeakIdKeyDictionary()
+"""Constants on other devices, so that layers that share one keep sharing it."""
+
+
+class CalledBase(Base):
+    """The wrapped module, called as a module, so that its own hooks run."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x, *self.args, **self.kwargs)
+
+
+class BaseTunerLayer(nn.Module):
+    """A module of the user's model with adapters on it, by name.
+
+    The wrapped module is `base_layer`. Parameters hang where PEFT has them, `layer.lora_A["default"].weight`, and so
+    do the numbers that go with them, `layer.scaling["default"]`. The forward is that of `torchgraft.functional`: the
+    base, then the active adapters, each around what came before.
+
+    Merged adapters are part of the base's weights until they are unmerged; active ones that are not merged are added
+    to them. The original weights are kept, so that unmerging restores every bit.
+
+    Attributes:
+        base_layer: The wrapped module.
+        merged_adapters: Names of the adapters that are part of the base's weights now.
+    """
+
+    def __init__(self, base_layer: nn.Module, parent: nn.Module | None = None):
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.training = base_layer.training
+        self.merged_adapters: list[str] = []
+        self.originals = Originals()
+        self._entries: dict[str, Entry] = {}
+        self._active: list[str] = []
+        self._disabled = False
+        self._dense_weight = isinstance(parent, _READS_WEIGHTS)
+        self._live: list[tuple[Entry, list[tuple[str, Any]]]] = []
+        self._live_names: list[str] = []
+        self._argument = next(iter(list(inspect.signature(type(base_layer).forward).parameters)[1:]), "input")
+        self.register_load_state_dict_pre_hook(_refuse_while_merged)
+        self.register_load_state_dict_post_hook(_refresh_after_loading)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Config and site of each adapter, in the order they were added."""
+        return self._entries
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the attributes that hold parameters."""
+        kinds = (nn.ModuleDict, nn.ParameterDict)
+        return tuple(name for name, child in self._modules.items() if isinstance(child, kinds) and name != "base_layer")
+
+    def add(self, name: str, entry: Entry, leaves: Mapping[str, nn.Parameter]) -> None:
+        """Put an adapter on this layer; it is not active yet.
+
+        Args:
+            name: The adapter's name.
+            entry: Its config and this site.
+            leaves: Its parameters; each is registered as it is.
+        """
+        config: Any = entry.config
+        for leaf in (*config.form.modules, *config.form.parameters):
+            if leaf not in self._modules:
+                self.add_module(leaf, nn.ModuleDict() if leaf in config.form.modules else nn.ParameterDict())
+        self._entries[name] = entry
+        for leaf, parameter in leaves.items():
+            if leaf in config.form.modules:
+                holder: Any = config.form.holder(config, entry.site, leaf)
+                self._modules[leaf][name] = holder.train(self.training)  # type: ignore[index, operator]
+            self.set_leaf(name, leaf, parameter)
+        for fact, value in config.form.facts(config, entry.site).items():
+            setattr(self, fact, value)
+        self.refresh()
+
+    def set_leaf(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
+        """Register another parameter for one of an adapter's leaves."""
+        config, container = self._entries[name].config, self._modules[leaf]
+        if leaf in config.form.modules:  # type: ignore[attr-defined]
+            container[name].weight = parameter  # type: ignore[index]
+        else:
+            container[name] = parameter  # type: ignore[index, operator]
+        self.refresh()
+
+    def set_constants(self, name: str, constants: Mapping[str, Any]) -> None:
+        """Give an adapter on this layer other constants: a scaling factor, shared tensors."""
+        entry = self._entries[name]
+        site = dataclasses.replace(entry.site, constants={**entry.site.constants, **constants})
+        self._entries[name] = dataclasses.replace(entry, site=site)
+        self.refresh()
+
+    def leaves(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by leaf, as they are now.
+
+        Raises:
+            KeyError: No such adapter on this layer.
+        """
+        return {leaf: getattr(held, "weight", held) for leaf, held in self._held(name)}
+
+    def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all adapters, each with the adapter's name."""
+        for name in self._entries:
+            for parameter in self.leaves(name).values():
+                yield name, parameter
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off this layer; if no other is active then, the first of the others becomes active.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter(model) before deleting it")
+        for container in map(self._modules.__getitem__, self.adapter_layer_names):
+            if adapter_name in container:  # type: ignore[operator]
+                del container[adapter_name]  # type: ignore[union-attr, operator]
+        self._entries.pop(adapter_name, None)
+        if adapter_name in self._active:
+            rest = [name for name in self._active if name != adapter_name]
+            if not rest and self._entries:
+                rest = sorted(self._entries)[:1]
+                warnings.warn(f"adapter {adapter_name!r} was active; now {rest[0]!r} is", UserWarning, stacklevel=2)
+            self.set_adapter(rest)
+        self.refresh()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; some may have nothing on this layer."""
+        return self._active
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`."""
+        return self._active
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the forward is the base's alone."""
+        return self._disabled
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is part of the base's weights."""
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
+        self._active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, parameter in self.named_leaves():
+            parameter.requires_grad_(name in self._active and not inference_mode)
+        self.refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; merged ones are unmerged before they are switched off."""
+        self._disabled = not enabled
+        if enabled:
+            self.set_adapter(self._active)
+            return
+        self.unmerge()
+        for _, parameter in self.named_leaves():
+            parameter.requires_grad_(False)
+        self.refresh()
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze the parameters of these adapters."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name, parameter in self.named_leaves():
+            if name in names:
+                parameter.requires_grad_(requires_grad)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """The wrapped module."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; the adapted one for a parent that computes with it instead of calling this layer."""
+        return self._dense()[0] if self._dense_weight and self._live else self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias; the adapted one for a parent that computes with it instead of calling this layer."""
+        return self._dense()[1] if self._dense_weight and self._live else self.base_layer.bias
+
+    def _dense(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self._layer().dense()
+        weight = self._live[0][0].site.canonical(weight).to(self.base_layer.weight.dtype)
+        return weight, None if bias is None else bias.to(self.base_layer.bias.dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What an adapter adds to the base's weight, in the layout of that weight and the adapter's dtype.
+
+        Computed in float64. For a method that does not add, it is the difference that it makes to the original weight.
+
+        Raises:
+            KeyError: No such adapter on this layer.
+        """
+        entry, leaves = self._entries[adapter_name], self.leaves(adapter_name)
+        weight, bias = self.originals.base(self.base_layer, entry.site).dense()
+        wide = {leaf: parameter.double() for leaf, parameter in leaves.items()}
+        delta = entry.merge(wide, weight.double(), None if bias is None else bias.double())[0] - weight
+        return entry.site.canonical(delta).to(next(iter(leaves.values())).dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make adapters part of the base's weights; the sum is taken in float32 or wider and rounded once.
+
+        Args:
+            safe_merge: Refuse weights that are not finite.
+            adapter_names: Names of the adapters; by default the active ones.
+
+        Raises:
+            ValueError: Weights that are not finite, that are computed, or that have no merged form.
+        """
+        names = self._active if adapter_names is None else adapter_names
+        new = [name for name in names if name in self._entries and name not in self.merged_adapters]
+        if new:
+            self._bake([*self.merged_adapters, *new], safe_merge)
+
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Take merged adapters, by default all, out of the base's weights again, bit for bit.
+
+        Raises:
+            RuntimeError: Something else wrote to the weights while adapters were merged.
+        """
+        names = self.merged_adapters if adapter_names is None else adapter_names
+        rest = [name for name in self.merged_adapters if name not in names]
+        if len(rest) < len(self.merged_adapters):
+            self._bake(rest, False)
+
+    @torch.no_grad()
+    def _bake(self, names: list[str], safe: bool) -> None:
+        layer: Base | Adapted | None = None
+        for name in names:
+            entry = self._entries[name]
+            layer = layer or self.originals.base(self.base_layer, entry.site)
+            layer = Adapted(layer, entry, dict(self.leaves(name)))
+        if isinstance(layer, Adapted):
+            self.originals.replace(self.base_layer, layer, names, safe)
+        else:
+            self.originals.restore(self.base_layer, self._entries[self.merged_adapters[0]].site.path)
+        self.merged_adapters = names
+        self.refresh()
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base with the active adapters."""
+        if not torch.compiler.is_compiling() and self._stale():
+            self.refresh()
+        if not self._live:
+            return self.base_layer(*args, **kwargs)
+        if args:
+            x, args = args[0], args[1:]
+        elif self._argument in kwargs:
+            x = kwargs.pop(self._argument)
+        else:
+            raise TypeError(f"{self._live[0][0].site.path}: forward() got no {self._argument!r}")
+        return self._layer(args, kwargs)(x)
+
+    def _layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
+        layer: Base | Adapted = CalledBase(self.base_layer, self._live[0][0].site, args, kwargs)
+        for entry, held in self._live:
+            layer = Adapted(layer, entry, {leaf: getattr(one, "weight", one) for leaf, one in held})
+        return layer
+
+    def refresh(self) -> None:
+        """Collect what the forward needs, under names that stay the same when other adapters become active.
+
+        A compiled forward guards on every name it reads, so with the adapters' names it would be compiled for each.
+        """
+        names = [] if self._disabled else [name for name in self._active if name in self._entries]
+        names = [name for name in names if name not in self.merged_adapters]
+        configs: list[Any] = [self._entries[name].config for name in names]
+        if any(config.form.input_side for config in configs):
+            names.reverse()
+        self._live_names = names
+        self._live = [(self._placed(name), self._held(name)) for name in names]
+
+    def _held(self, name: str) -> list[tuple[str, Any]]:
+        """An adapter's leaves: a parameter, or the module whose weight it is."""
+        config: Any = self._entries[name].config
+        containers: list[tuple[str, Any]] = [
+            (leaf, self._modules[leaf]) for leaf in sorted((*config.form.modules, *config.form.parameters))
+        ]
+        return [(leaf, container[name]) for leaf, container in containers if name in container]
+
+    def _placed(self, name: str) -> Entry:
+        """An adapter's entry with its constants where the base is."""
+        entry = self._entries[name]
+        device = self.base_layer.weight.device
+        here = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}
+        if all(value.device == device for value in here.values()):
+            return entry
+        moved = {key: _COPIES.setdefault(value, {}).setdefault(device, value.to(device)) for key, value in here.items()}
+        site = dataclasses.replace(entry.site, constants={**entry.site.constants, **moved})
+        return dataclasses.replace(entry, site=site)
+
+    def _stale(self) -> bool:
+        """Whether somebody replaced a parameter, or the module that holds it, since `refresh`."""
+        containers: Any = self._modules
+        for name, (_, held) in zip(self._live_names, self._live, strict=True):
+            for leaf, one in held:
+                container = containers[leaf]
+                if (container._modules if isinstance(one, nn.Module) else container._parameters).get(name) is not one:
+                    return True
+        return False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
+        super()._apply(fn, recurse)
+        self.originals.apply(self.base_layer, fn)
+        self.refresh()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Numbers by adapter (`scaling`, `r`); else what the wrapped module has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+        configs: list[Any] = [entry.config for entry in self._entries.values()]
+        if any(name in config.form.values for config in configs):
+            return Values(self, name)
+        return getattr(self.base_layer, name)
+
+    def _get_name(self) -> str:
+        methods = sorted({entry.config.method.name.lower() for entry in self._entries.values()})
+        return ".".join([*methods, type(self.base_layer).__name__])
+
+
+def _refuse_while_merged(layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    assert isinstance(layer, BaseTunerLayer)
+    if layer.merged and f"{prefix}base_layer.weight" in state_dict:
+        raise RuntimeError(
+            f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
+            "mix the two; call unmerge_adapter(model) first"
+        )
+
+
+def _refresh_after_loading(layer: nn.Module, _: Any) -> None:
+    assert isinstance(layer, BaseTunerLayer)
+    layer.refresh()

@@ -1,0 +1,99 @@
+"""The base's weights as they are without merged adapters, kept so that unmerging restores every bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft.functional import Site
+from torchgraft.functional.adapted import Adapted, Base
+
+
+class OriginalBase(Base):
+    """The base module with its original weight and bias."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, module: Any, site: Site, tensors: dict[str, Tensor]):
+        super().__init__(module, site)
+        self.tensors = tensors
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        bias = self.module.bias if self.site.has_bias else None
+        return self.site.canonical(self.tensors.get("weight", self.module.weight)), self.tensors.get("bias", bias)
+
+
+class Originals:
+    """Original tensors of one module by name; empty while nothing is merged into it."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._written: dict[str, tuple[int, int]] = {}
+
+    def base(self, module: nn.Module, site: Site) -> OriginalBase:
+        """The module as methods see it, without what is merged."""
+        return OriginalBase(module, site, self.tensors)
+
+    def replace(self, module: nn.Module, layer: Adapted, names: Iterable[str], safe: bool) -> None:
+        """Give the module the weights of `layer`; its parameters stay the same objects.
+
+        Raises:
+            ValueError: A weight that is computed, or one that is not finite where `safe`.
+            RuntimeError: Something else wrote to the weights while adapters were merged.
+        """
+        site, module_weight = layer.entry.site, module._parameters.get("weight")
+        if module_weight is None:
+            raise ValueError(
+                f"{site.path}: weight is computed (a parametrization or weight norm), so no adapter can be merged into "
+                "it; remove it first, or leave the adapter unmerged"
+            )
+        if not module_weight.is_floating_point():
+            raise ValueError(
+                f"{site.path}: weight has dtype {module_weight.dtype}, so no adapter can be merged into it; leave the "
+                "adapter unmerged, or dequantise the module first"
+            )
+        self._check_unwritten(module, site.path)
+        weight, bias = layer.dense()
+        merged = {"weight": site.canonical(weight), "bias": bias}
+        for leaf, value in merged.items():
+            if value is not None and safe and not torch.isfinite(value).all():
+                raise ValueError(f"{site.path}: {leaf} with {list(names)} merged has values that are not finite")
+        for leaf, value in merged.items():
+            own = module._parameters.get(leaf)
+            if own is None or value is None:
+                continue
+            self.tensors.setdefault(leaf, own.data)
+            own.data = value.to(own.dtype).contiguous()
+        self._note(module)
+
+    def restore(self, module: nn.Module, path: str) -> None:
+        """Give the module its original tensors back, the very ones.
+
+        Raises:
+            RuntimeError: Something else wrote to the weights while adapters were merged.
+        """
+        self._check_unwritten(module, path)
+        for leaf, tensor in self.tensors.items():
+            module.get_parameter(leaf).data = tensor
+        self.tensors, self._written = {}, {}
+
+    def apply(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the module where `to()` and the like take it."""
+        self.tensors = {leaf: fn(tensor) for leaf, tensor in self.tensors.items()}
+        self._note(module)
+
+    def _note(self, module: nn.Module) -> None:
+        owned = {leaf: module.get_parameter(leaf) for leaf in self.tensors}
+        self._written = {leaf: (own.data_ptr(), own._version) for leaf, own in owned.items()}
+
+    def _check_unwritten(self, module: nn.Module, path: str) -> None:
+        for leaf, written in self._written.items():
+            own = module.get_parameter(leaf)
+            if (own.data_ptr(), own._version) != written:
+                raise RuntimeError(
+                    f"{path}: something wrote to {leaf} while adapters were merged into it, so the original is not "
+                    "what it was; unmerge before changing the base's weights"
+                )

@@ -1,0 +1,288 @@
+"""State dicts of injected adapters and of the model beneath, and the way to the functional style and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft.functional import Graft, bind
+from torchgraft.functional.method import Tree
+from torchgraft.functional.trees import sort
+
+from ..config import AdapterConfig
+from ..keys import PREFIX, SHARED, join, names_of
+from ..targets import exact
+from .modules_to_save import ModulesToSaveWrapper
+from .walk import bare_copy, layers, named, unwrap
+
+
+class IncompatibleKeys(NamedTuple):
+    """Keys that a state dict lacked, and keys that it had and nothing took."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
+    """An injected adapter as a parameter tree, which shares storage with the injected parameters.
+
+    Raises:
+        ValueError: A name that the model does not have.
+
+    >>> from torchgraft.adapters import IA3Config, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(IA3Config(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> extract_params(model)["0"]["ia3_l"].shape
+    torch.Size([2, 1])
+    """
+    model = unwrap(model)
+    config_of(model, adapter_name)
+    return sort(
+        {
+            path: {leaf: parameter.detach() for leaf, parameter in layer.leaves(adapter_name).items()}
+            for path, layer in layers(model).items()
+            if adapter_name in layer.entries
+        }
+    )
+
+
+def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
+    """A graft of the model beneath the adapters, whose tensors it shares, for trees of `extract_params`.
+
+    The adapter's own copies of `modules_to_save` are part of that model.
+
+    Raises:
+        ValueError: A name that the model does not have; adapters that are merged into these tensors.
+    """
+    model = unwrap(model)
+    config = config_of(model, adapter_name)
+    merged = [path for path, layer in layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
+    paths = [path for path, layer in layers(model).items() if adapter_name in layer.entries]
+    base = bare_copy(model, adapter_name)
+    fixed = exact(config, paths, dict(base.named_modules(remove_duplicate=False)))
+    return bind(base, dataclasses.replace(fixed, modules_to_save=None), allow_unreached=True)
+
+
+def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
+    """The config of an injected adapter.
+
+    Raises:
+        ValueError: A name that the model does not have.
+    """
+    configs: Any = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(
+            f"the model has no adapter {adapter_name!r}; it has {list(configs) or 'none, inject one first'}"
+        )
+    return configs[adapter_name]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under PEFT's keys, without the adapter's name in them.
+
+    The time does not grow with the number of adapters. Tensors share storage with the model's.
+
+    Args:
+        model: A model with injected adapters.
+        state_dict: The model's state dict, where the tensors are to be taken from there (gathered shards).
+        adapter_name: Name of the adapter.
+
+    Raises:
+        ValueError: A name that the model does not have.
+        KeyError: A tensor of the adapter that `state_dict` lacks.
+
+    >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> list(get_peft_model_state_dict(model))
+    ['0.lora_A.weight', '0.lora_B.weight']
+    """
+    model = unwrap(model)
+    config = config_of(model, adapter_name)
+    state = {
+        saved: tensor if state_dict is None else _given(state_dict, key)
+        for saved, (key, tensor) in _tensors(model, config, adapter_name).items()
+    }
+    return {key: tensor.detach() for key, tensor in state.items()} | shared_tensors(model, config, adapter_name)
+
+
+def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, Tensor]:
+    """Constants of an adapter that its files hold, by key."""
+    if not config.form.saves_shared(config):
+        return {}
+    entries = (layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries)
+    constants = next(entries).site.constants
+    return {f"{SHARED}{name}": constants[name] for name in config.form.shared}
+
+
+def _given(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    found = state_dict.get(key, state_dict.get(f"_orig_mod.{key}"))
+    if found is None:
+        raise KeyError(
+            f"state_dict lacks {key!r}, expected the state dict of the whole model; it has {names_of(state_dict)}"
+        )
+    return found
+
+
+def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
+    """Each tensor of an adapter by its key in files, with its key in the model."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    for path, layer in layers(model).items():
+        if adapter_name in layer.entries:
+            for leaf, parameter in layer.leaves(adapter_name).items():
+                own = config.form.key(leaf).replace(leaf, f"{leaf}.{adapter_name}")
+                found[join(config, path, leaf)] = (f"{path}.{own}", parameter)
+    for path, wrapper in named(model, ModulesToSaveWrapper).items():
+        if adapter_name in wrapper.modules_to_save:
+            for name, tensor in wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
+                found[f"{path}.{name}"] = (f"{path}.modules_to_save.{adapter_name}.{name}", tensor)
+    return found
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Load the tensors of one adapter, from keys with or without `base_model.model.`; the dict stays as it is.
+
+    Args:
+        model: A model with the adapter injected.
+        peft_model_state_dict: Tensors by key, as `get_peft_model_state_dict` gives them.
+        adapter_name: Name of the adapter; it may be another than when the tensors were saved.
+        ignore_mismatched_sizes: Leave out tensors of another shape, with a warning, instead of refusing all.
+        low_cpu_mem_usage: Make the given tensors, cast to the base's device and dtype, the parameters instead of
+            copying them; for parameters on the meta device, which are always treated so.
+
+    Returns:
+        `(missing_keys, unexpected_keys)`, of this adapter alone; PEFT counts every tensor of the base as missing.
+
+    Raises:
+        ValueError: A name that the model does not have; shared tensors that are not those of the injected adapter.
+        RuntimeError: Tensors of another shape; names the key and both shapes. Nothing has been loaded then.
+        TypeError: A value that is no tensor.
+    """
+    model = unwrap(model)
+    config = config_of(model, adapter_name)
+    own = _tensors(model, config, adapter_name)
+    given = {key.removeprefix("_orig_mod.").removeprefix(PREFIX): t for key, t in peft_model_state_dict.items()}
+    for key, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"state dict: {key!r} is of type {type(tensor).__name__}, expected a tensor")
+    constants = shared_tensors(model, config, adapter_name)
+    expected = {key: tensor for key, (_, tensor) in own.items()} | constants | _base_tensors(model, adapter_name)
+    wrong = {
+        key: f"{key!r} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in given and given[key].shape != tensor.shape
+    }
+    if wrong and not ignore_mismatched_sizes:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise RuntimeError(
+            f"state dict does not fit adapter {adapter_name!r}: {next(iter(wrong.values()))}{more}; nothing was "
+            "loaded. Inject the adapter with the config it was saved with, or pass ignore_mismatched_sizes=True"
+        )
+    if wrong:
+        warnings.warn(f"tensors of another shape were left out: {'; '.join(wrong.values())}", UserWarning, stacklevel=2)
+    for key in [key for key in expected if key in given and key not in wrong]:
+        if key in own:
+            _put(model, own[key][0], given[key], low_cpu_mem_usage)
+        elif key in constants:
+            _put_shared(model, adapter_name, key.removeprefix(SHARED), given[key])
+        else:
+            _put_base(model, key, given[key])
+    for layer in layers(model).values():
+        layer.refresh()
+    missing = [key for key in (*own, *constants) if key not in given]
+    return IncompatibleKeys(missing, [key for key in given if key not in expected])
+
+
+def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
+    return {
+        f"{path}.base_layer.weight": layer.base_layer.weight
+        for path, layer in layers(model).items()
+        if adapter_name in layer.entries and layer.entries[adapter_name].site.kind == "embedding"
+    }
+
+
+def _put(model: nn.Module, key: str, value: Tensor, assign: bool) -> None:
+    """Copy into a tensor of the model, or take its place with the device and dtype of the base."""
+    path, _, name = key.rpartition(".")
+    owner = model.get_submodule(path)
+    old: Any = getattr(owner, name)
+    if not assign and not old.is_meta:
+        with torch.no_grad():
+            old.copy_(value)
+        return
+    base: Any = next((layer.base_layer for at, layer in layers(model).items() if key.startswith(f"{at}.")), None)
+    like = old if base is None or not base.weight.is_floating_point() else base.weight
+    new = value.detach().to(like.device, like.dtype)
+    setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -> None:
+    """Use other shared constants than those that were drawn, in all layers."""
+    mine = [layer for layer in layers(model).values() if adapter_name in layer.entries]
+    if torch.equal(mine[0].entries[adapter_name].site.constants[name].to(value), value):
+        return
+    for layer in mine:
+        layer.set_constants(adapter_name, {name: value.detach()})
+
+
+def _put_base(model: nn.Module, key: str, value: Tensor) -> None:
+    weight = model.get_parameter(key)
+    value = value.to(weight.device, weight.dtype)
+    if not torch.equal(weight, value):
+        warnings.warn(
+            f"{key} of the base was replaced by the one that came with the adapter", UserWarning, stacklevel=3
+        )
+        with torch.no_grad():
+            weight.copy_(value)
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model as it is without adapters: its original keys and, also while merged, its own tensors.
+
+    >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> list(get_base_model_state_dict(model))
+    ['0.weight', '0.bias']
+    """
+    model = unwrap(model)
+    original = {
+        f"{path}.{leaf}" if path else leaf: tensor
+        for path, layer in layers(model).items()
+        for leaf, tensor in layer.originals.tensors.items()
+    }
+    return {name: original.get(name, tensor) for name, tensor in bare_copy(model).state_dict().items()}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> IncompatibleKeys:
+    """Load a state dict with the original keys into the model beneath the adapters.
+
+    Args:
+        model: A model with injected adapters.
+        state_dict: Tensors by the keys that the model has without adapters.
+        strict: Whether missing and unexpected keys are errors.
+
+    Raises:
+        RuntimeError: Keys or shapes that do not fit; adapters that are merged into the weights.
+    """
+    model = unwrap(model)
+    merged = [path for path, layer in layers(model).items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
+    result = bare_copy(model).load_state_dict(dict(state_dict), strict=strict)
+    return IncompatibleKeys(list(result.missing_keys), list(result.unexpected_keys))

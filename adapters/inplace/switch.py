@@ -1,0 +1,189 @@
+"""Which injected adapters run and which are trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .layer import BaseTunerLayer
+from .modules_to_save import ModulesToSaveWrapper
+from .walk import layers, named, unwrap
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters in a model, in the order they were added.
+
+    >>> adapter_names(nn.Linear(2, 2))
+    []
+    """
+    return list(dict.fromkeys(name for part in _parts(unwrap(model)) for name in _names(part)))
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | list[str],
+    inference_mode: bool = False,
+    layer_cls: type[nn.Module] = BaseTunerLayer,
+) -> None:
+    """Make these adapters the active ones: they run, and they are trained unless `inference_mode`; others are frozen.
+
+    A model with merged adapters is unmerged first.
+
+    Args:
+        model: A model with injected adapters.
+        adapter_name: One name or several; an empty list for none.
+        inference_mode: Freeze the active adapters too.
+        layer_cls: Only layers of this class.
+
+    Raises:
+        ValueError: A name that the model does not have; several adapters with a copy of one of `modules_to_save`.
+
+    >>> from torchgraft.adapters import IA3Config, inject_adapter_in_model
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> for name in ("a", "b"):
+    ...     model = inject_adapter_in_model(IA3Config(target_modules=["0"]), model, name)
+    >>> set_adapter(model, ["a", "b"])
+    >>> model[0].active_adapters
+    ['a', 'b']
+    """
+    parts = list(_parts(unwrap(model)))
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    _check_known(model, names)
+    for part in parts:
+        if isinstance(part, ModulesToSaveWrapper):
+            part.check(names)
+    for part in parts:
+        if isinstance(part, BaseTunerLayer):
+            if not isinstance(part, layer_cls):
+                continue
+            part.unmerge()
+        part.set_adapter(names, inference_mode=inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    """Freeze or unfreeze the parameters of these adapters, active or not.
+
+    Raises:
+        ValueError: A name that the model does not have.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    _check_known(model, names)
+    for part in _parts(unwrap(model)):
+        part.set_requires_grad(names, requires_grad)
+
+
+def disable_adapter_layers(model: nn.Module) -> None:
+    """Switch all adapters off: the model computes what it did before any was injected. Merged ones are unmerged."""
+    for part in _parts(unwrap(model)):
+        part.enable_adapters(False)
+
+
+def enable_adapter_layers(model: nn.Module) -> None:
+    """Switch adapters on again; the active ones are trainable then."""
+    for part in _parts(unwrap(model)):
+        part.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Run the model without its adapters for a while.
+
+    Afterwards everything is as it was before, whatever happens inside: active, merged and disabled adapters and which
+    parameters require gradients. Contexts nest.
+
+    >>> from torchgraft.adapters import IA3Config, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(IA3Config(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> with disable_adapter(model):
+    ...     print(model[0].disable_adapters)
+    True
+    """
+    parts = list(_parts(unwrap(model)))
+    merged = {id(part): list(part.merged_adapters) for part in parts if isinstance(part, BaseTunerLayer)}
+    disabled = [(part, part.disable_adapters) for part in parts]
+    trained = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    try:
+        disable_adapter_layers(model)
+        yield
+    finally:
+        for part, off in disabled:
+            if not off:
+                part.enable_adapters(True)
+            if isinstance(part, BaseTunerLayer):
+                part.merge(adapter_names=merged[id(part)])
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str | None = None, layer_cls: type[nn.Module] = BaseTunerLayer
+) -> list[str] | None:
+    """Remove an adapter from a model, and from `model.peft_config`; the layers stay, see `unload`.
+
+    Args:
+        model: A model with injected adapters.
+        adapter_name: Name of the adapter.
+        prefix: Has no effect; PEFT's argument.
+        layer_cls: Only layers of this class.
+
+    Returns:
+        The names of the adapters that are active now, or `None`.
+
+    Raises:
+        ValueError: A name that the model does not have, or one that is merged.
+    """
+    model = unwrap(model)
+    _check_known(model, [adapter_name])
+    found = [layer for layer in layers(model).values() if isinstance(layer, layer_cls)]
+    merged = [name for name, layer in layers(model).items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
+        )
+    rest = [name for name in adapter_names(model) if name != adapter_name]
+    active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
+    for part in _parts(model):
+        part.delete_adapter(adapter_name)
+    getattr(model, "peft_config", {}).pop(adapter_name, None)
+    if active is not None:
+        left = [name for name in active if name != adapter_name] or rest[:1]
+        set_adapter(model, left)
+    now = next((layer.active_adapters for layer in found), [])
+    return list(now) or None
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Give an adapter's parameters float32 where they have a lower precision; they become new parameters.
+
+    Raises:
+        ValueError: A name that the model does not have.
+    """
+    model = unwrap(model)
+    _check_known(model, [adapter_name])
+    if not autocast_adapter_dtype:
+        return
+    for layer in layers(model).values():
+        if adapter_name in layer.entries:
+            narrow = {
+                leaf: p for leaf, p in layer.leaves(adapter_name).items() if p.is_floating_point() and p.itemsize < 4
+            }
+            for leaf, p in narrow.items():
+                layer.set_leaf(adapter_name, leaf, nn.Parameter(p.detach().float(), p.requires_grad))
+
+
+def _parts(model: nn.Module) -> Iterator[Any]:
+    yield from layers(model).values()
+    yield from named(model, ModulesToSaveWrapper).values()
+
+
+def _names(part: BaseTunerLayer | ModulesToSaveWrapper) -> Iterable[str]:
+    return part.entries if isinstance(part, BaseTunerLayer) else part.modules_to_save
+
+
+def _check_known(model: nn.Module, names: Iterable[str]) -> None:
+    known = adapter_names(model)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"the model has no adapter {missing[0]!r}; it has {known or 'none, inject one first'}")

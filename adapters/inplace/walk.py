@@ -1,0 +1,81 @@
+"""Walking through a model with injected adapters as if there were none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .layer import BaseTunerLayer
+from .modules_to_save import ModulesToSaveWrapper
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The model behind `torch.compile`.
+
+    Raises:
+        TypeError: Something else than a module.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by the names that they have without adapters; the time does not grow with these.
+
+    >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> [(name, type(module).__name__) for name, module in bare_modules(model).items()]
+    [('', 'Sequential'), ('0', 'Linear')]
+    """
+    return {name: bare for name, bare, _ in _walk(model, "")}
+
+
+def named(model: nn.Module, kind: type[M]) -> dict[str, M]:
+    """Tuner layers, or wrappers of modules to save, by their names in the model; one of several names is enough."""
+    found = {
+        id(module): (name, module) for name, _, module in reversed(list(_walk(model, ""))) if isinstance(module, kind)
+    }
+    return dict(reversed(list(found.values())))
+
+
+def layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The tuner layers of a model by name."""
+    return named(model, BaseTunerLayer)
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name, bare module, and what stands in its place."""
+    bare = module
+    if isinstance(module, BaseTunerLayer):
+        bare = module.base_layer
+    elif isinstance(module, ModulesToSaveWrapper):
+        bare = module.original_module
+    yield name, bare, module
+    for child_name, child in bare._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name)
+
+
+def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
+    """A copy of a model's structure without adapters, which shares every parameter and buffer with it.
+
+    Args:
+        model: A model with injected adapters.
+        adapter_name: The adapter whose copies of `modules_to_save` are to be in it, instead of the user's modules.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for layer in layers(model).values():
+        memo[id(layer)] = copy.deepcopy(layer.base_layer, memo)
+    for wrapper in named(model, ModulesToSaveWrapper).values():
+        saved = wrapper.modules_to_save._modules.get(adapter_name or "", wrapper.original_module)
+        memo[id(wrapper)] = copy.deepcopy(saved, memo)
+    bare = copy.deepcopy(model, memo)
+    vars(bare).pop("peft_config", None)
+    return bare

@@ -1,0 +1,68 @@
+"""Keys of PEFT's state dicts and files, and the trees they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from torchgraft.functional.method import Tree
+
+from .config import AdapterConfig
+
+PREFIX = "base_model.model."
+"""What PEFT's files put before the name of a module."""
+
+SHARED = "base_model."
+"""What they put before the name of a tensor that all modules share."""
+
+
+def to_keys(config: AdapterConfig, tree: Tree, prefix: str = "") -> dict[str, Tensor]:
+    """The leaves of a tree under PEFT's keys.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> list(to_keys(LoraConfig(), {"layers.0": {"lora_A": None, "lora_B": None}}))
+    ['layers.0.lora_A.weight', 'layers.0.lora_B.weight']
+    """
+    return {
+        join(config, path, leaf, prefix): tensor for path, leaves in tree.items() for leaf, tensor in leaves.items()
+    }
+
+
+def join(config: AdapterConfig, path: str, leaf: str, prefix: str = "") -> str:
+    """PEFT's key of one leaf."""
+    return f"{prefix}{path}.{config.form.key(leaf)}"
+
+
+def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
+    """Module and leaf that a key speaks of, with or without PEFT's prefix; `None` for other keys.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> split_key(LoraConfig(), "base_model.model.layers.0.lora_A.weight")
+    ('layers.0', 'lora_A')
+    """
+    key = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
+    for leaf in (*config.form.modules, *config.form.parameters):
+        if key.endswith(suffix := f".{config.form.key(leaf)}"):
+            return key.removesuffix(suffix), leaf
+    return None
+
+
+def from_keys(config: AdapterConfig, state_dict: Mapping[str, Tensor]) -> tuple[Tree, list[str]]:
+    """The tree that keys stand for, and the keys that are no leaf's."""
+    tree: Tree = {}
+    rest = []
+    for key, tensor in state_dict.items():
+        split = split_key(config, key)
+        if split is None:
+            rest.append(key)
+        else:
+            tree.setdefault(split[0], {})[split[1]] = tensor
+    return tree, rest
+
+
+def names_of(keys: Iterable[str], most: int = 4) -> str:
+    """Some of these keys, and how many there are."""
+    keys = list(keys)
+    shown = ", ".join(map(repr, keys[:most]))
+    return f"{shown}, ... ({len(keys)} in all)" if len(keys) > most else shown

@@ -1,0 +1,48 @@
+"""Fields of PEFT's LoRA configs that have no effect here: accepted at their defaults, so that files and calls fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .config import AdapterConfig, require
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoraFields(AdapterConfig):
+    """What PEFT's `LoraConfig` and its `AdaLoraConfig` share and torchgraft does not act on.
+
+    Any value but the default is an error when the config is made.
+    """
+
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inherited = {field.name for field in dataclasses.fields(AdapterConfig)}
+        for field in dataclasses.fields(LoraFields):
+            if field.name in inherited:
+                continue
+            default = {} if field.default is dataclasses.MISSING else field.default
+            value = getattr(self, field.name)
+            what = f"{field.name} is {value!r}, which is not supported here; leave it at {default!r}"
+            require(value == default, self, what)
