@@ -33,4 +33,7 @@ from .inplace import unmerge_adapter as unmerge_adapter
 from .lora import LoraConfig as LoraConfig
 from .oft import OFTConfig as OFTConfig
 from .peft_type import PeftType as PeftType
+from .summaries import Row as Row
+from .summaries import Summary as Summary
+from .summaries import summary as summary
 from .vera import VeraConfig as VeraConfig
