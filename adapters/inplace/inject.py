@@ -17,13 +17,14 @@ from torchgraft.functional.method import Entry, Tree
 from torchgraft.functional.plan import plan_sites
 from torchgraft.functional.site import Site
 
+from ..architectures import with_targets
 from ..config import AdapterConfig
 from ..keys import names_of, split_key
 from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
-from .modules_to_save import wrap_modules
+from .modules_to_save import ModulesToSaveWrapper, wrap_modules
 from .switch import adapter_names, set_adapter
-from .walk import bare_modules, layers, unwrap
+from .walk import bare_modules, layers, named, unwrap
 
 
 def inject_adapter_in_model(
@@ -45,7 +46,8 @@ def inject_adapter_in_model(
     under both; a name that is taken is an error; methods with shared tensors (VeRA) work too.
 
     Args:
-        peft_config: The adapter's config. It is copied, into `model.peft_config[adapter_name]`.
+        peft_config: The adapter's config. It is copied, into `model.peft_config[adapter_name]`. Without
+            `target_modules`, a model with a known `config.model_type` has PEFT's defaults.
         model: The model; changed in place.
         adapter_name: Name of the adapter, without dots.
         low_cpu_mem_usage: Make the parameters on the meta device, for `set_peft_model_state_dict(...,
@@ -73,15 +75,17 @@ def inject_adapter_in_model(
     _check(peft_config, model, adapter_name, state_dict, params)
     config, modules = copy.deepcopy(peft_config), bare_modules(model)
     if state_dict is None:
+        config = with_targets(config, model)
         paths = find_targets(config, modules, model)
     else:
         config, paths = _from_keys(config, state_dict, modules, model)
     if "" in paths:
         raise ValueError(f"{type(config).__name__}: the model itself is targeted, which cannot be replaced in place")
+    _check_saved(config, paths, list(named(model, ModulesToSaveWrapper)))
     sites = plan_sites(config, modules, paths)
     leaves = _leaves(config, sites, modules, low_cpu_mem_usage, params)
     places = _places(model, sites, modules)
-    wraps = wrap_modules(config, model, adapter_name, modules)
+    wraps = wrap_modules(config, adapter_name, modules, [*layers(model), *sites])
 
     first = not adapter_names(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -122,6 +126,17 @@ def _check(config: Any, model: nn.Module, name: Any, state_dict: Any, params: An
         )
     if state_dict is not None and params is not None:
         raise ValueError("state_dict and params are both given, expected one: keys to infer targets from, or a tree")
+
+
+def _check_saved(config: AdapterConfig, paths: list[str], saved: list[str]) -> None:
+    """Refuse targets in modules that another adapter has its own copy of."""
+    for path in paths:
+        inside = [name for name in saved if f"{path}.".startswith(f"{name}.")]
+        if inside:
+            raise ValueError(
+                f"{type(config).__name__}: {path} is targeted, but {inside[0]} is in modules_to_save of another "
+                "adapter; leave it out of target_modules"
+            )
 
 
 def _from_keys(

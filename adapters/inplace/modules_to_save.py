@@ -111,14 +111,20 @@ class ModulesToSaveWrapper(nn.Module):
 
 
 def wrap_modules(
-    config: AdapterConfig, model: nn.Module, adapter_name: str, modules: Mapping[str, nn.Module]
+    config: AdapterConfig, adapter_name: str, modules: Mapping[str, nn.Module], adapted: Iterable[str]
 ) -> list[Callable[[], None]]:
     """What has to be done to wrap the modules that `config.modules_to_save` names; nothing is done yet.
 
     A name is a whole name, or the end of one after a dot. (PEFT takes any end of a name, so that `"in0"` wraps `lin0`.)
 
+    Args:
+        config: An adapter's config.
+        adapter_name: Name of the adapter.
+        modules: The model's modules by name.
+        adapted: Names of modules that carry an adapter.
+
     Raises:
-        ValueError: A name that matches nothing, or a container without a forward.
+        ValueError: A name that matches nothing, a container without a forward, a module with an adapter in it.
     """
     todo: list[Callable[[], None]] = []
     for saved in config.modules_to_save or ():
@@ -131,6 +137,12 @@ def wrap_modules(
                 not isinstance(module, containers),
                 config,
                 f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
+            )
+            inside = [name for name in adapted if f"{name}.".startswith(f"{path}.")]
+            require(
+                not inside,
+                config,
+                f"modules_to_save names {path}, but {inside[:1]} carries an adapter; a copy would have to train both",
             )
             parent, _, name = path.rpartition(".")
             todo.append(functools.partial(_wrap, modules[parent], name, adapter_name))

@@ -1,0 +1,109 @@
+"""Which modules PEFT adapts where a config names none, by the model's `config.model_type`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from .config import AdapterConfig
+
+TARGETS: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(
+        [
+            "bart",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gpt_neo",
+            "gptj",
+            "llama",
+            "llama4",
+            "mistral",
+            "mixtral",
+            "opt",
+            "qwen2",
+            "qwen3",
+            "stablelm",
+        ],
+        ("q_proj", "v_proj"),
+    ),
+    **dict.fromkeys(["RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"], ("query_key_value",)),
+    **dict.fromkeys(["bert", "electra", "layoutlm", "roberta", "xlm-roberta"], ("query", "value")),
+    **dict.fromkeys(("mt5", "t5"), ("q", "v")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""For LoRA and OFT, and for methods without entries of their own."""
+
+OWN: dict[str, dict[str, tuple[str, ...]]] = {
+    "ADALORA": {
+        "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "roberta": ("query", "key", "value", "dense"),
+        "t5": ("q", "k", "v", "o", "wi", "wo"),
+    },
+    "VERA": {"phi": ("q_proj", "v_proj")},
+}
+"""Where a method's targets are not those of `TARGETS`."""
+
+IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(
+        ["gemma", "gemma2", "gemma3_text", "llama4", "qwen2", "qwen3"],
+        (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    ),
+    **dict.fromkeys(("llama", "mistral"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
+    **dict.fromkeys(("bert", "roberta"), (("key", "value", "output.dense"), ("output.dense",))),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), (("c_attn", "mlp.c_proj"), ("mlp.c_proj",))),
+    **dict.fromkeys(
+        ("RefinedWeb", "RefinedWebModel", "falcon", "gpt_neox"),
+        (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    ),
+    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+    "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
+    "deberta": (("in_proj", "output.dense"), ("output.dense",)),
+    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
+    "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
+    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
+    "mixtral": (("k_proj", "v_proj", "w2"), ("w2",)),
+    "mt5": (("k", "v", "wi_1"), ()),
+    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
+    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+    "t5": (("k", "v", "wo"), ("wo",)),
+}
+"""IA3's targets and feed-forward modules."""
+
+
+def with_targets(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """A copy of the config that names its targets, where it names none and the model's type is in PEFT's table.
+
+    >>> import types
+    >>> from torchgraft.adapters import LoraConfig
+    >>> model = nn.Linear(2, 2)
+    >>> model.config = types.SimpleNamespace(model_type="llama")
+    >>> with_targets(LoraConfig(), model).target_modules
+    ['q_proj', 'v_proj']
+    """
+    about: Any = getattr(model, "config", None)
+    kind = about.get("model_type") if isinstance(about, dict) else getattr(about, "model_type", None)
+    if config.target_modules is not None or kind is None:
+        return config
+    method = config.method.name
+    if method == "IA3":
+        names = ("target_modules", "feedforward_modules") if kind in IA3 else ()
+        return dataclasses.replace(config, **dict(zip(names, map(list, IA3.get(kind, ())), strict=True)))
+    targets = OWN.get(method, {}).get(kind, TARGETS.get(kind))
+    return dataclasses.replace(config, target_modules=list(targets) if isinstance(targets, tuple) else targets)
