@@ -1,0 +1,64 @@
+"""Pictures of ratios: one bar for each case, with its spread, and a line where the reference is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from _results import FOLDER
+
+OURS, THEIRS, FLOOR = "#2a6fdb", "#c8553d", "#9aa3ad"
+
+
+def colour(name: str) -> str:
+    """One colour for torchgraft, one for peers, one for floors."""
+    if name.startswith("torchgraft"):
+        return OURS
+    return FLOOR if "base" in name else THEIRS
+
+
+def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str) -> Path:
+    """Draw one panel of bars for each setting into `results/<name>.png`.
+
+    Args:
+        name: Name of the picture.
+        title: What it shows, in one sentence.
+        panels: `{setting: {case: {"ratio", "quartile_1", "quartile_3"}}}`.
+        unit: What a ratio of 1 is.
+    """
+    rows = [len(cases) for cases in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8.5, 0.34 * sum(rows) + 0.62 * len(rows) + 0.9), height_ratios=rows, squeeze=False
+    )
+    for axis, (setting, cases) in zip(axes[:, 0], panels.items(), strict=True):
+        names = list(cases)[::-1]
+        values = [cases[one]["ratio"] for one in names]
+        low = [max(0, cases[one]["ratio"] - cases[one]["quartile_1"]) for one in names]
+        high = [max(0, cases[one]["quartile_3"] - cases[one]["ratio"]) for one in names]
+        axis.barh(names, values, xerr=[low, high], color=[colour(one) for one in names], height=0.68, ecolor="#333333")
+        axis.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
+        right = max(v + h for v, h in zip(values, high, strict=True))
+        for index, (value, more) in enumerate(zip(values, high, strict=True)):
+            axis.text(value + more + 0.012 * right, index, f"{value:.2f}", va="center", fontsize=8.5)
+        axis.set_xlim(0, 1.12 * right)
+        axis.set_title(setting, loc="left", fontsize=9.5)
+        axis.tick_params(length=0, labelsize=8.5)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1, 0].set_xlabel(f"time, as a multiple of {unit}", fontsize=9)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
+    figure.tight_layout()
+    return _save(figure, name)
+
+
+def _save(figure: Any, name: str) -> Path:
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
