@@ -103,7 +103,9 @@ def with_targets(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
         return config
     method = config.method.name
     if method == "IA3":
-        names = ("target_modules", "feedforward_modules") if kind in IA3 else ()
-        return dataclasses.replace(config, **dict(zip(names, map(list, IA3.get(kind, ())), strict=True)))
+        if kind not in IA3:
+            return config
+        fields: dict[str, Any] = {"target_modules": list(IA3[kind][0]), "feedforward_modules": list(IA3[kind][1])}
+        return dataclasses.replace(config, **fields)
     targets = OWN.get(method, {}).get(kind, TARGETS.get(kind))
     return dataclasses.replace(config, target_modules=list(targets) if isinstance(targets, tuple) else targets)
