@@ -174,7 +174,9 @@ def load_config(path: str | os.PathLike[str], subfolder: str | None = None) -> A
     if not folder.path.is_dir():
         raise FileNotFoundError(f"{folder.path}: no such directory; nothing is downloaded here, fetch it first")
     with contextlib.ExitStack() as stack:
-        weights = stack.enter_context(folder.open(WEIGHTS)) if folder.has(WEIGHTS) else None
+        weights = None
+        with contextlib.suppress(FileNotFoundError):
+            weights = stack.enter_context(folder.open(WEIGHTS))
         file, data = read_config(folder, weights)
     return _to_config(file, data)
 
@@ -214,9 +216,9 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
         raise TypeError("params is None, expected the graft's parameter tree: save_adapter(graft, path, params=params)")
     if name not in graft.configs:
         raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
-    tree = params
-    if graft.named and name in params and name not in graft.sites[name]:
-        tree = params[name]
+    own = params.get(name)
+    by_name = graft.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
+    tree = params[name] if by_name else params
     graft.active({name: tree} if graft.named else tree)
     config: Any = graft.configs[name]
     state = to_keys(config, tree, PREFIX)

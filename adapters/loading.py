@@ -22,7 +22,7 @@ from .headers import Weights
 from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .inplace.modules_to_save import saved_paths
 from .inplace.walk import bare_modules, layers
-from .keys import names_of
+from .keys import SHARED, names_of
 from .targets import find_targets
 
 
@@ -121,8 +121,10 @@ def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Ma
     for path, site in sites.items():
         for constant, value in site.constants.items():
             other = planned[path].constants[constant]
-            if constant not in own.form.shared and not _equal(value, other):
-                raise ValueError(f"{constant} of {path} is {other} in the file and {value} in the graft{remedy}")
+            if f"{SHARED}{constant}" in stored.weights.specs or _equal(value, other):
+                continue
+            what = f"is {other} in the file and {value} in the graft"
+            raise ValueError(f"{constant} of {path} {'differs' if isinstance(value, Tensor) else what}{remedy}")
     for field in own.form.reads:
         given, expected = getattr(stored.config, field), getattr(own, field)
         if given != expected:
