@@ -139,7 +139,8 @@ def load_adapter(
         with about(config_file):
             if isinstance(model, Graft):
                 return load_into_graft(model, stored, adapter_name)
-            return load_into_model(model, stored, adapter_name, is_trainable)
+            load_into_model(model, stored, adapter_name, is_trainable)
+            return target
 
 
 def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:

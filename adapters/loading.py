@@ -152,7 +152,7 @@ def _other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, 
     ]
 
 
-def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trainable: bool) -> nn.Module:
+def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trainable: bool) -> None:
     """Inject an adapter with the values of a file; all that can fail comes before the model is touched.
 
     Raises:
@@ -198,7 +198,6 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     with torch.no_grad():
         for tensor, value in embeddings:
             tensor.copy_(value)
-    return model
 
 
 def _constant(sites: Mapping[str, Site], name: str) -> Tensor:

@@ -26,6 +26,7 @@ from torchgraft.adapters import (
     inject_adapter_in_model,
     load_adapter,
     load_config,
+    merge_adapter,
     save_adapter,
 )
 from torchgraft.functional import bind, stack, unstack
@@ -420,6 +421,27 @@ def test_a_second_adapter_joins_the_first_and_own_names_come_first(tmp_path):
     torch.testing.assert_close(model(case.x), two(case.x))
     other = load_adapter(copy.deepcopy(case.model), tmp_path, "unknown")
     torch.testing.assert_close(other(case.x), one(case.x))
+
+
+def test_loading_beside_merged_adapters_and_behind_a_compiled_model(tmp_path):
+    case = Case("lora")
+    other = case.mine("style")
+    save_adapter(other, tmp_path)
+    model = case.mine()
+    merge_adapter(model)
+    compiled = torch.compile(model, backend="eager")
+    assert load_adapter(compiled, tmp_path, "style") is compiled
+    torch.testing.assert_close(model(case.x), other(case.x))
+    folder = save_adapter(compiled, tmp_path / "again", "style")
+    saved = [load_file(one / "adapter_model.safetensors") for one in (tmp_path, folder)]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+def test_a_base_on_the_meta_device_gets_values_on_the_cpu(tmp_path):
+    case = Case("lora")
+    save_adapter(case.mine(), tmp_path)
+    model = load_adapter(copy.deepcopy(case.model).to("meta"), tmp_path)
+    assert model.first.base_layer.weight.is_meta and model.first.lora_A["default"].weight.device.type == "cpu"
 
 
 def test_loading_draws_no_random_numbers_and_saving_changes_nothing(tmp_path):

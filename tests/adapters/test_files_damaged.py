@@ -444,7 +444,7 @@ def originals(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damage_by_chance_is_a_clean_error_or_an_equal_result(name, originals, data):
     config, weights = data.draw(mutations(*originals[name]))
