@@ -8,6 +8,10 @@ from .budget import allocate as allocate
 from .budget import orthogonality as orthogonality
 from .budget import prune as prune
 from .config import AdapterConfig as AdapterConfig
+from .files import load_adapter as load_adapter
+from .files import load_config as load_config
+from .files import save_adapter as save_adapter
+from .files import save_config as save_config
 from .ia3 import IA3Config as IA3Config
 from .inplace import BaseTunerLayer as BaseTunerLayer
 from .inplace import ModulesToSaveWrapper as ModulesToSaveWrapper

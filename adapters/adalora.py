@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -51,6 +52,9 @@ class AdaLoraConfig(LoraFields):
         init_lora_weights: `True` for a zero `E` and small normal `A` and `B`, `False` for standard normal ones.
         rank_pattern: The triplets that stayed, as PEFT writes it: `{"<module>.lora_E": [True, False, ...]}`. Those
             modules' leaves hold only these; the scaling factor stays that of `init_r`.
+        r: Has no effect, as in PEFT; `init_r` is the rank.
+        use_rslora: Has no effect, as in PEFT.
+        alpha_pattern: Has no effect, as in PEFT.
 
     >>> AdaLoraConfig(target_modules=["q_proj"], total_step=100, tinit=10, tfinal=20).init_r
     12
@@ -69,6 +73,9 @@ class AdaLoraConfig(LoraFields):
     lora_dropout: float = 0.0
     init_lora_weights: bool = True
     rank_pattern: Mapping[str, Sequence[bool]] | None = None
+    r: int = 8
+    use_rslora: bool = False
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     method: ClassVar[Method]
 
@@ -81,6 +88,17 @@ class AdaLoraConfig(LoraFields):
             require(0 < getattr(self, name) < 1, self, f"{name} is {getattr(self, name)}, expected 0 < beta < 1")
         require(self.orth_reg_weight >= 0, self, f"orth_reg_weight is {self.orth_reg_weight}, expected 0 or more")
         require(0 <= self.lora_dropout < 1, self, f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
+        if (self.r, self.use_rslora, self.alpha_pattern) != (8, False, {}):
+            warnings.warn(
+                "AdaLoraConfig: r, use_rslora and alpha_pattern have no effect; the rank is init_r, the scaling factor "
+                "lora_alpha / init_r",
+                UserWarning,
+                stacklevel=3,
+            )
+        if self.rank_pattern is not None:
+            wrong = [key for key in self.rank_pattern if ".lora_E" not in key]
+            require(not wrong, self, f"rank_pattern names {wrong}, expected targeted modules followed by '.lora_E'")
+            self.rank_pattern = {f"{_module(key)}.lora_E": mask for key, mask in self.rank_pattern.items()}
         if self.total_step is not None:
             require(
                 self.tinit < self.total_step - self.tfinal,
@@ -97,7 +115,10 @@ def plan(config: AdaLoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
     require(not unknown, config, f"rank_pattern names {unknown}, expected targeted modules followed by '.lora_E'")
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return {
-        site.path: {"r": sum(patterns.get(site.path, [True] * config.init_r)), **_scaled(config, alpha)}
+        site.path: {
+            "r": sum(patterns[site.path]) if site.path in patterns else config.init_r,
+            **_scaled(config, alpha),
+        }
         for site in sites
     }
 
@@ -108,7 +129,7 @@ def _scaled(config: AdaLoraConfig, alpha: float) -> dict[str, float]:
 
 def _module(key: str) -> str:
     """The module that a key of `rank_pattern` speaks of; an adapter's name may follow the leaf's."""
-    return key.rpartition(".lora_E")[0]
+    return key.removeprefix("base_model.model.").rpartition(".lora_E")[0]
 
 
 def shapes(config: AdaLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:

@@ -6,8 +6,8 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from torchgraft.functional import Method
 
 from .form import Form
 from .peft_type import PeftType
+from .strict_json import fits
 from .targets import find_targets
 
 T = TypeVar("T")
@@ -68,6 +69,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require(self.bias == "none", self, f"bias is {self.bias!r}, which is not supported here; leave it at 'none'")
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(pattern := getattr(self, name, None), str):
+                require_patterns(self, name, [pattern])
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        require_patterns(self, "layers_pattern", layers or (), r"(?:^|.*?\.){}\.(\d+)\.")
+        require_patterns(self, "modules_to_save", self.modules_to_save or (), r"(^|.*\.){}($|\..*)")
 
     @property
     def peft_type(self) -> PeftType | str:
@@ -112,7 +119,8 @@ class AdapterConfig:
         Fields that are unknown here, from a newer PEFT, are kept in `unknown_fields` with a warning.
 
         Raises:
-            ValueError: An unknown `peft_type`, or a value that the method does not accept.
+            ValueError: An unknown `peft_type`, a value of another type than its field's, or one that the method does
+                not accept.
             TypeError: Another method's `peft_type`.
 
         >>> from torchgraft.adapters import LoraConfig
@@ -130,6 +138,11 @@ class AdapterConfig:
             raise TypeError(f"{cls.__name__}: peft_type is {name!r}, the type of {found.__name__}; use that class")
         known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"}
         unknown = {key: value for key, value in given.items() if key not in known}
+        hints = get_type_hints(found)
+        for field in dataclasses.fields(found):
+            if field.name in given and not fits(given[field.name], hints[field.name]):
+                value = f"{given[field.name]!r:.200}"
+                raise ValueError(f"{found.__name__}: {field.name} is {value}, expected {field.type}")
         if unknown:
             warnings.warn(
                 f"{found.__name__}: unknown fields {sorted(unknown)}, perhaps of a newer PEFT, have no effect; "
@@ -201,6 +214,24 @@ def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
+
+
+def require_patterns(config: Any, name: str, patterns: Iterable[str], where: str = "{}") -> None:
+    """Raise a `ValueError` that names the field, for a pattern that is no regular expression.
+
+    Args:
+        config: The config.
+        name: The field.
+        patterns: Its patterns.
+        where: The expression that a pattern becomes a part of, in the place of `{}`.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(where.replace("{}", pattern))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{type(config).__name__}: {name} has {pattern!r:.200}, which is no regular expression: {error}"
+            ) from error
 
 
 def require(condition: bool, config: Any, message: str) -> None:

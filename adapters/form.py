@@ -39,6 +39,10 @@ class Form:
         saves_shared: `(config) -> bool`, whether files hold them.
         infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
         input_side: Whether the method acts on the input, so that of several active adapters the first comes first.
+        reads: Fields that change what `apply` computes beyond what `plan` makes of them; dropout, which is for training
+            alone, is not among them.
+        check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
+            config's. It runs before `plan`, for methods whose `plan` makes tensors as large as the config says.
         only_here: Fields that PEFT's config of this method does not have; written only where they say something.
     """
 
@@ -52,6 +56,8 @@ class Form:
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
     input_side: bool = False
+    reads: tuple[str, ...] = ()
+    check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     only_here: tuple[str, ...] = ()
 
     def key(self, leaf: str) -> str:

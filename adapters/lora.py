@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Layer, Method, Site, widen
 
-from .config import by_pattern, require
+from .config import by_pattern, require, require_patterns
 from .form import Form, Value
 from .lora_fields import LoraFields
 from .low_rank import add_product, add_scaled
@@ -67,6 +67,8 @@ class LoraConfig(LoraFields):
             self,
             f"init_lora_weights is {self.init_lora_weights!r}, expected True, False or 'gaussian'",
         )
+        for name in ("rank_pattern", "alpha_pattern"):
+            require_patterns(self, name, getattr(self, name), r"(.*\.)?({})$")
 
 
 def plan(config: LoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:

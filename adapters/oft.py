@@ -126,6 +126,7 @@ def _width(site: Site) -> int:
 def _divisor(width: int, size: int) -> int:
     """The divisor of `width` that is nearest to `size`, the lower of two."""
     size = min(size, width)
+    size = min(size, width)
     near = (size + sign * distance for distance in range(size) for sign in (-1, 1))
     return next(candidate for candidate in near if width % candidate == 0)
 
@@ -258,4 +259,5 @@ OFTConfig.form = Form(
     },
     infer=_infer,
     input_side=True,
+    reads=("coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
 )

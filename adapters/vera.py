@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -125,6 +126,16 @@ VeraConfig.method = Method(
     merge=merge,
 )
 
+
+def _check(config: VeraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Hold the rank, by which `plan` makes the shared matrices, against the tensors."""
+    given = {path: tuple(leaves["vera_lambda_d"].shape) for path, leaves in found.items() if "vera_lambda_d" in leaves}
+    require(bool(given), config, f"there is no vera_lambda_d to hold r={config.r} against")
+    for path, shape in given.items():
+        what = f"r is {config.r}, and vera_lambda_d of {path} has shape {shape}, expected (r,)"
+        require(shape == (config.r,), config, what)
+
+
 VeraConfig.form = Form(
     prefix="vera_",
     parameters=("vera_lambda_b", "vera_lambda_d"),
@@ -136,5 +147,6 @@ VeraConfig.form = Form(
     infer=lambda config, found: {"r": len(next(iter(found.values()))["vera_lambda_d"])},
     shared=("vera_A", "vera_B"),
     saves_shared=lambda config: config.save_projection,
+    check=_check,
     only_here=("exclude_modules",),
 )

@@ -127,6 +127,29 @@ def wrap_modules(
         ValueError: A name that matches nothing, a container without a forward, a module with an adapter in it.
     """
     todo: list[Callable[[], None]] = []
+    for path in saved_paths(config, modules):
+        inside = [name for name in adapted if f"{name}.".startswith(f"{path}.")]
+        require(
+            not inside,
+            config,
+            f"modules_to_save names {path}, but {inside[:1]} carries an adapter; a copy would have to train both",
+        )
+        parent, _, name = path.rpartition(".")
+        todo.append(functools.partial(_wrap, modules[parent], name, adapter_name))
+    return todo
+
+
+def saved_paths(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the modules that `config.modules_to_save` speaks of.
+
+    Raises:
+        ValueError: A name that matches nothing, or a container without a forward.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> saved_paths(LoraConfig(modules_to_save=["head"]), {"model": nn.ReLU(), "model.head": nn.ReLU()})
+    ['model.head']
+    """
+    found = []
     for saved in config.modules_to_save or ():
         paths = [path for path in modules if path and (path == saved or path.endswith(f".{saved}"))]
         require(bool(paths), config, f"modules_to_save has {saved!r}, which is no module of the model")
@@ -138,15 +161,8 @@ def wrap_modules(
                 config,
                 f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
             )
-            inside = [name for name in adapted if f"{name}.".startswith(f"{path}.")]
-            require(
-                not inside,
-                config,
-                f"modules_to_save names {path}, but {inside[:1]} carries an adapter; a copy would have to train both",
-            )
-            parent, _, name = path.rpartition(".")
-            todo.append(functools.partial(_wrap, modules[parent], name, adapter_name))
-    return todo
+            found.append(path)
+    return found
 
 
 def _wrap(parent: nn.Module, name: str, adapter_name: str) -> None:

@@ -1,0 +1,228 @@
+"""Loading: from checked files into a model or into a tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft.functional import Graft
+from torchgraft.functional.method import Tree
+from torchgraft.functional.plan import plan_sites
+from torchgraft.functional.site import Site
+from torchgraft.functional.trees import sort
+
+from .config import AdapterConfig
+from .fit import Parts, fit, found_leaves
+from .headers import Weights
+from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .inplace.modules_to_save import saved_paths
+from .inplace.walk import bare_modules, layers
+from .keys import SHARED, names_of
+from .targets import find_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An adapter's opened files, and how to read them.
+
+    Attributes:
+        config: The config.
+        weights: The opened weights.
+        check_finite: Whether to refuse values that are not finite.
+        dtype: Dtype for the parameters, or `None` for the rule of the target.
+        device: Device for the parameters, or `None` for that of the base.
+    """
+
+    config: AdapterConfig
+    weights: Weights
+    check_finite: bool
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+
+    def plan(self, modules: Mapping[str, nn.Module], model: nn.Module) -> dict[str, Site]:
+        """The sites that the config means on this model."""
+        found = found_leaves(self.config, self.weights)
+        if not found:
+            raise KeyError(
+                f"{self.weights.file}: has no tensor of {self.config.method.name}, the method of the config; it has "
+                f"{names_of(self.weights.specs)}"
+            )
+        self.config.form.check(self.config, found)
+        return plan_sites(self.config, modules, find_targets(self.config, modules, model))
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors by key, on the CPU."""
+        tensors = self.weights.read()
+        for key, tensor in tensors.items() if self.check_finite else ():
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                raise ValueError(f"{self.weights.file}: {key!r} has values that are NaN or infinite")
+        return tensors
+
+    def leaf(self, tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+        """One parameter where it belongs, in memory of its own."""
+        device = self.device or ("cpu" if base.is_meta else base.device)
+        return tensor.to(device, self.dtype or dtype)
+
+
+def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
+    """Read the tree of one of a graft's adapters.
+
+    Raises:
+        ValueError: A config that means something else than the graft's; tensors of the base that are not the graft's.
+        KeyError: Tensors that are missing, or that nothing has a use for.
+    """
+    name = adapter_name if graft.named else ""
+    if name not in graft.configs:
+        raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
+    modules = dict(graft.model.named_modules(remove_duplicate=False))
+    sites = graft.sites[name]
+    _check_method(stored.config, graft.configs[name])
+    _check_same(stored, graft.configs[name], sites, stored.plan(modules, graft.model))
+    parts = fit(stored.config, stored.weights, sites, {}, graft.model.state_dict)
+    tensors = stored.read()
+    for shared in _other_shared(sites, parts, tensors):
+        raise ValueError(
+            f"{stored.weights.file}: {parts.shared[shared]!r} is not what this graft has drawn from its seed; use "
+            "load_adapter(model, path), which takes the file's"
+        )
+    for base in _other_base(graft.model.state_dict(), parts, tensors):
+        raise ValueError(
+            f"{stored.weights.file}: {parts.base[base]!r} differs from {base!r} of the model, which a graft never "
+            "changes; use load_adapter(model, path) on the model, or load this tensor into it first"
+        )
+    tree: Tree = {path: {} for path in sites}
+    for (path, leaf), key in parts.leaves.items():
+        weight: Any = modules[path].weight
+        wide = weight.is_floating_point() and weight.itemsize > 4
+        tree[path][leaf] = stored.leaf(tensors[key], weight, weight.dtype if wide else torch.float32)
+    return sort(tree)
+
+
+def _check_method(config: AdapterConfig, own: Any) -> None:
+    if config.method is not own.method:
+        raise ValueError(
+            f"peft_type is {config.method.name}, and the graft was bound with {type(own).__name__}; bind the model "
+            "with the file's config: AdapterConfig.from_pretrained(path)"
+        )
+
+
+def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Mapping[str, Site]) -> None:
+    """Refuse a config that computes something else with the same tensors."""
+    remedy = "; bind the model with the file's config: AdapterConfig.from_pretrained(path)"
+    if sites.keys() != planned.keys():
+        only = sorted(sites.keys() ^ planned.keys())
+        where = "graft" if only[0] in sites else "file"
+        raise ValueError(f"the config adapts other modules than the graft: only the {where} has {only[0]!r}{remedy}")
+    for path, site in sites.items():
+        for constant, value in site.constants.items():
+            other = planned[path].constants[constant]
+            if f"{SHARED}{constant}" in stored.weights.specs or _equal(value, other):
+                continue
+            what = f"is {other} in the file and {value} in the graft"
+            raise ValueError(f"{constant} of {path} {'differs' if isinstance(value, Tensor) else what}{remedy}")
+    for field in own.form.reads:
+        given, expected = getattr(stored.config, field), getattr(own, field)
+        if given != expected:
+            raise ValueError(f"{field} is {given!r} in the file and {expected!r} in the graft{remedy}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+def _other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the shared constants that are not those of the file, up to the file's precision."""
+    constants = next(iter(sites.values())).constants
+    return [
+        name for name, key in parts.shared.items() if not torch.equal(constants[name].to(tensors[key]), tensors[key])
+    ]
+
+
+def _other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the base's tensors that are not those of the file."""
+    return [
+        name
+        for name, key in parts.base.items()
+        if base[name].is_meta or not torch.equal(base[name].cpu(), tensors[key].to(base[name].dtype))
+    ]
+
+
+def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trainable: bool) -> None:
+    """Inject an adapter with the values of a file; all that can fail comes before the model is touched.
+
+    Raises:
+        ValueError: A name that is taken, a config that does not fit the model, tensors of the base that are not the
+            model's.
+        KeyError: Tensors that are missing, or that nothing has a use for.
+    """
+    if adapter_name in (taken := adapter_names(model)):
+        raise ValueError(
+            f"the model has an adapter {adapter_name!r} already (it has {taken}); choose another adapter_name, or call "
+            "delete_adapter first"
+        )
+    modules = bare_modules(model)
+    sites = stored.plan(modules, model)
+    saved = {
+        f"{path}.{name}": tensor
+        for path in saved_paths(stored.config, modules)
+        for name, tensor in modules[path].state_dict().items()
+    }
+    parts = fit(stored.config, stored.weights, sites, saved, lambda: get_base_model_state_dict(model))
+    tensors = stored.read()
+    others = _other_shared(sites, parts, tensors)
+    if others and not stored.config.form.saves_shared(stored.config):
+        raise ValueError(
+            f"{stored.weights.file}: {parts.shared[others[0]]!r} is not what the config's seed gives, and the config "
+            "says that such tensors are not in the file; set save_projection in it to true"
+        )
+    embeddings = _embeddings(model, modules, stored, parts, tensors)
+    tree: Tree = {path: {} for path in sites}
+    for (path, leaf), key in parts.leaves.items():
+        weight: Any = modules[path].weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        tree[path][leaf] = stored.leaf(tensors[key], weight, dtype)
+    constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
+
+    config = dataclasses.replace(stored.config, inference_mode=not is_trainable)
+    inject_adapter_in_model(config, model, adapter_name, params=tree)
+    if parts.saved:
+        set_peft_model_state_dict(model, {name: tensors[key] for name, key in parts.saved.items()}, adapter_name)
+    for layer in layers(model).values() if constants else ():
+        if adapter_name in layer.entries:
+            layer.set_constants(adapter_name, constants)
+    with torch.no_grad():
+        for tensor, value in embeddings:
+            tensor.copy_(value)
+
+
+def _constant(sites: Mapping[str, Site], name: str) -> Tensor:
+    return next(iter(sites.values())).constants[name]
+
+
+def _embeddings(
+    model: nn.Module, modules: Mapping[str, nn.Module], stored: Stored, parts: Parts, tensors: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the base to be replaced by the file's: an adapter may bring its embeddings, and nothing else."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    found = []
+    names: Iterable[str] = _other_base(get_base_model_state_dict(model), parts, tensors) if parts.base else ()
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        if not isinstance(module, nn.Embedding) and module is not getattr(output, "base_layer", output):
+            raise ValueError(
+                f"{stored.weights.file}: {parts.base[name]!r} differs from {name!r} of the model, which no adapter may "
+                "replace; was it made for another model? Load it into the model first if that is what you want"
+            )
+        tensor: Any = getattr(module, leaf)
+        found.append((tensor, tensors[parts.base[name]].to(tensor.device, tensor.dtype)))
+        warnings.warn(
+            f"{name} of the base is replaced by the one that came with the adapter", UserWarning, stacklevel=4
+        )
+    return found
