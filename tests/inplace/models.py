@@ -60,19 +60,20 @@ def inputs(kind="linear", dtype=torch.float64):
 
 FIELDS = {"LORA": {}, "IA3": {"feedforward_modules": []}, "ADALORA": {"total_step": 9}, "OFT": {}, "VERA": {}}
 SIZES = {"LORA": {"r": 3}, "IA3": {}, "ADALORA": {"init_r": 3}, "OFT": {"oft_block_size": 4}, "VERA": {"r": 3}}
-CLASSES = {
+NAMES = {
     "LORA": "LoraConfig",
     "IA3": "IA3Config",
     "ADALORA": "AdaLoraConfig",
     "OFT": "OFTConfig",
     "VERA": "VeraConfig",
 }
+OWN = ("lora_", "ia3_", "oft_", "vera_lambda", "modules_to_save")
 
 
 def configs(method, **fields):
     """The same config here and in PEFT."""
     fields = {"target_modules": ["first", "second"], **FIELDS[method], **SIZES[method], **fields}
-    return tuple(getattr(lib, CLASSES[method])(**copy.deepcopy(fields)) for lib in (adapters, peft))
+    return tuple(getattr(lib, NAMES[method])(**copy.deepcopy(fields)) for lib in (adapters, peft))
 
 
 def inject(model, method, name="default", **fields):
@@ -103,10 +104,8 @@ def peft_load(model, state, name="default"):
     """PEFT's loading of such a state dict."""
     wrapper = vars(model).get("wrapper")
     if wrapper is not None:
-        state = {
-            key if "." not in key.removeprefix("base_model.") else f"base_model.model.{key}": t
-            for key, t in state.items()
-        }
+        shared = ("base_model.vera_A", "base_model.vera_B")
+        state = {key if key in shared else f"base_model.model.{key}": tensor for key, tensor in state.items()}
     return peft.set_peft_model_state_dict(wrapper or model, state, name)
 
 
@@ -128,9 +127,7 @@ def randomise(model, seed=3, scale=0.3):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if any(
-                f".{prefix}" in f".{name}" for prefix in ("lora_", "ia3_", "oft_", "vera_lambda", "modules_to_save")
-            ):
+            if any(f".{prefix}" in f".{name}" for prefix in OWN):
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                 parameter.copy_(scale * noise + (1 if "ia3" in name else 0))
     return model
