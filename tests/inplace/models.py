@@ -84,7 +84,8 @@ def inject_peft(model, method, name="default", **fields):
     """PEFT's injection; it has no low-level one for VeRA."""
     config = configs(method, **fields)[1]
     if method != "VERA":
-        return peft.inject_adapter_in_model(config, model, name)
+        with quiet("Already found a `peft_config` attribute"):
+            return peft.inject_adapter_in_model(config, model, name)
     wrapper = vars(model).get("wrapper")
     if wrapper is None:
         vars(model)["wrapper"] = peft.get_peft_model(model, config, name, autocast_adapter_dtype=False)
