@@ -89,7 +89,8 @@ class BaseTunerLayer(nn.Module):
         config: Any = entry.config
         for leaf in (*config.form.modules, *config.form.parameters):
             if leaf not in self._modules:
-                self.add_module(leaf, nn.ModuleDict() if leaf in config.form.modules else nn.ParameterDict())
+                container = nn.ModuleDict() if leaf in config.form.modules else nn.ParameterDict()
+                self.add_module(leaf, container.train(self.training))
         self._entries[name] = entry
         for leaf, parameter in leaves.items():
             if leaf in config.form.modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -122,6 +123,8 @@ def delete_adapter(
 ) -> list[str] | None:
     """Remove an adapter from a model, and from `model.peft_config`; the layers stay, see `unload`.
 
+    If it was the only active one, the first of the others by name becomes active, with a warning.
+
     Args:
         model: A model with injected adapters.
         adapter_name: Name of the adapter.
@@ -142,14 +145,19 @@ def delete_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
         )
-    rest = [name for name in adapter_names(model) if name != adapter_name]
+    parts = [part for part in _parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
-    for part in _parts(model):
+    if active is not None:
+        left = [name for name in active if name != adapter_name]
+        rest = sorted(name for name in adapter_names(model) if name != adapter_name)
+        if rest and not left:
+            left = rest[:1]
+            warnings.warn(f"adapter {adapter_name!r} was active; now {left[0]!r} is", UserWarning, stacklevel=2)
+        for part in parts:
+            part.set_adapter(left)
+    for part in parts:
         part.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
-    if active is not None:
-        left = [name for name in active if name != adapter_name] or rest[:1]
-        set_adapter(model, left)
     now = next((layer.active_adapters for layer in found), [])
     return list(now) or None
 

@@ -1,0 +1,158 @@
+"""Small models of one kind of layer, and the same adapter injected by PEFT and by torchgraft."""
+
+import contextlib
+import copy
+import warnings
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from torchgraft import adapters
+
+LINEAR = ("linear", "linear_without_bias", "transposed")
+KINDS = (*LINEAR, "embedding", "conv1d", "conv2d", "conv3d")
+X = {
+    "embedding": lambda: torch.randint(0, 11, (2, 5)),
+    "conv1d": lambda: torch.randn(2, 8, 5),
+    "conv2d": lambda: torch.randn(2, 8, 5, 5),
+    "conv3d": lambda: torch.randn(2, 8, 3, 3, 3),
+}
+
+
+class Net(nn.Module):
+    """Two layers of a kind, and a head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = layer(kind, 8, 4), layer(kind, 4, 8)
+        self.head = nn.Linear(8 if kind in LINEAR else 4, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        if self.kind == "embedding":
+            return self.head(self.first(x)[..., :4] * self.second(x)[..., :4])
+        y = self.second(torch.tanh(self.first(x)))
+        return self.head(y if self.kind in LINEAR else y.flatten(2).mean(2)[:, :4])
+
+
+def layer(kind, n_in, n_out):
+    if kind == "transposed":
+        return transformers.pytorch_utils.Conv1D(n_out, n_in)
+    if kind == "embedding":
+        return nn.Embedding(11, n_in)
+    if kind.startswith("conv"):
+        return getattr(nn, f"Conv{kind[4:]}")(n_in, n_out, 3, padding=1)
+    return nn.Linear(n_in, n_out, bias=kind == "linear")
+
+
+def net(kind="linear", dtype=torch.float64):
+    torch.manual_seed(0)
+    return Net(kind).to(dtype).eval()
+
+
+def inputs(kind="linear", dtype=torch.float64):
+    torch.manual_seed(1)
+    x = X.get(kind, lambda: torch.randn(2, 3, 8))()
+    return x if kind == "embedding" else x.to(dtype)
+
+
+FIELDS = {"LORA": {}, "IA3": {"feedforward_modules": []}, "ADALORA": {"total_step": 9}, "OFT": {}, "VERA": {}}
+SIZES = {"LORA": {"r": 3}, "IA3": {}, "ADALORA": {"init_r": 3}, "OFT": {"oft_block_size": 4}, "VERA": {"r": 3}}
+NAMES = {
+    "LORA": "LoraConfig",
+    "IA3": "IA3Config",
+    "ADALORA": "AdaLoraConfig",
+    "OFT": "OFTConfig",
+    "VERA": "VeraConfig",
+}
+OWN = ("lora_", "ia3_", "oft_", "vera_lambda", "modules_to_save")
+
+
+def configs(method, **fields):
+    """The same config here and in PEFT."""
+    fields = {"target_modules": ["first", "second"], **FIELDS[method], **SIZES[method], **fields}
+    return tuple(getattr(lib, NAMES[method])(**copy.deepcopy(fields)) for lib in (adapters, peft))
+
+
+def inject(model, method, name="default", **fields):
+    return adapters.inject_adapter_in_model(configs(method, **fields)[0], model, name)
+
+
+def inject_peft(model, method, name="default", **fields):
+    """PEFT's injection; it has no low-level one for VeRA."""
+    config = configs(method, **fields)[1]
+    if method != "VERA":
+        with quiet("Already found a `peft_config` attribute"):
+            return peft.inject_adapter_in_model(config, model, name)
+    wrapper = vars(model).get("wrapper")
+    if wrapper is None:
+        vars(model)["wrapper"] = peft.get_peft_model(model, config, name, autocast_adapter_dtype=False)
+    else:
+        wrapper.add_adapter(name, config, autocast_adapter_dtype=False)
+        wrapper.set_adapter(name)
+    return model
+
+
+def peft_state(model, name="default"):
+    """PEFT's state dict of an adapter, without the prefix that its wrapper adds."""
+    state = peft.get_peft_model_state_dict(vars(model).get("wrapper", model), adapter_name=name)
+    return {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
+
+
+def peft_load(model, state, name="default"):
+    """PEFT's loading of such a state dict."""
+    wrapper = vars(model).get("wrapper")
+    if wrapper is not None:
+        shared = ("base_model.vera_A", "base_model.vera_B")
+        state = {key if key in shared else f"base_model.model.{key}": tensor for key, tensor in state.items()}
+    return peft.set_peft_model_state_dict(wrapper or model, state, name)
+
+
+def both(method, kind="linear", dtype=torch.float64, **fields):
+    """Two models of equal weights, with an adapter from the same seed, by torchgraft and by PEFT."""
+    model = net(kind, dtype)
+    if kind == "transposed" and method != "OFT":
+        fields["fan_in_fan_out"] = True
+    pair = []
+    for model, do in ((net(kind, dtype), inject), (net(kind, dtype), inject_peft)):
+        torch.manual_seed(7)
+        pair.append(do(model, method, **fields))
+    pair[1].eval()
+    return pair
+
+
+def randomise(model, seed=3, scale=0.3):
+    """Other numbers in every adapter parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if any(f".{prefix}" in f".{name}" for prefix in OWN):
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                parameter.copy_(scale * noise + (1 if "ia3" in name else 0))
+    return model
+
+
+def layers(model):
+    """The tuner layers, of either library."""
+    kinds = (adapters.BaseTunerLayer, peft.tuners.tuners_utils.BaseTunerLayer)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def parameters(model):
+    """Parameters by name, but AdaLoRA's `ranknum`, which PEFT makes a frozen parameter and torchgraft a number."""
+    return {name: p for name, p in model.named_parameters() if ".ranknum." not in name}
+
+
+def trained(model):
+    return {name: p.requires_grad for name, p in parameters(model).items()}
+
+
+@contextlib.contextmanager
+def quiet(*messages):
+    """Without these warnings of PEFT."""
+    with warnings.catch_warnings():
+        for message in messages:
+            warnings.filterwarnings("ignore", message)
+        yield
