@@ -138,9 +138,9 @@ class AdapterConfig:
             raise TypeError(f"{cls.__name__}: peft_type is {name!r}, the type of {found.__name__}; use that class")
         known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"}
         unknown = {key: value for key, value in given.items() if key not in known}
-        hints = get_type_hints(found)
+        hints = _hints(found)
         for field in dataclasses.fields(found):
-            if field.name in given and not fits(given[field.name], hints[field.name]):
+            if field.name in given and not fits(given[field.name], hints.get(field.name, Any)):
                 value = f"{given[field.name]!r:.200}"
                 raise ValueError(f"{found.__name__}: {field.name} is {value}, expected {field.type}")
         if unknown:
@@ -174,6 +174,14 @@ class AdapterConfig:
         if not isinstance(config, cls):
             raise TypeError(f"{cls.__name__}: {pretrained_model_name_or_path} holds a {type(config).__name__}")
         return config
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a config's fields; none for a user's class whose annotations cannot be resolved."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
 
 
 def config_types() -> dict[str, type[AdapterConfig]]:

@@ -63,10 +63,20 @@ class Stored:
                 raise ValueError(f"{self.weights.file}: {key!r} has values that are NaN or infinite")
         return tensors
 
-    def leaf(self, tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """One parameter where it belongs, in memory of its own."""
+    def leaf(self, key: str, tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+        """One parameter where it belongs, in memory of its own.
+
+        Raises:
+            ValueError: Values that the dtype cannot hold.
+        """
         device = self.device or ("cpu" if base.is_meta else base.device)
-        return tensor.to(device, self.dtype or dtype)
+        made = tensor.to(self.dtype or dtype)
+        if made.itemsize < tensor.itemsize and (made.isinf() & ~tensor.isinf()).any():
+            raise ValueError(
+                f"{self.weights.file}: {key!r} has values of up to {tensor.abs().max():.3g}, more than {made.dtype} "
+                f"can hold; pass dtype={tensor.dtype}"
+            )
+        return made.to(device)
 
 
 def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
@@ -99,7 +109,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     for (path, leaf), key in parts.leaves.items():
         weight: Any = modules[path].weight
         wide = weight.is_floating_point() and weight.itemsize > 4
-        tree[path][leaf] = stored.leaf(tensors[key], weight, weight.dtype if wide else torch.float32)
+        tree[path][leaf] = stored.leaf(key, tensors[key], weight, weight.dtype if wide else torch.float32)
     return sort(tree)
 
 
@@ -185,7 +195,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     for (path, leaf), key in parts.leaves.items():
         weight: Any = modules[path].weight
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        tree[path][leaf] = stored.leaf(tensors[key], weight, dtype)
+        tree[path][leaf] = stored.leaf(key, tensors[key], weight, dtype)
     constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
     config = dataclasses.replace(stored.config, inference_mode=not is_trainable)

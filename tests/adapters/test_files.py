@@ -1,6 +1,8 @@
 """Files move both ways: what PEFT wrote loads here, what is written here loads in PEFT, with the same outputs."""
 
 import copy
+import dataclasses
+import gc
 import json
 import threading
 
@@ -199,6 +201,8 @@ def test_the_fresh_config_has_the_fields_of_peft(case, tmp_path):
         assert theirs.pop("target_modules") == ["first", "head", "second"]
         ours.pop("target_modules")
     assert ours == theirs
+    read = AdapterConfig.from_dict(case.theirs.to_dict())
+    assert type(read) is type(case.ours) and not read.unknown_fields
 
 
 # PEFT's own, for its own files too: it takes AdaLoRA's rank_pattern for LoRA's.
@@ -405,10 +409,18 @@ def test_dtypes_and_trainable_parameters_follow_the_target_unless_told(tmp_path)
     assert load_adapter(bind(copy.deepcopy(case.model).double(), case.ours), tmp_path)["first"][
         "lora_A"
     ].dtype == torch.float64  # fmt: skip
+    with pytest.raises(ValueError, match=r"lora_A.weight' has values of up to 1e\+06, more than torch.float16"):
+        load_adapter(copy.deepcopy(case.model).half(), large(case, tmp_path / "large"))
     trained = load_adapter(copy.deepcopy(case.model), tmp_path, is_trainable=True)
     assert [name for name, p in trained.named_parameters() if p.requires_grad] == [
         f"{site}.{leaf}.default.weight" for site in ("first", "second") for leaf in ("lora_A", "lora_B")
     ]
+
+
+def large(case, folder):
+    model = case.mine()
+    nn.init.constant_(model.first.lora_A["default"].weight, 1e6)
+    return save_adapter(model, folder)
 
 
 def test_a_second_adapter_joins_the_first_and_own_names_come_first(tmp_path):
@@ -426,14 +438,14 @@ def test_a_second_adapter_joins_the_first_and_own_names_come_first(tmp_path):
 def test_loading_beside_merged_adapters_and_behind_a_compiled_model(tmp_path):
     case = Case("lora")
     other = case.mine("style")
-    save_adapter(other, tmp_path)
+    first = save_adapter(other, tmp_path, "style")
     model = case.mine()
     merge_adapter(model)
     compiled = torch.compile(model, backend="eager")
     assert load_adapter(compiled, tmp_path, "style") is compiled
     torch.testing.assert_close(model(case.x), other(case.x))
     folder = save_adapter(compiled, tmp_path / "again", "style")
-    saved = [load_file(one / "adapter_model.safetensors") for one in (tmp_path, folder)]
+    saved = [load_file(one / "adapter_model.safetensors") for one in (first, folder)]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
 
 
@@ -521,6 +533,22 @@ def test_fields_of_a_newer_peft_warn_and_survive(tmp_path):
     with pytest.warns(UserWarning, match="unknown fields"):
         load_config(tmp_path / "b").save_pretrained(tmp_path / "c")
     assert fields_of(tmp_path / "c") == fields_of(tmp_path / "a")
+
+
+def test_a_users_config_whose_annotations_mean_nothing_elsewhere_is_read_without_their_check():
+    class Unseen:
+        pass
+
+    @dataclasses.dataclass(kw_only=True)
+    class OwnConfig(LoraConfig):
+        method = dataclasses.replace(LoraConfig.method, name="OWN")
+        extra: "Unseen | int" = 3
+
+    try:
+        assert AdapterConfig.from_dict({"peft_type": "OWN", "r": 2, "extra": 4}).extra == 4
+    finally:
+        del OwnConfig
+        gc.collect()
 
 
 def test_configs_are_saved_and_read_by_their_classes(tmp_path):
