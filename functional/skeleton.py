@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .adapted import Cell, adapt
 from .method import Entry
+from .site import plain_class
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
@@ -174,7 +175,7 @@ class Skeleton:
         cls = type(x)
         new = self._remember(x, object.__new__(cls))
         if id(x) in self._entries:
-            adapt(new, cls, self._paths[id(x)], self.cell, self._entries[id(x)])
+            adapt(new, cls, plain_class(x), self._paths[id(x)], self.cell, self._entries[id(x)])
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
         for key, value in vars(x).items():
             if key in ("_parameters", "_buffers"):
