@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -99,6 +100,8 @@ class Socket:
     entries: Mapping[str, Entry]
     inner: Any
     argument: str
+    cls: Any
+    plain: Any
 
     def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
         """The base under the active adapters, the first innermost."""
@@ -179,6 +182,17 @@ class AdaptedModule:
         described = super().extra_repr()  # type: ignore[misc]
         return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = dict(self.__dict__)
+        socket: Socket = state.pop("_socket")
+        return _revive, (socket.cls, socket.plain, socket.path, socket.cell, socket.entries), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
+        revive, args, state = self.__reduce_ex__(4)
+        new = memo[id(self)] = revive(*copy.deepcopy(args, memo))
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
+
 
 def _pin(cell: Cell, y: Tensor) -> None:
     """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
@@ -229,4 +243,11 @@ def adapt(shell: nn.Module, cls: Any, plain: Any, path: str, cell: Cell, entries
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
     shell.__class__ = _adapted_class(cls, plain)
-    shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument)
+    shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument, cls, plain)
+
+
+def _revive(cls: Any, plain: Any, path: str, cell: Cell, entries: Mapping[str, Entry]) -> nn.Module:
+    """An adapted module without a state yet, for copies and pickles."""
+    shell = object.__new__(cls)
+    adapt(shell, cls, plain, path, cell, entries)
+    return shell

@@ -189,6 +189,13 @@ class Graft:
             found[path] = Entry(self.configs[name], site)
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pools": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pool()
+
     def __repr__(self) -> str:
         adapters = ", ".join(
             f"{name + ': ' if name else ''}{config.method.name} on {len(self.sites[name])} sites"

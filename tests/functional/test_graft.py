@@ -1,6 +1,7 @@
 """Named adapters, views, and what bad input gets."""
 
 import copy
+import pickle
 import re
 
 import optree
@@ -118,6 +119,24 @@ def test_a_view_is_a_module_like_the_users():
         assert "adapters={'': LORA}" in repr(view)
     views[0].eval()
     assert model.training and views[1].training
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_grafts_and_views_are_copied_whole(copied):
+    model = Greeter()
+    graft = bind(model, LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
+    params = randomised(graft)
+    view = graft.view(params).eval()
+    expected = view(X)
+    own = copied(graft)
+    assert torch.equal(copied(view)(X), expected)
+    assert own.model is not model and torch.equal(own.view(params).eval()(X), expected)
+    awake = copied(graft.view(params))
+    assert not torch.equal(awake(X), awake(X))
+    assert torch.equal(awake.eval()(X), expected), "modes reach every part of the copy"
+    with torch.no_grad():
+        model.body[0].weight.zero_()
+    assert torch.equal(awake(X), expected) and torch.equal(own.view(params).eval()(X), expected)
 
 
 def test_gradients_flow_through_a_view():
