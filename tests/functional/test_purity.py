@@ -130,6 +130,28 @@ def test_batch_norm_in_training_mode_under_vmap():
     assert same(before, photograph(model))
 
 
+def test_base_as_data_is_never_written_to_and_may_have_its_own_axis():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    graft = bind(model, CONFIG)
+    trees = [randomised(graft, seed) for seed in range(3)]
+
+    def call(base, params):
+        return functional_call(graft, (base, params), (X,), return_buffers=True)
+
+    _, buffers = vmap(lambda params: call({}, params))(stack(trees))
+    before = {name: t.clone() for name, t in buffers.items()}
+    ys, later = vmap(call)(buffers, stack(trees))
+    assert same(before, buffers)
+    for i, tree in enumerate(trees):
+        own = {name: t[i] for name, t in buffers.items()}
+        y, after = call(own, tree)
+        assert same(own, {name: t[i] for name, t in before.items()})
+        torch.testing.assert_close((ys[i], {name: t[i] for name, t in later.items()}), (y, after))
+    weights = torch.randn(3, 4, 4)
+    ys, _ = vmap(lambda weight: call({"0.weight": weight}, trees[0]))(weights)
+    torch.testing.assert_close(ys[1], call({"0.weight": weights[1]}, trees[0])[0])
+
+
 def test_what_the_user_changes_is_seen():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 3))
     graft = bind(model, CONFIG)
