@@ -142,7 +142,7 @@ class Graft:
         for pool in self._pools:
             if pool.watch.same():
                 return pool
-        pool = Pool(self.model, self.build)
+        pool = Pool(self.build)
         self._pools = [pool, *(old for old in self._pools if old.watch.same_tensors())][:_RECENT]
         return pool
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import weakref
 
 import accelerate.hooks
@@ -78,8 +79,24 @@ WAYS = {
     "closure": (lambda self, x: self.f(x), {"f": lambda m: lambda x: m.out(m.lin(x))}),
     "default": (lambda self, x: self.f(x), {"f": lambda m: lambda x, lin=m.lin: m.out(lin(x))}),
     "weak reference": (lambda self, x: self.out(self.r()(x)), {"r": lambda m: weakref.ref(m.lin)}),
+    "weak method": (lambda self, x: self.out(self.r()(x)), {"r": lambda m: weakref.WeakMethod(m.lin.forward)}),
+    "weak proxy": (lambda self, x: self.out(self.r[0](x)), {"r": lambda m: [weakref.proxy(m.lin)]}),
+    "weak key": (lambda self, x: self.out(self.lin(x) * self.r[self.lin]), {"r": lambda m: weak_keys(m.lin)}),
+    "attribute of a dict": (lambda self, x: self.out(self.table.lin(x)), {"table": lambda m: Table(m.lin)}),
     "keyword": (lambda self, x: self.out(self.lin(input=x)), {}),
 }
+
+
+class Table(dict):
+    def __init__(self, lin):
+        super().__init__(lin=None)
+        self.lin = lin
+
+
+def weak_keys(lin):
+    table = weakref.WeakKeyDictionary()
+    table[lin] = 2.0
+    return table
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -170,6 +187,27 @@ def test_a_site_of_which_only_the_bias_is_read_is_unreached():
     graft = bind(model, LoraConfig(r=2, target_modules=["lin", "out"]))
     with pytest.raises(RuntimeError, match="never reached 'lin'"):
         graft(graft.init(), X)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda lin: types.MappingProxyType({"lin": lin}),
+        lambda lin: iter([lin]),
+        lambda lin: functools.cache(lambda i: lin),
+    ],
+)
+def test_an_object_that_cannot_be_rebuilt_around_a_copy_is_named(hide):
+    model = block(lambda self, x: self.out(self.lin(x)), hidden=lambda m: hide(m.lin))
+    with pytest.raises(TypeError, match=r"an attribute of type \S+ holds a module .* list or dict"):
+        bind(model, LoraConfig(target_modules=["lin"]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_module_beside_the_targets():
+    model = nn.Sequential(torch.jit.trace(nn.Linear(4, 4), X), nn.Linear(4, 3))
+    graft = bind(model, LoraConfig(r=2, target_modules=["1"]))
+    assert torch.equal(graft(graft.init(), X), model(X))
 
 
 def test_encoder_layer_fast_path_and_out_proj():

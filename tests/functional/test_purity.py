@@ -89,6 +89,35 @@ def test_a_forward_that_writes_everywhere_changes_nothing():
     assert same(before, photograph(model))
 
 
+def test_modules_and_objects_outside_the_tree_keep_their_state():
+    class Counter:
+        def __init__(self, module):
+            self.module, self.calls = module, 0
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.hidden = [nn.BatchNorm1d(4)]
+            self.counter = Counter(self.lin)
+
+        def forward(self, x):
+            self.counter.calls += 1
+            return self.hidden[0](self.counter.module(x)) * self.counter.calls
+
+    model = Model()
+    before = photograph(model.hidden[0])
+    graft = bind(model, CONFIG)
+    params = randomised(graft)
+    trained = graft(params, X)
+    assert torch.equal(graft(params, X), trained)
+    graft.view(params)(X)
+    vmap(graft, in_dims=(0, None))(stack([params, params]), X)
+    assert same(before, photograph(model.hidden[0])) and model.counter.calls == 0
+    model.hidden[0].eval()
+    assert not torch.allclose(graft(params, X), trained), "its mode is followed"
+
+
 def test_written_buffers_come_back_on_request():
     model, twin = Busy(), Busy()
     twin.load_state_dict(model.state_dict())
