@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy
 import optree
 import pytest
 import torch
@@ -116,6 +117,27 @@ def test_modules_and_objects_outside_the_tree_keep_their_state():
     assert same(before, photograph(model.hidden[0])) and model.counter.calls == 0
     model.hidden[0].eval()
     assert not torch.allclose(graft(params, X), trained), "its mode is followed"
+
+
+def test_attributes_that_cannot_be_compared_are_put_back():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.table, self.offset = numpy.ones(3), torch.ones(3)
+
+        def forward(self, x):
+            self.table, self.offset = self.table + 1, self.offset + 1
+            return self.lin(x) * float(self.table.sum()) + self.offset.sum()
+
+    model = Model()
+    graft = bind(model, CONFIG)
+    params = randomised(graft)
+    y = graft(params, X)
+    assert torch.equal(graft(params, X), y)
+    assert model.table.sum() == model.offset.sum() == 3
+    model.table = numpy.zeros(3)
+    assert not torch.allclose(graft(params, X), y)
 
 
 def test_written_buffers_come_back_on_request():
