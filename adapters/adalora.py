@@ -71,9 +71,12 @@ class AdaLoraConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("target_r", "init_r", "deltaT"):
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, self, f"{name} is {value!r}, expected a positive integer")
+        for name in ("tinit", "tfinal"):
+            require(getattr(self, name) >= 0, self, f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("beta1", "beta2"):
             require(0 < getattr(self, name) < 1, self, f"{name} is {getattr(self, name)}, expected 0 < beta < 1")
         require(self.orth_reg_weight >= 0, self, f"orth_reg_weight is {self.orth_reg_weight}, expected 0 or more")
@@ -92,6 +95,13 @@ def plan(config: AdaLoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
     patterns = {_module(key): [bool(kept) for kept in mask] for key, mask in (config.rank_pattern or {}).items()}
     unknown = sorted(set(patterns) - {site.path for site in sites})
     require(not unknown, config, f"rank_pattern names {unknown}, expected targeted modules followed by '.lora_E'")
+    for path, mask in patterns.items():
+        require(
+            len(mask) == config.init_r,
+            config,
+            f"rank_pattern has {len(mask)} entries for {path}, expected one for each of the init_r={config.init_r} "
+            "triplets",
+        )
     scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
     return {
         site.path: {"r": sum(patterns.get(site.path, [True] * config.init_r)), "scaling": scaling} for site in sites

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchgraft.functional import Method
 
+from .fields import check_fields
 from .targets import find_targets
 
 T = TypeVar("T")
@@ -34,6 +35,21 @@ class AdapterConfig:
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        given = self.layers_to_transform is not None
+        require(
+            given or not self.layers_pattern,
+            self,
+            f"layers_pattern is {self.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
+        )
+        require(
+            not (given and isinstance(self.target_modules, str)),
+            self,
+            f"layers_to_transform is {self.layers_to_transform!r}, which applies to names in a list, and "
+            f"target_modules is the string {self.target_modules!r}; give a list, or put the layers into the expression",
+        )
 
     def targets(self, model: nn.Module) -> list[str]:
         """Names of the modules of `model` to adapt, in the order of `named_modules`."""

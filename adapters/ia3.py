@@ -48,6 +48,7 @@ class IA3Config(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         named, targets = self.feedforward_modules, self.target_modules
         if named is None or targets is None or isinstance(named, str) or isinstance(targets, str):
             return

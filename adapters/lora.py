@@ -57,6 +57,7 @@ class LoraConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.lora_dropout < 1, self, f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
         require(
             self.init_lora_weights in (True, False, "gaussian"),

@@ -65,6 +65,7 @@ class OFTConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.r >= 0 and self.oft_block_size >= 0 and (self.r == 0) != (self.oft_block_size == 0),
             self,

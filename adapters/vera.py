@@ -51,6 +51,7 @@ class VeraConfig(AdapterConfig):
     method: ClassVar[Method]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(isinstance(self.r, int) and self.r > 0, self, f"r is {self.r!r}, expected a positive integer")
         require(0 <= self.vera_dropout < 1, self, f"vera_dropout is {self.vera_dropout}, expected 0 <= p < 1")
 

@@ -304,6 +304,10 @@ def test_errors_say_what_to_write():
         AdaLoraConfig(beta1=1.0)
     with pytest.raises(ValueError, match="AdaLoraConfig: init_r is 0, expected a positive integer"):
         AdaLoraConfig(init_r=0)
+    with pytest.raises(ValueError, match="AdaLoraConfig: tinit is -1, expected 0 or more"):
+        AdaLoraConfig(tinit=-1)
+    with pytest.raises(ValueError, match="rank_pattern has 1 entries for k, expected one for each of the init_r=12"):
+        bind(Net(), AdaLoraConfig(target_modules=["k"], rank_pattern={"k.lora_E": [True]}))
     with pytest.raises(ValueError, match=r"rank_pattern names \['q'\], expected targeted modules followed by"):
         bind(Net(), AdaLoraConfig(target_modules=["k"], rank_pattern={"q.lora_E": [True]}))
     config = AdaLoraConfig(init_r=2, target_modules=["k"])
