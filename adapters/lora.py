@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -68,6 +69,15 @@ class LoraConfig(AdapterConfig):
 
 def plan(config: LoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
     """Rank and scaling factor of each site."""
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
+    if missed:
+        warnings.warn(
+            f"LoraConfig: {missed} in rank_pattern or alpha_pattern match none of the targeted modules and have no "
+            "effect; a pattern matches a whole name, or its end after a dot",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     planned = {}
     for site in sites:
         r = by_pattern(config.rank_pattern, site.path, config.r)

@@ -182,6 +182,14 @@ def test_a_partial_miss_is_a_warning_that_names_it():
         bind(Model(), LoraConfig(target_modules=["q_proj", "nope"]))
 
 
+def test_a_pattern_that_matches_no_target_is_a_warning_that_names_it():
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.warns(
+            RuntimeWarning, match=r"\['proj'\] in rank_pattern or alpha_pattern match none of the targeted"
+        ):
+            bind(Model(), LoraConfig(target_modules=["q_proj", "v_proj"], **{field: {"proj": 3, "v_proj": 2}}))
+
+
 def test_an_exclusion_that_excludes_nothing_is_a_warning():
     with pytest.warns(RuntimeWarning, match=r"exclude_modules=\['up'\] excludes none of the targets"):
         bind(Model(), LoraConfig(target_modules=["q_proj"], exclude_modules=["up"]))
