@@ -50,11 +50,18 @@ def functional_call(
     >>> buffers["1.num_batches_tracked"], model[1].num_batches_tracked
     (tensor(1), tensor(0))
     """
+    if not isinstance(graft, Graft):
+        raise TypeError(f"functional_call: graft is of type {type(graft).__name__}, expected what bind returned")
     base: Mapping[str, Tensor] = {}
     if isinstance(params, tuple):
         if len(params) != 2:
             raise TypeError(f"params is a tuple of {len(params)}, expected a tree or (base_params, params)")
         base, params = params
+        if not isinstance(base, Mapping):
+            raise TypeError(
+                f"base_params is of type {type(base).__name__}, expected a dict from names of the model's parameters "
+                "or buffers to tensors, such as dict(model.named_parameters())"
+            )
     active = graft.active(params)
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     if torch.compiler.is_compiling():

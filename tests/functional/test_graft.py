@@ -218,6 +218,22 @@ def test_a_tree_that_does_not_fit(graft, alter, error, words):
     assert torch.equal(graft(graft.init(), X), graft.model(X)), "nothing is left half done"
 
 
+def test_arguments_of_another_type(graft):
+    params = graft.init()
+    for call, words in (
+        (lambda: graft.init(0), "init: generator is 0, expected a torch.Generator; torch.Generator().manual_seed(0)"),
+        (lambda: graft.init(dtype=torch.int8), "init: dtype is torch.int8, expected a floating-point dtype"),
+        (lambda: graft.init(dtype="float16"), "init: dtype is 'float16', expected a floating-point dtype"),
+        (lambda: merge(graft.model, params), "merge: graft is of type Sequential, expected what bind returned"),
+        (lambda: functional_call(graft.model, params, (X,)), "functional_call: graft is of type Sequential, expected"),
+        (lambda: graft(([], params), X), "base_params is of type list, expected a dict from names"),
+        (lambda: value_and_grad(sum, argnums=(0, 1))(X, X), "value_and_grad: argnums is (0, 1), expected an int"),
+        (lambda: value_and_grad(torch.sum, has_aux=True)(X), "the function returned Tensor, expected (scalar, aux)"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(words)):
+            call()
+
+
 def test_unknown_adapter_name():
     graft = bind(mlp(), {"a": LoraConfig(target_modules=["0"])})
     with pytest.raises(KeyError, match=r"params has unknown adapter 'b'; this graft was bound with \['a'\]"):
