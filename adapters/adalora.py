@@ -84,6 +84,8 @@ class AdaLoraConfig(LoraFields):
         for name in ("target_r", "init_r", "deltaT"):
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, self, f"{name} is {value!r}, expected a positive integer")
+        for name in ("tinit", "tfinal"):
+            require(getattr(self, name) >= 0, self, f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("beta1", "beta2"):
             require(0 < getattr(self, name) < 1, self, f"{name} is {getattr(self, name)}, expected 0 < beta < 1")
         require(self.orth_reg_weight >= 0, self, f"orth_reg_weight is {self.orth_reg_weight}, expected 0 or more")
@@ -113,6 +115,13 @@ def plan(config: AdaLoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
     patterns = {_module(key): [bool(kept) for kept in mask] for key, mask in (config.rank_pattern or {}).items()}
     unknown = sorted(set(patterns) - {site.path for site in sites})
     require(not unknown, config, f"rank_pattern names {unknown}, expected targeted modules followed by '.lora_E'")
+    for path, mask in patterns.items():
+        require(
+            len(mask) == config.init_r,
+            config,
+            f"rank_pattern has {len(mask)} entries for {path}, expected one for each of the init_r={config.init_r} "
+            "triplets",
+        )
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return {
         site.path: {
@@ -198,7 +207,15 @@ def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> 
     ranks = {path: len(leaves["lora_E"]) for path, leaves in found.items() if "lora_E" in leaves}
     if all(rank == config.init_r for rank in ranks.values()):
         return {}
-    return {"rank_pattern": {f"{path}.lora_E": [True] * rank for path, rank in ranks.items()}}
+    require(
+        max(ranks.values()) <= config.init_r,
+        config,
+        f"init_r is {config.init_r}, and the tensors have rank {max(ranks.values())}; give the init_r they were made "
+        "with",
+    )
+    return {
+        "rank_pattern": {f"{path}.lora_E": [k < rank for k in range(config.init_r)] for path, rank in ranks.items()}
+    }
 
 
 AdaLoraConfig.form = Form(

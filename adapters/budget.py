@@ -31,7 +31,7 @@ def adalora_state(config: AdaLoraConfig, params: Tree) -> Tree:
         A tree of tensors: `"importance"` and `"uncertainty"` like `params`, and `"kept"`, `{path: "r 1"}`.
 
     Raises:
-        KeyError: A tree that is no AdaLoRA adapter's.
+        KeyError, TypeError: A tree that is no AdaLoRA adapter's.
 
     >>> import torch
     >>> from torchgraft.adapters import AdaLoraConfig
@@ -73,8 +73,9 @@ def allocate(config: AdaLoraConfig, params: Tree, grads: Tree, state: Tree, step
         The parameters with masked `lora_E`, and the next state.
 
     Raises:
-        ValueError: No `total_step`; a stack outside of `torch.vmap`; trees that do not fit each other.
-        KeyError: A tree that is no AdaLoRA adapter's.
+        ValueError: No `total_step`; a stack outside of `torch.vmap`; trees that do not fit each other; a step that
+            is no Python integer.
+        KeyError, TypeError: A tree that is no AdaLoRA adapter's, a state that is none.
 
     >>> import torch
     >>> from torchgraft.adapters import AdaLoraConfig
@@ -90,6 +91,10 @@ def allocate(config: AdaLoraConfig, params: Tree, grads: Tree, state: Tree, step
     last = _last(config)
     _check(params, "params")
     _check(grads, "grads")
+    require(isinstance(step, int) and step >= 0, config, f"step is {step!r}, expected a Python integer, 0 or more")
+    if not isinstance(state, dict) or set(state) != {"importance", "kept", "uncertainty"}:
+        given = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise TypeError(f"allocate: state is {given}, expected what adalora_state or the last allocate returned")
     kept = state["kept"]
     require(
         grads.keys() == params.keys() == kept.keys(),
@@ -153,7 +158,7 @@ def orthogonality(config: AdaLoraConfig, params: Tree) -> Tensor:
         A scalar, differentiable in `params`.
 
     Raises:
-        KeyError: A tree that is no AdaLoRA adapter's.
+        KeyError, TypeError: A tree that is no AdaLoRA adapter's.
         ValueError: A stack outside of `torch.vmap`.
 
     >>> import torch
@@ -187,7 +192,7 @@ def prune(config: AdaLoraConfig, params: Tree, state: Tree) -> tuple[AdaLoraConf
         The config with `rank_pattern`, and the tree.
 
     Raises:
-        KeyError: A tree that is no AdaLoRA adapter's.
+        KeyError, TypeError: A tree that is no AdaLoRA adapter's.
         ValueError: A stack; a triplet that `state` masks and `params` does not.
 
     >>> import torch
@@ -254,6 +259,11 @@ def _zeros(tree: Tree) -> Tree:
 
 
 def _check(tree: Tree, what: str) -> None:
+    if not isinstance(tree, dict):
+        raise TypeError(
+            f"{what} is of type {type(tree).__name__}, expected one AdaLoRA adapter's tree, as graft.init(generator) "
+            "makes it"
+        )
     for path, leaves in tree.items():
         if set(leaves) != {"lora_A", "lora_B", "lora_E"}:
             raise KeyError(

@@ -6,16 +6,16 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import nn
 
 from torchgraft.functional import Method
 
+from .fields import check_fields
 from .form import Form
 from .peft_type import PeftType
-from .strict_json import fits
 from .targets import find_targets
 
 T = TypeVar("T")
@@ -68,13 +68,20 @@ class AdapterConfig:
     is_prompt_learning: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.bias == "none", self, f"bias is {self.bias!r}, which is not supported here; leave it at 'none'")
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            if isinstance(pattern := getattr(self, name, None), str):
-                require_patterns(self, name, [pattern])
-        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        require_patterns(self, "layers_pattern", layers or (), r"(?:^|.*?\.){}\.(\d+)\.")
-        require_patterns(self, "modules_to_save", self.modules_to_save or (), r"(^|.*\.){}($|\..*)")
+        given = self.layers_to_transform is not None
+        require(
+            given or not self.layers_pattern,
+            self,
+            f"layers_pattern is {self.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
+        )
+        require(
+            not (given and isinstance(self.target_modules, str)),
+            self,
+            f"layers_to_transform is {self.layers_to_transform!r}, which applies to names in a list, and "
+            f"target_modules is the string {self.target_modules!r}; give a list, or put the layers into the expression",
+        )
 
     @property
     def peft_type(self) -> PeftType | str:
@@ -138,11 +145,6 @@ class AdapterConfig:
             raise TypeError(f"{cls.__name__}: peft_type is {name!r}, the type of {found.__name__}; use that class")
         known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"}
         unknown = {key: value for key, value in given.items() if key not in known}
-        hints = _hints(found)
-        for field in dataclasses.fields(found):
-            if field.name in given and not fits(given[field.name], hints.get(field.name, Any)):
-                value = f"{given[field.name]!r:.200}"
-                raise ValueError(f"{found.__name__}: {field.name} is {value}, expected {field.type}")
         if unknown:
             warnings.warn(
                 f"{found.__name__}: unknown fields {sorted(unknown)}, perhaps of a newer PEFT, have no effect; "
@@ -174,14 +176,6 @@ class AdapterConfig:
         if not isinstance(config, cls):
             raise TypeError(f"{cls.__name__}: {pretrained_model_name_or_path} holds a {type(config).__name__}")
         return config
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Types of a config's fields; none for a user's class whose annotations cannot be resolved."""
-    try:
-        return get_type_hints(cls)
-    except NameError:
-        return {}
 
 
 def config_types() -> dict[str, type[AdapterConfig]]:
@@ -222,24 +216,6 @@ def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
-
-
-def require_patterns(config: Any, name: str, patterns: Iterable[str], where: str = "{}") -> None:
-    """Raise a `ValueError` that names the field, for a pattern that is no regular expression.
-
-    Args:
-        config: The config.
-        name: The field.
-        patterns: Its patterns.
-        where: The expression that a pattern becomes a part of, in the place of `{}`.
-    """
-    for pattern in patterns:
-        try:
-            re.compile(where.replace("{}", pattern))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{type(config).__name__}: {name} has {pattern!r:.200}, which is no regular expression: {error}"
-            ) from error
 
 
 def require(condition: bool, config: Any, message: str) -> None:

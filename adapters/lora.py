@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Layer, Method, Site, widen
 
-from .config import by_pattern, require, require_patterns
+from .config import by_pattern, require
 from .form import Form, Value
 from .lora_fields import LoraFields
 from .low_rank import add_product, add_scaled
@@ -67,12 +68,19 @@ class LoraConfig(LoraFields):
             self,
             f"init_lora_weights is {self.init_lora_weights!r}, expected True, False or 'gaussian'",
         )
-        for name in ("rank_pattern", "alpha_pattern"):
-            require_patterns(self, name, getattr(self, name), r"(.*\.)?({})$")
 
 
 def plan(config: LoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
     """Rank and scaling factor of each site."""
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
+    if missed:
+        warnings.warn(
+            f"LoraConfig: {missed} in rank_pattern or alpha_pattern match none of the targeted modules and have no "
+            "effect; a pattern matches a whole name, or its end after a dot",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     planned = {}
     for site in sites:
         r = by_pattern(config.rank_pattern, site.path, config.r)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 _DIGITS = 18
 """Integers with more digits are refused; they fit 64 bits, and no field means more."""
@@ -71,30 +69,3 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {reprlib.repr(number)} is not finite")
     return value
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, with JSON's lists for sets and tuples, and integers for floats.
-
-    >>> fits(8, int), fits("8", int), fits(True, int), fits(["a"], list[str] | None), fits({"a": "b"}, dict[str, int])
-    (True, False, False, True, False)
-    """
-    if hint is Any:
-        return True
-    origin, args = get_origin(hint) or hint, get_args(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, one) for one in args)
-    if origin in (None, NoneType):
-        return value is None
-    if origin in (int, float):
-        return isinstance(value, int if origin is int else (int, float)) and not isinstance(value, bool)
-    if not isinstance(origin, type):
-        return True
-    if issubclass(origin, Mapping):
-        key, item = args or (Any, Any)
-        return isinstance(value, Mapping) and all(fits(k, key) and fits(v, item) for k, v in value.items())
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))
-    if issubclass(origin, (Sequence, Set)) and origin is not str:
-        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(one, (args or (Any,))[0]) for one in value)
-    return isinstance(value, origin)

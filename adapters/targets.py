@@ -72,7 +72,8 @@ def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
     endings = tuple(f".{path}" for path in paths)
     unclear = any(name.endswith(endings) for name in modules if name not in set(paths))
     targets = "|".join(map(re.escape, paths)) if unclear else list(paths)
-    return dataclasses.replace(config, target_modules=targets, exclude_modules=None, layers_to_transform=None)
+    unused = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
+    return dataclasses.replace(config, target_modules=targets, **unused)
 
 
 def _matches(config: Any, name: str) -> bool:

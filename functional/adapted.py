@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -29,7 +30,13 @@ class Base:
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
         bias = self.module.bias if self.site.has_bias else None
-        return self.site.canonical(self.module.weight), bias
+        weight = self.module.weight
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"{self.site.path}: its weight is {weight.dtype}, so an adapter cannot be added to it; call the module "
+                "instead of reading its weight, and merge into a model with floating-point weights"
+            )
+        return self.site.canonical(weight), bias
 
     @property
     def weight(self) -> Tensor:
@@ -93,6 +100,8 @@ class Socket:
     entries: Mapping[str, Entry]
     inner: Any
     argument: str
+    cls: Any
+    plain: Any
 
     def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
         """The base under the active adapters, the first innermost."""
@@ -107,9 +116,12 @@ class Socket:
             tree = trees.get(name)
             if tree is not None:
                 layer = Adapted(layer or Base(self.inner, entry.site, args, kwargs), entry, tree[entry.site.path])
+        return layer or Base(self.inner, next(iter(self.entries.values())).site, args, kwargs)
+
+    def reach(self) -> None:
+        """Note that a forward came by: it ran the module or read its weight."""
         if self.cell.reached is not None:
             self.cell.reached.add(self.path)
-        return layer or Base(self.inner, next(iter(self.entries.values())).site, args, kwargs)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Stored weight and bias with the active adapters in, in the base's dtype."""
@@ -121,11 +133,8 @@ class Socket:
         return weight, None if bias is None else bias.to(self.inner.bias.dtype)
 
 
-class AdaptedModule:
-    """Mixed into the class of a targeted module: same attributes, adapted forward, adapted `weight` and `bias`.
-
-    Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable.
-    """
+class AdaptedForward:
+    """Placed in front of the class that `Site.kind` speaks of: its forward under the adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         socket: Socket = self.__dict__["_socket"]
@@ -135,14 +144,25 @@ class AdaptedModule:
             x = kwargs.pop(socket.argument)
         else:
             raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
+        socket.reach()
         y = socket.layer(args, kwargs)(x)
         if not torch.compiler.is_compiling():
             _pin(socket.cell, y)
         return y
 
+
+class AdaptedModule:
+    """Mixed into the class of a targeted module: same attributes, adapted forward, adapted `weight` and `bias`.
+
+    Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable. So does a
+    subclass with a forward of its own, unless that calls the inherited forward, which is the factored one.
+    """
+
     @property
     def weight(self) -> Tensor:
-        return self.__dict__["_socket"].dense()[0]
+        socket: Socket = self.__dict__["_socket"]
+        socket.reach()
+        return socket.dense()[0]
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -162,6 +182,17 @@ class AdaptedModule:
         described = super().extra_repr()  # type: ignore[misc]
         return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = dict(self.__dict__)
+        socket: Socket = state.pop("_socket")
+        return _revive, (socket.cls, socket.plain, socket.path, socket.cell, socket.entries), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
+        revive, args, state = self.__reduce_ex__(4)
+        new = memo[id(self)] = revive(*copy.deepcopy(args, memo))
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
+
 
 def _pin(cell: Cell, y: Tensor) -> None:
     """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
@@ -178,18 +209,45 @@ def _pin(cell: Cell, y: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _adapted_class(cls: Any) -> type[nn.Module]:
-    return type(cls.__name__, (AdaptedModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _adapted_class(cls: Any, plain: Any) -> type[nn.Module]:
+    """`cls` with `AdaptedForward` between its own forward and that of `plain`."""
+    core = _subclass(plain, (AdaptedForward, plain))
+    return _subclass(cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core))
 
 
-def adapt(shell: nn.Module, cls: type[nn.Module], path: str, cell: Cell, entries: Mapping[str, Entry]) -> None:
+@functools.lru_cache(maxsize=256)
+def _inner_class(cls: Any, plain: Any) -> type[nn.Module]:
+    """`cls` with the forward of `plain`."""
+    return cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
+
+
+def _subclass(cls: Any, bases: tuple[Any, ...], **members: Any) -> Any:
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__, **members})
+
+
+def adapt(shell: nn.Module, cls: Any, plain: Any, path: str, cell: Cell, entries: Mapping[str, Entry]) -> None:
     """Turn a bare copy of a module into an adapted one, in place.
 
     The copy keeps its `__dict__`; a second object of the plain class shares that dict and is the base layer, so
     hooks, flags and tensors stay one set.
+
+    Args:
+        shell: The copy.
+        cls: Class of the user's module.
+        plain: The class among its bases whose forward the adapters go around.
+        path: Path of the user's module.
+        cell: Cell of the skeleton.
+        entries: Adapter entries by name.
     """
-    inner = object.__new__(cls)
+    inner = object.__new__(_inner_class(cls, plain))
     object.__setattr__(inner, "__dict__", shell.__dict__)
-    argument = next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "input")
-    shell.__class__ = _adapted_class(cls)  # type: ignore[arg-type]  # a class is hashable
-    shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument)
+    argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
+    shell.__class__ = _adapted_class(cls, plain)
+    shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument, cls, plain)
+
+
+def _revive(cls: Any, plain: Any, path: str, cell: Cell, entries: Mapping[str, Entry]) -> nn.Module:
+    """An adapted module without a state yet, for copies and pickles."""
+    shell = object.__new__(cls)
+    adapt(shell, cls, plain, path, cell, entries)
+    return shell

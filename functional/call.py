@@ -50,11 +50,18 @@ def functional_call(
     >>> buffers["1.num_batches_tracked"], model[1].num_batches_tracked
     (tensor(1), tensor(0))
     """
+    if not isinstance(graft, Graft):
+        raise TypeError(f"functional_call: graft is of type {type(graft).__name__}, expected what bind returned")
     base: Mapping[str, Tensor] = {}
     if isinstance(params, tuple):
         if len(params) != 2:
             raise TypeError(f"params is a tuple of {len(params)}, expected a tree or (base_params, params)")
         base, params = params
+        if not isinstance(base, Mapping):
+            raise TypeError(
+                f"base_params is of type {type(base).__name__}, expected a dict from names of the model's parameters "
+                "or buffers to tensors, such as dict(model.named_parameters())"
+            )
     active = graft.active(params)
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     if torch.compiler.is_compiling():
@@ -117,10 +124,10 @@ def _fill(
     skeleton.cell.trees, skeleton.cell.reached = active, set()
     named = _named(skeleton, base) if base else {}
     given = {**current, **named}
-    own = [key for key in (skeleton.volatile if current else skeleton.written) if key not in named]
+    own = list(skeleton.volatile if current else skeleton.written)
     if own:
-        zero = _batched_zero(active, args, kwargs)
-        given.update((key, _fresh(current.get(key, skeleton.aliases[key]), zero)) for key in own)
+        zero = _batched_zero(active, base, args, kwargs)
+        given.update((key, _fresh(given.get(key, skeleton.aliases[key]), zero)) for key in own)
     for key, tensor in given.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
@@ -175,11 +182,13 @@ def _named(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
     return found
 
 
-def _batched_zero(active: dict[str, Tree], args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+def _batched_zero(
+    active: dict[str, Tree], base: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
+) -> Tensor | None:
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if torch._C._functorch.maybe_current_level() is None:
         return None
-    leaves = optree.tree_leaves((active, args, dict(kwargs)))
+    leaves = optree.tree_leaves((active, dict(base), args, dict(kwargs)))
     zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None
 

@@ -40,6 +40,10 @@ def value_and_grad(
 
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not isinstance(argnums, int):
+            raise TypeError(
+                f"value_and_grad: argnums is {argnums!r}, expected an int; put several arguments into one tree"
+            )
         if not 0 <= argnums < len(args):
             raise ValueError(f"value_and_grad: argnums={argnums}, but only {len(args)} positional arguments were given")
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
@@ -55,6 +59,11 @@ def value_and_grad(
             inputs = [leaf if keep and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
             tree = optree.tree_unflatten(treedef, inputs)
             out = f(*args[:argnums], tree, *args[argnums + 1 :], **kwargs)
+            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError(
+                    f"value_and_grad: the function returned {type(out).__name__}, expected (scalar, aux) with "
+                    "has_aux=True"
+                )
             value, aux = out if has_aux else (out, None)
             _check_scalar(value)
             if value.requires_grad:

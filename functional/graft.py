@@ -70,11 +70,21 @@ class Graft:
         Returns:
             `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}` for named adapters; keys are sorted.
 
+        Raises:
+            TypeError: A `generator` or a `dtype` of another type, or no floating-point one.
+
         >>> from torchgraft.adapters import LoraConfig
         >>> graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=2, target_modules="all-linear"))
         >>> {leaf: tuple(t.shape) for leaf, t in graft.init()[""].items()}
         {'lora_A': (2, 4), 'lora_B': (3, 2)}
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"init: generator is {generator!r}, expected a torch.Generator; "
+                "torch.Generator().manual_seed(0) makes one"
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
         modules = dict(self.model.named_modules(remove_duplicate=False))
         made: Tree = {}
         for name, config in self.configs.items():
@@ -147,7 +157,7 @@ class Graft:
         for pool in self._pools:
             if pool.watch.same():
                 return pool
-        pool = Pool(self.model, self.build)
+        pool = Pool(self.build)
         self._pools = [pool, *(old for old in self._pools if old.watch.same_tensors())][:_RECENT]
         return pool
 
@@ -193,6 +203,13 @@ class Graft:
             site = dataclasses.replace(site, constants=_to(site.constants, module.weight.device, moved))
             found[path] = Entry(self.configs[name], site)
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pools": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pool()
 
     def __repr__(self) -> str:
         adapters = ", ".join(

@@ -35,6 +35,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     >>> sorted(merge(graft, graft.init()))
     ['bias', 'weight']
     """
+    if not isinstance(graft, Graft):
+        raise TypeError(f"merge: graft is of type {type(graft).__name__}, expected what bind returned")
     active = graft.active(params)
     model = graft.model
     state = model.state_dict()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from .skeleton import Skeleton
@@ -19,8 +20,8 @@ class Watch:
     `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
     """
 
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
+    def __init__(self, modules: Iterable[nn.Module]):
+        modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         self._views = [vars(module).values() for module in modules]
         self._views += [vars(module)[name].values() for module in modules for name in _REGISTRIES]
         self._state = list(map(tuple, self._views))
@@ -64,9 +65,9 @@ class Lease:
 class Pool:
     """Skeletons for one state of the model: as many as are in use at once, and one for compiled calls."""
 
-    def __init__(self, model: nn.Module, build: Callable[[], Skeleton]):
+    def __init__(self, build: Callable[[], Skeleton]):
         self.traced = build()
-        self.watch = Watch(model)
+        self.watch = Watch(module for module, _ in self.traced.modules)
         self._build = build
         self._free: deque[Skeleton] = deque()
 

@@ -23,14 +23,15 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
     watched = {id(module): name for name, module in model.named_modules() if name in parents or name in sites}
     done: set[Any] = set()
     for where, module in model.named_modules():
-        functions = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
+        own = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
+        functions = [(function, False) for function in own]
         for cls in type(module).__mro__:
             if cls in done or cls.__module__.startswith("torch."):
                 continue
             done.add(cls)
-            functions += [f for value in vars(cls).values() if (f := _function(value)) is not None]
-        for function in functions:
-            for name, value in _named(function, from_class=function not in vars(module).values()):
+            functions += [(f, True) for value in vars(cls).values() if (f := _function(value)) is not None]
+        for function, from_class in functions:
+            for name, value in _named(function, from_class):
                 if isinstance(value, nn.Module) and id(value) in watched:
                     raise ValueError(
                         f"{watched[id(value)] or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "

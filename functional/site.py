@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 _CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -102,9 +104,28 @@ class Site:
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is `transformers`' `Conv1D`, a linear map that stores `"in out"`, without importing it."""
-    return any(
-        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in type(module).__mro__
-    )
+    return any(map(_is_transposed_linear_class, type(module).__mro__))
+
+
+def _is_transposed_linear_class(cls: type) -> bool:
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class among a module's bases whose forward its kind speaks of.
+
+    A weight that is not of floating point is stored in a form that only the module's own class can read.
+
+    >>> class Scaled(nn.Embedding):
+    ...     def forward(self, ids):
+    ...         return 3 * super().forward(ids)
+    >>> plain_class(Scaled(4, 2)).__name__
+    'Embedding'
+    """
+    stored = module._parameters.get("weight")
+    if stored is not None and not stored.is_floating_point():
+        return type(module)
+    return next(cls for cls in type(module).__mro__ if cls in _PLAIN or _is_transposed_linear_class(cls))
 
 
 def describe(path: str, module: nn.Module) -> Site | None:

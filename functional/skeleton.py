@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
 import weakref
 from collections import deque
@@ -17,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .adapted import Cell, adapt
 from .method import Entry
+from .site import plain_class
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
@@ -48,7 +50,7 @@ class Skeleton:
         aliases: The detached alias of each tensor of the model, by the tensor's id.
         places: Where each alias hangs in the copy: containers and keys.
         sources: Where each named tensor hangs in the model, and its id.
-        modules: The model's modules, each with its copy.
+        modules: The model's modules, those that it keeps in plain containers too, each with its copy.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
     """
 
@@ -65,8 +67,8 @@ class Skeleton:
         self.frozen: set[int] = set()
         self.aliases: dict[int, Tensor] = {}
         self._touchable: list[Any] = []
+        self.modules: list[tuple[nn.Module, Any]] = []
         self.root: nn.Module = self._copy(model)
-        self.modules: list[tuple[nn.Module, Any]] = [(m, self._memo[id(m)]) for m in model.modules()]
         self.children = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
         self.sources: dict[str, tuple[Any, str, int]] = {
             f"{path}.{name}" if path else name: (registry, name, id(tensor))
@@ -75,7 +77,7 @@ class Skeleton:
             for name, tensor in registry.items()
             if tensor is not None
         }
-        self.volatile = self._volatile(model)
+        self.volatile = self._volatile()
         self.written = [key for key, active in self.volatile.items() if active]
         self._snapshots = [(container, copy.copy(container)) for container in self._touchable]
         del self._memo, self._keep, self._plain
@@ -94,10 +96,10 @@ class Skeleton:
             for container, name in self.places[key]:
                 container[name] = copied
 
-    def _volatile(self, model: nn.Module) -> dict[int, bool]:
+    def _volatile(self) -> dict[int, bool]:
         """Tensors that a forward may write to, and whether it may do so in the modes that the modules are in now."""
         found: dict[int, bool] = {}
-        for module in model.modules():
+        for module, _ in self.modules:
             active = module.training or not isinstance(module, _NormBase)
             tensors = [*module._buffers.values(), *vars(module).values()]
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -116,6 +118,8 @@ class Skeleton:
             return self._memo[id(x)]
         if isinstance(x, Tensor):
             return self._remember(x, self._alias(x))
+        if isinstance(x, weakref.ProxyTypes):
+            return weakref.proxy(self._copy(_target(x)))
         if isinstance(x, nn.Module):
             return self._module(x)
         if isinstance(x, _CONTAINERS):
@@ -138,7 +142,7 @@ class Skeleton:
             vars(new).update({k: self._copy(v) for k, v in vars(x).items()})
             return self._remember(x, new)
         if isinstance(x, weakref.ReferenceType):
-            return weakref.ref(self._copy(x()))
+            return (weakref.WeakMethod if isinstance(x, weakref.WeakMethod) else weakref.ref)(self._copy(x()))
         return self._object(x)
 
     def _remember(self, old: Any, new: Any) -> Any:
@@ -173,8 +177,9 @@ class Skeleton:
             )
         cls = type(x)
         new = self._remember(x, object.__new__(cls))
+        self.modules.append((x, new))
         if id(x) in self._entries:
-            adapt(new, cls, self._paths[id(x)], self.cell, self._entries[id(x)])
+            adapt(new, cls, plain_class(x), self._paths[id(x)], self.cell, self._entries[id(x)])
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
         for key, value in vars(x).items():
             if key in ("_parameters", "_buffers"):
@@ -207,6 +212,8 @@ class Skeleton:
                 self._put(new, index, value)
         if type(x) in _CONTAINERS:
             self._touchable.append(new)
+        for key, value in getattr(x, "__dict__", {}).items():
+            self._put(new.__dict__, key, value)
         return new
 
     def _tuple(self, x: Any) -> Any:
@@ -241,6 +248,8 @@ class Skeleton:
             ) from None
         for key, value in _attributes(x):
             object.__setattr__(new, key, self._copy(value))
+        if hasattr(new, "__dict__"):
+            self._touchable.append(new.__dict__)
         return new
 
     # -- does an object lead to the model? --------------------------------------------------------------------
@@ -270,6 +279,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _parts(x: Any) -> Iterator[Any]:
     if isinstance(x, dict):
+        yield from x
         yield from x.values()
     elif isinstance(x, (list, tuple, set, frozenset, deque)):
         yield from x
@@ -289,7 +299,12 @@ def _parts(x: Any) -> Iterator[Any]:
     elif isinstance(x, weakref.ReferenceType):
         yield x()
     else:
-        yield from (value for _, value in _attributes(x))
+        yield from gc.get_referents(x)
+
+
+def _target(proxy: Any) -> Any:
+    """What a weak proxy stands for: the owner of its methods."""
+    return proxy.__repr__.__self__
 
 
 def _attributes(x: Any) -> Iterator[tuple[str, Any]]:

@@ -304,6 +304,10 @@ def test_errors_say_what_to_write():
         AdaLoraConfig(beta1=1.0)
     with pytest.raises(ValueError, match="AdaLoraConfig: init_r is 0, expected a positive integer"):
         AdaLoraConfig(init_r=0)
+    with pytest.raises(ValueError, match="AdaLoraConfig: tinit is -1, expected 0 or more"):
+        AdaLoraConfig(tinit=-1)
+    with pytest.raises(ValueError, match="rank_pattern has 1 entries for k, expected one for each of the init_r=12"):
+        bind(Net(), AdaLoraConfig(target_modules=["k"], rank_pattern={"k.lora_E": [True]}))
     with pytest.raises(ValueError, match=r"rank_pattern names \['q'\], expected targeted modules followed by"):
         bind(Net(), AdaLoraConfig(target_modules=["k"], rank_pattern={"q.lora_E": [True]}))
     config = AdaLoraConfig(init_r=2, target_modules=["k"])
@@ -312,6 +316,18 @@ def test_errors_say_what_to_write():
     with pytest.raises(ValueError, match="AdaLoraConfig: total_step is None, expected the number of training steps"):
         allocate(config, params, params, state, 0)
     config = dataclasses.replace(config, total_step=4)
+    for step in (-1, 1.5, None, torch.tensor(1)):
+        with pytest.raises(ValueError, match="AdaLoraConfig: step is .*, expected a Python integer, 0 or more"):
+            allocate(config, params, params, state, step)
+    for call in (
+        lambda: allocate(config, None, params, state, 0),
+        lambda: orthogonality(config, None),
+        lambda: adalora_state(config, None),
+    ):
+        with pytest.raises(TypeError, match="params is of type NoneType, expected one AdaLoRA adapter's tree"):
+            call()
+    with pytest.raises(TypeError, match=r"allocate: state is \['kept'\], expected what adalora_state or the last"):
+        allocate(config, params, params, {"kept": state["kept"]}, 0)
     with pytest.raises(KeyError, match=r"params\['style'\] has \['k'\], expected"):
         allocate(config, {"style": params}, params, state, 0)
     with pytest.raises(

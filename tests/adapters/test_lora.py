@@ -143,7 +143,7 @@ def test_a_grouped_convolution_runs_and_says_why_it_cannot_merge():
             "LoraConfig: init_lora_weights is 'magic', expected True, False or 'gaussian'",
         ),
         ({"r": -1}, "LoraConfig: r is -1 at 0, expected a positive integer"),
-        ({"r": 2.0}, "LoraConfig: r is 2.0 at 0, expected a positive integer"),
+        ({"r": 2.0}, "LoraConfig: r is 2.0, expected int"),
         ({"rank_pattern": {"0": 0}}, "LoraConfig: r is 0 at 0, expected a positive integer"),
         ({"r": 3}, "LoraConfig: r is 3 at 0, a convolution with 2 groups; expected a multiple of the groups"),
     ],

@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given
 from torch import nn
 
-from torchgraft.adapters import LoraConfig
+from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
 from torchgraft.adapters.config import by_pattern
 from torchgraft.functional import bind
 
@@ -137,9 +137,57 @@ def test_what_matches_nothing_is_an_error_that_says_what_there_is():
         bind(Model(), LoraConfig(target_modules=["nope"]))
 
 
+@pytest.mark.parametrize(
+    ("config", "fields", "words"),
+    [
+        (LoraConfig, {"r": "8"}, "LoraConfig: r is '8', expected int"),
+        (LoraConfig, {"r": True}, "LoraConfig: r is True, expected int"),
+        (LoraConfig, {"lora_alpha": None}, "LoraConfig: lora_alpha is None, expected float"),
+        (LoraConfig, {"lora_dropout": "a"}, "LoraConfig: lora_dropout is 'a', expected float"),
+        (LoraConfig, {"use_rslora": "yes"}, "LoraConfig: use_rslora is 'yes', expected bool"),
+        (LoraConfig, {"rank_pattern": [1]}, "LoraConfig: rank_pattern is [1], expected "),
+        (LoraConfig, {"alpha_pattern": {"0": "a"}}, "LoraConfig: alpha_pattern is {'0': 'a'}, expected "),
+        (LoraConfig, {"rank_pattern": {"(": 1}}, "LoraConfig: rank_pattern has '(', which is no regular expression"),
+        (LoraConfig, {"target_modules": 3}, "LoraConfig: target_modules is 3, expected list[str] | "),
+        (LoraConfig, {"target_modules": [3]}, "LoraConfig: target_modules is [3], expected list[str] | "),
+        (LoraConfig, {"target_modules": "("}, "LoraConfig: target_modules has '(', which is no regular expression"),
+        (LoraConfig, {"exclude_modules": "*"}, "LoraConfig: exclude_modules has '*', which is no regular expression"),
+        (LoraConfig, {"layers_to_transform": ["a"]}, "LoraConfig: layers_to_transform is ['a'], expected list[int] | "),
+        (LoraConfig, {"layers_pattern": "h"}, "LoraConfig: layers_pattern is 'h' without layers_to_transform"),
+        (
+            LoraConfig,
+            {"target_modules": ".*", "layers_to_transform": 1},
+            "layers_to_transform is 1, which applies to names in a list, and target_modules is the string '.*'",
+        ),
+        (IA3Config, {"feedforward_modules": "("}, "IA3Config: feedforward_modules has '(', which is no regular"),
+        (IA3Config, {"init_ia3_weights": None}, "IA3Config: init_ia3_weights is None, expected bool"),
+        (AdaLoraConfig, {"total_step": 2.5}, "AdaLoraConfig: total_step is 2.5, expected int | None"),
+        (OFTConfig, {"oft_block_size": 2.5}, "OFTConfig: oft_block_size is 2.5, expected int"),
+        (VeraConfig, {"d_initial": "a"}, "VeraConfig: d_initial is 'a', expected float"),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_an_error_that_names_it(config, fields, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config(**{"target_modules": ["q_proj"], **fields})
+
+
+def test_collections_of_names_and_integers_for_numbers_are_fine():
+    for names in (["q_proj"], ("q_proj",), {"q_proj"}):
+        assert "q_proj" in bind(Model(), LoraConfig(target_modules=names, lora_alpha=8, lora_dropout=0)).sites[""]
+
+
 def test_a_partial_miss_is_a_warning_that_names_it():
     with pytest.warns(RuntimeWarning, match=r"LoraConfig: target_modules \['nope'\] match no module"):
         bind(Model(), LoraConfig(target_modules=["q_proj", "nope"]))
+
+
+def test_a_pattern_that_matches_no_target_is_a_warning_that_names_it():
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.warns(
+            RuntimeWarning, match=r"\['proj'\] in rank_pattern or alpha_pattern match none of the targeted"
+        ):
+            bind(Model(), LoraConfig(target_modules=["q_proj", "v_proj"], **{field: {"proj": 3, "v_proj": 2}}))
 
 
 def test_an_exclusion_that_excludes_nothing_is_a_warning():
@@ -148,15 +196,18 @@ def test_an_exclusion_that_excludes_nothing_is_a_warning():
 
 
 def test_a_config_is_never_changed():
-    fields = {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}, "layers_to_transform": [0]}
-    config = LoraConfig(**fields)
-    before = repr(config)
-    graft = bind(Model(), config)
-    graft.init()
-    assert repr(config) == before
-    config.r = 3
-    config.layers_to_transform.append(1)
-    assert repr(graft.configs[""]) == before, "a graft keeps the config that it was bound with"
+    for fields in (
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 3}, "layers_to_transform": [0]},
+    ):
+        config = LoraConfig(**fields)
+        before = repr(config)
+        graft = bind(Model(), config)
+        graft.init()
+        assert repr(config) == before
+        config.r = 3
+        config.rank_pattern["v_proj"] = 1
+        assert repr(graft.configs[""]) == before, "a graft keeps the config that it was bound with"
 
 
 @given(

@@ -1,6 +1,7 @@
 """Named adapters, views, and what bad input gets."""
 
 import copy
+import pickle
 import re
 
 import optree
@@ -120,6 +121,24 @@ def test_a_view_is_a_module_like_the_users():
     assert model.training and views[1].training
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_grafts_and_views_are_copied_whole(copied):
+    model = Greeter()
+    graft = bind(model, LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
+    params = randomised(graft)
+    view = graft.view(params).eval()
+    expected = view(X)
+    own = copied(graft)
+    assert torch.equal(copied(view)(X), expected)
+    assert own.model is not model and torch.equal(own.view(params).eval()(X), expected)
+    awake = copied(graft.view(params))
+    assert not torch.equal(awake(X), awake(X))
+    assert torch.equal(awake.eval()(X), expected), "modes reach every part of the copy"
+    with torch.no_grad():
+        model.body[0].weight.zero_()
+    assert torch.equal(awake(X), expected) and torch.equal(own.view(params).eval()(X), expected)
+
+
 def test_gradients_flow_through_a_view():
     graft = bind(Greeter(), LoraConfig(r=2, target_modules="all-linear"))
     params = optree.tree_map(lambda t: t.requires_grad_(), randomised(graft))
@@ -197,6 +216,22 @@ def test_a_tree_that_does_not_fit(graft, alter, error, words):
     with pytest.raises(error, match=re.escape(words)):
         graft(alter(graft.init()), X)
     assert torch.equal(graft(graft.init(), X), graft.model(X)), "nothing is left half done"
+
+
+def test_arguments_of_another_type(graft):
+    params = graft.init()
+    for call, words in (
+        (lambda: graft.init(0), "init: generator is 0, expected a torch.Generator; torch.Generator().manual_seed(0)"),
+        (lambda: graft.init(dtype=torch.int8), "init: dtype is torch.int8, expected a floating-point dtype"),
+        (lambda: graft.init(dtype="float16"), "init: dtype is 'float16', expected a floating-point dtype"),
+        (lambda: merge(graft.model, params), "merge: graft is of type Sequential, expected what bind returned"),
+        (lambda: functional_call(graft.model, params, (X,)), "functional_call: graft is of type Sequential, expected"),
+        (lambda: graft(([], params), X), "base_params is of type list, expected a dict from names"),
+        (lambda: value_and_grad(sum, argnums=(0, 1))(X, X), "value_and_grad: argnums is (0, 1), expected an int"),
+        (lambda: value_and_grad(torch.sum, has_aux=True)(X), "the function returned Tensor, expected (scalar, aux)"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(words)):
+            call()
 
 
 def test_unknown_adapter_name():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import weakref
 
 import accelerate.hooks
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 from torchgraft.adapters import LoraConfig
 from torchgraft.functional import bind, functional_call, merge
@@ -77,8 +79,24 @@ WAYS = {
     "closure": (lambda self, x: self.f(x), {"f": lambda m: lambda x: m.out(m.lin(x))}),
     "default": (lambda self, x: self.f(x), {"f": lambda m: lambda x, lin=m.lin: m.out(lin(x))}),
     "weak reference": (lambda self, x: self.out(self.r()(x)), {"r": lambda m: weakref.ref(m.lin)}),
+    "weak method": (lambda self, x: self.out(self.r()(x)), {"r": lambda m: weakref.WeakMethod(m.lin.forward)}),
+    "weak proxy": (lambda self, x: self.out(self.r[0](x)), {"r": lambda m: [weakref.proxy(m.lin)]}),
+    "weak key": (lambda self, x: self.out(self.lin(x) * self.r[self.lin]), {"r": lambda m: weak_keys(m.lin)}),
+    "attribute of a dict": (lambda self, x: self.out(self.table.lin(x)), {"table": lambda m: Table(m.lin)}),
     "keyword": (lambda self, x: self.out(self.lin(input=x)), {}),
 }
+
+
+class Table(dict):
+    def __init__(self, lin):
+        super().__init__(lin=None)
+        self.lin = lin
+
+
+def weak_keys(lin):
+    table = weakref.WeakKeyDictionary()
+    table[lin] = 2.0
+    return table
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -101,6 +119,95 @@ def test_an_object_that_holds_a_module():
             self.module = module
 
     assert_adapted(block(lambda self, x: self.out(self.holder.module(x)), holder=lambda m: Holder(m.lin)), X)
+
+
+class Shifted(nn.Linear):
+    """Takes more than the input, and calls the inherited forward."""
+
+    def forward(self, x, scale=1.0, *, shift=0.0):
+        return scale * super().forward(x) + shift
+
+
+class Doubled(nn.Linear):
+    """Computes with its weight itself."""
+
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight, self.bias), None
+
+
+class Positions(nn.Embedding):
+    """Looks up something else than its input, as the positions of OPT and Whisper."""
+
+    def forward(self, x, past=0):
+        return super().forward(torch.arange(x.shape[1]) + past) + self.weight[past]
+
+
+OWN_FORWARDS = {
+    "calls the inherited": (lambda: Shifted(4, 4), lambda self, x: self.out(self.lin(x, 2.0, shift=1.0))),
+    "by keyword": (lambda: Shifted(4, 4), lambda self, x: self.out(self.lin(x=x, scale=3.0))),
+    "reads its weight": (lambda: Doubled(4, 4), lambda self, x: self.out(self.lin(x)[0])),
+    "reads both": (lambda: Positions(9, 4), lambda self, x: self.out(self.lin(x, past=2))),
+    "scales": (
+        lambda: BartScaledWordEmbedding(9, 4, 0, embed_scale=3.0),
+        lambda self, x: self.out(self.lin(torch.arange(3))),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWN_FORWARDS)
+def test_a_class_with_its_own_forward_means_what_its_merged_weight_means(case):
+    make, forward = OWN_FORWARDS[case]
+    model = block(forward)
+    model.lin = make()
+    graft, params = assert_adapted(model, X, ["lin", "out"])
+    compiled = torch.compile(lambda params: graft(params, X), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(params), graft(params, X))
+
+
+def test_a_weight_in_integers_is_called_and_never_read():
+    class Quantised(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.weight = nn.Parameter((self.weight * 100).to(torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return F.linear(x, self.weight / 100, self.bias)
+
+    model = nn.Sequential(Quantised())
+    graft = bind(model, LoraConfig(r=2, target_modules=["0"]))
+    params = randomised(graft)
+    a, b = params["0"].values()
+    torch.testing.assert_close(graft(params, X), model(X) + 4 * X @ a.T @ b.T)
+    with pytest.raises(TypeError, match=r"0: its weight is torch\.int8, so an adapter cannot be added to it"):
+        merge(graft, params)
+
+
+def test_a_site_of_which_only_the_bias_is_read_is_unreached():
+    model = block(lambda self, x: self.out(x) + self.lin.bias.sum())
+    graft = bind(model, LoraConfig(r=2, target_modules=["lin", "out"]))
+    with pytest.raises(RuntimeError, match="never reached 'lin'"):
+        graft(graft.init(), X)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda lin: types.MappingProxyType({"lin": lin}),
+        lambda lin: iter([lin]),
+        lambda lin: functools.cache(lambda i: lin),
+    ],
+)
+def test_an_object_that_cannot_be_rebuilt_around_a_copy_is_named(hide):
+    model = block(lambda self, x: self.out(self.lin(x)), hidden=lambda m: hide(m.lin))
+    with pytest.raises(TypeError, match=r"an attribute of type \S+ holds a module .* list or dict"):
+        bind(model, LoraConfig(target_modules=["lin"]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_module_beside_the_targets():
+    model = nn.Sequential(torch.jit.trace(nn.Linear(4, 4), X), nn.Linear(4, 3))
+    graft = bind(model, LoraConfig(r=2, target_modules=["1"]))
+    assert torch.equal(graft(graft.init(), X), model(X))
 
 
 def test_encoder_layer_fast_path_and_out_proj():

@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy
 import optree
 import pytest
 import torch
@@ -89,6 +90,56 @@ def test_a_forward_that_writes_everywhere_changes_nothing():
     assert same(before, photograph(model))
 
 
+def test_modules_and_objects_outside_the_tree_keep_their_state():
+    class Counter:
+        def __init__(self, module):
+            self.module, self.calls = module, 0
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.hidden = [nn.BatchNorm1d(4)]
+            self.counter = Counter(self.lin)
+
+        def forward(self, x):
+            self.counter.calls += 1
+            return self.hidden[0](self.counter.module(x)) * self.counter.calls
+
+    model = Model()
+    before = photograph(model.hidden[0])
+    graft = bind(model, CONFIG)
+    params = randomised(graft)
+    trained = graft(params, X)
+    assert torch.equal(graft(params, X), trained)
+    graft.view(params)(X)
+    vmap(graft, in_dims=(0, None))(stack([params, params]), X)
+    assert same(before, photograph(model.hidden[0])) and model.counter.calls == 0
+    model.hidden[0].eval()
+    assert not torch.allclose(graft(params, X), trained), "its mode is followed"
+
+
+def test_attributes_that_cannot_be_compared_are_put_back():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.table, self.offset = numpy.ones(3), torch.ones(3)
+
+        def forward(self, x):
+            self.table, self.offset = self.table + 1, self.offset + 1
+            return self.lin(x) * float(self.table.sum()) + self.offset.sum()
+
+    model = Model()
+    graft = bind(model, CONFIG)
+    params = randomised(graft)
+    y = graft(params, X)
+    assert torch.equal(graft(params, X), y)
+    assert model.table.sum() == model.offset.sum() == 3
+    model.table = numpy.zeros(3)
+    assert not torch.allclose(graft(params, X), y)
+
+
 def test_written_buffers_come_back_on_request():
     model, twin = Busy(), Busy()
     twin.load_state_dict(model.state_dict())
@@ -128,6 +179,28 @@ def test_batch_norm_in_training_mode_under_vmap():
     ys, buffers = vmap(call, in_dims=(None, 0))(trees[0], xs)
     torch.testing.assert_close(buffers["1.running_mean"][1], call(trees[0], xs[1])[1]["1.running_mean"])
     assert same(before, photograph(model))
+
+
+def test_base_as_data_is_never_written_to_and_may_have_its_own_axis():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    graft = bind(model, CONFIG)
+    trees = [randomised(graft, seed) for seed in range(3)]
+
+    def call(base, params):
+        return functional_call(graft, (base, params), (X,), return_buffers=True)
+
+    _, buffers = vmap(lambda params: call({}, params))(stack(trees))
+    before = {name: t.clone() for name, t in buffers.items()}
+    ys, later = vmap(call)(buffers, stack(trees))
+    assert same(before, buffers)
+    for i, tree in enumerate(trees):
+        own = {name: t[i] for name, t in buffers.items()}
+        y, after = call(own, tree)
+        assert same(own, {name: t[i] for name, t in before.items()})
+        torch.testing.assert_close((ys[i], {name: t[i] for name, t in later.items()}), (y, after))
+    weights = torch.randn(3, 4, 4)
+    ys, _ = vmap(lambda weight: call({"0.weight": weight}, trees[0]))(weights)
+    torch.testing.assert_close(ys[1], call({"0.weight": weights[1]}, trees[0])[0])
 
 
 def test_what_the_user_changes_is_seen():
