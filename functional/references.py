@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import types
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
+
+_CONTAINERS = (list, tuple, set, frozenset)
 
 
 def check_references(model: nn.Module, sites: Collection[str]) -> None:
@@ -29,12 +32,13 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
             if cls in done or cls.__module__.startswith("torch."):
                 continue
             done.add(cls)
-            functions += [(f, True) for value in vars(cls).values() if (f := _function(value)) is not None]
+            methods = (_function(value) for name, value in vars(cls).items() if name != "__init__")
+            functions += [(method, True) for method in methods if method is not None]
         for function, from_class in functions:
             for name, value in _named(function, from_class):
-                if isinstance(value, nn.Module) and id(value) in watched:
+                for found in (watched[id(one)] for one in _modules(value) if id(one) in watched):
                     raise ValueError(
-                        f"{watched[id(value)] or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
+                        f"{found or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
                         f"reaches this module through the variable {name!r} instead of an attribute, so it would run "
                         "without its adapter; store it on the module that uses it, or do not target it"
                     )
@@ -51,18 +55,28 @@ def _function(value: Any) -> types.FunctionType | None:
 
 def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str, Any]]:
     """Variables from outside of a function. An instance's own functions have their closures rebuilt by the skeleton."""
-    names: list[str] = []
     codes = [function.__code__]
     while codes:
         code = codes.pop()
-        names.extend(code.co_names)
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            if _modules(value) and _reads(code, name):
+                yield name, value
         codes.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
-    for name in names:
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
     if from_class and function.__closure__:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
             try:
                 yield name, cell.cell_contents
             except ValueError:
                 continue
+
+
+def _reads(code: types.CodeType, name: str) -> bool:
+    """Whether code reads a global of this name, and not just an attribute."""
+    return any(each.argval == name and each.opname == "LOAD_GLOBAL" for each in dis.get_instructions(code))
+
+
+def _modules(value: Any) -> list[nn.Module]:
+    """A module, or those in a plain container."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, _CONTAINERS) else (value,)
+    return [one for one in items if isinstance(one, nn.Module)]

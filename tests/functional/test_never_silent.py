@@ -495,3 +495,23 @@ def test_a_module_reached_through_a_global_or_a_closure_is_named():
     model.lin = GLOBAL
     with pytest.raises(ValueError, match=r"lin: .* through the variable 'GLOBAL'"):
         bind(model, LoraConfig(target_modules=["lin", "out"]))
+
+
+TABLE = {"lin": GLOBAL}
+
+
+def test_a_container_in_a_global_is_looked_into_and_names_of_attributes_are_no_globals():
+    model = block(lambda self, x: self.out(TABLE["lin"](self.lin(x))))
+    model.lin = GLOBAL
+    with pytest.raises(ValueError, match=r"lin: .* through the variable 'TABLE'"):
+        bind(model, LoraConfig(target_modules=["lin"]))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.GLOBAL = GLOBAL
+
+        def forward(self, x):
+            return self.GLOBAL(x)
+
+    assert_adapted(Model(), X)
