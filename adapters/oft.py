@@ -257,5 +257,5 @@ OFTConfig.form = Form(
         "r": Value(lambda config, site: site.constants["blocks"]),
     },
     infer=_infer,
-    input_side=True,
+    input_side=lambda site: site.kind != "embedding",
 )
