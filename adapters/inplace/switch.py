@@ -126,9 +126,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         disable_adapter_layers(model)
         yield
     finally:
+        known = adapter_names(model)
         for part in _parts(model):
             disabled, active, merged = before.get(id(part), (False, part.active_adapters, []))
-            part.set_adapter([name for name in active if name in _names(part)])
+            part.set_adapter([name for name in active if name in known])
             part.enable_adapters(not disabled)
             if isinstance(part, BaseTunerLayer):
                 part.remerge(merged)
