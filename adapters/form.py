@@ -38,7 +38,8 @@ class Form:
         shared: Constants that files hold once for the whole model, `base_model.<name>`.
         saves_shared: `(config) -> bool`, whether files hold them.
         infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
-        input_side: Whether the method acts on the input, so that of several active adapters the first comes first.
+        input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
+            is the outermost.
         reads: Fields that change what `apply` computes beyond what `plan` makes of them; dropout, which is for training
             alone, is not among them.
         check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
@@ -55,7 +56,7 @@ class Form:
     shared: tuple[str, ...] = ()
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
-    input_side: bool = False
+    input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     only_here: tuple[str, ...] = ()

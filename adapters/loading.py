@@ -20,7 +20,7 @@ from .config import AdapterConfig
 from .fit import Parts, fit, found_leaves
 from .headers import Weights
 from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from .inplace.modules_to_save import saved_paths
+from .inplace.modules_to_save import saved_modules
 from .inplace.walk import bare_modules, layers
 from .keys import SHARED, names_of
 from .targets import find_targets
@@ -179,7 +179,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     sites = stored.plan(modules, model)
     saved = {
         f"{path}.{name}": tensor
-        for path in saved_paths(stored.config, modules)
+        for path in saved_modules(stored.config, modules)
         for name, tensor in modules[path].state_dict().items()
     }
     parts = fit(stored.config, stored.weights, sites, saved, lambda: get_base_model_state_dict(model))

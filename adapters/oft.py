@@ -258,6 +258,6 @@ OFTConfig.form = Form(
         "r": Value(lambda config, site: site.constants["blocks"]),
     },
     infer=_infer,
-    input_side=True,
+    input_side=lambda site: site.kind != "embedding",
     reads=("coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
 )

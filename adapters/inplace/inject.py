@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from ..config import AdapterConfig
 from ..keys import names_of, split_key
 from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
-from .modules_to_save import ModulesToSaveWrapper, wrap_modules
-from .switch import adapter_names, set_adapter
+from .modules_to_save import ModulesToSaveWrapper, saved_modules
+from .switch import adapter_names, set_adapter, take_out
 from .walk import bare_modules, layers, named, unwrap
 
 
@@ -81,32 +81,45 @@ def inject_adapter_in_model(
         config, paths = _from_keys(config, state_dict, modules, model)
     if "" in paths:
         raise ValueError(f"{type(config).__name__}: the model itself is targeted, which cannot be replaced in place")
-    _check_saved(config, paths, list(named(model, ModulesToSaveWrapper)))
     sites = plan_sites(config, modules, paths)
     leaves = _leaves(config, sites, modules, low_cpu_mem_usage, params)
-    places = _places(model, sites, modules)
-    wraps = wrap_modules(config, adapter_name, modules, [*layers(model), *sites])
+    saved = saved_modules(config, modules)
+    _check_overlap(model, modules, sites, saved)
+    parents = _parents(modules, {path: modules[path] for path in sites} | saved)
+    old = list(layers(model).values())
+    carriers = {id(layer.base_layer): layer for layer in old}
+    wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
+    take_out(old)
 
-    first = not adapter_names(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    disabled = bool(old) and all(layer.disable_adapters for layer in old)
     for path, site in sites.items():
-        layer, parents = places[path]
+        module = modules[path]
+        layer = carriers.get(id(module)) or BaseTunerLayer(module, [parent for parent, _ in parents[id(module)]])
         layer.add(adapter_name, Entry(config, site), leaves[path])
-        for parent, name in parents:
-            parent._modules[name] = layer
-    for wrap in wraps:
-        wrap()
+        _hang(layer, parents[id(module)], disabled)
+    for module in saved.values():
+        wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)
+        wrapper.add(adapter_name)
+        _hang(wrapper, parents[id(module)], disabled)
     if not hasattr(model, "peft_config"):
         vars(model)["peft_config"] = {}
     configs: Any = model.peft_config
     configs[adapter_name] = config
-    if first:
+    if not old:
         model.requires_grad_(False)
     set_adapter(model, adapter_name, inference_mode=config.inference_mode)
-    if not first:
+    if old:
         for parameter in trainable:
             parameter.requires_grad_(True)
     return model
+
+
+def _hang(part: BaseTunerLayer | ModulesToSaveWrapper, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
+    for parent, name in places:
+        parent._modules[name] = part
+    if disabled:
+        part.enable_adapters(False)
 
 
 def _check(config: Any, model: nn.Module, name: Any, state_dict: Any, params: Any) -> None:
@@ -126,17 +139,6 @@ def _check(config: Any, model: nn.Module, name: Any, state_dict: Any, params: An
         )
     if state_dict is not None and params is not None:
         raise ValueError("state_dict and params are both given, expected one: keys to infer targets from, or a tree")
-
-
-def _check_saved(config: AdapterConfig, paths: list[str], saved: list[str]) -> None:
-    """Refuse targets in modules that another adapter has its own copy of."""
-    for path in paths:
-        inside = [name for name in saved if f"{path}.".startswith(f"{name}.")]
-        if inside:
-            raise ValueError(
-                f"{type(config).__name__}: {path} is targeted, but {inside[0]} is in modules_to_save of another "
-                "adapter; leave it out of target_modules"
-            )
 
 
 def _from_keys(
@@ -197,25 +199,41 @@ def _leaves(
     return made
 
 
-def _places(
-    model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, nn.Module]
-) -> dict[str, tuple[BaseTunerLayer, list[tuple[nn.Module, str]]]]:
-    """For each site its layer, a new one or the one that is there, and where a new one has to hang."""
-    present = {id(layer.base_layer): layer for layer in layers(model).values()}
-    new = {id(modules[path]): path for path in sites if id(modules[path]) not in present}
-    parents: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in new}
-    for module in set(modules.values()):
+def _check_overlap(
+    model: nn.Module, modules: Mapping[str, nn.Module], paths: Iterable[str], saved: Mapping[str, nn.Module]
+) -> None:
+    """Refuse an adapter on a module that another adapter, or this one, has a copy of, and copies within copies."""
+    adapted = {id(layer.base_layer): path for path, layer in layers(model).items()}
+    adapted |= {id(modules[path]): path for path in paths}
+    copied = {path: wrapper.original_module for path, wrapper in named(model, ModulesToSaveWrapper).items()}
+    copied |= saved
+    names = {id(module): path for path, module in copied.items()}
+    for path, module in copied.items():
+        for inner in module.modules():
+            if id(inner) in adapted:
+                raise ValueError(
+                    f"{adapted[id(inner)]}: {path} is one of modules_to_save, of which adapters train copies, so "
+                    "nothing in it can carry an adapter; leave the one out of target_modules or the other out of "
+                    "modules_to_save"
+                )
+            if inner is not module and id(inner) in names:
+                raise ValueError(
+                    f"modules_to_save names {names[id(inner)]}, which is a part of {path}; name one of them"
+                )
+
+
+def _parents(
+    modules: Mapping[str, nn.Module], wanted: Mapping[str, nn.Module]
+) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each wanted module hangs, by its id; nowhere, if something of ours hangs in its place already."""
+    paths = {id(module): path for path, module in wanted.items()}
+    parents: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in paths}
+    for module in dict.fromkeys(modules.values()):
         for name, child in module._modules.items():
-            if id(child) in new:
+            if id(child) in paths:
                 parents[id(child)].append((module, name))
-        _check_plain(module, new)
-    places = {}
-    for path in sites:
-        module = modules[path]
-        where = parents.get(id(module), [])
-        layer = present.get(id(module)) or BaseTunerLayer(module, where[0][0] if where else None)
-        places[path] = (layer, where)
-    return places
+        _check_plain(module, paths)
+    return parents
 
 
 def _check_plain(module: nn.Module, targeted: Mapping[int, str]) -> None:
@@ -231,5 +249,6 @@ def _check_plain(module: nn.Module, targeted: Mapping[int, str]) -> None:
                 raise ValueError(
                     f"{targeted[id(owner)]}: {type(module).__name__}.{attribute} keeps this module too, outside of the "
                     "module tree, and would go on with the one without adapter; keep it in a submodule or a "
-                    "ModuleList, leave it out of target_modules, or use bind(model, config), which follows it"
+                    "ModuleList, leave it out of target_modules and modules_to_save, or use bind(model, config), which "
+                    "follows it"
                 )

@@ -46,10 +46,10 @@ class BaseTunerLayer(nn.Module):
 
     Attributes:
         base_layer: The wrapped module.
-        merged_adapters: Names of the adapters that are part of the base's weights now.
+        merged_adapters: Names of the adapters that are part of the base's weights now, the innermost first.
     """
 
-    def __init__(self, base_layer: nn.Module, parent: nn.Module | None = None):
+    def __init__(self, base_layer: nn.Module, parents: Iterable[nn.Module] = ()):
         super().__init__()
         self.base_layer: Any = base_layer
         self.training = base_layer.training
@@ -58,7 +58,7 @@ class BaseTunerLayer(nn.Module):
         self._entries: dict[str, Entry] = {}
         self._active: list[str] = []
         self._disabled = False
-        self._dense_weight = isinstance(parent, _READS_WEIGHTS)
+        self._dense_weight = any(isinstance(parent, _READS_WEIGHTS) for parent in parents)
         self._live: list[tuple[Entry, list[tuple[str, Any]]]] = []
         self._live_names: list[str] = []
         self._argument = next(iter(list(inspect.signature(type(base_layer).forward).parameters)[1:]), "input")
@@ -115,7 +115,7 @@ class BaseTunerLayer(nn.Module):
         entry = self._entries[name]
         site = dataclasses.replace(entry.site, constants={**entry.site.constants, **constants})
         self._entries[name] = dataclasses.replace(entry, site=site)
-        self.refresh()
+        self.remerge(self.merged_adapters)
 
     def leaves(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by leaf, as they are now.
@@ -207,12 +207,12 @@ class BaseTunerLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight; the adapted one for a parent that computes with it instead of calling this layer."""
-        return self._dense()[0] if self._dense_weight and self._live else self.base_layer.weight
+        return self._dense()[0] if self._dense_weight and self._adapted() else self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias; the adapted one for a parent that computes with it instead of calling this layer."""
-        return self._dense()[1] if self._dense_weight and self._live else self.base_layer.bias
+        return self._dense()[1] if self._dense_weight and self._adapted() else self.base_layer.bias
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self._layer().dense()
@@ -243,10 +243,14 @@ class BaseTunerLayer(nn.Module):
         Raises:
             ValueError: Weights that are not finite, that are computed, or that have no merged form.
         """
-        names = self._active if adapter_names is None else adapter_names
-        new = [name for name in names if name in self._entries and name not in self.merged_adapters]
+        new = self.unmerged(adapter_names)
         if new:
-            self._bake([*self.merged_adapters, *new], safe_merge)
+            self._bake([*self.merged_adapters, *self._inside_out(new)], safe_merge)
+
+    def unmerged(self, adapter_names: Iterable[str] | None = None) -> list[str]:
+        """Which of these adapters, by default of the active ones, are on this layer and not merged."""
+        names = dict.fromkeys(self._active if adapter_names is None else adapter_names)
+        return [name for name in names if name in self._entries and name not in self.merged_adapters]
 
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Take merged adapters, by default all, out of the base's weights again, bit for bit.
@@ -258,6 +262,22 @@ class BaseTunerLayer(nn.Module):
         rest = [name for name in self.merged_adapters if name not in names]
         if len(rest) < len(self.merged_adapters):
             self._bake(rest, False)
+
+    def remerge(self, names: Iterable[str]) -> None:
+        """Have just these adapters merged, the innermost first, with their parameters as they are now."""
+        names = [name for name in names if name in self._entries]
+        if names or self.merged:
+            self._bake(names, False)
+        self.refresh()
+
+    def check_unwritten(self) -> None:
+        """Make sure that nothing else wrote to the weights while adapters were merged.
+
+        Raises:
+            RuntimeError: Something did.
+        """
+        if self.merged:
+            self.originals.check_unwritten(self.base_layer, self._entries[self.merged_adapters[0]].site.path)
 
     @torch.no_grad()
     def _bake(self, names: list[str], safe: bool) -> None:
@@ -277,9 +297,7 @@ class BaseTunerLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base with the active adapters."""
-        if not torch.compiler.is_compiling() and self._stale():
-            self.refresh()
-        if not self._live:
+        if not self._adapted():
             return self.base_layer(*args, **kwargs)
         if args:
             x, args = args[0], args[1:]
@@ -288,6 +306,12 @@ class BaseTunerLayer(nn.Module):
         else:
             raise TypeError(f"{self._live[0][0].site.path}: forward() got no {self._argument!r}")
         return self._layer(args, kwargs)(x)
+
+    def _adapted(self) -> bool:
+        """Whether any adapter runs; looks for replaced parameters first."""
+        if not torch.compiler.is_compiling() and self._stale():
+            self.refresh()
+        return bool(self._live)
 
     def _layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
         layer: Base | Adapted = CalledBase(self.base_layer, self._live[0][0].site, args, kwargs)
@@ -301,12 +325,15 @@ class BaseTunerLayer(nn.Module):
         A compiled forward guards on every name it reads, so with the adapters' names it would be compiled for each.
         """
         names = [] if self._disabled else [name for name in self._active if name in self._entries]
-        names = [name for name in names if name not in self.merged_adapters]
-        configs: list[Any] = [self._entries[name].config for name in names]
-        if any(config.form.input_side for config in configs):
-            names.reverse()
+        names = self._inside_out(name for name in names if name not in self.merged_adapters)
         self._live_names = names
         self._live = [(self._placed(name), self._held(name)) for name in names]
+
+    def _inside_out(self, names: Iterable[str]) -> list[str]:
+        """These adapters, the innermost first: the last of those that act on the input."""
+        names = list(names)
+        entries: list[Any] = [self._entries[name] for name in names]
+        return names[::-1] if any(entry.config.form.input_side(entry.site) for entry in entries) else names
 
     def _held(self, name: str) -> list[tuple[str, Any]]:
         """An adapter's leaves: a parameter, or the module whose weight it is."""

@@ -8,7 +8,8 @@ from torch import nn
 
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
-from .switch import adapter_names
+from .switch import adapter_names as names_in
+from .switch import take_out
 from .walk import bare_modules, layers, unwrap
 
 
@@ -39,14 +40,16 @@ def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe
     _check_names(model, adapter_names)
     if any(layer.disable_adapters for layer in found.values()):
         raise RuntimeError("the adapters are disabled, so merging them would switch them on; enable them first")
-    _check_tied(model, found)
-    before = {path: list(layer.merged_adapters) for path, layer in found.items()}
+    new = {path: layer for path, layer in found.items() if layer.unmerged(adapter_names)}
+    _check_tied(model, new)
+    before = {path: list(layer.merged_adapters) for path, layer in new.items()}
     try:
-        for layer in found.values():
+        for layer in new.values():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     except Exception:
-        for path, layer in found.items():
-            layer.unmerge([name for name in layer.merged_adapters if name not in before[path]])
+        for path, layer in new.items():
+            if layer.merged_adapters != before[path]:
+                layer.remerge(before[path])
         raise
 
 
@@ -59,8 +62,7 @@ def unmerge_adapter(model: nn.Module, adapter_names: list[str] | None = None) ->
     """
     model = unwrap(model)
     _check_names(model, adapter_names)
-    for layer in layers(model).values():
-        layer.unmerge(adapter_names)
+    take_out(layers(model).values(), adapter_names)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -72,7 +74,7 @@ def unload(model: nn.Module) -> nn.Module:
         `model`.
     """
     model = unwrap(model)
-    unmerge_adapter(model)
+    take_out(layers(model).values())
     _strip(model, trained=False)
     return model
 
@@ -107,7 +109,7 @@ def _strip(model: nn.Module, trained: bool) -> None:
 
 
 def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:
-    known = adapter_names(model)
+    known = names_in(model)
     if not known:
         raise ValueError("the model has no adapters; inject one first")
     missing = [name for name in names or () if name not in known]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import AdapterConfig, require
@@ -24,7 +22,7 @@ class ModulesToSaveWrapper(nn.Module):
     def __init__(self, original_module: nn.Module):
         super().__init__()
         self.original_module: Any = original_module
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = nn.ModuleDict().train(original_module.training)
         self.training = original_module.training
         self._active: list[str] = []
         self._disabled = False
@@ -110,46 +108,23 @@ class ModulesToSaveWrapper(nn.Module):
         return getattr(self.current, name)
 
 
-def wrap_modules(
-    config: AdapterConfig, adapter_name: str, modules: Mapping[str, nn.Module], adapted: Iterable[str]
-) -> list[Callable[[], None]]:
-    """What has to be done to wrap the modules that `config.modules_to_save` names; nothing is done yet.
+def saved_modules(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that `config.modules_to_save` names, each under one of its names.
 
     A name is a whole name, or the end of one after a dot. (PEFT takes any end of a name, so that `"in0"` wraps `lin0`.)
 
     Args:
         config: An adapter's config.
-        adapter_name: Name of the adapter.
         modules: The model's modules by name.
-        adapted: Names of modules that carry an adapter.
-
-    Raises:
-        ValueError: A name that matches nothing, a container without a forward, a module with an adapter in it.
-    """
-    todo: list[Callable[[], None]] = []
-    for path in saved_paths(config, modules):
-        inside = [name for name in adapted if f"{name}.".startswith(f"{path}.")]
-        require(
-            not inside,
-            config,
-            f"modules_to_save names {path}, but {inside[:1]} carries an adapter; a copy would have to train both",
-        )
-        parent, _, name = path.rpartition(".")
-        todo.append(functools.partial(_wrap, modules[parent], name, adapter_name))
-    return todo
-
-
-def saved_paths(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the modules that `config.modules_to_save` speaks of.
 
     Raises:
         ValueError: A name that matches nothing, or a container without a forward.
 
     >>> from torchgraft.adapters import LoraConfig
-    >>> saved_paths(LoraConfig(modules_to_save=["head"]), {"model": nn.ReLU(), "model.head": nn.ReLU()})
+    >>> list(saved_modules(LoraConfig(modules_to_save=["head"]), {"model": nn.ReLU(), "model.head": nn.ReLU()}))
     ['model.head']
     """
-    found = []
+    found: dict[int, tuple[str, nn.Module]] = {}
     for saved in config.modules_to_save or ():
         paths = [path for path in modules if path and (path == saved or path.endswith(f".{saved}"))]
         require(bool(paths), config, f"modules_to_save has {saved!r}, which is no module of the model")
@@ -161,14 +136,5 @@ def saved_paths(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> list
                 config,
                 f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
             )
-            found.append(path)
-    return found
-
-
-def _wrap(parent: nn.Module, name: str, adapter_name: str) -> None:
-    module = parent._modules[name]
-    assert module is not None
-    wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
-    with torch.no_grad():
-        wrapper.add(adapter_name)
-    parent._modules[name] = wrapper
+            found.setdefault(id(module), (path, module))
+    return dict(found.values())

@@ -33,6 +33,10 @@ class Originals:
         self.tensors: dict[str, Tensor] = {}
         self._written: dict[str, tuple[int, int]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the record of who wrote last, which means nothing for a copy."""
+        return {**vars(self), "_written": {}}
+
     def base(self, module: nn.Module, site: Site) -> OriginalBase:
         """The module as methods see it, without what is merged."""
         return OriginalBase(module, site, self.tensors)
@@ -55,7 +59,7 @@ class Originals:
                 f"{site.path}: weight has dtype {module_weight.dtype}, so no adapter can be merged into it; leave the "
                 "adapter unmerged, or dequantise the module first"
             )
-        self._check_unwritten(module, site.path)
+        self.check_unwritten(module, site.path)
         weight, bias = layer.dense()
         merged = {"weight": site.canonical(weight), "bias": bias}
         for leaf, value in merged.items():
@@ -75,7 +79,7 @@ class Originals:
         Raises:
             RuntimeError: Something else wrote to the weights while adapters were merged.
         """
-        self._check_unwritten(module, path)
+        self.check_unwritten(module, path)
         for leaf, tensor in self.tensors.items():
             module.get_parameter(leaf).data = tensor
         self.tensors, self._written = {}, {}
@@ -89,7 +93,12 @@ class Originals:
         owned = {leaf: module.get_parameter(leaf) for leaf in self.tensors}
         self._written = {leaf: (own.data_ptr(), own._version) for leaf, own in owned.items()}
 
-    def _check_unwritten(self, module: nn.Module, path: str) -> None:
+    def check_unwritten(self, module: nn.Module, path: str) -> None:
+        """Make sure that nothing but a merge wrote to the weights since they were merged.
+
+        Raises:
+            RuntimeError: Something did.
+        """
         for leaf, written in self._written.items():
             own = module.get_parameter(leaf)
             if (own.data_ptr(), own._version) != written:

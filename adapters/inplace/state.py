@@ -63,10 +63,16 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     merged = [path for path, layer in layers(model).items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
-    paths = [path for path, layer in layers(model).items() if adapter_name in layer.entries]
+    sites = {
+        path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
+    }
     base = bare_copy(model, adapter_name)
-    fixed = exact(config, paths, dict(base.named_modules(remove_duplicate=False)))
-    return bind(base, dataclasses.replace(fixed, modules_to_save=None), allow_unreached=True)
+    fixed = exact(config, list(sites), dict(base.named_modules(remove_duplicate=False)))
+    fixed = dataclasses.replace(fixed, modules_to_save=None)
+    # What was planned may have changed since: scaling factors that were set, shared tensors that were loaded.
+    planned = {path: site.constants for path, site in sites.items()}
+    vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites: planned)
+    return bind(base, fixed, allow_unreached=True)
 
 
 def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
@@ -193,15 +199,16 @@ def set_peft_model_state_dict(
         )
     if wrong:
         warnings.warn(f"tensors of another shape were left out: {'; '.join(wrong.values())}", UserWarning, stacklevel=2)
+    bases = {path: layer.base_layer for path, layer in layers(model).items()}
     for key in [key for key in expected if key in given and key not in wrong]:
         if key in own:
-            _put(model, own[key][0], given[key], low_cpu_mem_usage)
+            _put(model, own[key][0], given[key], low_cpu_mem_usage, bases)
         elif key in constants:
             _put_shared(model, adapter_name, key.removeprefix(SHARED), given[key])
         else:
             _put_base(model, key, given[key])
     for layer in layers(model).values():
-        layer.refresh()
+        layer.remerge(layer.merged_adapters)
     missing = [key for key in (*own, *constants) if key not in given]
     return IncompatibleKeys(missing, [key for key in given if key not in expected])
 
@@ -215,7 +222,7 @@ def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _put(model: nn.Module, key: str, value: Tensor, assign: bool) -> None:
+def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Any]) -> None:
     """Copy into a tensor of the model, or take its place with the device and dtype of the base."""
     path, _, name = key.rpartition(".")
     owner = model.get_submodule(path)
@@ -224,7 +231,7 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool) -> None:
         with torch.no_grad():
             old.copy_(value)
         return
-    base: Any = next((layer.base_layer for at, layer in layers(model).items() if key.startswith(f"{at}.")), None)
+    base = next((bases[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in bases), None)
     like = old if base is None or not base.weight.is_floating_point() else base.weight
     new = value.detach().to(like.device, like.dtype)
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)

@@ -41,6 +41,7 @@ def set_adapter(
 
     Raises:
         ValueError: A name that the model does not have; several adapters with a copy of one of `modules_to_save`.
+        RuntimeError: Something else wrote to the weights while adapters were merged.
 
     >>> from torchgraft.adapters import IA3Config, inject_adapter_in_model
     >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -56,11 +57,9 @@ def set_adapter(
     for part in parts:
         if isinstance(part, ModulesToSaveWrapper):
             part.check(names)
+    parts = [part for part in parts if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
+    take_out(part for part in parts if isinstance(part, BaseTunerLayer))
     for part in parts:
-        if isinstance(part, BaseTunerLayer):
-            if not isinstance(part, layer_cls):
-                continue
-            part.unmerge()
         part.set_adapter(names, inference_mode=inference_mode)
 
 
@@ -77,8 +76,14 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
 
 
 def disable_adapter_layers(model: nn.Module) -> None:
-    """Switch all adapters off: the model computes what it did before any was injected. Merged ones are unmerged."""
-    for part in _parts(unwrap(model)):
+    """Switch all adapters off: the model computes what it did before any was injected. Merged ones are unmerged.
+
+    Raises:
+        RuntimeError: Something else wrote to the weights while adapters were merged.
+    """
+    model = unwrap(model)
+    take_out(layers(model).values())
+    for part in _parts(model):
         part.enable_adapters(False)
 
 
@@ -86,6 +91,19 @@ def enable_adapter_layers(model: nn.Module) -> None:
     """Switch adapters on again; the active ones are trainable then."""
     for part in _parts(unwrap(model)):
         part.enable_adapters(True)
+
+
+def take_out(found: Iterable[BaseTunerLayer], adapter_names: list[str] | None = None) -> None:
+    """Unmerge these layers: all of them or, on an error, none.
+
+    Raises:
+        RuntimeError: Something else wrote to the weights while adapters were merged.
+    """
+    found = list(found)
+    for layer in found:
+        layer.check_unwritten()
+    for layer in found:
+        layer.unmerge(adapter_names)
 
 
 @contextlib.contextmanager
@@ -101,21 +119,27 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     ...     print(model[0].disable_adapters)
     True
     """
-    parts = list(_parts(unwrap(model)))
-    merged = {id(part): list(part.merged_adapters) for part in parts if isinstance(part, BaseTunerLayer)}
-    disabled = [(part, part.disable_adapters) for part in parts]
-    trained = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    model = unwrap(model)
+    before = {id(part): _state(part) for part in _parts(model)}
+    trained = [(parameter, parameter.requires_grad) for part in _parts(model) for parameter in part.parameters()]
     try:
         disable_adapter_layers(model)
         yield
     finally:
-        for part, off in disabled:
-            if not off:
-                part.enable_adapters(True)
+        known = adapter_names(model)
+        for part in _parts(model):
+            disabled, active, merged = before.get(id(part), (False, part.active_adapters, []))
+            part.set_adapter([name for name in active if name in known])
+            part.enable_adapters(not disabled)
             if isinstance(part, BaseTunerLayer):
-                part.merge(adapter_names=merged[id(part)])
+                part.remerge(merged)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+
+
+def _state(part: BaseTunerLayer | ModulesToSaveWrapper) -> tuple[bool, list[str], list[str]]:
+    merged = list(part.merged_adapters) if isinstance(part, BaseTunerLayer) else []
+    return part.disable_adapters, list(part.active_adapters), merged
 
 
 def delete_adapter(
@@ -145,7 +169,7 @@ def delete_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
         )
-    parts = [part for part in _parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
+    parts: list[Any] = [part for part in _parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
     if active is not None:
         left = [name for name in active if name != adapter_name]
