@@ -3,6 +3,8 @@
 from torchgraft.functional import __version__ as __version__
 
 from .adalora import AdaLoraConfig as AdaLoraConfig
+from .alias import Alias as Alias
+from .alias import as_peft as as_peft
 from .budget import adalora_state as adalora_state
 from .budget import allocate as allocate
 from .budget import orthogonality as orthogonality

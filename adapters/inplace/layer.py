@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchgraft.functional.adapted import Adapted, Base
 from torchgraft.functional.method import Entry
 
+from .containers import Modules, Parameters
 from .originals import Originals
 from .values import Values
 
@@ -89,7 +90,7 @@ class BaseTunerLayer(nn.Module):
         config: Any = entry.config
         for leaf in (*config.form.modules, *config.form.parameters):
             if leaf not in self._modules:
-                container = nn.ModuleDict() if leaf in config.form.modules else nn.ParameterDict()
+                container = Modules(self) if leaf in config.form.modules else Parameters(self)
                 self.add_module(leaf, container.train(self.training))
         self._entries[name] = entry
         for leaf, parameter in leaves.items():

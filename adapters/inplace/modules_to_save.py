@@ -87,6 +87,13 @@ class ModulesToSaveWrapper(nn.Module):
             del self.modules_to_save[adapter_name]
         self._active = [name for name in self._active if name != adapter_name]
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """The name in this wrapper of each tensor of an adapter's copy, by its name in files."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        names = self.modules_to_save[adapter_name].state_dict()
+        return {name: f"modules_to_save.{adapter_name}.{name}" for name in names}
+
     @property
     def current(self) -> nn.Module:
         """The module that runs now."""

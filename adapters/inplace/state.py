@@ -242,8 +242,9 @@ def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -
     mine = [layer for layer in layers(model).values() if adapter_name in layer.entries]
     if torch.equal(mine[0].entries[adapter_name].site.constants[name].to(value), value):
         return
+    constants = {name: value.detach()}  # one tensor, which the layers go on sharing
     for layer in mine:
-        layer.set_constants(adapter_name, {name: value.detach()})
+        layer.set_constants(adapter_name, constants)
 
 
 def _put_base(model: nn.Module, key: str, value: Tensor) -> None:

@@ -1,0 +1,50 @@
+"""Where a layer's adapters hang, by name: PEFT's containers, which tell the layer when something in them is replaced.
+
+A compiled forward takes what the layer collected for it, so whoever assigns another parameter (transformers' loader
+does, `load_state_dict(assign=True)` does) has to reach that collection.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .layer import BaseTunerLayer
+
+
+class Parameters(nn.ParameterDict):
+    """Bare parameters by adapter name."""
+
+    _layer: BaseTunerLayer
+
+    def __init__(self, layer: BaseTunerLayer):
+        super().__init__()
+        vars(self)["_layer"] = layer  # not a submodule
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_layer" in vars(self):
+            self._layer.refresh()
+
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
+
+class Modules(nn.ModuleDict):
+    """Modules that hold a parameter, by adapter name."""
+
+    _layer: BaseTunerLayer
+
+    def __init__(self, layer: BaseTunerLayer):
+        super().__init__()
+        vars(self)["_layer"] = layer
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Take a module in."""
+        super().add_module(name, module)
+        self._layer.refresh()
+
+    def _get_name(self) -> str:
+        return "ModuleDict"

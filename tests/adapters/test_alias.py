@@ -1,0 +1,174 @@
+"""The alias itself: what is found under PEFT's name, for how long, and what comes back."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import threading
+
+import peft
+import pytest
+from torch import nn
+
+from torchgraft import adapters
+from torchgraft.adapters import IA3Config, LoraConfig, as_peft, inject_adapter_in_model
+from torchgraft.adapters.stand_in import MODULES
+
+REAL = {name: importlib.import_module(name) for name in MODULES}
+
+
+def real_modules():
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"}
+
+
+@pytest.fixture(autouse=True)
+def everything_comes_back():
+    modules, finders = real_modules(), list(sys.meta_path)
+    yield
+    assert real_modules() == modules
+    assert sys.meta_path == finders
+    assert importlib.metadata.version("peft") == peft.__version__
+    assert importlib.import_module("peft") is peft
+
+
+def test_names_are_those_of_torchgraft():
+    with as_peft():
+        from peft import LoraConfig as Config
+        from peft import PeftConfig, PeftType, TaskType, get_peft_model_state_dict
+        from peft.functional import delete_adapter, set_adapter
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    assert Config is LoraConfig
+    assert PeftConfig is adapters.AdapterConfig
+    assert PeftType is adapters.PeftType
+    assert (delete_adapter, set_adapter) == (adapters.delete_adapter, adapters.set_adapter)
+    assert get_peft_model_state_dict is adapters.get_peft_model_state_dict
+    assert BaseTunerLayer is adapters.BaseTunerLayer
+    assert AuxiliaryTrainingWrapper is ModulesToSaveWrapper is adapters.ModulesToSaveWrapper
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA] == "lora_"
+    assert Config(task_type=TaskType.CAUSAL_LM).to_dict()["task_type"] == "CAUSAL_LM"
+
+
+def test_every_name_is_one_of_pefts():
+    for name, offered in MODULES.items():
+        assert not [one for one in offered if not hasattr(REAL[name], one)], name
+
+
+def test_version_and_spec():
+    with as_peft():
+        assert importlib.metadata.version("peft") == importlib.import_module("peft").__version__ == "0.22.0"
+        assert importlib.metadata.distribution("PEFT").metadata["Name"] == "peft"
+        assert importlib.metadata.version("torch")
+        assert importlib.util.find_spec("peft").origin == "torchgraft.adapters"
+        assert importlib.util.find_spec("peft.tuners.lora") is not None
+        assert importlib.util.find_spec("torch.nn") is not None
+    with as_peft("9.1"):
+        assert importlib.metadata.version("peft") == importlib.import_module("peft").__version__ == "9.1"
+
+
+def test_modules_are_found_again_when_somebody_drops_them():
+    with as_peft():
+        first = sys.modules.pop("peft.functional")
+        assert importlib.import_module("peft.functional") is first
+        assert importlib.reload(importlib.import_module("peft")) is sys.modules["peft"]
+
+
+def test_modules_stay_the_same_from_one_alias_to_the_next():
+    with as_peft():
+        first = real_modules()
+    with as_peft():
+        assert real_modules() == first
+
+
+def test_aliases_nest_and_close_once():
+    outer, inner = as_peft(), as_peft("9.9")
+    assert importlib.metadata.version("peft") == "0.22.0"
+    outer.close()
+    outer.close()
+    assert outer.closed and not inner.closed
+    assert sys.modules["peft"] is not peft
+    inner.close()
+    assert sys.modules["peft"] is peft
+
+
+def test_an_error_inside_ends_the_alias():
+    with pytest.raises(KeyError), as_peft():
+        raise KeyError
+    assert sys.modules["peft"] is peft
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("import peft.helpers", ImportError),
+        ("from peft import LoHaConfig", ImportError),
+        ("from peft.utils.other import prepare_model_for_kbit_training", ImportError),
+        ("import peft; peft.get_peft_model", AttributeError),
+    ],
+)
+def test_names_that_are_not_here(statement, error):
+    with as_peft(), pytest.raises(error, match=r"torchgraft stands in for peft here .* it offers .*Wrapper|LoraConfig"):
+        exec(statement)
+
+
+@pytest.mark.parametrize("use", [lambda cls: cls(nn.Linear(2, 2)), lambda cls: cls.from_pretrained("somewhere")])
+def test_models_are_not_wrapped_and_the_error_says_what_to_do(use):
+    with as_peft():
+        from peft import PeftMixedModel, PeftModel
+    for cls in (PeftModel, PeftMixedModel):
+        with pytest.raises((TypeError, AttributeError), match="Use inject_adapter_in_model"):
+            use(cls)
+
+
+def test_instances():
+    with as_peft():
+        from peft import PeftModel
+        from peft.tuners.ia3 import IA3Layer
+        from peft.tuners.lora import LoraLayer
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    assert isinstance(theirs, PeftModel)
+    ours = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    assert not isinstance(ours, PeftModel)
+    assert isinstance(ours[0], LoraLayer) and not isinstance(ours[0], IA3Layer)
+    inject_adapter_in_model(IA3Config(target_modules=["0"]), ours, "other")
+    assert isinstance(ours[0], IA3Layer)
+    assert not isinstance(ours[0].base_layer, LoraLayer)
+
+
+def test_weight_mapping_needs_transformers(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers.core_model_loading", raising=False)
+    with as_peft():
+        from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+    with pytest.raises(ImportError, match="transformers"):
+        build_peft_weight_mapping([], "default")
+
+
+def test_threads_that_open_and_close():
+    wrong = []
+
+    def work():
+        for _ in range(100):
+            with as_peft():
+                from peft import LoraConfig as Config
+
+                if Config is not LoraConfig or importlib.metadata.version("peft") != "0.22.0":
+                    wrong.append(Config)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_importing_torchgraft_opens_none():
+    program = "import sys, torchgraft.adapters; print('peft' in sys.modules, len(sys.meta_path))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    bare = subprocess.run(
+        [sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["False", bare.stdout.strip()]
