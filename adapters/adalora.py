@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Site, widen
+from torchgraft.functional import Layer, Method, Rows, Site, widen
 
 from .config import require
 from .form import Form, Value
 from .lora_fields import LoraFields
-from .low_rank import add_product, add_scaled
+from .low_rank import add_product, add_routed, add_scaled
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -183,6 +183,17 @@ def apply(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: La
     return add_product(y, F.linear(x, a), b, scaling)
 
 
+def routed(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
+    """`apply` with triplets for each row; convolutions take the general way."""
+    if site.kernel_size:
+        return NotImplemented
+    y = base(x)
+    if config.lora_dropout:
+        x = F.dropout(x, config.lora_dropout, training=base.training)
+    x, a, e, b = widen(x, leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
+    return add_routed(y, x, a * e, b, site.constants["scaling"], rows)
+
+
 def merge(
     config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -199,6 +210,11 @@ AdaLoraConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    routed=routed,
+    varying=frozenset(
+        {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
+        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r", "scaling"}
+    ),
 )
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Site, widen
+from torchgraft.functional import Layer, Method, Rows, Site, widen
 
 from .config import AdapterConfig, require
 from .form import Form
@@ -115,6 +115,23 @@ def _rescale(x: Tensor, scale: Tensor) -> Tensor:
     return (wide * scale).to(x.dtype)
 
 
+def routed(config: IA3Config, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Tensor:
+    """`apply` with a vector for each row."""
+    groups, leaf = rows.groups(), leaves["ia3_l"]
+    scale = groups.mask(groups.pick(leaf[:, 0] if site.kernel_size else leaf.flatten(1)), identity=1.0)
+    if site.constants["feedforward"]:
+        return base(_rescale_groups(x, scale, site))
+    return _rescale_groups(base(x), scale, site)
+
+
+def _rescale_groups(x: Tensor, scale: Tensor, site: Site) -> Tensor:
+    """`x` is `"groups*k ... dim"` or `"groups*k channels *spatial"`, and `scale` has one vector for each group."""
+    scale = scale.unsqueeze(1)
+    if not site.kernel_size:
+        scale = scale.view(len(scale), *(1,) * (x.ndim - 1), -1)
+    return _rescale(x.unflatten(0, (len(scale), -1)), scale).flatten(0, 1)
+
+
 def merge(
     config: IA3Config, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -135,6 +152,8 @@ IA3Config.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    routed=routed,
+    varying=frozenset({"init_ia3_weights"}),
 )
 
 

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, Site, widen
+from torchgraft.functional import Layer, Method, Rows, Site, widen
 
 from .config import by_pattern, require
 from .form import Form, Value
 from .lora_fields import LoraFields
-from .low_rank import add_product, add_scaled
+from .low_rank import add_product, add_routed, add_scaled, add_to_groups
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -150,6 +150,24 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     return add_product(y, F.linear(x, a), b, scaling)
 
 
+def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
+    """`apply` with an `A` and a `B` for each row; convolutions take the general way."""
+    if site.kernel_size:
+        return NotImplemented
+    a_name, b_name = _names(site)
+    a, b, scaling = leaves[a_name], leaves[b_name], site.constants["scaling"]
+    y = base(x)
+    if site.kind == "embedding":
+        groups = rows.groups()
+        index = torch.arange(groups.size, device=x.device) if groups.index is None else groups.index.clamp(min=0)
+        a, b = widen(a, b)
+        return add_to_groups(y, a.mT[index.view(-1, 1), x.reshape(groups.size, -1)], b, scaling, rows)
+    if config.lora_dropout:
+        x = F.dropout(x, config.lora_dropout, training=base.training)
+    x, a, b = widen(x, a, b)
+    return add_routed(y, x, a, b, scaling, rows)
+
+
 def merge(
     config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -176,6 +194,10 @@ LoraConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    routed=routed,
+    varying=frozenset(
+        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "scaling"}
+    ),
 )
 
 

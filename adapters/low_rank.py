@@ -6,20 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import widen
+from torchgraft.functional import PerAdapter, Rows, widen
+
+_MANY_TOKENS = 16
+"""Tokens of one adapter from which copying its matrices costs less than sorting the tokens."""
+
+Scaling = float | Tensor
 
 
-def add_scaled(y: Tensor, delta: Tensor, scaling: float) -> Tensor:
+def add_scaled(y: Tensor, delta: Tensor, scaling: Scaling) -> Tensor:
     """`y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
 
     >>> add_scaled(torch.ones(2), torch.ones(2), 2.0)
     tensor([3., 3.])
     """
+    if isinstance(scaling, Tensor):
+        delta, scaling = delta * scaling.to(delta.dtype), 1.0
     wide, delta = widen(y, delta)
     return torch.add(wide, delta, alpha=scaling).to(y.dtype)
 
 
-def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: Scaling) -> Tensor:
     """`y + scaling * down up^T`, in one kernel where the dtypes allow it.
 
     Args:
@@ -31,6 +38,101 @@ def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     >>> add_product(torch.ones(1, 2), torch.ones(1, 1), torch.ones(2, 1), 2.0)
     tensor([[3., 3.]])
     """
+    if isinstance(scaling, Tensor):
+        down, scaling = down * scaling.to(down.dtype), 1.0
     if y.dtype == down.dtype and y.ndim > 1:
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), up.mT, alpha=scaling).view(y.shape)
     return add_scaled(y, F.linear(down, up), scaling)
+
+
+def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
+    """`y + s b a x`, each row with its own `s`, `a` and `b`, all of the rows at once.
+
+    Args:
+        y: The base's output, `"rows*k ... out"`.
+        x: The input, `"rows*k ... in"`.
+        a: `"N r in"`.
+        b: `"N out r"`.
+        scaling: `s`, of all adapters or of each.
+        rows: The adapter of each row.
+
+    >>> a, b = torch.ones(2, 1, 3), torch.ones(2, 1, 1)
+    >>> add_routed(torch.zeros(2, 1), torch.ones(2, 3), a, b, 1.0, Rows(torch.tensor([-1, 0]), 2))
+    tensor([[0.],
+            [3.]])
+    """
+    way = choose(rows, x, a, b)
+    if way == "equal groups":
+        groups = rows.groups()
+        down = x.reshape(groups.size, -1, x.shape[-1]) @ groups.pick(a).mT
+        return add_to_groups(y, down, b, scaling, rows)
+    order, known = rows.order(), rows.known()
+    assert known is not None
+    per_row = x.reshape(rows.size, -1, x.shape[-1])
+    tokens = per_row.shape[1]
+    sorted_x = per_row.index_select(0, order).flatten(0, 1)
+    if isinstance(scaling, PerAdapter):
+        b, scaling = b * scaling.values.to(b.dtype).view(-1, 1, 1), 1.0
+    if way == "grouped product":
+        ends = torch.tensor(known.counts, device=x.device).cumsum(0).mul(tokens).to(torch.int32)
+        up = F.grouped_mm(F.grouped_mm(sorted_x, a.mT, offs=ends), b.mT, offs=ends)
+    else:
+        parts = sorted_x.split([count * tokens for count in known.counts])
+        up = torch.cat(
+            [part @ own_a.mT @ own_b.mT for part, own_a, own_b in zip(parts, a, b, strict=True) if len(part)]
+        )
+    wide, up = widen(y.reshape(rows.size, -1), up.reshape(len(order), -1))
+    return wide.index_add(0, order, up, alpha=scaling).to(y.dtype).view(y.shape)
+
+
+def add_to_groups(y: Tensor, down: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
+    """`y + s b down`, with the input already on each adapter's coordinates.
+
+    Args:
+        y: The base's output, `"rows*k ... out"`.
+        down: `"groups tokens r"`, over `rows.groups()`.
+        b: `"N out r"`.
+        scaling: `s`, of all adapters or of each.
+        rows: The adapter of each row.
+    """
+    groups = rows.groups()
+    if isinstance(scaling, PerAdapter):
+        down, scaling = down * groups.pick(scaling.values).to(down.dtype).view(-1, 1, 1), 1.0
+    down, up = groups.mask(down), groups.mask(groups.pick(b))
+    if y.dtype == down.dtype:
+        per_group = y.reshape(groups.size, -1, y.shape[-1])
+        return torch.baddbmm(per_group, down, up.mT, alpha=scaling).view(y.shape)
+    return add_scaled(y, (down @ up.mT).view(y.shape), scaling)
+
+
+def choose(rows: Rows, x: Tensor, a: Tensor, b: Tensor) -> str:
+    """The fastest way to multiply each row with its own matrices.
+
+    `"equal groups"` is one batched product over the largest equal runs of one adapter; where these are not the
+    adapters in order it copies matrices, which pays for many tokens. `"grouped product"` and `"segments"` sort the
+    rows by adapter, which takes values to sort by, for one grouped kernel or for a loop over adapters.
+
+    >>> many = torch.zeros(2, 4, 8), torch.zeros(2, 8, 4)
+    >>> choose(Rows(torch.tensor([0, 0, 1, 1]), 2), torch.zeros(4, 8), *many)
+    'equal groups'
+    >>> choose(Rows(torch.tensor([0, 1, 1, -1]), 2), torch.zeros(4, 8), *many)
+    'grouped product'
+    >>> choose(Rows(torch.tensor([0, 1, 1, -1]), 2), torch.zeros(4, 8).double(), *many)
+    'segments'
+    """
+    known = rows.known()
+    if known is None or known.groups.index is None or known.groups.size == 1 or not any(known.counts):
+        return "equal groups"
+    if x.numel() >= _MANY_TOKENS * x.shape[-1] * known.groups.size:
+        return "equal groups"
+    return "grouped product" if _can_group(x, a, b) else "segments"
+
+
+def _can_group(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """`F.grouped_mm` has no float64, no batching rule, and wants strides of whole 16 bytes."""
+    if not hasattr(F, "grouped_mm") or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or not (x.dtype == a.dtype == b.dtype):
+        return False
+    aligned = all(size * x.itemsize % 16 == 0 for size in (*a.shape[1:], *b.shape[1:]))
+    return aligned and a.is_contiguous() and b.is_contiguous() and (x.is_cpu or x.dtype == torch.bfloat16)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Site, widen
+from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, widen
 
 from .config import AdapterConfig, require
 from .form import Form, Value
@@ -101,6 +101,22 @@ def apply(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     return torch.addcmul(wide, lambda_b, up).to(y.dtype)
 
 
+def routed(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
+    """`apply` with vectors for each row; adapters with projections of their own take the general way."""
+    if isinstance(site.constants["vera_A"], PerAdapter) or isinstance(site.constants["vera_B"], PerAdapter):
+        return NotImplemented
+    y = base(x)
+    if config.vera_dropout:
+        x = F.dropout(x, config.vera_dropout, training=base.training)
+    x, lambda_b, lambda_d = widen(x, leaves["vera_lambda_b"], leaves["vera_lambda_d"])
+    a, b = _projections(site, x.dtype)
+    groups = rows.groups()
+    lambda_b, lambda_d = (groups.mask(groups.pick(vector)).unsqueeze(1) for vector in (lambda_b, lambda_d))
+    per_group = F.linear(x, a).reshape(groups.size, -1, a.shape[0])
+    wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * per_group, b))
+    return torch.addcmul(wide.reshape(up.shape), lambda_b, up).view(y.shape).to(y.dtype)
+
+
 def merge(
     config: VeraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +140,8 @@ VeraConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    routed=routed,
+    varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights", "vera_A", "vera_B"}),
 )
 
 

@@ -13,6 +13,10 @@ from .method import Config as Config
 from .method import Layer as Layer
 from .method import Method as Method
 from .method import Tree as Tree
+from .route import Routed as Routed
+from .route import route as route
+from .rows import PerAdapter as PerAdapter
+from .rows import Rows as Rows
 from .site import Site as Site
 from .site import widen as widen
 from .trees import stack as stack

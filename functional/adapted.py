@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .method import Entry, Leaves, Tree
+from .layout import Finder
+from .method import Entry, Leaves
+from .routed import NoWeight, RoutedLayer
 from .site import Site
 
 
@@ -63,6 +65,10 @@ class Adapted:
         entry = self.entry
         return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
 
+    def over(self, base: Any) -> Adapted:
+        """The same adapter on another layer."""
+        return Adapted(base, self.entry, self.leaves)
+
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias with every adapter up to this one in, not yet rounded."""
         return self.entry.merge(self.leaves, *self.base.dense())
@@ -81,12 +87,22 @@ class Adapted:
 
 
 class Cell:
-    """What one call tells its sites: the active trees. Each skeleton has one, so threads never share it."""
+    """What one call tells its sites. Each skeleton has one, so threads never share it.
 
-    __slots__ = ("__weakref__", "lease", "reached", "trees")
+    Attributes:
+        trees: The active trees by adapter name, or what stands for one (`Active`).
+        finder: Finds where the rows of a routed call are in a site's input.
+        seen: Collects each site's input where somebody wants to look.
+        reached: Collects the paths of the sites that ran.
+        lease: Keeps the skeleton from being used by another call.
+    """
+
+    __slots__ = ("__weakref__", "finder", "lease", "reached", "seen", "trees")
 
     def __init__(self) -> None:
-        self.trees: Mapping[str, Tree] | None = None
+        self.trees: Mapping[str, Any] | None = None
+        self.finder: Finder | None = None
+        self.seen: list[tuple[str, Tensor]] | None = None
         self.reached: set[str] | None = None
         self.lease: Any = None
 
@@ -103,7 +119,7 @@ class Socket:
     cls: Any
     plain: Any
 
-    def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
+    def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """The base under the active adapters, the first innermost."""
         trees = self.cell.trees
         if trees is None:
@@ -111,11 +127,15 @@ class Socket:
                 f"{self.path}: this adapted module ran outside any call of its graft. If the model checkpoints "
                 "activations, use use_reentrant=False; to keep an adapted module, take it from graft.view(params)"
             )
-        layer: Base | Adapted | None = None
+        layer: Any = None
         for name, entry in self.entries.items():
             tree = trees.get(name)
             if tree is not None:
-                layer = Adapted(layer or Base(self.inner, entry.site, args, kwargs), entry, tree[entry.site.path])
+                below = layer or Base(self.inner, entry.site, args, kwargs)
+                if type(tree) is dict:
+                    layer = Adapted(below, entry, tree[entry.site.path])
+                else:
+                    layer = tree.layer(below, entry, self.cell.finder)
         return layer or Base(self.inner, next(iter(self.entries.values())).site, args, kwargs)
 
     def reach(self) -> None:
@@ -128,9 +148,26 @@ class Socket:
         layer = self.layer()
         if isinstance(layer, Base):
             return self.inner.weight, self.inner.bias
+        if _is_routed(layer):
+            return self._without_value()
         weight, bias = layer.dense()
         weight = layer.entry.site.canonical(weight).to(self.inner.weight.dtype)
         return weight, None if bias is None else bias.to(self.inner.bias.dtype)
+
+    def _without_value(self) -> tuple[Tensor, Tensor | None]:
+        """What stands for weight and bias where each row has its own: some parents ask a weight for its dtype."""
+        weight, bias = self.inner.weight, self.inner.bias if hasattr(self.inner, "bias") else None
+        if torch.compiler.is_compiling():  # mixing it with the model's tensors is an error there
+            return weight.detach().to("meta"), None if bias is None else bias.detach().to("meta")
+        return NoWeight.of(weight, self.path), None if bias is None else NoWeight.of(bias, self.path)
+
+
+def _is_routed(layer: Any) -> bool:
+    while not isinstance(layer, RoutedLayer):
+        if not isinstance(layer, Adapted):
+            return False
+        layer = layer.base
+    return True
 
 
 class AdaptedForward:
@@ -145,6 +182,8 @@ class AdaptedForward:
         else:
             raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
         socket.reach()
+        if socket.cell.seen is not None:
+            socket.cell.seen.append((socket.path, x))
         y = socket.layer(args, kwargs)(x)
         if not torch.compiler.is_compiling():
             _pin(socket.cell, y)

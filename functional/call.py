@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from .graft import Graft
+from .layout import Finder
 from .method import Tree
+from .route import Routed
 from .skeleton import Skeleton
 
 
 def functional_call(
     graft: Graft,
-    params: Tree | tuple[Mapping[str, Tensor], Tree],
+    params: Tree | Routed | tuple[Mapping[str, Tensor], Tree | Routed],
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -69,6 +71,7 @@ def functional_call(
     lease = graft.pool().lease()
     cell = lease.skeleton.cell
     cell.lease = lease
+    cell.finder = _finder(graft, active, args, kwargs)
     try:
         _fill(lease.skeleton, active, base, args, kwargs, {})
         return _run(graft, lease.skeleton, args, kwargs, return_buffers)
@@ -78,7 +81,7 @@ def functional_call(
 
 def _traced(
     graft: Graft,
-    active: dict[str, Tree],
+    active: dict[str, Any],
     base: Mapping[str, Tensor],
     args: tuple,
     kwargs: Mapping[str, Any],
@@ -98,20 +101,25 @@ def _traced(
     for theirs, own in skeleton.modules:
         if own.training != theirs.training:
             own.training = theirs.training
+    skeleton.cell.finder = _finder(graft, active, args, kwargs)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
         _fill(skeleton, active, base, args, kwargs, current)
         return _run(graft, skeleton, args, kwargs, return_buffers)
     finally:
-        skeleton.cell.trees, skeleton.cell.reached = None, None
+        skeleton.cell.trees = skeleton.cell.reached = skeleton.cell.finder = None
         for key in current:
             for container, name in skeleton.places[key]:
                 container[name] = skeleton.aliases[key]
 
 
+def _finder(graft: Graft, active: Mapping[str, Any], args: tuple, kwargs: Mapping[str, Any]) -> Finder | None:
+    return graft.finder(args, kwargs) if any(isinstance(tree, Routed) for tree in active.values()) else None
+
+
 def _fill(
     skeleton: Skeleton,
-    active: dict[str, Tree],
+    active: dict[str, Any],
     base: Mapping[str, Tensor],
     args: tuple,
     kwargs: Mapping[str, Any],
@@ -183,12 +191,13 @@ def _named(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
 
 
 def _batched_zero(
-    active: dict[str, Tree], base: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
+    active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
 ) -> Tensor | None:
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if torch._C._functorch.maybe_current_level() is None:
         return None
-    leaves = optree.tree_leaves((active, dict(base), args, dict(kwargs)))
+    trees = [tree.tensors() if isinstance(tree, Routed) else tree for tree in active.values()]
+    leaves = optree.tree_leaves((trees, dict(base), args, dict(kwargs)))
     zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None
 

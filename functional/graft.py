@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import trees
-from .adapted import AdaptedModule
+from .adapted import AdaptedModule, Cell
+from .layout import Finder, Found
 from .method import Config, Entry, Tree
 from .plan import plan_sites
 from .pool import Pool
 from .references import check_references
+from .route import Routed
 from .site import Site, describe
 from .skeleton import Skeleton
 
@@ -50,6 +53,7 @@ class Graft:
             for name, sites in self.sites.items()
         }
         self._pools: list[Pool] = []
+        self._layouts: Found = {}
         check_references(model, {path for sites in self.sites.values() for path in sites})
         self.pool()
 
@@ -131,17 +135,21 @@ class Graft:
         skeleton = self.build()
         skeleton.cell.trees = active
         skeleton.own_buffers()
+        if any(isinstance(tree, Routed) for tree in active.values()):
+            _watch_inputs(skeleton.root, skeleton.cell, self.finder)
         return skeleton.root
 
-    def active(self, params: Any) -> dict[str, Tree]:
-        """The trees of `params` by adapter name, held against what this graft expects.
+    def active(self, params: Any) -> dict[str, Any]:
+        """The trees of `params` by adapter name, or what stands for one, held against what this graft expects.
 
         Raises:
             KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
         """
         if not self.named:
-            trees.check(params, self._shapes[""])
+            _check(params, self._shapes[""], "params")
             return {"": params}
+        if isinstance(params, Routed) and isinstance(params.tree, dict):
+            params = {name: params.named(name) for name in params.tree}
         if not isinstance(params, dict):
             raise TypeError(
                 f"params is of type {type(params).__name__}, expected a dict of adapters: {sorted(self.configs)}"
@@ -149,7 +157,7 @@ class Graft:
         for name, tree in params.items():
             if name not in self.configs:
                 raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
-            trees.check(tree, self._shapes[name], f"params[{name!r}]")
+            _check(tree, self._shapes[name], f"params[{name!r}]")
         return {name: params[name] for name in self.configs if name in params}
 
     def pool(self) -> Pool:
@@ -160,6 +168,30 @@ class Graft:
         pool = Pool(self.build)
         self._pools = [pool, *(old for old in self._pools if old.watch.same_tensors())][:_RECENT]
         return pool
+
+    def finder(self, args: tuple, kwargs: Mapping[str, Any]) -> Finder:
+        """What finds the rows of a routed call in the inputs of sites."""
+        return Finder(self._layouts, args, kwargs, self.inputs_of_sites)
+
+    def inputs_of_sites(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        """Run the base alone, in evaluation mode, and collect what reaches each site, in the order of the calls."""
+        lease = self.pool().lease()
+        skeleton = lease.skeleton
+        skeleton.own_buffers()
+        cell, modes = skeleton.cell, [module.training for _, module in skeleton.modules]
+        cell.trees, cell.seen = {}, []
+        devices = {t.device for t in skeleton.aliases.values() if t.device.type not in ("cpu", "meta")}
+        try:
+            for _, module in skeleton.modules:
+                module.training = False
+            kind = next(iter(devices)).type if devices else "cuda"
+            with torch.no_grad(), torch.random.fork_rng(list(devices), device_type=kind):
+                skeleton.root(*args, **kwargs)
+            return cell.seen
+        finally:
+            cell.seen = None
+            for (_, module), mode in zip(skeleton.modules, modes, strict=True):
+                module.training = mode
 
     @property
     def traced(self) -> Skeleton:
@@ -283,6 +315,28 @@ def _to(
             value = moved.setdefault((id(value), device), value.to(device))
         out[key] = value
     return out
+
+
+def _check(tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
+    if isinstance(tree, Routed):
+        tree.check(shapes, what)
+    else:
+        trees.check(tree, shapes, what)
+
+
+def _watch_inputs(root: nn.Module, cell: Cell, finder: Callable[[tuple, Mapping[str, Any]], Finder]) -> None:
+    """Let the forward of a view's root tell the sites what it was given."""
+    cls: Any = type(root)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cell.finder = finder(args, kwargs)
+        try:
+            return cls.forward(self, *args, **kwargs)
+        finally:
+            cell.finder = None
+
+    root.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

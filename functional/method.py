@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from .rows import Rows
 from .site import Site
 
 Leaves = dict[str, Tensor]
@@ -45,6 +46,12 @@ class Method:
         apply: `(config, site, leaves, base, x) -> y`, the factored forward around the base module's own call.
         merge: `(config, site, leaves, weight, bias) -> (weight, bias)`, the dense meaning, on canonical weights.
             Everything it gets is float32 or wider, of one dtype.
+        routed: `(config, site, leaves, base, x, rows) -> y`, `apply` for a batch whose rows have adapters of their
+            own: leaves are stacked, `"N ..."`, rows lead `x`, and a row that has no adapter gets the base's output. A
+            faster way than the general one, which runs `apply` under `vmap`; returns `NotImplemented` for sites it
+            is not made for. Constants that differ along the stack are `PerAdapter`.
+        varying: Names of the config's fields and of the constants that may differ between the adapters of a stack;
+            a constant that varies may be a tensor in `apply`.
     """
 
     name: str
@@ -54,6 +61,8 @@ class Method:
     init: Callable[[Any, list[Site], torch.Generator | None], dict[str, Leaves]]
     apply: Callable[[Any, Site, Leaves, Layer, Tensor], Tensor]
     merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    routed: Callable[[Any, Site, Leaves, Layer, Tensor, Rows], Any] | None = None
+    varying: frozenset[str] = frozenset()
 
 
 class Config(Protocol):
@@ -72,6 +81,10 @@ class Entry:
 
     config: Config
     site: Site
+
+    def along(self, members: Tensor | None, rows: Rows) -> tuple[Entry, Rows]:
+        """This part for a stack: constants as the stack's members have them, and rows that have this site."""
+        return self, rows
 
     def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Dense meaning in float32 or wider; `weight` is canonical."""

@@ -57,7 +57,8 @@ class Lease:
         self.skeleton, self._free = skeleton, free
 
     def __del__(self) -> None:
-        self.skeleton.cell.trees = self.skeleton.cell.reached = None
+        cell = self.skeleton.cell
+        cell.trees = cell.reached = cell.finder = None
         self.skeleton.restore()
         self._free.append(self.skeleton)
 

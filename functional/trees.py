@@ -96,13 +96,16 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
     return {name: leaf for key in tree for name, leaf in _flatten(tree[key], f"{path}[{key}]").items()}
 
 
-def check(tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str = "params") -> None:
+def check(
+    tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str = "params", stacked: int | None = None
+) -> None:
     """Hold a tree against the shapes its graft expects.
 
     Args:
         tree: What the user passed.
         shapes: `{path: {leaf: shape}}`.
         what: How the message calls the tree.
+        stacked: Number of adapters, for a stack of trees with these shapes.
 
     Raises:
         TypeError: A tree, a site or a leaf of the wrong type.
@@ -124,6 +127,8 @@ def check(tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: 
         if len(leaves) != len(expected):
             _name_difference(leaves, expected, f"{what}[{path!r}]", "leaf")
         for name, shape in expected.items():
+            if stacked is not None:
+                shape = (stacked, *shape)
             leaf = leaves.get(name)
             if not isinstance(leaf, Tensor):
                 if name not in leaves:
@@ -138,7 +143,7 @@ def check(tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: 
 
 def _hint(given: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if len(given) == len(expected) + 1 and given[1:] == expected:
-        return f"; it looks like a stack of {given[0]} adapters: use torch.vmap, or unstack it"
+        return f"; it looks like a stack of {given[0]} adapters: use route or torch.vmap, or unstack it"
     return "; was it made for another rank, layer or model?"
 
 

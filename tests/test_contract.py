@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
-from torchgraft.functional import bind, functional_call, merge, stack, unstack, value_and_grad
+from torchgraft.functional import bind, functional_call, merge, route, stack, unstack, value_and_grad
 
 METHODS = {
     "lora": LoraConfig(r=2, lora_alpha=3, target_modules=["first", "second"]),
@@ -251,3 +251,91 @@ def test_base_as_data(name, site):
     close(both[0], expected, torch.float64)
     grads = grad(lambda b: functional_call(case.graft, (b, case.params), (case.x,)).square().sum())(base)
     assert all(g.abs().sum() > 0 for g in grads.values())
+
+
+# -- routed rows: each row of a batch with its own adapter, -1 for the base ------------------------------------------
+
+ROWS = {
+    "mixed": lambda n: [2, -1, 0, 0, 1, 2, -1][:n],
+    "no base": lambda n: [2, 0, 0, 2, 1, 2, 1][:n],
+    "one adapter": lambda n: [1] * n,
+    "base alone": lambda n: [-1] * n,
+}
+
+
+def looped(case, trees, x, rows):
+    """The oracle: one plain call for each row."""
+    outputs = [case.graft(trees[i], x) if i >= 0 else case.model(x) for i in rows]
+    return torch.stack([y[row] for row, y in enumerate(outputs)])
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_routed_rows_are_a_loop(name, site, kind):
+    case = Case(name, site)
+    rows = ROWS[kind](len(case.x))
+    leaves = optree.tree_map(lambda t: t.clone().requires_grad_(), stack(case.trees))
+    y = case.graft(route(leaves, torch.tensor(rows)), case.x)
+    expected = looped(case, unstack(leaves), case.x, rows)
+    close(y, expected, torch.float64)
+    seed = torch.randn_like(y)
+    flat = optree.tree_leaves(leaves)
+    expected_grads = [torch.zeros_like(leaf) for leaf in flat]
+    if kind != "base alone":
+        expected_grads = list(torch.autograd.grad((expected * seed).sum(), flat, materialize_grads=True))
+    close(list(torch.autograd.grad((y * seed).sum(), flat)), expected_grads, torch.float64)
+
+    def loss(many):
+        return (case.graft(route(many, torch.tensor(rows)), case.x) * seed).sum()
+
+    close(optree.tree_leaves(grad(loss)(stack(case.trees))), expected_grads, torch.float64)
+    close(case.graft.view(route(leaves, torch.tensor(rows)))(case.x), y, torch.float64)
+
+
+def test_equal_parts_are_a_loop(name, site):
+    case = Case(name, site)
+    x = torch.cat([case.x, case.x.roll(1, 0), case.x])
+    rows = [row // len(case.x) for row in range(len(x))]
+    expected = looped(case, case.trees, x, rows)
+    close(case.graft(route(stack(case.trees), torch.tensor(rows)), x), expected, torch.float64)
+    close(case.graft(route(stack(case.trees), batch_dim=0), x), expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_an_adapter_are_the_bases_bit_for_bit(name, site, dtype):
+    case = Case(name, site, dtype)
+    rows = torch.tensor(ROWS["mixed"](len(case.x)))
+    y = case.graft(route(stack(case.trees), rows), case.x)
+    assert y.dtype == dtype
+    assert torch.equal(y[rows < 0], case.model(case.x)[rows < 0])
+    for row in (rows >= 0).nonzero().flatten().tolist():
+        close(y[row], case.graft(case.trees[rows[row]], case.x)[row], dtype)
+
+
+def test_routed_calls_compile_whole_and_once(name, site):
+    case = Case(name, site, torch.float32)
+    torch._dynamo.reset()
+    many, size = stack(case.trees), len(case.x)
+
+    def loss(many, rows, x):
+        return case.graft(route(many, rows, batch_dim=0), x).square().flatten(1).mean(1)
+
+    f = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    f(many, torch.tensor(ROWS["mixed"](size)), case.x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for kind in ROWS:
+            rows = torch.tensor(ROWS[kind](size))
+            close(f(many, rows, case.x), loss(many, rows, case.x), torch.float32)
+
+
+def test_routed_rows_under_vmap_and_second_order(name, site):
+    case = Case(name, site)
+    many, size = stack(case.trees), len(case.x)
+    rows = torch.tensor([ROWS["mixed"](size), ROWS["no base"](size)])
+    given = vmap(lambda r: case.graft(route(many, r, batch_dim=0), case.x))(rows)
+    close(given, torch.stack([looped(case, case.trees, case.x, r) for r in rows.tolist()]), torch.float64)
+    leaves, treedef = optree.tree_flatten(many)
+
+    def f(*leaves):
+        return case.graft(route(optree.tree_unflatten(treedef, leaves), rows[0]), case.x).sum((0,))
+
+    assert torch.autograd.gradgradcheck(f, tuple(leaf.clone().requires_grad_() for leaf in leaves), fast_mode=True)

@@ -201,7 +201,11 @@ def altered(params, path, leaf, value):
             ValueError,
             "params['0']['lora_A'] has shape (4, 2), expected (2, 4)",
         ),
-        (lambda p: stack([p, p]), ValueError, "it looks like a stack of 2 adapters: use torch.vmap, or unstack it"),
+        (
+            lambda p: stack([p, p]),
+            ValueError,
+            "it looks like a stack of 2 adapters: use route or torch.vmap, or unstack it",
+        ),
         (lambda p: ({}, p, p), TypeError, "params is a tuple of 3, expected a tree or (base_params, params)"),
         (lambda p: ({"0.wieght": X}, p), KeyError, "no parameter or buffer of the model; did you mean '0.weight'?"),
         (lambda p: ({"0.weight": X}, p), ValueError, "base_params['0.weight'] has shape (2, 4), expected (4, 4)"),

@@ -1,0 +1,226 @@
+"""Routed layers: a site whose rows have different adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import LEADING, Finder, Layout, locate
+from .method import Entry, Layer, Leaves
+from .rows import Groups, PerAdapter, Rows
+
+
+class RoutedLayer:
+    """A layer with a stack of adapters on it, one for each row."""
+
+    __slots__ = ("base", "entry", "finder", "leaves", "rows")
+
+    def __init__(self, base: Any, entry: Entry, leaves: Leaves, rows: Rows, finder: Finder | None):
+        self.base, self.entry, self.leaves, self.rows, self.finder = base, entry, leaves, rows, finder
+
+    def __call__(self, x: Tensor) -> Tensor:
+        entry, size = self.entry, self.rows.size
+        layout = locate(entry.site, x, size, self.rows.batch_dim, self.finder)
+        method = entry.config.method
+        base: Layer = self.base
+        if layout != LEADING:
+            x, base = layout.to_rows(x, size), _Moved(base, layout, size)
+        y: Any = NotImplemented
+        if method.routed is not None:
+            y = method.routed(entry.config, entry.site, self.leaves, base, x, self.rows)
+        if y is NotImplemented:
+            y = self._general(base, x)
+        return y if layout == LEADING else layout.from_rows(y, size)
+
+    def _general(self, base: Layer, x: Tensor) -> Tensor:
+        """The method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""
+        layers = list(self._chain())
+        size = max(layer.rows.size for layer in layers)
+        if any(size % layer.rows.size for layer in layers):
+            sizes = sorted({layer.rows.size for layer in layers})
+            raise ValueError(
+                f"{self.entry.site.path}: adapters are routed over {sizes} rows in one call; give one batch one "
+                "length of rows"
+            )
+        alone = len(layers) == 1
+        groups = [self.rows.groups()] if alone else [layer.rows.expanded(size).each() for layer in layers]
+        parts = [layer._pick(group) for layer, group in zip(layers, groups, strict=True)]
+
+        def one(parts: list, x: Tensor) -> Tensor:
+            return self._build(iter(parts), outermost=True)(x)
+
+        # Tensors are leaves, and `None` stands for a layer that every group has.
+        y = torch.vmap(one, randomness="different")(parts, x.unflatten(0, (groups[0].size, -1)))
+        if groups[0].base:
+            y = torch.where(groups[0].active(y.ndim), y, base(x).view(y.shape))
+        return y.flatten(0, 1)
+
+    def _chain(self) -> Iterator[RoutedLayer]:
+        layer: Any = self
+        while layer is not None:
+            if isinstance(layer, RoutedLayer):
+                yield layer
+            layer = getattr(layer, "base", None)
+
+    def _pick(self, groups: Groups) -> tuple[Leaves, dict[str, Tensor], dict[str, Tensor]]:
+        """What each group has of this layer: leaves, constants and whether there is an adapter at all."""
+        leaves = {name: groups.pick(leaf) for name, leaf in self.leaves.items()}
+        constants = {name: groups.pick(c.values) for name, c in _varying(self.entry).items()}
+        return leaves, constants, {"on": groups.active(1)} if groups.base else {}
+
+    def _build(self, parts: Iterator[Any], outermost: bool = False) -> Any:
+        leaves, constants, on = next(parts)
+        below = self.base
+        if isinstance(below, RoutedLayer):
+            below = below._build(parts)
+        elif hasattr(below, "base"):
+            below = below.over(_rebuilt(below.base, parts))
+        entry = with_constants(self.entry, constants)
+        return Chosen(below, entry, leaves, None if outermost else on.get("on"))
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        raise RuntimeError(
+            f"{self.entry.site.path}: the weight of a routed module was asked for, and each row has its own. A plain "
+            "adapter on top whose method needs the dense weight can be routed too: route(stack([tree]), zeros)"
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.dense()[1]
+
+    @property
+    def training(self) -> bool:
+        return self.base.training
+
+
+def _rebuilt(layer: Any, parts: Iterator[Any]) -> Any:
+    if isinstance(layer, RoutedLayer):
+        return layer._build(parts)
+    return layer.over(_rebuilt(layer.base, parts)) if hasattr(layer, "base") else layer
+
+
+class Chosen:
+    """A layer with one adapter of a stack; `on` is whether it is there at all, `None` for yes."""
+
+    __slots__ = ("base", "entry", "leaves", "on")
+
+    def __init__(self, base: Any, entry: Entry, leaves: Leaves, on: Tensor | None):
+        self.base, self.entry, self.leaves, self.on = base, entry, leaves, on
+
+    def __call__(self, x: Tensor) -> Tensor:
+        entry = self.entry
+        y = entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
+        return y if self.on is None else torch.where(self.on, y, self.base(x))
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.base.dense()
+        merged, added = self.entry.merge(self.leaves, weight, bias)
+        if self.on is None:
+            return merged, added
+        return torch.where(self.on, merged, weight), None if added is None else torch.where(self.on, added, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.dense()[1]
+
+    @property
+    def training(self) -> bool:
+        return self.base.training
+
+
+class _Moved:
+    """A layer as a method sees it whose input is not led by the rows: the batch goes to where the module has it."""
+
+    __slots__ = ("base", "layout", "size")
+
+    def __init__(self, base: Layer, layout: Layout, size: int):
+        self.base, self.layout, self.size = base, layout, size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.layout.axis is None:
+            return self.layout.to_rows(self.base(x[:1]), self.size)
+        return self.layout.to_rows(self.base(self.layout.from_rows(x, self.size)), self.size)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def training(self) -> bool:
+        return self.base.training
+
+
+def _varying(entry: Entry) -> dict[str, PerAdapter]:
+    return {name: c for name, c in entry.site.constants.items() if isinstance(c, PerAdapter)}
+
+
+def with_constants(entry: Entry, constants: Mapping[str, Any]) -> Entry:
+    """The entry with some constants of its site replaced."""
+    if not constants:
+        return entry
+    site = dataclasses.replace(entry.site, constants={**entry.site.constants, **constants})
+    return dataclasses.replace(entry, site=site)
+
+
+class NoWeight(Tensor):
+    """Stands for the weight of a routed module: answers what does not depend on the row, refuses everything else."""
+
+    _facts: frozenset[Callable] = frozenset(
+        {
+            getattr(Tensor, name).__get__
+            for name in (
+                "dtype",
+                "device",
+                "shape",
+                "ndim",
+                "requires_grad",
+                "layout",
+                "is_cuda",
+                "is_meta",
+                "itemsize",
+            )
+        }
+        | {Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_floating_point, Tensor.element_size}
+    )
+    path: str
+
+    @classmethod
+    def of(cls, weight: Tensor, path: str) -> NoWeight:
+        new = weight.detach().as_subclass(cls)
+        new.path = path
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in cls._facts:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise RuntimeError(
+            f"{_path_of((args, kwargs))}: the model reads the weight of this module instead of calling it, and with "
+            "route each row has its own weight; leave it out of target_modules, or call the graft with one adapter "
+            "at a time"
+        )
+
+
+def _path_of(x: Any) -> str:
+    if isinstance(x, NoWeight):
+        return str(x.__dict__.get("path"))
+    if isinstance(x, dict):
+        x = list(x.values())
+    return next((p for item in x if (p := _path_of(item))), "") if isinstance(x, (list, tuple)) else ""
