@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from _results import FOLDER
+from _results import folder
 
 OURS, THEIRS, FLOOR = "#2a6fdb", "#c8553d", "#9aa3ad"
 
@@ -57,8 +57,29 @@ def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, A
 
 
 def _save(figure: Any, name: str) -> Path:
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.png"
+    path = folder() / f"{name}.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def curves(name: str, title: str, lines: Mapping[str, list[tuple[int, float]]], label: str) -> Path:
+    """Draw seconds against a number, both on logarithmic axes, into `results/<name>.png`."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    for case, points in lines.items():
+        xs, ys = zip(*points, strict=True)
+        axis.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour(case))
+        axis.annotate(case, (xs[-1], ys[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.set_xlabel(label, fontsize=9)
+    axis.set_ylabel("seconds", fontsize=9)
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8.5)
+    axis.set_xlim(right=ticks[-1] * 5)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
+    figure.tight_layout()
+    return _save(figure, name)

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 
-from _results import write
+from _results import apart, write
 
 IMPORTS = {"torchgraft": "import torchgraft.adapters, torchgraft.functional", "peft": "import peft"}
 LIMIT = 0.3
@@ -44,7 +44,11 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="samples of each package")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--quick", action="store_true", help="few samples, to see that it runs")
+    args = parser.parse_args()
+    rounds = 2 if args.quick else args.rounds
+    if args.quick:
+        apart()
 
     seconds: dict[str, list[float]] = {name: [] for name in ("torch", *IMPORTS)}
     for round_ in range(rounds + 1):

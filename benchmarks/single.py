@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from _models import LINEARS, lively, llama, tokens, trained
 from _picture import bars
-from _results import write
+from _results import apart, write
 from _rounds import Cases, measure, ratios, table
 from torch import Tensor, nn
 
@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds, to see that it runs")
     parser.add_argument("--rounds", type=int, default=15)
     quick = parser.parse_args().quick
+    if quick:
+        apart()
     rounds = 1 if quick else parser.parse_args().rounds
     torch.set_num_threads(2)
     model, ids = (llama(64, 2), tokens(2, 16)) if quick else (llama(512, 8), tokens(4, 128))
@@ -210,9 +212,8 @@ def main() -> None:
         "224_targets": bound,
         "kept_for_backward_mib": kept,
     }
-    if not quick:
-        write("single", result)
-        bars("single", "What one adapter costs over the frozen base", found, "the frozen base's")
+    write("single", result)
+    bars("single", "What one adapter costs over the frozen base", found, "the frozen base's")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import peft
 import torch
-from _results import write
+from _results import apart, write
 from peft.functional import set_adapter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -52,7 +52,11 @@ def main() -> None:
     """Count, print and write `results/threads.json`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=250, help="calls of each thread")
+    parser.add_argument("--quick", action="store_true", help="few calls, to see that it runs")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds = 5
+        apart()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sys.setswitchinterval(1e-4)
