@@ -22,8 +22,8 @@ from ..keys import names_of, split_key
 from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper, saved_modules
-from .switch import adapter_names, set_adapter, take_out
-from .walk import bare_modules, layers, named, unwrap
+from .switch import adapter_names, take_out
+from .walk import bare_modules, layers, named, parts, unwrap
 
 
 def inject_adapter_in_model(
@@ -88,7 +88,6 @@ def inject_adapter_in_model(
     wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
     take_out(old)
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     disabled = bool(old) and all(layer.disable_adapters for layer in old)
     for path, site in sites.items():
         module = modules[path]
@@ -105,10 +104,8 @@ def inject_adapter_in_model(
     configs[adapter_name] = config
     if not old:
         model.requires_grad_(False)
-    set_adapter(model, adapter_name, inference_mode=config.inference_mode)
-    if old:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    for part in parts(model):
+        part.activate([adapter_name], not config.inference_mode)
     return model
 
 

@@ -137,7 +137,7 @@ class Calls(RuleBasedStateMachine):
             for path, leaves in adapters.extract_params(self.model, name).items():
                 fold(model.get_submodule(path), graft.entries("")[path], leaves)
         assert torch.allclose(self.model(self.x), model(self.x), rtol=0, atol=1e-9)
-        assert same(self.model, self.before) if self.names else tensors(self.model).keys() == self.before.keys()
+        assert same(self.model, self.before)
 
 
 def unmerged(model):
@@ -156,7 +156,7 @@ def fold(module, entry, leaves):
 
 
 TestCalls = Calls.TestCase
-TestCalls.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+TestCalls.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
