@@ -39,10 +39,12 @@ def inject_adapter_in_model(
 
     PEFT's `inject_adapter_in_model`: the same modules, names, initial numbers and frozen tensors. Either everything
     happens or, on an error, nothing. Targeted modules are replaced by layers that hold them as `base_layer`; all else
-    about the model stays: its class, its methods, its modes.
+    about the model stays: its class, its methods, its modes. Merged adapters are unmerged first. If all adapters are
+    disabled, so is the new one.
 
     What is different from PEFT: a layer is in evaluation mode where its module is; a module under two names is adapted
-    under both; a name that is taken is an error; methods with shared tensors (VeRA) work too.
+    under both; a name that is taken is an error; methods with shared tensors (VeRA) work too; a second adapter's copies
+    of `modules_to_save` are active and trained like the rest of it; adapters of different methods share a layer.
 
     Args:
         peft_config: The adapter's config. It is copied, into `model.peft_config[adapter_name]`.
@@ -61,7 +63,8 @@ def inject_adapter_in_model(
     Raises:
         TypeError: No module, no config.
         ValueError: A name that is taken or unfit, a config that matches nothing or a module that its method does not
-            support, a `state_dict` that does not fit the model.
+            support, a `state_dict` that does not fit the model; an adapter on what is one of `modules_to_save`.
+        RuntimeError: Something else wrote to the weights while adapters were merged.
         KeyError: `params` that do not fit.
 
     >>> from torchgraft.adapters import LoraConfig

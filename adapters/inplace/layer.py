@@ -405,4 +405,4 @@ def _refuse_while_merged(layer: nn.Module, state_dict: Mapping[str, Tensor], pre
 
 def _refresh_after_loading(layer: nn.Module, _: Any) -> None:
     assert isinstance(layer, BaseTunerLayer)
-    layer.refresh()
+    layer.remerge(layer.merged_adapters)
