@@ -115,7 +115,7 @@ def inject_adapter_in_model(
 def _hang(part: BaseTunerLayer | ModulesToSaveWrapper, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
     for parent, name in places:
         parent._modules[name] = part
-    if disabled:
+    if disabled and not part.disable_adapters:
         part.enable_adapters(False)
 
 
