@@ -23,8 +23,8 @@ from ..keys import names_of, split_key
 from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper, saved_modules
-from .switch import adapter_names, set_adapter, take_out
-from .walk import bare_modules, layers, named, unwrap
+from .switch import adapter_names, take_out
+from .walk import bare_modules, layers, named, parts, unwrap
 
 
 def inject_adapter_in_model(
@@ -40,10 +40,12 @@ def inject_adapter_in_model(
 
     PEFT's `inject_adapter_in_model`: the same modules, names, initial numbers and frozen tensors. Either everything
     happens or, on an error, nothing. Targeted modules are replaced by layers that hold them as `base_layer`; all else
-    about the model stays: its class, its methods, its modes.
+    about the model stays: its class, its methods, its modes. Merged adapters are unmerged first. If all adapters are
+    disabled, so is the new one.
 
     What is different from PEFT: a layer is in evaluation mode where its module is; a module under two names is adapted
-    under both; a name that is taken is an error; methods with shared tensors (VeRA) work too.
+    under both; a name that is taken is an error; methods with shared tensors (VeRA) work too; a second adapter's copies
+    of `modules_to_save` are active and trained like the rest of it; adapters of different methods share a layer.
 
     Args:
         peft_config: The adapter's config. It is copied, into `model.peft_config[adapter_name]`. Without
@@ -63,7 +65,8 @@ def inject_adapter_in_model(
     Raises:
         TypeError: No module, no config.
         ValueError: A name that is taken or unfit, a config that matches nothing or a module that its method does not
-            support, a `state_dict` that does not fit the model.
+            support, a `state_dict` that does not fit the model; an adapter on what is one of `modules_to_save`.
+        RuntimeError: Something else wrote to the weights while adapters were merged.
         KeyError: `params` that do not fit.
 
     >>> from torchgraft.adapters import LoraConfig
@@ -91,7 +94,6 @@ def inject_adapter_in_model(
     wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
     take_out(old)
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     disabled = bool(old) and all(layer.disable_adapters for layer in old)
     for path, site in sites.items():
         module = modules[path]
@@ -108,17 +110,15 @@ def inject_adapter_in_model(
     configs[adapter_name] = config
     if not old:
         model.requires_grad_(False)
-    set_adapter(model, adapter_name, inference_mode=config.inference_mode)
-    if old:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    for part in parts(model):
+        part.activate([adapter_name], not config.inference_mode)
     return model
 
 
 def _hang(part: BaseTunerLayer | ModulesToSaveWrapper, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
     for parent, name in places:
         parent._modules[name] = part
-    if disabled:
+    if disabled and not part.disable_adapters:
         part.enable_adapters(False)
 
 

@@ -176,9 +176,16 @@ class BaseTunerLayer(nn.Module):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
-        self._active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name, parameter in self.named_leaves():
-            parameter.requires_grad_(name in self._active and not inference_mode)
+            if name not in names:
+                parameter.requires_grad_(False)
+        self.activate(names, not inference_mode)
+
+    def activate(self, names: Iterable[str], trained: bool) -> None:
+        """Make these adapters the active ones, trainable or not; others stay as frozen as they are."""
+        self._active = list(names)
+        self.set_requires_grad(self._active, trained)
         self.refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -194,9 +201,9 @@ class BaseTunerLayer(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the parameters of these adapters."""
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for name, parameter in self.named_leaves():
-            if name in names:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for parameter in self.leaves(name).values() if name in self._entries else ():
                 parameter.requires_grad_(requires_grad)
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -399,4 +406,4 @@ def _refuse_while_merged(layer: nn.Module, state_dict: Mapping[str, Tensor], pre
 
 def _refresh_after_loading(layer: nn.Module, _: Any) -> None:
     assert isinstance(layer, BaseTunerLayer)
-    layer.refresh()
+    layer.remerge(layer.merged_adapters)

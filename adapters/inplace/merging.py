@@ -104,8 +104,7 @@ def _strip(model: nn.Module, trained: bool) -> None:
             if isinstance(child, BaseTunerLayer):
                 child = child.base_layer
             module._modules[name] = child
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    vars(model).pop("peft_config", None)
 
 
 def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:

@@ -54,9 +54,15 @@ class ModulesToSaveWrapper(nn.Module):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check(names)
-        self._active = [name for name in names if name in self.modules_to_save]
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in self._active and not inference_mode)
+            if name not in names:
+                module.requires_grad_(False)
+        self.activate(names, not inference_mode)
+
+    def activate(self, names: Iterable[str], trained: bool) -> None:
+        """Run the copy of this adapter, trainable or not; other copies stay as frozen as they are."""
+        self._active = [name for name in names if name in self.modules_to_save]
+        self.set_requires_grad(self._active, trained)
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse several adapters that have a copy here."""

@@ -161,6 +161,8 @@ def set_peft_model_state_dict(
 ) -> IncompatibleKeys:
     """Load the tensors of one adapter, from keys with or without `base_model.model.`; the dict stays as it is.
 
+    Where the adapter is merged, it is merged anew with what was loaded.
+
     Args:
         model: A model with the adapter injected.
         peft_model_state_dict: Tensors by key, as `get_peft_model_state_dict` gives them.
@@ -174,7 +176,8 @@ def set_peft_model_state_dict(
 
     Raises:
         ValueError: A name that the model does not have; shared tensors that are not those of the injected adapter.
-        RuntimeError: Tensors of another shape; names the key and both shapes. Nothing has been loaded then.
+        RuntimeError: Tensors of another shape; names the key and both shapes. Or something else wrote to the weights
+            while adapters were merged. Nothing has been loaded then.
         TypeError: A value that is no tensor.
     """
     model = unwrap(model)
@@ -199,7 +202,10 @@ def set_peft_model_state_dict(
         )
     if wrong:
         warnings.warn(f"tensors of another shape were left out: {'; '.join(wrong.values())}", UserWarning, stacklevel=2)
-    bases = {path: layer.base_layer for path, layer in layers(model).items()}
+    found = layers(model)
+    for layer in found.values():
+        layer.check_unwritten()
+    bases = {path: layer.base_layer for path, layer in found.items()}
     for key in [key for key in expected if key in given and key not in wrong]:
         if key in own:
             _put(model, own[key][0], given[key], low_cpu_mem_usage, bases)
@@ -207,7 +213,7 @@ def set_peft_model_state_dict(
             _put_shared(model, adapter_name, key.removeprefix(SHARED), given[key])
         else:
             _put_base(model, key, given[key])
-    for layer in layers(model).values():
+    for layer in found.values():
         layer.remerge(layer.merged_adapters)
     missing = [key for key in (*own, *constants) if key not in given]
     return IncompatibleKeys(missing, [key for key in given if key not in expected])

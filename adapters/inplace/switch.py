@@ -11,7 +11,7 @@ from torch import nn
 
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
-from .walk import layers, named, unwrap
+from .walk import layers, parts, unwrap
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -20,7 +20,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     >>> adapter_names(nn.Linear(2, 2))
     []
     """
-    return list(dict.fromkeys(name for part in _parts(unwrap(model)) for name in _names(part)))
+    return list(dict.fromkeys(name for part in parts(unwrap(model)) for name in _names(part)))
 
 
 def set_adapter(
@@ -51,15 +51,15 @@ def set_adapter(
     >>> model[0].active_adapters
     ['a', 'b']
     """
-    parts = list(_parts(unwrap(model)))
+    chosen = list(parts(unwrap(model)))
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     _check_known(model, names)
-    for part in parts:
+    for part in chosen:
         if isinstance(part, ModulesToSaveWrapper):
             part.check(names)
-    parts = [part for part in parts if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
-    take_out(part for part in parts if isinstance(part, BaseTunerLayer))
-    for part in parts:
+    chosen = [part for part in chosen if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
+    take_out(part for part in chosen if isinstance(part, BaseTunerLayer))
+    for part in chosen:
         part.set_adapter(names, inference_mode=inference_mode)
 
 
@@ -71,7 +71,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     _check_known(model, names)
-    for part in _parts(unwrap(model)):
+    for part in parts(unwrap(model)):
         part.set_requires_grad(names, requires_grad)
 
 
@@ -83,13 +83,13 @@ def disable_adapter_layers(model: nn.Module) -> None:
     """
     model = unwrap(model)
     take_out(layers(model).values())
-    for part in _parts(model):
+    for part in parts(model):
         part.enable_adapters(False)
 
 
 def enable_adapter_layers(model: nn.Module) -> None:
     """Switch adapters on again; the active ones are trainable then."""
-    for part in _parts(unwrap(model)):
+    for part in parts(unwrap(model)):
         part.enable_adapters(True)
 
 
@@ -120,14 +120,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     True
     """
     model = unwrap(model)
-    before = {id(part): _state(part) for part in _parts(model)}
-    trained = [(parameter, parameter.requires_grad) for part in _parts(model) for parameter in part.parameters()]
+    before = {id(part): _state(part) for part in parts(model)}
+    trained = [(parameter, parameter.requires_grad) for part in parts(model) for parameter in part.parameters()]
     try:
         disable_adapter_layers(model)
         yield
     finally:
         known = adapter_names(model)
-        for part in _parts(model):
+        for part in parts(model):
             disabled, active, merged = before.get(id(part), (False, part.active_adapters, []))
             part.set_adapter([name for name in active if name in known])
             part.enable_adapters(not disabled)
@@ -169,7 +169,7 @@ def delete_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
         )
-    parts: list[Any] = [part for part in _parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
+    chosen: list[Any] = [part for part in parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
     if active is not None:
         left = [name for name in active if name != adapter_name]
@@ -177,9 +177,9 @@ def delete_adapter(
         if rest and not left:
             left = rest[:1]
             warnings.warn(f"adapter {adapter_name!r} was active; now {left[0]!r} is", UserWarning, stacklevel=2)
-        for part in parts:
+        for part in chosen:
             part.set_adapter(left)
-    for part in parts:
+    for part in chosen:
         part.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
     now = next((layer.active_adapters for layer in found), [])
@@ -203,11 +203,6 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             }
             for leaf, p in narrow.items():
                 layer.set_leaf(adapter_name, leaf, nn.Parameter(p.detach().float(), p.requires_grad))
-
-
-def _parts(model: nn.Module) -> Iterator[Any]:
-    yield from layers(model).values()
-    yield from named(model, ModulesToSaveWrapper).values()
 
 
 def _names(part: BaseTunerLayer | ModulesToSaveWrapper) -> Iterable[str]:

@@ -50,6 +50,12 @@ def layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return named(model, BaseTunerLayer)
 
 
+def parts(model: nn.Module) -> Iterator[Any]:
+    """The tuner layers and the wrappers of modules to save."""
+    yield from layers(model).values()
+    yield from named(model, ModulesToSaveWrapper).values()
+
+
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Name, bare module, and what stands in its place."""
     bare = module

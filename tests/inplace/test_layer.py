@@ -206,6 +206,8 @@ def test_hooks_of_the_users_modules_run():
     model.first.register_forward_hook(lambda module, args, y: calls.append(type(module).__name__))
     inject(model, "LORA")(inputs())
     assert calls == ["Linear"]
+    x = inputs()
+    assert torch.equal(model.first(input=x), model.first(x))
     assert model.first.in_features == 8 and model.first.weight is model.first.base_layer.weight
 
 

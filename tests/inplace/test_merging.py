@@ -137,7 +137,7 @@ class Calls(RuleBasedStateMachine):
             for path, leaves in adapters.extract_params(self.model, name).items():
                 fold(model.get_submodule(path), graft.entries("")[path], leaves)
         assert torch.allclose(self.model(self.x), model(self.x), rtol=0, atol=1e-9)
-        assert same(self.model, self.before) if self.names else tensors(self.model).keys() == self.before.keys()
+        assert same(self.model, self.before)
 
 
 def unmerged(model):
@@ -156,7 +156,7 @@ def fold(module, entry, leaves):
 
 
 TestCalls = Calls.TestCase
-TestCalls.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+TestCalls.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -250,6 +250,7 @@ def test_what_changes_under_a_merged_adapter_changes_the_merged_weight():
     merge_adapter(model)
     adapters.set_peft_model_state_dict(model, other)
     model.first.scaling["default"] = 0.25
+    model.load_state_dict({"second.lora_A.default.weight": torch.ones(3, 4)}, strict=False)
     merged = model(x)
     unmerge_adapter(model)
     assert torch.allclose(model(x), merged, rtol=0, atol=1e-10)
@@ -266,7 +267,7 @@ def test_writing_to_a_merged_base_is_detected_and_nothing_is_half_unmerged():
         disable_adapter_layers,
         lambda m: set_adapter(m, []),
         lambda m: inject(m, "LORA", "late"),
-        lambda m: merge_adapter(inject(m, "LORA", "late")),
+        lambda m: adapters.set_peft_model_state_dict(m, adapters.get_peft_model_state_dict(m)),
     ):
         before = repr(model)
         with pytest.raises(RuntimeError, match="second: something wrote to weight while adapters were merged"):

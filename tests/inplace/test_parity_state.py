@@ -222,3 +222,48 @@ def test_a_convolution_with_oft_starts_as_the_identity_where_pefts_does_not():
     assert torch.equal(adapters.inject_adapter_in_model(adapters.OFTConfig(**fields), net("conv2d"))(x), base)
     theirs = peft.inject_adapter_in_model(peft.OFTConfig(**fields), net("conv2d")).eval()
     assert not torch.allclose(theirs(x), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_merged_rotations_compute_what_they_do_unmerged_where_pefts_differ(kind):
+    """PEFT runs the first adapter's rotation first, and merges it last."""
+    mine, theirs, x = net(kind), net(kind), inputs(kind)
+    for name in "ab":
+        for do, model in ((inject, mine), (inject_peft, theirs)):
+            randomise(do(model, "OFT", name).eval(), seed=ord(name))
+    adapters.set_adapter(mine, ["a", "b"])
+    peft.functional.set_adapter(theirs, ["a", "b"])
+    adapted = mine(x)
+    assert same_outputs(mine, theirs)
+    adapters.merge_adapter(mine)
+    for layer in layers(theirs):
+        layer.merge()
+    assert torch.allclose(mine(x), adapted, rtol=0, atol=1e-10)
+    assert torch.allclose(theirs(x), adapted, rtol=0, atol=1e-3) == (kind == "embedding")
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4)}) for _ in range(3)])
+        self.blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2)])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": 1, "layers_pattern": "blocks"},
+        {"exclude_modules": ["layers.0.q"], "rank_pattern": {r"blocks\.\d\.q": 4}},
+        {"target_modules": "all-linear", "modules_to_save": ["blocks.1.q"]},
+    ],
+)
+def test_the_same_layers_get_the_same_parameters(fields):
+    pair = []
+    for lib in (adapters, peft):
+        torch.manual_seed(0)
+        config = lib.LoraConfig(**{"r": 2, "target_modules": ["q"], **fields})
+        pair.append(lib.inject_adapter_in_model(config, nn.ModuleDict({"model": Stack()})))
+    mine, theirs = (dict(model.named_parameters()) for model in pair)
+    assert list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert trained(pair[0]) == trained(pair[1])

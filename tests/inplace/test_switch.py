@@ -98,8 +98,10 @@ def test_what_was_removed_or_added_within_a_context(two):
 def test_an_adapter_injected_while_adapters_are_disabled_is_disabled_too():
     model, x = inject(net(), "LORA", "a", target_modules=["first"]), inputs()
     disable_adapter_layers(model)
+    set_requires_grad(model, "a", True)
     randomise(inject(model, "LORA", "b", modules_to_save=["head"], target_modules=["second"]))
     assert torch.equal(model(x), net()(x))
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".a." in name or ".b." in name)
     enable_adapter_layers(model)
     assert not torch.allclose(model(x), net()(x)) and model.head.current is not model.head.original_module
 
