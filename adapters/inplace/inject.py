@@ -22,7 +22,7 @@ from ..keys import names_of, split_key
 from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
 from .modules_to_save import wrap_modules
-from .switch import adapter_names, set_adapter
+from .switch import adapter_names, parts
 from .walk import bare_modules, layers, unwrap
 
 
@@ -84,7 +84,6 @@ def inject_adapter_in_model(
     wraps = wrap_modules(config, model, adapter_name, modules)
 
     first = not adapter_names(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for path, site in sites.items():
         layer, parents = places[path]
         layer.add(adapter_name, Entry(config, site), leaves[path])
@@ -98,10 +97,12 @@ def inject_adapter_in_model(
     configs[adapter_name] = config
     if first:
         model.requires_grad_(False)
-    set_adapter(model, adapter_name, inference_mode=config.inference_mode)
-    if not first:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    # As set_adapter, but the other adapters stay as they are, so that it takes no longer with many of them.
+    for part in parts(model):
+        if isinstance(part, BaseTunerLayer):
+            part.unmerge()
+        part.activate(adapter_name)
+        part.set_requires_grad(adapter_name, not config.inference_mode)
     return model
 
 

@@ -127,9 +127,14 @@ class BaseTunerLayer(nn.Module):
 
     def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of all adapters, each with the adapter's name."""
-        for name in self._entries:
-            for parameter in self.leaves(name).values():
-                yield name, parameter
+        for container in map(self._modules.__getitem__, self.adapter_layer_names):
+            if isinstance(container, nn.ParameterDict):
+                yield from container._parameters.items()  # type: ignore[misc]
+                continue
+            for name, held in container._modules.items():  # type: ignore[union-attr]
+                # Without nn.Module.__getattr__: with many adapters this is most of the time of set_adapter.
+                own: Any = held._parameters.get("weight")  # type: ignore[union-attr]
+                yield name, getattr(held, "weight") if own is None else own  # noqa: B009
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off this layer; if no other is active then, the first of the others becomes active.
@@ -175,9 +180,15 @@ class BaseTunerLayer(nn.Module):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
-        self._active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.activate(adapter_names)
+        trained = () if inference_mode else self._active
         for name, parameter in self.named_leaves():
-            parameter.requires_grad_(name in self._active and not inference_mode)
+            if parameter.requires_grad != (name in trained):
+                parameter.requires_grad_(name in trained)
+
+    def activate(self, adapter_names: str | list[str]) -> None:
+        """Make these adapters the active ones, and leave what is trained as it is."""
+        self._active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -194,8 +205,8 @@ class BaseTunerLayer(nn.Module):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the parameters of these adapters."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for name, parameter in self.named_leaves():
-            if name in names:
+        for name in names & self._entries.keys():
+            for parameter in self.leaves(name).values():
                 parameter.requires_grad_(requires_grad)
 
     # -- weights -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,12 @@ class ModulesToSaveWrapper(nn.Module):
         """Make a copy of the module for an adapter; it is not active yet."""
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
 
+    def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all copies, each with the adapter's name."""
+        for name, module in self.modules_to_save.items():
+            for parameter in module.parameters():
+                yield name, parameter
+
     @property
     def active_adapters(self) -> list[str]:
         """The adapter whose copy runs, if it has one here."""
@@ -54,11 +60,19 @@ class ModulesToSaveWrapper(nn.Module):
         Raises:
             ValueError: Several of the adapters have a copy, and only one can run.
         """
+        self.activate(adapter_names)
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in self._active and not inference_mode)
+
+    def activate(self, adapter_names: str | list[str]) -> None:
+        """Run the copy of this adapter, and leave what is trained as it is.
+
+        Raises:
+            ValueError: Several of the adapters have a copy, and only one can run.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check(names)
         self._active = [name for name in names if name in self.modules_to_save]
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in self._active and not inference_mode)
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse several adapters that have a copy here."""

@@ -17,6 +17,7 @@ from torchgraft.functional.trees import sort
 from ..config import AdapterConfig
 from ..keys import PREFIX, SHARED, join, names_of
 from ..targets import exact
+from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .walk import bare_copy, layers, named, unwrap
 
@@ -193,14 +194,15 @@ def set_peft_model_state_dict(
         )
     if wrong:
         warnings.warn(f"tensors of another shape were left out: {'; '.join(wrong.values())}", UserWarning, stacklevel=2)
+    found = layers(model)
     for key in [key for key in expected if key in given and key not in wrong]:
         if key in own:
-            _put(model, own[key][0], given[key], low_cpu_mem_usage)
+            _put(model, own[key][0], given[key], low_cpu_mem_usage, found)
         elif key in constants:
             _put_shared(model, adapter_name, key.removeprefix(SHARED), given[key])
         else:
             _put_base(model, key, given[key])
-    for layer in layers(model).values():
+    for layer in found.values():
         layer.refresh()
     missing = [key for key in (*own, *constants) if key not in given]
     return IncompatibleKeys(missing, [key for key in given if key not in expected])
@@ -215,7 +217,7 @@ def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _put(model: nn.Module, key: str, value: Tensor, assign: bool) -> None:
+def _put(model: nn.Module, key: str, value: Tensor, assign: bool, found: Mapping[str, BaseTunerLayer]) -> None:
     """Copy into a tensor of the model, or take its place with the device and dtype of the base."""
     path, _, name = key.rpartition(".")
     owner = model.get_submodule(path)
@@ -224,7 +226,9 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool) -> None:
         with torch.no_grad():
             old.copy_(value)
         return
-    base: Any = next((layer.base_layer for at, layer in layers(model).items() if key.startswith(f"{at}.")), None)
+    while path and path not in found:
+        path = path.rpartition(".")[0]
+    base: Any = found[path].base_layer if path else None
     like = old if base is None or not base.weight.is_floating_point() else base.weight
     new = value.detach().to(like.device, like.dtype)
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)

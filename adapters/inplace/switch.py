@@ -19,7 +19,10 @@ def adapter_names(model: nn.Module) -> list[str]:
     >>> adapter_names(nn.Linear(2, 2))
     []
     """
-    return list(dict.fromkeys(name for part in _parts(unwrap(model)) for name in _names(part)))
+    names: dict[str, None] = {}
+    for part in parts(unwrap(model)):
+        names.update(dict.fromkeys(_names(part)))
+    return list(names)
 
 
 def set_adapter(
@@ -49,13 +52,13 @@ def set_adapter(
     >>> model[0].active_adapters
     ['a', 'b']
     """
-    parts = list(_parts(unwrap(model)))
+    found = list(parts(unwrap(model)))
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     _check_known(model, names)
-    for part in parts:
+    for part in found:
         if isinstance(part, ModulesToSaveWrapper):
             part.check(names)
-    for part in parts:
+    for part in found:
         if isinstance(part, BaseTunerLayer):
             if not isinstance(part, layer_cls):
                 continue
@@ -71,19 +74,19 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     _check_known(model, names)
-    for part in _parts(unwrap(model)):
+    for part in parts(unwrap(model)):
         part.set_requires_grad(names, requires_grad)
 
 
 def disable_adapter_layers(model: nn.Module) -> None:
     """Switch all adapters off: the model computes what it did before any was injected. Merged ones are unmerged."""
-    for part in _parts(unwrap(model)):
+    for part in parts(unwrap(model)):
         part.enable_adapters(False)
 
 
 def enable_adapter_layers(model: nn.Module) -> None:
     """Switch adapters on again; the active ones are trainable then."""
-    for part in _parts(unwrap(model)):
+    for part in parts(unwrap(model)):
         part.enable_adapters(True)
 
 
@@ -100,10 +103,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     ...     print(model[0].disable_adapters)
     True
     """
-    parts = list(_parts(unwrap(model)))
-    merged = {id(part): list(part.merged_adapters) for part in parts if isinstance(part, BaseTunerLayer)}
-    disabled = [(part, part.disable_adapters) for part in parts]
-    trained = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    found = list(parts(unwrap(model)))
+    merged = {id(part): list(part.merged_adapters) for part in found if isinstance(part, BaseTunerLayer)}
+    disabled = [(part, part.disable_adapters) for part in found]
+    trained = [(parameter, parameter.requires_grad) for part in found for _, parameter in part.named_leaves()]
     try:
         disable_adapter_layers(model)
         yield
@@ -144,7 +147,7 @@ def delete_adapter(
         )
     rest = [name for name in adapter_names(model) if name != adapter_name]
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
-    for part in _parts(model):
+    for part in parts(model):
         part.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
     if active is not None:
@@ -173,7 +176,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
                 layer.set_leaf(adapter_name, leaf, nn.Parameter(p.detach().float(), p.requires_grad))
 
 
-def _parts(model: nn.Module) -> Iterator[Any]:
+def parts(model: nn.Module) -> Iterator[Any]:
+    """The tuner layers and the wrappers of modules to save."""
     yield from layers(model).values()
     yield from named(model, ModulesToSaveWrapper).values()
 
