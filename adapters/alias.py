@@ -32,6 +32,10 @@ def as_peft(version: str = VERSION) -> Alias:
     that is used inside, or the reverse, is not recognised. Libraries that look for `peft` once, when they are imported
     (diffusers), have to be imported inside.
 
+    Two limits are transformers' own. Its files have no place for what all layers share (VeRA's projections), which are
+    drawn from the config's seed again. And its `enable_adapters` does not reach `modules_to_save`, which
+    `torchgraft.adapters.enable_adapter_layers` does.
+
     The alias is the process's, not the thread's: while it lasts, every thread sees it. Opening and closing is safe from
     several threads; a thread that is just importing the real `peft` should have finished.
 
