@@ -161,7 +161,7 @@ def merge(
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + s B diag(E) A`."""
     delta = leaves["lora_B"] @ (leaves["lora_E"] * leaves["lora_A"])
-    return torch.add(weight, delta.view(weight.shape), alpha=site.constants["scaling"]), bias
+    return add_scaled(weight, delta.view(weight.shape), site.constants["scaling"]), bias
 
 
 AdaLoraConfig.method = Method(

@@ -227,4 +227,5 @@ OFTConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    varying=frozenset({"init_weights"}),
 )

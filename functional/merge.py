@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from .adapted import Adapted, Base
 from .graft import Graft
 from .method import Tree
-from .route import Routed
 
 
 def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
@@ -37,7 +36,7 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     ['bias', 'weight']
     """
     active = graft.active(params)
-    if any(isinstance(tree, Routed) for tree in active.values()):
+    if not all(isinstance(tree, dict) for tree in active.values()):
         raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")
     model = graft.model
     state = model.state_dict()
