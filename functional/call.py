@@ -129,6 +129,8 @@ def _fill(
     if own:
         zero = _batched_zero(active, args, kwargs)
         given.update((key, _fresh(current.get(key, skeleton.aliases[key]), zero)) for key in own)
+    if not current:
+        skeleton.filled = given
     for key, tensor in given.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
