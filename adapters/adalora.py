@@ -133,7 +133,7 @@ def plan(config: AdaLoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
 
 
 def _scaled(config: AdaLoraConfig, alpha: float) -> dict[str, float]:
-    return {"alpha": alpha, "scaling": alpha / (config.init_r + 1e-5)}
+    return {"lora_alpha": alpha, "scaling": alpha / (config.init_r + 1e-5)}
 
 
 def _module(key: str) -> str:
@@ -199,7 +199,7 @@ def merge(
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + s B diag(E) A`."""
     delta = leaves["lora_B"] @ (leaves["lora_E"] * leaves["lora_A"])
-    return torch.add(weight, delta.view(weight.shape), alpha=site.constants["scaling"]), bias
+    return add_scaled(weight, delta.view(weight.shape), site.constants["scaling"]), bias
 
 
 AdaLoraConfig.method = Method(
@@ -243,7 +243,7 @@ AdaLoraConfig.form = Form(
         "r": Value(lambda config, site: site.constants["r"]),
         "ranknum": Value(lambda config, site: float(config.init_r)),
         "scaling": Value(
-            lambda config, site: site.constants["alpha"], lambda config, site, value: _scaled(config, value)
+            lambda config, site: site.constants["lora_alpha"], lambda config, site, value: _scaled(config, value)
         ),
     },
 )

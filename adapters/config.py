@@ -49,6 +49,12 @@ class AdapterConfig:
 
     method: ClassVar[Method]
     form: ClassVar[Form]
+    site_fields: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+        | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"}
+        | {"task_type", "unknown_fields"}
+    )
+    """Fields that only choose modules or say where things came from, so that the adapters of a stack may differ."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None

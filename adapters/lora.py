@@ -92,7 +92,7 @@ def plan(config: LoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
             f"r is {r} at {site.path}, a convolution with {site.groups} groups; expected a multiple of the groups",
         )
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        planned[site.path] = {"alpha": alpha, "r": r, "scaling": scaling}
+        planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
     return planned
 
 
@@ -179,7 +179,7 @@ def merge(
         )
     a, b = (leaves[name] for name in _names(site))
     delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
-    return torch.add(weight, delta, alpha=site.constants["scaling"]), bias
+    return add_scaled(weight, delta, site.constants["scaling"]), bias
 
 
 def _names(site: Site) -> tuple[str, str]:
@@ -230,7 +230,7 @@ LoraConfig.form = Form(
     holder=_holder,
     infer=_infer,
     values={
-        "lora_alpha": Value(lambda config, site: site.constants["alpha"]),
+        "lora_alpha": Value(lambda config, site: site.constants["lora_alpha"]),
         "r": Value(lambda config, site: site.constants["r"]),
         "scaling": Value(
             lambda config, site: site.constants["scaling"], lambda config, site, value: {"scaling": value}

@@ -185,7 +185,7 @@ class AdaptedForward:
         if socket.cell.seen is not None:
             socket.cell.seen.append((socket.path, x))
         y = socket.layer(args, kwargs)(x)
-        if not torch.compiler.is_compiling():
+        if socket.cell.lease is not None and y.requires_grad and not torch.compiler.is_compiling():
             _pin(socket.cell, y)
         return y
 
@@ -238,11 +238,7 @@ def _pin(cell: Cell, y: Tensor) -> None:
 
     Activation checkpointing runs the forward once more during backward and must find the same adapter.
     """
-    if (
-        cell.lease is not None
-        and y.grad_fn is not None
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    ):
+    if y.grad_fn is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         metadata: Any = y.grad_fn.metadata
         metadata[id(cell)] = cell.lease
 

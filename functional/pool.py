@@ -22,8 +22,10 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]):
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        registries = [vars(module)[name] for module in modules for name in _REGISTRIES]
+        self._empty = [registry for registry in registries if not registry]
         self._views = [vars(module).values() for module in modules]
-        self._views += [vars(module)[name].values() for module in modules for name in _REGISTRIES]
+        self._views += [registry.values() for registry in registries if registry]
         self._state = list(map(tuple, self._views))
         tensors = {id(t): t for view in self._views for t in view if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
@@ -36,7 +38,11 @@ class Watch:
     def same(self) -> bool:
         """Whether nothing has changed."""
         try:
-            return list(map(tuple, self._views)) == self._state and self.same_tensors()
+            return (
+                not any(self._empty)  # truth is cheaper to ask for than values
+                and list(map(tuple, self._views)) == self._state
+                and self.same_tensors()
+            )
         except Exception:
             return False
 

@@ -180,8 +180,10 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     >>> [t.dtype for t in widen(torch.ones(1), torch.ones(1, dtype=torch.float64))]
     [torch.float64, torch.float64]
     """
-    dtype = tensors[0].dtype
+    dtype, mixed = tensors[0].dtype, False
     for tensor in tensors[1:]:
         if tensor.dtype != dtype:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+            dtype, mixed = torch.promote_types(dtype, tensor.dtype), True
+    if not mixed:
+        return tensors
     return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import operator
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Skeleton:
         places: Where each alias hangs in the copy: containers and keys.
         sources: Where each named tensor hangs in the model, and its id.
         modules: The model's modules, those that it keeps in plain containers too, each with its copy.
+        filled: The tensors that the call in progress has replaced, by id.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
     """
 
@@ -79,12 +81,22 @@ class Skeleton:
         }
         self.volatile = self._volatile()
         self.written = [key for key, active in self.volatile.items() if active]
-        self._snapshots = [(container, copy.copy(container)) for container in self._touchable]
+        self.filled: Iterable[int] = ()
+        self._saved = [copy.copy(container) for container in self._touchable]
         del self._memo, self._keep, self._plain
 
     def restore(self) -> None:
         """Undo whatever a forward wrote to attributes and plain containers of the skeleton."""
-        for container, saved in self._snapshots:
+        for key in self.filled:
+            for container, name in self.places[key]:
+                container[name] = self.aliases[key]
+        self.filled = ()
+        try:
+            if all(map(operator.eq, self._touchable, self._saved)):
+                return
+        except Exception:  # tensors that were exchanged may refuse to be compared
+            pass
+        for container, saved in zip(self._touchable, self._saved, strict=True):
             if not _identical(container, saved):
                 container.clear()
                 container.update(saved) if isinstance(container, (dict, set)) else container.extend(saved)
