@@ -74,7 +74,7 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerA
     if isinstance(scaling, PerAdapter):
         b, scaling = b * scaling.values.to(b.dtype).view(-1, 1, 1), 1.0
     if way == "grouped product":
-        ends = torch.tensor(known.counts, device=x.device).cumsum(0).mul(tokens).to(torch.int32)
+        ends = rows.ends(tokens)
         up = F.grouped_mm(F.grouped_mm(sorted_x, a.mT, offs=ends), b.mT, offs=ends)
     else:
         parts = sorted_x.split([count * tokens for count in known.counts])

@@ -94,6 +94,7 @@ class Rows:
         self._version: int | None = None
         self._parts: dict[tuple[bool, ...], Rows] = {}
         self._order: Tensor | None = None
+        self._ends: dict[int, Tensor] = {}
         if index is None:
             self._known = Known(Groups(count, None, base=False), (1,) * count)
         elif values is not None:
@@ -114,7 +115,7 @@ class Rows:
             return None
         if self._known is None or self._version != index._version:  # rows may be written to between calls
             self._known, self._version = _read(index.tolist(), index, self.count), index._version
-            self._order, self._parts = None, {}
+            self._order, self._parts, self._ends = None, {}, {}
         return self._known
 
     def groups(self) -> Groups:
@@ -140,6 +141,15 @@ class Rows:
             order = self.index.argsort(stable=True)
             self._order = order[self.size - sum(known.counts) :]
         return self._order
+
+    def ends(self, tokens: int) -> Tensor:
+        """Where each adapter's tokens end when rows of `tokens` tokens are in `order`, `"adapters"`, int32."""
+        known = self.known()
+        assert known is not None and self.index is not None
+        if tokens not in self._ends:
+            counts = torch.tensor(known.counts, device=self.index.device)
+            self._ends[tokens] = (counts.cumsum(0) * tokens).to(torch.int32)
+        return self._ends[tokens]
 
     def only(self, present: Tensor, values: tuple[bool, ...] | None) -> Rows:
         """The same rows, with no adapter where it is not `present`, `"adapters"`; `values` are its values if known."""

@@ -56,9 +56,11 @@ def test_any_rows(data, count, size, method):
     torch.testing.assert_close(y, looped(graft, trees, x, rows))
 
 
-def test_rows_written_to_after_route_are_read_again():
-    graft = bind(mlp(), LoraConfig(r=2, target_modules=["0", "2"]))
-    trees, x, rows = several(graft), torch.randn(4, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_written_to_after_route_are_read_again(dtype):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+    graft = bind(model, LoraConfig(r=4, target_modules=["0", "2"]))
+    trees, x, rows = several(graft), torch.randn(4, 4, dtype=dtype), torch.tensor([0, 1, 1, 2])
     routed = route(stack(trees), rows)
     graft(routed, x)
     rows.copy_(torch.tensor([2, -1, 0, 2]))

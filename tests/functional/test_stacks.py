@@ -38,7 +38,9 @@ CONFIGS = {
         OFTConfig(oft_block_size=2, target_modules=["2"], init_weights=False),
     ],
 }
-X, T = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(3, 5, 4, dtype=torch.float64, generator=GENERATOR)
+T = torch.randn(3, 5, 2, dtype=torch.float64, generator=GENERATOR)
 
 
 def mlp():
@@ -110,7 +112,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("way", ["route", "vmap"])
 @pytest.mark.parametrize("method", CONFIGS)
