@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import peft
 import peft.functional
 import torch
-from _results import FOLDER, write
+from _results import apart, folder, write
 from torch import nn
 from tqdm import tqdm
 
@@ -113,21 +113,25 @@ def draw(result: dict[str, dict[str, dict[int, dict[str, float]]]]) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    figure.savefig(FOLDER / "injection.png", dpi=150)
+    figure.savefig(folder() / "injection.png", dpi=150)
 
 
 def main() -> None:
     """Time, print and write `results/injection.json` and `results/injection.png`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="models that each library fills")
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
     args = parser.parse_args()
+    rounds = 2 if args.quick else args.rounds
+    if args.quick:
+        apart()
     torch.set_num_threads(1)
     gc.disable()
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # PEFT's, at each injection but one
     times: dict[str, Times] = {library: {} for library in LIBRARIES}
     for _ in range(2):
         run(LIBRARIES["torchgraft"], {})  # imports and caches
-    for _ in tqdm(range(args.rounds), unit="round"):
+    for _ in tqdm(range(rounds), unit="round"):
         for library in LIBRARIES:
             run(LIBRARIES[library], times[library])
     result = {
@@ -141,7 +145,7 @@ def main() -> None:
     }
     claim = "the 40th adapter is injected as fast as the first, and its state dict is as fast to get and to set"
     targets = BLOCKS * len(NAMES)
-    write("injection", {"claim": claim, "targets": targets, "rounds": args.rounds, "unit": "ms of CPU time", **shown})
+    write("injection", {"claim": claim, "targets": targets, "rounds": rounds, "unit": "ms of CPU time", **shown})
     for library, calls in shown.items():
         for name, found in calls.items():
             print(f"{library:<11} {name:<26}", *(f"#{n}: {one['median']:.1f} ms" for n, one in found.items()), sep="  ")
