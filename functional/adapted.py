@@ -244,14 +244,14 @@ def _pin(cell: Cell, y: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _adapted_class(cls: Any, plain: Any) -> type[nn.Module]:
+def adapted_class(cls: Any, plain: Any) -> type[nn.Module]:
     """`cls` with `AdaptedForward` between its own forward and that of `plain`."""
     core = _subclass(plain, (AdaptedForward, plain))
     return _subclass(cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core))
 
 
 @functools.lru_cache(maxsize=256)
-def _inner_class(cls: Any, plain: Any) -> type[nn.Module]:
+def inner_class(cls: Any, plain: Any) -> type[nn.Module]:
     """`cls` with the forward of `plain`."""
     return cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
 
@@ -274,10 +274,10 @@ def adapt(shell: nn.Module, cls: Any, plain: Any, path: str, cell: Cell, entries
         cell: Cell of the skeleton.
         entries: Adapter entries by name.
     """
-    inner = object.__new__(_inner_class(cls, plain))
+    inner = object.__new__(inner_class(cls, plain))
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
-    shell.__class__ = _adapted_class(cls, plain)
+    shell.__class__ = adapted_class(cls, plain)
     shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument, cls, plain)
 
 

@@ -10,29 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base
 from torchgraft.functional.method import Entry
 
 from .containers import Modules, Parameters
+from .live import Live
 from .originals import Originals
 from .values import Values
 
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with `child.weight` instead of calling the child."""
-
-_COPIES: Any = WeakIdKeyDictionary()
-"""Constants on other devices, so that layers that share one keep sharing it."""
-
-
-class CalledBase(Base):
-    """The wrapped module, called as a module, so that its own hooks run."""
-
-    __slots__ = ()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x, *self.args, **self.kwargs)
 
 
 class BaseTunerLayer(nn.Module):
@@ -60,8 +48,7 @@ class BaseTunerLayer(nn.Module):
         self._active: list[str] = []
         self._disabled = False
         self._dense_weight = any(isinstance(parent, _READS_WEIGHTS) for parent in parents)
-        self._live: list[tuple[Entry, list[tuple[str, Any]]]] = []
-        self._live_names: list[str] = []
+        self._live = Live(self, [])
         self._argument = next(iter(list(inspect.signature(type(base_layer).forward).parameters)[1:]), "input")
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
         self.register_load_state_dict_post_hook(_refresh_after_loading)
@@ -124,7 +111,7 @@ class BaseTunerLayer(nn.Module):
         Raises:
             KeyError: No such adapter on this layer.
         """
-        return {leaf: getattr(held, "weight", held) for leaf, held in self._held(name)}
+        return {leaf: getattr(held, "weight", held) for leaf, held in self.held(name)}
 
     def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of all adapters, each with the adapter's name."""
@@ -228,8 +215,8 @@ class BaseTunerLayer(nn.Module):
         return self._dense()[1] if self._dense_weight and self._adapted() else self.base_layer.bias
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self._layer().dense()
-        weight = self._live[0][0].site.canonical(weight).to(self.base_layer.weight.dtype)
+        weight, bias = self._live.over(self.base_layer).dense()
+        weight = self._live.entries[0].site.canonical(weight).to(self.base_layer.weight.dtype)
         return weight, None if bias is None else bias.to(self.base_layer.bias.dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -317,30 +304,26 @@ class BaseTunerLayer(nn.Module):
         elif self._argument in kwargs:
             x = kwargs.pop(self._argument)
         else:
-            raise TypeError(f"{self._live[0][0].site.path}: forward() got no {self._argument!r}")
-        return self._layer(args, kwargs)(x)
+            raise TypeError(f"{self._live.entries[0].site.path}: forward() got no {self._argument!r}")
+        return self._live.run(self.base_layer, x, args, kwargs)
 
     def _adapted(self) -> bool:
         """Whether any adapter runs; looks for replaced parameters first."""
-        if not torch.compiler.is_compiling() and self._stale():
+        if not torch.compiler.is_compiling() and self._live.stale(self):
             self.refresh()
         return bool(self._live)
 
-    def _layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
-        layer: Base | Adapted = CalledBase(self.base_layer, self._live[0][0].site, args, kwargs)
-        for entry, held in self._live:
-            layer = Adapted(layer, entry, {leaf: getattr(one, "weight", one) for leaf, one in held})
-        return layer
-
     def refresh(self) -> None:
-        """Collect what the forward needs, under names that stay the same when other adapters become active.
-
-        A compiled forward guards on every name it reads, so with the adapters' names it would be compiled for each.
-        """
+        """Collect anew what the forward needs."""
         names = [] if self._disabled else [name for name in self._active if name in self._entries]
-        names = self._inside_out(name for name in names if name not in self.merged_adapters)
-        self._live_names = names
-        self._live = [(self._placed(name), self._held(name)) for name in names]
+        self._live = Live(self, self._inside_out(name for name in names if name not in self.merged_adapters))
+
+    def train(self, mode: bool = True) -> BaseTunerLayer:
+        """Set the mode of this layer, its module and its adapters."""
+        super().train(mode)
+        if self._live.shell is not None:
+            self._live.shell.follow(self.base_layer)
+        return self
 
     def _inside_out(self, names: Iterable[str]) -> list[str]:
         """These adapters, the innermost first: the last of those that act on the input."""
@@ -348,7 +331,7 @@ class BaseTunerLayer(nn.Module):
         entries: list[Any] = [self._entries[name] for name in names]
         return names[::-1] if any(entry.config.form.input_side(entry.site) for entry in entries) else names
 
-    def _held(self, name: str) -> list[tuple[str, Any]]:
+    def held(self, name: str) -> list[tuple[str, Any]]:
         """An adapter's leaves: a parameter, or the module whose weight it is."""
         config: Any = self._entries[name].config
         containers: list[tuple[str, Any]] = [
@@ -356,26 +339,13 @@ class BaseTunerLayer(nn.Module):
         ]
         return [(leaf, container[name]) for leaf, container in containers if name in container]
 
-    def _placed(self, name: str) -> Entry:
-        """An adapter's entry with its constants where the base is."""
-        entry = self._entries[name]
-        device = self.base_layer.weight.device
-        here = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}
-        if all(value.device == device for value in here.values()):
-            return entry
-        moved = {key: _COPIES.setdefault(value, {}).setdefault(device, value.to(device)) for key, value in here.items()}
-        site = dataclasses.replace(entry.site, constants={**entry.site.constants, **moved})
-        return dataclasses.replace(entry, site=site)
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles need; the rest is collected anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "_live"}
 
-    def _stale(self) -> bool:
-        """Whether somebody replaced a parameter, or the module that holds it, since `refresh`."""
-        containers: Any = self._modules
-        for name, (_, held) in zip(self._live_names, self._live, strict=True):
-            for leaf, one in held:
-                container = containers[leaf]
-                if (container._modules if isinstance(one, nn.Module) else container._parameters).get(name) is not one:
-                    return True
-        return False
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
         super()._apply(fn, recurse)
