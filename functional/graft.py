@@ -105,13 +105,13 @@ class Graft:
             )
         return trees.sort(made) if self.named else made[""]
 
-    def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, params: Tree | Routed, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the adapters in `params`; the same as `functional_call(graft, params, args, kwargs)`."""
         from .call import functional_call
 
         return functional_call(self, params, args, kwargs)
 
-    def view(self, params: Tree) -> nn.Module:
+    def view(self, params: Tree | Routed) -> nn.Module:
         """A module like the user's, with the adapter in and the base shared.
 
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
