@@ -61,6 +61,7 @@ class Transformer(nn.Module):
 
 
 def empty_memory(model: Any, rows: int) -> Tensor:
+    """Keys and values of all blocks, `"block rows context 2*dim"`."""
     return torch.zeros(len(model.blocks), rows, CONTEXT, 2 * model.embed.embedding_dim)
 
 
@@ -81,6 +82,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def minimise(loss: Callable[[], Tensor], leaves: Sequence[Tensor], steps: int, rate: float, what: str) -> None:
+    """Take some steps of AdamW, which works element by element: stacked adapters stay independent."""
     optimizer = torch.optim.AdamW(leaves, betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     progress = tqdm(range(steps), desc=what, unit="step")

@@ -33,18 +33,7 @@ from torchgraft.adapters import LoraConfig, load_adapter, save_adapter
 from torchgraft.functional import Graft, Tree, bind, route, stack, unstack
 
 try:
-    from _characters import (
-        ALPHABET,
-        CONTEXT,
-        WINDOW,
-        Transformer,
-        empty_memory,
-        encode,
-        minimise,
-        read_prose,
-        seeded,
-        train_base,
-    )
+    import _characters as lm
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from tqdm import tqdm
@@ -77,14 +66,14 @@ def lesson(prose: Sequence[str], register: Callable[[str], str], choose: random.
     words = choose.choice(prose).split(" ")
     start, opening = choose.randrange(len(words) - 5), choose.randint(2, 5)
     prompt = " ".join(words[start : start + opening]) + " "
-    ids = encode(prompt + register(" ".join(words[start + opening :])))[: WINDOW + 1]
-    rest = WINDOW + 1 - len(ids)
+    ids = lm.encode(prompt + register(" ".join(words[start + opening :])))[: lm.WINDOW + 1]
+    rest = lm.WINDOW + 1 - len(ids)
     return ids[:-1] + rest * [0], [-1] * (len(prompt) - 1) + ids[len(prompt) :] + rest * [-1]
 
 
 def train_adapters(graft: Graft, prose: Sequence[str], steps: int, seed: int) -> dict[str, Tree]:
     """Train one adapter for each register, all in one batch of equal parts and one step."""
-    many = stack([graft.init(seeded(seed + i)) for i in range(len(REGISTERS))])
+    many = stack([graft.init(lm.seeded(seed + i)) for i in range(len(REGISTERS))])
     leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves(many)]
     choose = random.Random(seed)
 
@@ -93,7 +82,7 @@ def train_adapters(graft: Graft, prose: Sequence[str], steps: int, seed: int) ->
         x, y = (torch.tensor(part) for part in zip(*lessons, strict=True))
         return F.cross_entropy(graft(route(many), x).flatten(0, 1), y.flatten(), ignore_index=-1)
 
-    minimise(loss, leaves, steps, 1.5e-2, f"{len(REGISTERS)} adapters ")
+    lm.minimise(loss, leaves, steps, 1.5e-2, f"{len(REGISTERS)} adapters ")
     return dict(zip(REGISTERS, unstack(optree.tree_map(torch.Tensor.detach, many)), strict=True))
 
 
@@ -110,8 +99,8 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.ids, self.position = encode(self.prompt), 0
-        uniform = torch.rand(self.length + 1, len(ALPHABET), generator=seeded(self.seed))
+        self.ids, self.position = lm.encode(self.prompt), 0
+        uniform = torch.rand(self.length + 1, len(lm.ALPHABET), generator=lm.seeded(self.seed))
         self.noise = TEMPERATURE * -(-uniform.log()).log()  # added to logits, it makes their maximum a random draw
 
     @property
@@ -120,7 +109,7 @@ class Request:
 
     @property
     def answer(self) -> str:
-        return "".join(ALPHABET[i] for i in self.ids[len(self.prompt) :])
+        return "".join(lm.ALPHABET[i] for i in self.ids[len(self.prompt) :])
 
     def feed(self, token: int) -> None:
         """Go to the next character: one of the prompt as long as it lasts, then what the model chose."""
@@ -156,7 +145,7 @@ class Server:
 
     def __init__(self, graft: Graft, adapters: Mapping[str, Tree], slots: int):
         self.graft, self.many, self.names = graft, stack(list(adapters.values())), list(adapters)
-        self.memory = empty_memory(graft.model, slots)
+        self.memory = lm.empty_memory(graft.model, slots)
         self.slots = [Request(" ", None, 0) for _ in range(slots)]
         self.queue: deque[Request] = deque()
         self.history: list[list[int]] = []
@@ -224,7 +213,7 @@ def find_differing(graft: Graft, adapters: Mapping[str, Tree], served: Sequence[
     differing = []
     for request in tqdm(served, desc="one by one ", unit="answer"):
         forward = functools.partial(graft, adapters[request.adapter]) if request.adapter else graft.model
-        again, memory = dataclasses.replace(request), empty_memory(graft.model, 1)
+        again, memory = dataclasses.replace(request), lm.empty_memory(graft.model, 1)
         while not again.done:
             advance(forward, [again], memory)
         if again.answer != request.answer:
@@ -235,19 +224,15 @@ def find_differing(graft: Graft, adapters: Mapping[str, Tree], served: Sequence[
 @torch.no_grad()
 def measure(graft: Graft, adapters: Sequence[Tree], rows: int, rounds: int) -> dict[str, float]:
     """Tokens per second of four ways to take a batch one token further; medians of interleaved rounds."""
-    each = rows // len(adapters)
+    each = max(1, rows // len(adapters))
     index = torch.arange(len(adapters)).repeat_interleave(each)[torch.randperm(each * len(adapters))]
     parts = [(index == i).nonzero()[:, 0] for i in range(len(adapters))]
-    ids, position = torch.randint(len(ALPHABET), (len(index), 1)), torch.full((len(index),), CONTEXT // 2)
-    many, memory, memories = (
-        stack(list(adapters)),
-        empty_memory(graft.model, len(index)),
-        empty_memory(graft.model, each),
-    )
+    ids, position = torch.randint(len(lm.ALPHABET), (len(index), 1)), torch.full((len(index),), lm.CONTEXT // 2)
+    many, memory = stack(list(adapters)), lm.empty_memory(graft.model, len(index))
 
     def one_by_one() -> None:
         for part, adapter in zip(parts, adapters, strict=True):
-            graft(adapter, ids[part], position[part], memories)
+            graft(adapter, ids[part], position[part], memory[:, :each])
 
     ways: dict[str, Callable[[], Any]] = {
         "the base, no adapter": lambda: graft.model(ids, position, memory),
@@ -277,7 +262,7 @@ def draw(path: Path, shown: Sequence[Request], speed: Mapping[str, float], serve
     figure = Figure(figsize=(15, 9.4), facecolor=PAPER)
     write = functools.partial(figure.text, parse_math=False)
     write(0.03, 0.925, "One frozen model, one batch, an adapter for every row", color=INK, fontsize=30, weight="bold")
-    story = f"Asked to go on after “{shown[0].prompt.strip()}”, each adapter has its own way. All share the batch below."
+    story = f"Asked to go on after “{shown[0].prompt.strip()}”, each adapter has its own way. All share one batch."
     write(0.03, 0.882, story, color=MUTED, fontsize=17)
     for i, (request, color) in enumerate(zip(shown, [INK, *COLORS], strict=True)):
         y = 0.82 - 0.046 * i
@@ -329,11 +314,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, start = parse(argv), time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    choose, prose = random.Random(args.seed), read_prose()
+    choose, prose = random.Random(args.seed), lm.read_prose()
 
     # A frozen model, and an adapter in a folder of its own for each register.
-    model = Transformer(args.dim)
-    train_base(model, prose, args.base_steps, args.seed)
+    model = lm.Transformer(args.dim)
+    lm.train_base(model, prose, args.base_steps, args.seed)
     before = copy.deepcopy(model.state_dict())
     graft = bind(model, LoraConfig(r=8, lora_alpha=16, target_modules=["qkv", "out", "up", "down", "head"]))
     adapters = train_adapters(graft, prose, args.steps, args.seed)
@@ -341,12 +326,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Requests for the base and for each adapter, in random order; the last adapter's come later.
     openings = sorted({" ".join(paragraph.split()[:3]) + " " for paragraph in prose})
-    prompts = choose.sample([one for one in openings if len(one) < CONTEXT - 2 * args.length], args.prompts)
-    served: list[Request] = []
-    late: list[Request] = []
-    for name in [None, *adapters]:
-        lengths = [choose.randint(args.length, 2 * args.length) for _ in prompts]
-        (late if name == NEWCOMER else served).extend(map(Request, prompts, len(prompts) * [name], lengths, range(99)))
+    prompts = choose.sample([one for one in openings if len(one) < lm.CONTEXT - 2 * args.length], args.prompts)
+    names = [None, *adapters]
+
+    def ask(name: str | None) -> list[Request]:
+        return [Request(one, name, choose.randint(args.length, 2 * args.length), i) for i, one in enumerate(prompts)]
+
+    served, late = [request for name in names[:-1] for request in ask(name)], ask(NEWCOMER)
     choose.shuffle(served)
 
     server = Server(graft, {name: adapters[name] for name in adapters if name != NEWCOMER}, args.slots)
@@ -359,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     unchanged = all(torch.equal(before[key], after[key]) for key in before)
 
     answers = {(request.adapter, request.prompt): request for request in served}
-    picture, names = args.out / "serve.png", [None, *adapters]
+    picture = args.out / "serve.png"
     draw(picture, [answers[name, prompts[0]] for name in names], speed, server, stay)
     for prompt in prompts[:2]:
         print(f"\n{'adapter':<12}kept  {prompt!r} goes on (kept: answers of the adapter that keep to its register)")

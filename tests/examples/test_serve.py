@@ -99,7 +99,7 @@ def test_picture_and_table(serve, run):
 
 
 def test_registers_are_kept_by_what_is_written_in_them(serve):
-    prose = serve.read_prose()
+    prose = serve.lm.read_prose()
     assert len(prose) > 300
     for name, register in serve.REGISTERS.items():
         changed = sum(register(paragraph) != paragraph for paragraph in prose)
