@@ -100,7 +100,7 @@ class Graft:
 
         return functional_call(self, params, args, kwargs)
 
-    def view(self, params: Tree) -> nn.Module:
+    def view(self, params: Tree | Routed) -> nn.Module:
         """A module like the user's, with the adapter in and the base shared.
 
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
