@@ -66,9 +66,11 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerA
         groups = rows.groups()
         down = x.reshape(groups.size, -1, x.shape[-1]) @ groups.pick(a).mT
         return add_to_groups(y, down, b, scaling, rows)
+    per_row = x.reshape(rows.size, -1, x.shape[-1])
+    if way == "padded groups":
+        return add_scaled(y, _in_slots(per_row, a, b, scaling, rows).view(y.shape), _common(scaling))
     order, known = rows.order(), rows.known()
     assert known is not None
-    per_row = x.reshape(rows.size, -1, x.shape[-1])
     tokens = per_row.shape[1]
     sorted_x = per_row.index_select(0, order).flatten(0, 1)
     if isinstance(scaling, PerAdapter):
@@ -83,6 +85,21 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerA
         )
     wide, up = widen(y.reshape(rows.size, -1), up.reshape(len(order), -1))
     return wide.index_add(0, order, up, alpha=scaling).to(y.dtype).view(y.shape)
+
+
+def _in_slots(per_row: Tensor, a: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
+    """`b a x` by rows, times each adapter's own scaling; zero for rows without adapter."""
+    slots = rows.slots()
+    sorted_x = per_row.index_select(0, slots.take).view(slots.groups, -1, per_row.shape[-1])
+    down = sorted_x @ slots.pick(a).mT
+    if isinstance(scaling, PerAdapter):
+        down = down * slots.pick(scaling.values).to(down.dtype).view(-1, 1, 1)
+    up = (down @ slots.pick(b).mT).view(len(slots.take), per_row.shape[1], -1).index_select(0, slots.place)
+    return up if slots.active is None else torch.where(slots.active, up, 0)
+
+
+def _common(scaling: float | PerAdapter) -> float:
+    return 1.0 if isinstance(scaling, PerAdapter) else scaling
 
 
 def add_to_groups(y: Tensor, down: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
@@ -109,15 +126,18 @@ def choose(rows: Rows, x: Tensor, a: Tensor, b: Tensor) -> str:
     """The fastest way to multiply each row with its own matrices.
 
     `"equal groups"` is one batched product over the largest equal runs of one adapter; where these are not the
-    adapters in order it copies matrices, which pays for many tokens. `"grouped product"` and `"segments"` sort the
-    rows by adapter, which takes values to sort by, for one grouped kernel or for a loop over adapters.
+    adapters in order it copies matrices, which pays for many tokens. The other ways sort the rows by adapter, which
+    takes values to sort by: `"padded groups"` for one batched product, where that leaves few slots empty, `"grouped
+    product"` for one grouped kernel, `"segments"` for a loop over adapters.
 
     >>> many = torch.zeros(2, 4, 8), torch.zeros(2, 8, 4)
     >>> choose(Rows(torch.tensor([0, 0, 1, 1]), 2), torch.zeros(4, 8), *many)
     'equal groups'
     >>> choose(Rows(torch.tensor([0, 1, 1, -1]), 2), torch.zeros(4, 8), *many)
+    'padded groups'
+    >>> choose(Rows(torch.tensor([0, 1, 0, 0, 0, 0, 0]), 2), torch.zeros(7, 8), *many)
     'grouped product'
-    >>> choose(Rows(torch.tensor([0, 1, 1, -1]), 2), torch.zeros(4, 8).double(), *many)
+    >>> choose(Rows(torch.tensor([0, 1, 0, 0, 0, 0, 0]), 2), torch.zeros(7, 8).double(), *many)
     'segments'
     """
     known = rows.known()
@@ -125,6 +145,9 @@ def choose(rows: Rows, x: Tensor, a: Tensor, b: Tensor) -> str:
         return "equal groups"
     if x.numel() >= _MANY_TOKENS * x.shape[-1] * known.groups.size:
         return "equal groups"
+    present = sum(map(bool, known.counts))
+    if 2 * present * max(known.counts) <= 3 * sum(known.counts):
+        return "padded groups"
     return "grouped product" if _can_group(x, a, b) else "segments"
 
 

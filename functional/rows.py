@@ -70,6 +70,29 @@ class Known:
     counts: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Rows sorted by adapter into as many slots for each, some of which stay empty.
+
+    Attributes:
+        adapters: The adapters that have rows, `"groups"`; `None` for all of the stack.
+        take: The row in each slot, `"groups*width"`; any row in an empty one.
+        place: The slot of each row, `"rows"`; any slot for a row without adapter.
+        groups: Number of adapters that have rows.
+        active: Whether each row has an adapter, `"rows 1 1"`; `None` where all have.
+    """
+
+    adapters: Tensor | None
+    take: Tensor
+    place: Tensor
+    groups: int
+    active: Tensor | None
+
+    def pick(self, leaf: Tensor) -> Tensor:
+        """The part of a stacked leaf that belongs to the adapters that have rows."""
+        return leaf if self.adapters is None else leaf.index_select(0, self.adapters)
+
+
 class Rows:
     """Which adapter of a stack each row uses.
 
@@ -95,6 +118,7 @@ class Rows:
         self._parts: dict[tuple[bool, ...], Rows] = {}
         self._order: Tensor | None = None
         self._ends: dict[int, Tensor] = {}
+        self._slots: Slots | None = None
         if index is None:
             self._known = Known(Groups(count, None, base=False), (1,) * count)
         elif values is not None:
@@ -115,7 +139,7 @@ class Rows:
             return None
         if self._known is None or self._version != index._version:  # rows may be written to between calls
             self._known, self._version = _read(index.tolist(), index, self.count), index._version
-            self._order, self._parts, self._ends = None, {}, {}
+            self._order, self._parts, self._ends, self._slots = None, {}, {}, None
         return self._known
 
     def groups(self) -> Groups:
@@ -141,6 +165,30 @@ class Rows:
             order = self.index.argsort(stable=True)
             self._order = order[self.size - sum(known.counts) :]
         return self._order
+
+    def slots(self) -> Slots:
+        """The rows in equal groups of one adapter each.
+
+        >>> Rows(torch.tensor([1, 0, 1]), 2).slots().take.tolist()
+        [1, 0, 0, 2]
+        """
+        known = self.known()
+        assert known is not None and self.index is not None
+        if self._slots is None:
+            order, device = self.order(), self.index.device
+            present = [adapter for adapter, count in enumerate(known.counts) if count]
+            counts = torch.tensor([known.counts[adapter] for adapter in present], device=device)
+            width = max(known.counts)
+            shifts = torch.arange(len(present), device=device) * width - (counts.cumsum(0) - counts)
+            slot = torch.arange(len(order), device=device) + shifts.repeat_interleave(counts)
+            self._slots = Slots(
+                adapters=None if len(present) == self.count else torch.tensor(present, device=device),
+                take=order.new_zeros(len(present) * width).index_put((slot,), order),
+                place=order.new_zeros(self.size).index_put((order,), slot),
+                groups=len(present),
+                active=None if len(order) == self.size else (self.index >= 0).view(-1, 1, 1),
+            )
+        return self._slots
 
     def ends(self, tokens: int) -> Tensor:
         """Where each adapter's tokens end when rows of `tokens` tokens are in `order`, `"adapters"`, int32."""

@@ -149,9 +149,12 @@ WAYS = {
     "one adapter": ([1, 1, 1, 1], 1, torch.float32, "equal groups"),
     "base alone": ([-1, -1], 1, torch.float32, "equal groups"),
     "many tokens": ([2, 0, 0, 1], 32, torch.float32, "equal groups"),
-    "few tokens": ([2, 0, 0, 1], 2, torch.float32, "grouped product"),
-    "few tokens, some of the base": ([2, -1, 0, -1], 2, torch.float32, "grouped product"),
-    "float64": ([2, 0, -1, 1], 2, torch.float64, "segments"),
+    "few tokens": ([2, 0, 1, 0, 2, 1], 2, torch.float32, "padded groups"),
+    "few tokens, an empty slot": ([2, 0, 0, 1, 2], 2, torch.float64, "padded groups"),
+    "few tokens, some of the base": ([2, -1, 0, -1], 2, torch.float32, "padded groups"),
+    "uneven": ([2, 0, 0, 0, 0, 1], 2, torch.float32, "grouped product"),
+    "uneven, some of the base": ([2, -1, 0, 0, 0, 0, -1], 2, torch.float32, "grouped product"),
+    "uneven, float64": ([2, 0, 0, 0, -1, 1], 2, torch.float64, "segments"),
 }
 
 
@@ -176,11 +179,11 @@ def test_every_way_is_the_loop(case, per_adapter):
 
 
 def test_ways_without_values_or_alignment():
-    a, b, x = torch.randn(3, 3, 8), torch.randn(3, 12, 3), torch.randn(4, 8)
-    rows = Rows(torch.tensor([2, 0, -1, 1]), 3)
+    a, b, x = torch.randn(3, 3, 8), torch.randn(3, 12, 3), torch.randn(6, 8)
+    rows = Rows(torch.tensor([2, 0, 0, 0, -1, 1]), 3)
     assert choose(rows, x, a, b) == "segments", "rank 3 is no whole number of 16 bytes"
     ways = []
-    torch.vmap(lambda i: ways.append(choose(Rows(i, 3), x, a, b)) or i)(torch.tensor([[2, 0, -1, 1]]))
+    torch.vmap(lambda i: ways.append(choose(Rows(i, 3), x, a, b)) or i)(torch.tensor([[2, 0, 0, 0, -1, 1]]))
     assert ways == ["equal groups"], "values of a vmapped index cannot be read"
 
 
