@@ -199,7 +199,7 @@ def merge(
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + s B diag(E) A`."""
     delta = leaves["lora_B"] @ (leaves["lora_E"] * leaves["lora_A"])
-    return torch.add(weight, delta.view(weight.shape), alpha=site.constants["scaling"]), bias
+    return add_scaled(weight, delta.view(weight.shape), site.constants["scaling"]), bias
 
 
 AdaLoraConfig.method = Method(
@@ -213,7 +213,7 @@ AdaLoraConfig.method = Method(
     routed=routed,
     varying=frozenset(
         {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
-        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r", "scaling"}
+        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r", "alpha", "scaling"}
     ),
 )
 

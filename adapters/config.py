@@ -49,6 +49,10 @@ class AdapterConfig:
 
     method: ClassVar[Method]
     form: ClassVar[Form]
+    site_fields: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    )
+    """Fields that only choose modules, so that the adapters of a stack may differ in them."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None

@@ -153,7 +153,7 @@ IA3Config.method = Method(
     apply=apply,
     merge=merge,
     routed=routed,
-    varying=frozenset({"init_ia3_weights"}),
+    varying=frozenset({"feedforward_modules", "init_ia3_weights"}),
 )
 
 

@@ -179,7 +179,7 @@ def merge(
         )
     a, b = (leaves[name] for name in _names(site))
     delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
-    return torch.add(weight, delta, alpha=site.constants["scaling"]), bias
+    return add_scaled(weight, delta, site.constants["scaling"]), bias
 
 
 def _names(site: Site) -> tuple[str, str]:
@@ -196,7 +196,7 @@ LoraConfig.method = Method(
     merge=merge,
     routed=routed,
     varying=frozenset(
-        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "scaling"}
+        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
     ),
 )
 

@@ -231,6 +231,7 @@ OFTConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    varying=frozenset({"init_weights"}),
 )
 
 

@@ -5,6 +5,7 @@ under any transform of `torch.func`, `torch.compile` and threads. The model is n
 """
 
 from .call import functional_call as functional_call
+from .grads import grad as grad
 from .grads import value_and_grad as value_and_grad
 from .graft import Graft as Graft
 from .graft import bind as bind
@@ -13,12 +14,15 @@ from .method import Config as Config
 from .method import Layer as Layer
 from .method import Method as Method
 from .method import Tree as Tree
+from .norms import clip_by_norm as clip_by_norm
+from .norms import norms as norms
 from .route import Routed as Routed
 from .route import route as route
 from .rows import PerAdapter as PerAdapter
 from .rows import Rows as Rows
 from .site import Site as Site
 from .site import widen as widen
+from .stacks import StackedGraft as StackedGraft
 from .trees import stack as stack
 from .trees import unstack as unstack
 

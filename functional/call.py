@@ -196,7 +196,7 @@ def _batched_zero(
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if torch._C._functorch.maybe_current_level() is None:
         return None
-    trees = [tree.tensors() if isinstance(tree, Routed) else tree for tree in active.values()]
+    trees = [tree if isinstance(tree, dict) else tree.tensors() for tree in active.values()]
     leaves = optree.tree_leaves((trees, dict(base), args, dict(kwargs)))
     zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None

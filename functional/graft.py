@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ from .plan import plan_sites
 from .pool import Pool
 from .references import check_references
 from .route import Routed
+from .rows import PerAdapter
 from .site import Site, describe
 from .skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from .stacks import StackedGraft
 
 _RECENT = 4
 """Pools kept for states of the model that come back, such as train() and eval()."""
@@ -37,21 +41,23 @@ class Graft:
         sites: The adapted modules, by adapter name and path.
     """
 
-    def __init__(self, model: nn.Module, configs: Mapping[str, Config], named: bool, allow_unreached: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: Mapping[str, Config],
+        named: bool,
+        allow_unreached: bool,
+        sites: dict[str, dict[str, Site]] | None = None,
+    ):
         self.model = model
         self.configs = copy.deepcopy(dict(configs))
         self.named = named
         self.allow_unreached = allow_unreached
-        self.sites: dict[str, dict[str, Site]] = {
+        self.sites: dict[str, dict[str, Site]] = sites or {
             name: plan_sites(config, dict(model.named_modules(remove_duplicate=False)), config.targets(model))
             for name, config in self.configs.items()
         }
-        self._shapes = {
-            name: {
-                path: self.configs[name].method.shapes(self.configs[name], site) for path, site in sorted(sites.items())
-            }
-            for name, sites in self.sites.items()
-        }
+        self._shapes = self.expected()
         self._pools: list[Pool] = []
         self._layouts: Found = {}
         check_references(model, {path for sites in self.sites.values() for path in sites})
@@ -82,27 +88,10 @@ class Graft:
         >>> {leaf: tuple(t.shape) for leaf, t in graft.init()[""].items()}
         {'lora_A': (2, 4), 'lora_B': (3, 2)}
         """
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"init: generator is {generator!r}, expected a torch.Generator; "
-                "torch.Generator().manual_seed(0) makes one"
-            )
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        made: Tree = {}
-        for name, config in self.configs.items():
-            sites = self.sites[name]
-            fresh = config.method.init(config, list(sites.values()), generator)
-            made[name] = trees.sort(
-                {
-                    path: {
-                        leaf: value.to(device or weight.device, dtype or _wide(weight.dtype))
-                        for leaf, value in fresh[path].items()
-                    }
-                    for path, weight in ((path, modules[path].weight) for path in sites)
-                }
-            )
+        made = {
+            name: initialise(self.model, config, self.sites[name], generator, dtype, device)
+            for name, config in self.configs.items()
+        }
         return trees.sort(made) if self.named else made[""]
 
     def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +148,13 @@ class Graft:
                 raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
             _check(tree, self._shapes[name], f"params[{name!r}]")
         return {name: params[name] for name in self.configs if name in params}
+
+    def expected(self) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
+        """Shapes of all leaves, by adapter name, path and leaf."""
+        return {
+            name: {path: config.method.shapes(config, site) for path, site in sorted(self.sites[name].items())}
+            for name, config in self.configs.items()
+        }
 
     def pool(self) -> Pool:
         """The skeletons that fit the model as it is now."""
@@ -251,13 +247,23 @@ class Graft:
         return f"Graft({type(self.model).__name__}, {adapters})"
 
 
-def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unreached: bool = False) -> Graft:
+@overload
+def bind(model: nn.Module, config: Sequence[Config], *, allow_unreached: bool = ...) -> StackedGraft: ...
+
+
+@overload
+def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unreached: bool = ...) -> Graft: ...
+
+
+def bind(
+    model: nn.Module, config: Config | Mapping[str, Config] | Sequence[Config], *, allow_unreached: bool = False
+) -> Graft:
     """Bind adapter configs to a model; the model stays as it is.
 
     Args:
         model: Any module. It may still move, be evaluated or get new weights later; every call sees it.
         config: One config, or several by name. With names, parameters are `{name: tree}` and a name that is missing
-            from them is switched off.
+            from them is switched off. With a list, one config for each adapter of a stack: see `StackedGraft`.
         allow_unreached: Accept forwards that run past a site, as mixtures of experts and encoder-decoder models
             with cached encoder outputs do. Otherwise such a forward is an error.
 
@@ -276,9 +282,14 @@ def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unrea
     if not isinstance(model, nn.Module):
         raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
     named = isinstance(config, Mapping)
-    configs: Mapping[str, Config] = config if isinstance(config, Mapping) else {"": config}
+    configs: Mapping[str, Any] = {"": config}
+    if isinstance(config, Mapping):
+        configs = config
+    elif isinstance(config, (list, tuple)):
+        configs = {f"[{i}]": one for i, one in enumerate(config)}
     if not configs:
-        raise ValueError("bind: got an empty dict of configs; give at least one, as {'name': LoraConfig(...)}")
+        given = "dict of configs; give at least one, as {'name': LoraConfig(...)}"
+        raise ValueError(f"bind: got an empty {given if named else 'list of configs; give at least one'}")
     for name, one in configs.items():
         if not isinstance(name, str) or (named and not name):
             raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
@@ -291,7 +302,39 @@ def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unrea
                 f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "
                 "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
             )
+    if isinstance(config, (list, tuple)):
+        from .stacks import StackedGraft
+
+        return StackedGraft(model, list(configs.values()), allow_unreached)
     return Graft(model, configs, named, allow_unreached)
+
+
+def initialise(
+    model: nn.Module,
+    config: Config,
+    sites: Mapping[str, Site],
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Tree:
+    """Fresh parameters of one config, sorted."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    fresh = config.method.init(config, list(sites.values()), generator)
+    return trees.sort(
+        {
+            path: {
+                leaf: value.to(device or weight.device, dtype or _wide(weight.dtype))
+                for leaf, value in fresh[path].items()
+            }
+            for path, weight in ((path, modules[path].weight) for path in sites)
+        }
+    )
 
 
 def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:
@@ -311,14 +354,16 @@ def _to(
     """Move tensors among a site's constants, each shared one once."""
     out: dict[str, Any] = {}
     for key, value in constants.items():
-        if isinstance(value, Tensor) and value.device != device:
-            value = moved.setdefault((id(value), device), value.to(device))
+        tensor = value.values if isinstance(value, PerAdapter) else value
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            tensor = moved.setdefault((id(tensor), device), tensor.to(device))
+            value = PerAdapter(tensor) if isinstance(value, PerAdapter) else tensor
         out[key] = value
     return out
 
 
 def _check(tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-    if isinstance(tree, Routed):
+    if hasattr(tree, "check"):
         tree.check(shapes, what)
     else:
         trees.check(tree, shapes, what)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from .adapted import Adapted, Base
 from .graft import Graft
 from .method import Tree
-from .route import Routed
 
 
 def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
@@ -39,7 +38,7 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     if not isinstance(graft, Graft):
         raise TypeError(f"merge: graft is of type {type(graft).__name__}, expected what bind returned")
     active = graft.active(params)
-    if any(isinstance(tree, Routed) for tree in active.values()):
+    if not all(isinstance(tree, dict) for tree in active.values()):
         raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")
     model = graft.model
     state = model.state_dict()

@@ -110,7 +110,7 @@ class Rows:
             return None
         index = self.index
         assert index is not None
-        if not _readable(index):
+        if not is_readable(index):
             return None
         if self._known is None or self._version != index._version:  # rows may be written to between calls
             self._known, self._version = _read(index.tolist(), index, self.count), index._version
@@ -166,7 +166,7 @@ class Rows:
         return Rows(index.repeat_interleave(size // self.size), self.count)
 
 
-def _readable(index: Tensor) -> bool:
+def is_readable(index: Tensor) -> bool:
     """Whether a tensor has values to look at: not one of a vmap, of a trace or of the meta device."""
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(index):

@@ -71,17 +71,27 @@ def unstack(tree: Tree) -> list[Tree]:
     >>> [t["a"].item() for t in unstack({"a": torch.tensor([1, 2])})]
     [1, 2]
     """
+    count = adapters_in(tree, "unstack")
+    return [optree.tree_map(lambda leaf, i=i: leaf[i], sort(tree)) for i in range(count)]
+
+
+def adapters_in(tree: Any, what: str) -> int:
+    """Number of adapters in a stacked tree.
+
+    Raises:
+        ValueError: Leaves that disagree on it, or have no axis; `what` is who asks.
+    """
     flat = _flatten(tree)
     if not flat:
-        raise ValueError("unstack: the tree has no leaves; give a tree made by stack")
+        raise ValueError(f"{what}: the tree has no leaves; give a tree made by stack")
     first, leaf = next(iter(flat.items()))
     for path, other in flat.items():
         if other.ndim == 0 or other.shape[0] != leaf.shape[0]:
             raise ValueError(
-                f"unstack: leaf {path} has shape {tuple(other.shape)} and leaf {first} has {tuple(leaf.shape)}; "
+                f"{what}: leaf {path} has shape {tuple(other.shape)} and leaf {first} has {tuple(leaf.shape)}; "
                 "their leading axes must be equal: the number of adapters"
             )
-    return [optree.tree_map(lambda leaf, i=i: leaf[i], sort(tree)) for i in range(leaf.shape[0])]
+    return int(leaf.shape[0])
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
