@@ -94,7 +94,7 @@ class Graft:
         }
         return trees.sort(made) if self.named else made[""]
 
-    def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, params: Tree | Routed, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the adapters in `params`; the same as `functional_call(graft, params, args, kwargs)`."""
         from .call import functional_call
 
