@@ -8,10 +8,11 @@ SOURCES := $(wildcard functional adapters examples benchmarks tests)
 SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo sweep test lint format bench clean
 
 help:
 	@echo 'make demo    run examples/digits.py; results in demo-out/'
+	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
 	@echo 'make test    lint, types and all tests, as CI does'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite what it can'
@@ -20,6 +21,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py --out demo-out
+
+sweep: $(VENV)/.demo
+	$(BIN)/python examples/sweep.py --out sweep-out
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -38,7 +42,7 @@ bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out sweep-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
