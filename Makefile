@@ -8,11 +8,12 @@ SOURCES := $(wildcard functional adapters examples benchmarks tests)
 SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 
 .NOTPARALLEL:
-.PHONY: help demo serve test lint format bench clean
+.PHONY: help demo serve sweep test lint format bench clean
 
 help:
 	@echo 'make demo    run examples/digits.py; results in demo-out/'
 	@echo 'make serve   run examples/serve.py; results in serve-out/'
+	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
 	@echo 'make test    lint, types and all tests, as CI does'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite what it can'
@@ -24,6 +25,9 @@ demo: $(VENV)/.demo
 
 serve: $(VENV)/.demo
 	$(BIN)/python examples/serve.py --out serve-out
+
+sweep: $(VENV)/.demo
+	$(BIN)/python examples/sweep.py --out sweep-out
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -42,7 +46,7 @@ bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out serve-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out serve-out sweep-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

@@ -213,7 +213,7 @@ AdaLoraConfig.method = Method(
     routed=routed,
     varying=frozenset(
         {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
-        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r", "scaling"}
+        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r", "alpha", "scaling"}
     ),
 )
 

@@ -196,7 +196,7 @@ LoraConfig.method = Method(
     merge=merge,
     routed=routed,
     varying=frozenset(
-        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "scaling"}
+        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
     ),
 )
 

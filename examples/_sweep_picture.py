@@ -1,0 +1,106 @@
+"""The picture of a sweep: learning curves, the loss by rank and learning rate, and what two models write."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+PAPER, PANEL, FAINT, MUTED, INK = "#0d1117", "#161b22", "#30363d", "#9aa4b0", "#f0f6fc"
+COLORS = ["#58b7ff", "#4fd6be", "#f2cc60", "#ff7b72"]
+BEST = "#4fd6be"
+
+
+def draw(
+    path: Path,
+    title: str,
+    story: str,
+    ranks: Sequence[int],
+    rates: Sequence[float],
+    curves: dict[int, Tensor],
+    after: Sequence[float],
+    texts: dict[str, list[str]],
+    prompts: list[str],
+) -> None:
+    """Draw a sweep of `N` adapters.
+
+    Args:
+        ranks: Rank of each adapter.
+        rates: Learning rate of each adapter.
+        curves: Bits per character of all adapters, by step.
+        after: Bits per character of each adapter at the end.
+        texts: How the base and the best adapter go on after each prompt, by heading.
+        prompts: The beginnings of lines that they were given.
+    """
+    figure = Figure(figsize=(15, 10), facecolor=PAPER)
+    figure.text(0.03, 0.935, title, color=INK, fontsize=28, weight="bold")
+    figure.text(0.03, 0.893, story, color=MUTED, fontsize=16)
+    _draw_curves(figure.add_axes((0.06, 0.40, 0.50, 0.42)), rates, curves, after)
+    _draw_table(figure.add_axes((0.655, 0.40, 0.32, 0.42)), ranks, rates, float(next(iter(curves.values()))[0]), after)
+    for column, (heading, lines) in enumerate(texts.items()):
+        x, ink = 0.03 + 0.485 * column, (MUTED, BEST)[column]
+        figure.add_artist(Rectangle((x, 0.03), 0.46, 0.275, transform=figure.transFigure, color=PANEL, zorder=-1))
+        figure.text(x, 0.322, heading, color=ink, fontsize=16, weight="bold")
+        for row, (prompt, line) in enumerate(zip(prompts, lines, strict=True)):
+            where: dict[str, Any] = {"x": x + 0.012, "y": 0.28 - 0.0375 * row, "va": "center"}
+            where |= {"fontsize": 14, "family": "monospace", "parse_math": False}
+            figure.text(s=prompt, color=INK, **where)
+            figure.text(s=" " * len(prompt) + line, color=ink, **where)
+    figure.savefig(path, dpi=90, facecolor=PAPER)
+
+
+def _color(rate: float, rates: Sequence[float]) -> str:
+    return COLORS[sorted(set(rates)).index(rate) % len(COLORS)]
+
+
+def _draw_curves(axes: Any, rates: Sequence[float], curves: dict[int, Tensor], after: Sequence[float]) -> None:
+    order = sorted(range(len(after)), key=lambda i: -after[i])
+    for i in order:
+        leads = i == order[-1]
+        color, width = (INK, 3.5) if leads else (_color(rates[i], rates), 1.6)
+        axes.plot(list(curves), [float(bits[i]) for bits in curves.values()], color=color, linewidth=width, alpha=0.85)
+    first = float(next(iter(curves.values()))[0])
+    span = first - min(float(bits.min()) for bits in curves.values())
+    axes.set_xlim(0, max(curves))
+    axes.set_ylim(first - 1.12 * span, first + 0.12 * span)
+    axes.grid(axis="y", color=FAINT)
+    names = [(_color(rate, rates), f"{rate:g}") for rate in sorted(set(rates), reverse=True)]
+    for place, (color, name) in enumerate([*names, (MUTED, "learning rate")]):
+        axes.text(1 - 0.085 * place, 1.03, name, color=color, fontsize=13, transform=axes.transAxes, ha="right")
+    _finish(axes, "Held-out bits per character, by step")
+
+
+def _draw_table(axes: Any, ranks: Sequence[int], rates: Sequence[float], base: float, after: Sequence[float]) -> None:
+    rows, columns = sorted(set(ranks)), sorted(set(rates))
+    cells = torch.full((len(rows), len(columns)), math.nan)
+    for (i, rank), (j, rate) in itertools.product(enumerate(rows), enumerate(columns)):
+        found = [bits for bits, *own in zip(after, ranks, rates, strict=True) if own == [rank, rate]]
+        cells[i, j] = mean(found) if found else math.nan
+    low, high = min(after), min(base, max(after))
+    shades = LinearSegmentedColormap.from_list("bits", [BEST, "#1f4f7d", PANEL])
+    axes.imshow(cells.numpy(), cmap=shades, vmin=low, vmax=high, aspect="auto")
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        color = PAPER if cells[i, j] < low + 0.35 * (high - low) else INK
+        label = "" if cells[i, j].isnan() else f"{cells[i, j]:.2f}"
+        axes.text(j, i, label, color=color, fontsize=17, weight="bold", ha="center", va="center")
+    axes.set_yticks(range(len(rows)), [f"rank {rank}" for rank in rows])
+    axes.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
+    _finish(axes, "Mean by rank and learning rate")
+    for label, rate in zip(axes.get_xticklabels(), columns, strict=True):
+        label.set_color(_color(rate, rates))
+
+
+def _finish(axes: Any, title: str) -> None:
+    axes.set_facecolor(PANEL)
+    axes.set_title(title, color=INK, fontsize=16, loc="left", pad=12)
+    axes.tick_params(colors=MUTED, length=0, labelsize=13)
+    axes.spines[:].set_visible(False)
