@@ -14,6 +14,7 @@ help:
 	@echo 'make demo    run examples/digits.py; results in demo-out/'
 	@echo 'make serve   run examples/serve.py; results in serve-out/'
 	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
+	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
 	@echo 'make test    lint, types and all tests, as CI does'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite what it can'
@@ -25,6 +26,9 @@ demo: $(VENV)/.demo
 
 serve: $(VENV)/.demo
 	$(BIN)/python examples/serve.py --out serve-out
+
+sweep: $(VENV)/.demo
+	$(BIN)/python examples/sweep.py --out sweep-out
 
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
