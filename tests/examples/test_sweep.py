@@ -108,6 +108,15 @@ def test_a_sweep_of_other_settings_is_refused(sweep, whole, tmp_path):
     assert (tmp_path / "state.safetensors").read_bytes() == kept
 
 
+def test_an_adapter_that_diverges_ranks_last(sweep, whole):
+    _, result, _ = whole
+    lost = {
+        path: {name: leaf * torch.nan for name, leaf in leaves.items()}
+        for path, leaves in result["state"]["adapters"].items()
+    }
+    assert sweep.measure(result["graft"], lost, torch.zeros(2, 65, dtype=torch.long)).tolist() == [float("inf")] * 5
+
+
 def test_settings_are_balanced(sweep):
     settings = sweep.settings_of(64)
     assert len(set(settings)) == 64
