@@ -76,7 +76,7 @@ def _draw_curves(axes: Any, rates: Sequence[float], curves: dict[int, Tensor], a
     names = [(_color(rate, rates), f"{rate:g}") for rate in sorted(set(rates), reverse=True)]
     for place, (color, name) in enumerate([*names, (MUTED, "learning rate")]):
         axes.text(1 - 0.085 * place, 1.03, name, color=color, fontsize=13, transform=axes.transAxes, ha="right")
-    _finish(axes, "Held-out bits per character, by step")
+    _finish(axes, "Held-out bits per character")
 
 
 def _draw_table(axes: Any, ranks: Sequence[int], rates: Sequence[float], base: float, after: Sequence[float]) -> None:

@@ -90,7 +90,7 @@ def write(run: Callable[[Tensor], Tensor], prompt: str, seed: int, length: int =
     choose, symbols = torch.Generator().manual_seed(seed), encode(f"\n{prompt}")
     written = len(symbols)
     while len(symbols) <= length and 0 not in symbols[written:]:
-        likely = (run(symbols[None, -CONTEXT:])[0, -1] / 0.6).softmax(-1)
+        likely = (run(symbols[None, -CONTEXT:])[0, -1] / 0.5).softmax(-1)
         symbols = torch.cat([symbols, torch.multinomial(likely, 1, generator=choose)])
     return decode(symbols[written:]).rstrip()
 

@@ -43,7 +43,15 @@ RANKS, RATIOS, RATES, SEEDS = (1, 4, 8, 16), (1, 4), (1e-3, 3e-3, 1e-2, 3e-2), (
 BITS = 1 / math.log(2)
 LEARN = "argparse ast configparser difflib inspect optparse pdb subprocess tarfile threading typing"
 HOLD_OUT = "dataclasses functools shutil statistics textwrap"
-PROMPTS = ["import ", "class ", "    def __init__(self, ", "    if ", "    for ", "    return ", "    raise "]
+PROMPTS = [
+    "from ",
+    "def _",
+    "    self.",
+    "    if not ",
+    "    for name in ",
+    "    return self.",
+    "    raise ValueError(",
+]
 
 
 @dataclass(frozen=True)
@@ -340,11 +348,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         own = settings[i]
         print(f"{place:>3}.{own.rank:>6}{own.alpha:>7}{own.rate:>8g}{own.seed:>6}{before:>9.3f}{after[i]:>8.3f}")
     picture, count = args.out / "sweep.png", len(settings)
-    took = f"{seconds:.0f} s at once; one by one it would have been {seconds * speedup:.0f} s"
+    slow = seconds * speedup
     draw(
         picture,
         f"{count} adapters in one run: {before:.2f} bits per character become {after[best]:.2f}",
-        f"A model of Python's language reference learns its source code. Training: {took}.",
+        f"A model of Python's language reference learns its source code. Training: {seconds:.0f} s at once, {slow:.0f} s one by one.",
         [setting.rank for setting in settings],
         [setting.rate for setting in settings],
         dict(zip(marks, state["curves"], strict=True)),
@@ -359,7 +367,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         PROMPTS,
     )
     print(f"\nbase model    {on_docs:.3f} bits per character on held-out topics of the reference, {before:.3f} on code")
-    print(f"training      {took}, {speedup:.1f} times as much")
+    print(
+        f"training      {seconds:.0f} s at once; one by one it would have been {slow:.0f} s, {speedup:.1f} times as much"
+    )
     print(f"              ({1000 * together:.0f} ms for a step of all, {1000 * alone:.1f} ms for one of one, in turns)")
     print(f"alone         a loss differs by at most {difference:.1e} from the same adapter's in the stack")
     print(f"best adapter  {folder}, read back {'equal' if reload_equal else 'DIFFERENT'}")
