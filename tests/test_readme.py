@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torchgraft.adapters
@@ -42,6 +44,12 @@ def test_the_wrong_outputs_are_those_counted():
     assert result["wrong"]["torchgraft"] == 0
     row = f"| {result['threads']} threads, {result['threads']} adapters, {result['calls']:,} calls | "
     assert row + f"{result['wrong']['peft']} wrong outputs | none wrong |" in README
+
+
+def test_the_costs_are_those_measured():
+    command = [sys.executable, str(ROOT / "benchmarks" / "_table.py")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table in README
 
 
 def test_links_lead_somewhere_and_the_page_is_short():

@@ -491,7 +491,7 @@ def test_what_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path):
     params = graft.init()
     with pytest.raises(TypeError, match=r"params is None, expected the graft's parameter tree: save_adapter\(graft"):
         save_adapter(graft, folder)
-    with pytest.raises(ValueError, match="it looks like a stack of 2 adapters: use torch.vmap, or unstack it"):
+    with pytest.raises(ValueError, match="it looks like a stack of 2 adapters: use route or torch.vmap, or unstack it"):
         save_adapter(graft, folder, params=stack([params, params]))
     with pytest.raises(ValueError, match=r"first.lora_A.weight' is on the meta device, so it has no values to save"):
         save_adapter(graft, folder, params=graft.init(device="meta"))
