@@ -169,6 +169,7 @@ def main() -> None:
             measure(cases(setting, peers=False), 1 if args.quick or adapters > 32 else 5, label=f"{adapters} adapters"),
             "PEFT, one by one",
         )
+        del seconds["frozen base and AdamW"]  # in the picture it lies on the base's own line
         for name, row in seconds.items():
             lines.setdefault(name, []).append((adapters, row["median_s"]))
     claim = "many adapters train in about the time of the base's own work on the combined batch"
