@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .layout import Finder
-from .method import Entry, Leaves
+from .method import Entry, Leaves, Weighted
 from .routed import NoWeight, RoutedLayer
 from .site import Site
 
 
-class Base:
+class Base(Weighted):
     """The base module under its own class: no hooks, no adapter, canonical weight."""
 
     __slots__ = ("args", "kwargs", "module", "site")
@@ -41,19 +41,11 @@ class Base:
         return self.site.canonical(weight), bias
 
     @property
-    def weight(self) -> Tensor:
-        return self.dense()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.dense()[1]
-
-    @property
     def training(self) -> bool:
         return self.module.training
 
 
-class Adapted:
+class Adapted(Weighted):
     """A layer with one adapter on it; layers nest, the first adapter innermost."""
 
     __slots__ = ("base", "entry", "leaves")
@@ -72,14 +64,6 @@ class Adapted:
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias with every adapter up to this one in, not yet rounded."""
         return self.entry.merge(self.leaves, *self.base.dense())
-
-    @property
-    def weight(self) -> Tensor:
-        return self.dense()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.dense()[1]
 
     @property
     def training(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
@@ -30,6 +31,24 @@ class Layer(Protocol):
     def training(self) -> bool: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Weighted(abc.ABC):
+    """A layer whose weight and bias are those of its dense meaning."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.dense()[1]
 
 
 @dataclasses.dataclass(frozen=True)

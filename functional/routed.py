@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .layout import LEADING, Finder, Layout, locate
-from .method import Entry, Layer, Leaves
+from .method import Entry, Layer, Leaves, Weighted
 from .rows import Groups, PerAdapter, Rows
 
 
-class RoutedLayer:
+class RoutedLayer(Weighted):
     """A layer with a stack of adapters on it, one for each row."""
 
     __slots__ = ("base", "entry", "finder", "leaves", "rows")
@@ -89,14 +89,6 @@ class RoutedLayer:
         )
 
     @property
-    def weight(self) -> Tensor:
-        return self.dense()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.dense()[1]
-
-    @property
     def training(self) -> bool:
         return self.base.training
 
@@ -107,7 +99,7 @@ def _rebuilt(layer: Any, parts: Iterator[Any]) -> Any:
     return layer.over(_rebuilt(layer.base, parts)) if hasattr(layer, "base") else layer
 
 
-class Chosen:
+class Chosen(Weighted):
     """A layer with one adapter of a stack; `on` is whether it is there at all, `None` for yes."""
 
     __slots__ = ("base", "entry", "leaves", "on")
@@ -126,14 +118,6 @@ class Chosen:
         if self.on is None:
             return merged, added
         return torch.where(self.on, merged, weight), None if added is None else torch.where(self.on, added, bias)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.dense()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.dense()[1]
 
     @property
     def training(self) -> bool:
