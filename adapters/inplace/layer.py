@@ -83,7 +83,7 @@ class BaseTunerLayer(nn.Module):
         for leaf, parameter in leaves.items():
             if leaf in config.form.modules:
                 holder: Any = config.form.holder(config, entry.site, leaf)
-                self._modules[leaf][name] = holder.train(self.training)  # type: ignore[index, operator]
+                self._container(leaf)[name] = holder.train(self.training)
             self.set_leaf(name, leaf, parameter)
         for fact, value in config.form.facts(config, entry.site).items():
             setattr(self, fact, value)
@@ -91,12 +91,17 @@ class BaseTunerLayer(nn.Module):
 
     def set_leaf(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
         """Register another parameter for one of an adapter's leaves."""
-        config, container = self._entries[name].config, self._modules[leaf]
-        if leaf in config.form.modules:  # type: ignore[attr-defined]
-            container[name].weight = parameter  # type: ignore[index]
+        config: Any = self._entries[name].config
+        container = self._container(leaf)
+        if leaf in config.form.modules:
+            container[name].weight = parameter
         else:
-            container[name] = parameter  # type: ignore[index, operator]
+            container[name] = parameter
         self.refresh()
+
+    def _container(self, leaf: str) -> Any:
+        """What holds one of the leaves of all adapters, by adapter name."""
+        return self._modules[leaf]
 
     def set_constants(self, name: str, constants: Mapping[str, Any]) -> None:
         """Give an adapter on this layer other constants: a scaling factor, shared tensors."""
@@ -115,14 +120,15 @@ class BaseTunerLayer(nn.Module):
 
     def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of all adapters, each with the adapter's name."""
-        for container in map(self._modules.__getitem__, self.adapter_layer_names):
+        for container in map(self._container, self.adapter_layer_names):
             if isinstance(container, nn.ParameterDict):
-                yield from container._parameters.items()  # type: ignore[misc]
+                held_by_name: Any = container._parameters
+                yield from held_by_name.items()
                 continue
-            for name, held in container._modules.items():  # type: ignore[union-attr]
+            for name, held in container._modules.items():
                 # Without nn.Module.__getattr__: with many adapters this is most of the time of set_adapter.
-                own: Any = held._parameters.get("weight")  # type: ignore[union-attr]
-                yield name, getattr(held, "weight") if own is None else own  # noqa: B009
+                own = held._parameters.get("weight")
+                yield name, held.weight if own is None else own
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off this layer; if no other is active then, the first of the others becomes active.
@@ -132,9 +138,9 @@ class BaseTunerLayer(nn.Module):
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter(model) before deleting it")
-        for container in map(self._modules.__getitem__, self.adapter_layer_names):
-            if adapter_name in container:  # type: ignore[operator]
-                del container[adapter_name]  # type: ignore[union-attr, operator]
+        for container in map(self._container, self.adapter_layer_names):
+            if adapter_name in container:
+                del container[adapter_name]
         self._entries.pop(adapter_name, None)
         if adapter_name in self._active:
             rest = [name for name in self._active if name != adapter_name]
