@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Rows, Site, widen
+from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
 from .config import require
 from .form import Form, Value
@@ -110,7 +110,7 @@ class AdaLoraConfig(LoraFields):
             )
 
 
-def plan(config: AdaLoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
+def plan(config: AdaLoraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
     """Rank and scaling factor of each site."""
     patterns = {_module(key): [bool(kept) for kept in mask] for key, mask in (config.rank_pattern or {}).items()}
     unknown = sorted(set(patterns) - {site.path for site in sites})
@@ -147,7 +147,9 @@ def shapes(config: AdaLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     return {"lora_A": (r, math.prod(site.weight_shape[1:])), "lora_B": (site.out_features, r), "lora_E": (r, 1)}
 
 
-def init(config: AdaLoraConfig, sites: list[Site], generator: torch.Generator | None) -> dict[str, dict[str, Tensor]]:
+def init(
+    config: AdaLoraConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
+) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws: one state of the generator gives PEFT's numbers, bit for bit."""
     return {site.path: _init_site(config, site, generator) for site in sites}
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Rows, Site, widen
+from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
 from .config import AdapterConfig, require
 from .form import Form
@@ -62,7 +62,7 @@ class IA3Config(AdapterConfig):
         )
 
 
-def plan(config: IA3Config, sites: list[Site]) -> dict[str, dict[str, Any]]:
+def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
     """Whether each site is feed-forward."""
     names = config.feedforward_modules or []
     each: list[list[str] | str] = [names] if isinstance(names, str) else [[name] for name in sorted(names)]
@@ -92,7 +92,9 @@ def shapes(config: IA3Config, site: Site) -> dict[str, tuple[int, ...]]:
     return {"ia3_l": (1, size) if feedforward else (size, 1)}
 
 
-def init(config: IA3Config, sites: list[Site], generator: torch.Generator | None) -> dict[str, dict[str, Tensor]]:
+def init(
+    config: IA3Config, sites: list[Site], generator: torch.Generator | None, weights: Weights
+) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws; vectors of ones use up the same random numbers."""
     device = generator.device if generator is not None else None
     made = {}

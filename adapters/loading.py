@@ -21,7 +21,7 @@ from .fit import Parts, fit, found_leaves
 from .headers import Weights
 from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .inplace.modules_to_save import saved_modules
-from .inplace.walk import bare_modules, layers
+from .inplace.walk import bare_modules, layers, original_base
 from .keys import SHARED, names_of
 from .targets import find_targets
 
@@ -53,7 +53,7 @@ class Stored:
                 f"{names_of(self.weights.specs)}"
             )
         self.config.form.check(self.config, found)
-        return plan_sites(self.config, modules, find_targets(self.config, modules, model))
+        return plan_sites(self.config, modules, find_targets(self.config, modules, model), original_base(model))
 
     def read(self) -> dict[str, Tensor]:
         """The tensors by key, on the CPU."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, Rows, Site, widen
+from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
 from .config import by_pattern, require
 from .form import Form, Value
@@ -70,7 +70,7 @@ class LoraConfig(LoraFields):
         )
 
 
-def plan(config: LoraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
+def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
     """Rank and scaling factor of each site."""
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
@@ -106,7 +106,9 @@ def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     }
 
 
-def init(config: LoraConfig, sites: list[Site], generator: torch.Generator | None) -> dict[str, dict[str, Tensor]]:
+def init(
+    config: LoraConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
+) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws: one state of the generator gives PEFT's numbers, bit for bit."""
     return {site.path: _init_site(config, site, generator) for site in sites}
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, Site, widen
+from torchgraft.functional import Layer, Method, Site, Weights, widen
 
 from .config import AdapterConfig, require
 from .form import Form, Value
@@ -84,7 +84,7 @@ class OFTConfig(AdapterConfig):
         )
 
 
-def plan(config: OFTConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
+def plan(config: OFTConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
     """Number of blocks, their size, and where each entry of a skew-symmetric block comes from."""
     tables: dict[int, Tensor] = {}
     planned = {}
@@ -147,7 +147,9 @@ def shapes(config: OFTConfig, site: Site) -> dict[str, tuple[int, ...]]:
     return {_name(site): (1 if config.block_share else site.constants["blocks"], size * (size - 1) // 2)}
 
 
-def init(config: OFTConfig, sites: list[Site], generator: torch.Generator | None) -> dict[str, dict[str, Tensor]]:
+def init(
+    config: OFTConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
+) -> dict[str, dict[str, Tensor]]:
     """Zeros, or normal numbers in PEFT's order of draws."""
     device = generator.device if generator is not None else None
     made = {}

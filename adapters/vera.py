@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, widen
+from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
 
 from .config import AdapterConfig, require
 from .form import Form, Value
@@ -58,7 +58,7 @@ class VeraConfig(AdapterConfig):
         require(0 <= self.vera_dropout < 1, self, f"vera_dropout is {self.vera_dropout}, expected 0 <= p < 1")
 
 
-def plan(config: VeraConfig, sites: list[Site]) -> dict[str, dict[str, Any]]:
+def plan(config: VeraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
     """The shared matrices: `vera_A` is `"r max_in"` and `vera_B` is `"max_out r"`, over all sites."""
     generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
     a = _draw((config.r, max(site.in_features for site in sites)), generator)
@@ -77,7 +77,9 @@ def shapes(config: VeraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     return {"vera_lambda_b": (site.out_features,), "vera_lambda_d": (config.r,)}
 
 
-def init(config: VeraConfig, sites: list[Site], generator: torch.Generator | None) -> dict[str, dict[str, Tensor]]:
+def init(
+    config: VeraConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
+) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws; a constant `d` uses up the same random numbers."""
     device = generator.device if generator is not None else None
     made = {}

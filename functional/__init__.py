@@ -14,6 +14,7 @@ from .method import Config as Config
 from .method import Layer as Layer
 from .method import Method as Method
 from .method import Tree as Tree
+from .method import Weights as Weights
 from .norms import clip_by_norm as clip_by_norm
 from .norms import norms as norms
 from .route import Routed as Routed

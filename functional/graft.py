@@ -15,7 +15,7 @@ from . import trees
 from .adapted import AdaptedModule, Cell
 from .layout import Finder, Found
 from .method import Config, Entry, Tree
-from .plan import plan_sites
+from .plan import plan_sites, weights_of
 from .pool import Pool
 from .references import check_references
 from .route import Routed
@@ -325,7 +325,7 @@ def initialise(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
     modules = dict(model.named_modules(remove_duplicate=False))
-    fresh = config.method.init(config, list(sites.values()), generator)
+    fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
     return trees.sort(
         {
             path: {

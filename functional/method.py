@@ -16,6 +16,8 @@ from .site import Site
 Leaves = dict[str, Tensor]
 Tree = dict[str, Any]
 """A parameter tree: `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}`."""
+Weights = Callable[[str], Tensor]
+"""The base's canonical weight of the site at a path, detached and in its own dtype; computed when asked for."""
 
 
 class Layer(Protocol):
@@ -58,10 +60,11 @@ class Method:
     Attributes:
         name: Name of the method, as in `peft_type` (`"LORA"`).
         kinds: The kinds of site it supports (`Site.kind`).
-        plan: `(config, sites) -> {path: constants}`, run once by `bind`; sees all sites, checks the config
-            against each and computes what stays fixed (scaling factors, ranks, shared random tensors).
+        plan: `(config, sites, weights) -> {path: constants}`, run once by `bind`; sees all sites, checks the config
+            against each and computes what stays fixed (scaling factors, ranks, shared random tensors). It may ask
+            `weights` for a base's weight.
         shapes: `(config, site) -> {leaf: shape}`.
-        init: `(config, sites, generator) -> {path: {leaf: tensor}}`, float32.
+        init: `(config, sites, generator, weights) -> {path: {leaf: tensor}}`, float32.
         apply: `(config, site, leaves, base, x) -> y`, the factored forward around the base module's own call.
         merge: `(config, site, leaves, weight, bias) -> (weight, bias)`, the dense meaning, on canonical weights.
             Everything it gets is float32 or wider, of one dtype.
@@ -75,9 +78,9 @@ class Method:
 
     name: str
     kinds: frozenset[str]
-    plan: Callable[[Any, list[Site]], Mapping[str, Mapping[str, Any]]]
+    plan: Callable[[Any, list[Site], Weights], Mapping[str, Mapping[str, Any]]]
     shapes: Callable[[Any, Site], dict[str, tuple[int, ...]]]
-    init: Callable[[Any, list[Site], torch.Generator | None], dict[str, Leaves]]
+    init: Callable[[Any, list[Site], torch.Generator | None, Weights], dict[str, Leaves]]
     apply: Callable[[Any, Site, Leaves, Layer, Tensor], Tensor]
     merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     routed: Callable[[Any, Site, Leaves, Layer, Tensor, Rows], Any] | None = None

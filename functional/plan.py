@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from .method import Config
+from .adapted import Base
+from .method import Config, Weights
 from .site import Site, describe
 
 
-def plan_sites(config: Config, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, Site]:
+def plan_sites(
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    paths: Iterable[str],
+    base: Callable[[nn.Module, Site], Base] = Base,
+) -> dict[str, Site]:
     """Describe the targeted modules and let the method plan its constants for all of them.
 
     Args:
         config: An adapter's config.
         modules: The model's modules by name.
         paths: Names of the targeted ones; a module under two names is one site, under the first.
+        base: How a module's original weight is read.
 
     Returns:
         `{path: site}`, in the order of `paths`.
@@ -45,5 +52,26 @@ def plan_sites(config: Config, modules: Mapping[str, nn.Module], paths: Iterable
                 f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
             )
         sites[path] = site
-    constants = method.plan(config, list(sites.values()))
+    constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
     return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
+
+
+def weights_of(
+    sites: Mapping[str, Site], modules: Mapping[str, nn.Module], base: Callable[[nn.Module, Site], Base] = Base
+) -> Weights:
+    """Read the base's weights as methods see them, each when asked for.
+
+    Args:
+        sites: The sites, by path.
+        modules: The model's modules by name.
+        base: How a module's original weight is read.
+
+    Returns:
+        `path -> weight`, canonical and detached; a `TypeError` where it is not of floating point.
+
+    >>> module = nn.Linear(3, 2)
+    >>> site = describe("head", module)
+    >>> weights_of({"head": site}, {"head": module})("head").shape
+    torch.Size([2, 3])
+    """
+    return lambda path: base(modules[path], sites[path]).weight.detach()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import trees
+from torchgraft.functional import Weights, trees
 from torchgraft.functional.method import Entry, Tree
-from torchgraft.functional.plan import plan_sites
+from torchgraft.functional.plan import plan_sites, weights_of
 from torchgraft.functional.site import Site
 
 from ..architectures import with_targets
@@ -24,7 +24,7 @@ from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper, saved_modules
 from .switch import adapter_names, take_out
-from .walk import bare_modules, layers, named, parts, unwrap
+from .walk import bare_modules, layers, named, original_base, parts, unwrap
 
 
 def inject_adapter_in_model(
@@ -84,8 +84,9 @@ def inject_adapter_in_model(
         config, paths = _from_keys(config, state_dict, modules, model)
     if "" in paths:
         raise ValueError(f"{type(config).__name__}: the model itself is targeted, which cannot be replaced in place")
-    sites = plan_sites(config, modules, paths)
-    leaves = _leaves(config, sites, modules, low_cpu_mem_usage, params)
+    base = original_base(model)
+    sites = plan_sites(config, modules, paths, base)
+    leaves = _leaves(config, sites, modules, weights_of(sites, modules, base), low_cpu_mem_usage, params)
     saved = saved_modules(config, modules)
     _check_overlap(model, modules, sites, saved)
     parents = _parents(modules, {path: modules[path] for path in sites} | saved)
@@ -177,6 +178,7 @@ def _leaves(
     config: AdapterConfig,
     sites: Mapping[str, Site],
     modules: Mapping[str, nn.Module],
+    weights: Weights,
     meta: bool,
     params: Tree | None,
 ) -> dict[str, dict[str, nn.Parameter]]:
@@ -189,7 +191,7 @@ def _leaves(
         with torch.device("meta"):
             drawn = {path: {leaf: torch.empty(shape) for leaf, shape in shapes[path].items()} for path in sites}
     else:
-        drawn = config.method.init(config, list(sites.values()), None)
+        drawn = config.method.init(config, list(sites.values()), None, weights)
     made = {}
     for path in sites:
         weight: Any = modules[path].weight

@@ -71,7 +71,7 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     fixed = dataclasses.replace(fixed, modules_to_save=None)
     # What was planned may have changed since: scaling factors that were set, shared tensors that were loaded.
     planned = {path: site.constants for path, site in sites.items()}
-    vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites: planned)
+    vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites, weights: planned)
     return bind(base, fixed, allow_unreached=True)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
+
+from torchgraft.functional import Site
+from torchgraft.functional.adapted import Base
 
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
@@ -54,6 +57,12 @@ def parts(model: nn.Module) -> Iterator[Any]:
     """The tuner layers and the wrappers of modules to save."""
     yield from layers(model).values()
     yield from named(model, ModulesToSaveWrapper).values()
+
+
+def original_base(model: nn.Module) -> Callable[[nn.Module, Site], Base]:
+    """How methods see the bare modules of a model: with the weights that they have without merged adapters."""
+    merged = {id(layer.base_layer): layer.originals for layer in layers(model).values() if layer.merged}
+    return lambda module, site: merged[id(module)].base(module, site) if id(module) in merged else Base(module, site)
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
