@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import nn
@@ -14,8 +14,10 @@ from torch import nn
 from torchgraft.functional import Method
 
 from .fields import check_fields
+from .fields import require as require
 from .form import Form
 from .peft_type import PeftType
+from .replaced import Plan, find_replaced
 from .targets import find_targets
 
 T = TypeVar("T")
@@ -34,8 +36,8 @@ class AdapterConfig:
         exclude_modules: Modules to leave out, in the same notation.
         layers_to_transform: Indices of the layers to adapt; `None` or `[]` for all. Whole names ignore it.
         layers_pattern: Names of the module list that holds the layers, where it is not the first numbered one.
-        modules_to_save: Modules that are trained as a whole and saved with the adapter, by name or end of a name; only
-            for adapters that are injected into a model.
+        modules_to_save: Modules that are trained as a whole and saved with the adapter, by name or end of a name. Their
+            parameters are leaves of the tree: `params["head"] = {"bias": ..., "weight": ...}`.
         bias: Whether biases of the base are trained too; only `"none"` is supported.
         fan_in_fan_out: Has no effect: how a module stores its weight is seen from the module.
         inference_mode: Whether an injected adapter starts frozen.
@@ -99,15 +101,22 @@ class AdapterConfig:
         """Names of the modules of `model` to adapt, in the order of `named_modules`.
 
         Raises:
-            ValueError: No target given, or nothing matched; `modules_to_save`, which need an injected adapter.
+            ValueError: No target given, or nothing matched.
         """
-        require(
-            not self.modules_to_save,
-            self,
-            f"modules_to_save is {self.modules_to_save!r}, which trains the model's own tensors; use "
-            "inject_adapter_in_model, or give them as data: functional_call(graft, (base_params, params), ...)",
-        )
         return find_targets(self, dict(model.named_modules(remove_duplicate=False)), model)
+
+    def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
+        """The tensors of a model that the adapter trains copies of, by path and leaf.
+
+        Args:
+            modules: The model's modules by name.
+            model: The model.
+            paths: Names of the modules that are adapted.
+
+        Raises:
+            ValueError: A field that names nothing, or a tensor that cannot be trained.
+        """
+        return find_replaced(self, modules, model, paths)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` has them: plain values, `peft_type` and `peft_version` among them.
@@ -222,9 +231,3 @@ def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
-
-
-def require(condition: bool, config: Any, message: str) -> None:
-    """Raise a `ValueError` that starts with the config's name, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{type(config).__name__}: {message}")

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from torchgraft.functional.replaced import Plan, each
 from torchgraft.functional.site import Site
 
 from .config import AdapterConfig
 from .headers import Spec, Weights
-from .keys import PREFIX, SHARED, join, names_of, split_key
+from .keys import PREFIX, SHARED, join, names_of, replaced_key, split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Parts:
 
     Attributes:
         leaves: Of the adapter's leaves, by `(path, leaf)`.
-        saved: Of tensors of `modules_to_save`, by their name in the model.
+        saved: Of buffers of `modules_to_save`, by their name in the model.
         shared: Of shared constants, by name.
         base: Of tensors of the base model, by their name there.
     """
@@ -49,6 +50,7 @@ def fit(
     config: AdapterConfig,
     weights: Weights,
     sites: Mapping[str, Site],
+    replaced: Plan,
     saved: Mapping[str, Tensor],
     base: Callable[[], Mapping[str, Tensor]],
 ) -> Parts:
@@ -58,21 +60,25 @@ def fit(
         config: The config that came with the file.
         weights: The opened file.
         sites: The modules that it adapts, by path.
-        saved: The tensors of `modules_to_save`, by name.
+        replaced: The tensors of the base that it has copies of.
+        saved: The buffers of `modules_to_save`, by name.
         base: `() -> {name: tensor}` of the base model, asked for only where the file has more than the adapter.
 
     Raises:
         KeyError: A key that is missing, or one that nothing has a use for.
         ValueError: Another shape, or another kind of dtype.
     """
-    leaves = {join(config, path, leaf): (path, leaf) for path, site in sites.items() for leaf in _shapes(config, site)}
+    shapes = {(path, leaf): shape for path, site in sites.items() for leaf, shape in _shapes(config, site).items()}
+    leaves = {join(config, path, leaf): (path, leaf) for path, leaf in shapes}
+    for path, leaf, one in each(replaced):
+        leaves[replaced_key(path, leaf, path in sites)] = path, leaf
+        shapes[path, leaf] = one.shape
     shared = {f"{SHARED}{name}": name for name in config.form.shared}
     parts, rest = Parts({}, {}, {}, {}), []
     for key, name in _stripped(weights).items():
         if name in leaves:
-            path, leaf = leaves[name]
-            parts.leaves[path, leaf] = key
-            _check(weights, key, _shapes(config, sites[path])[leaf], torch.float32)
+            parts.leaves[leaves[name]] = key
+            _check(weights, key, shapes[leaves[name]], torch.float32)
         elif name in saved:
             parts.saved[name] = key
             _check(weights, key, tuple(saved[name].shape), saved[name].dtype)

@@ -21,12 +21,26 @@ def to_keys(config: AdapterConfig, tree: Tree, prefix: str = "") -> dict[str, Te
     """The leaves of a tree under PEFT's keys.
 
     >>> from torchgraft.adapters import LoraConfig
-    >>> list(to_keys(LoraConfig(), {"layers.0": {"lora_A": None, "lora_B": None}}))
-    ['layers.0.lora_A.weight', 'layers.0.lora_B.weight']
+    >>> list(to_keys(LoraConfig(), {"head": {"weight": None}, "layers.0": {"lora_A": None, "lora_B": None}}))
+    ['head.weight', 'layers.0.lora_A.weight', 'layers.0.lora_B.weight']
     """
-    return {
-        join(config, path, leaf, prefix): tensor for path, leaves in tree.items() for leaf, tensor in leaves.items()
-    }
+    own = {*config.form.modules, *config.form.parameters}
+    keys = {}
+    for path, leaves in tree.items():
+        adapted = not own.isdisjoint(leaves)
+        for leaf, tensor in leaves.items():
+            key = join(config, path, leaf) if leaf in own else replaced_key(path, leaf, adapted)
+            keys[prefix + key] = tensor
+    return keys
+
+
+def replaced_key(path: str, leaf: str, adapted: bool = False) -> str:
+    """PEFT's key of a tensor of the base that an adapter replaces; `adapted` where its module is targeted too.
+
+    >>> replaced_key("head", "weight"), replaced_key("layers.0", "bias", adapted=True)
+    ('head.weight', 'layers.0.base_layer.bias')
+    """
+    return f"{path}.base_layer.{leaf}" if adapted else f"{path}.{leaf}"
 
 
 def join(config: AdapterConfig, path: str, leaf: str, prefix: str = "") -> str:

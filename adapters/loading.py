@@ -20,9 +20,9 @@ from .config import AdapterConfig
 from .fit import Parts, fit, found_leaves
 from .headers import Weights
 from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from .inplace.modules_to_save import saved_modules
 from .inplace.walk import bare_modules, layers, original_base
 from .keys import SHARED, names_of
+from .replaced import saved_modules
 from .targets import find_targets
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .graft import Graft
 from .layout import Finder
 from .method import Tree
+from .replaced import exchange
 from .route import Routed
 from .skeleton import Skeleton
 
@@ -141,6 +142,9 @@ def _fill(
     for key, tensor in given.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
+    replaced = exchange(skeleton.exchanges, active)
+    if replaced and not current:
+        skeleton.filled = [*given, *replaced]
 
 
 def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any], return_buffers: bool) -> Any:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from . import trees
 from .adapted import AdaptedModule, Cell
 from .layout import Finder, Found
+from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
-from .plan import plan_sites, weights_of
+from .plan import plan_sites
 from .pool import Pool
 from .references import check_references
+from .replaced import Plan, conflicts, each, exchange, exchanges, plan_replaced
 from .route import Routed
 from .rows import PerAdapter
 from .site import Site, describe
@@ -39,6 +41,7 @@ class Graft:
         model: The user's model.
         configs: The configs, by adapter name (`""` for an unnamed one).
         sites: The adapted modules, by adapter name and path.
+        replaced: The tensors of the base that each adapter replaces, by adapter name, path and leaf.
     """
 
     def __init__(
@@ -53,14 +56,19 @@ class Graft:
         self.configs = copy.deepcopy(dict(configs))
         self.named = named
         self.allow_unreached = allow_unreached
+        modules = dict(model.named_modules(remove_duplicate=False))
         self.sites: dict[str, dict[str, Site]] = sites or {
-            name: plan_sites(config, dict(model.named_modules(remove_duplicate=False)), config.targets(model))
+            name: plan_sites(config, modules, config.targets(model))
             for name, config in self.configs.items()
         }
+        self.replaced: dict[str, Plan] = {
+            name: plan_replaced(config, modules, model, self.sites[name]) for name, config in self.configs.items()
+        }
+        self._conflicts = conflicts(self.replaced)
         self._shapes = self.expected()
         self._pools: list[Pool] = []
         self._layouts: Found = {}
-        check_references(model, {path for sites in self.sites.values() for path in sites})
+        check_references(model, {path for plan in (*self.sites.values(), *self.replaced.values()) for path in plan})
         self.pool()
 
     def init(
@@ -89,7 +97,7 @@ class Graft:
         {'lora_A': (2, 4), 'lora_B': (3, 2)}
         """
         made = {
-            name: initialise(self.model, config, self.sites[name], generator, dtype, device)
+            name: initialise(self.model, config, self.sites[name], generator, dtype, device, self.replaced[name])
             for name, config in self.configs.items()
         }
         return trees.sort(made) if self.named else made[""]
@@ -124,6 +132,7 @@ class Graft:
         skeleton = self.build()
         skeleton.cell.trees = active
         skeleton.own_buffers()
+        exchange(skeleton.exchanges, active)
         if any(isinstance(tree, Routed) for tree in active.values()):
             _watch_inputs(skeleton.root, skeleton.cell, self.finder)
         return skeleton.root
@@ -136,6 +145,7 @@ class Graft:
         """
         if not self.named:
             _check(params, self._shapes[""], "params")
+            self._check_routed("", params)
             return {"": params}
         if isinstance(params, Routed) and isinstance(params.tree, dict):
             params = {name: params.named(name) for name in params.tree}
@@ -147,13 +157,27 @@ class Graft:
             if name not in self.configs:
                 raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
             _check(tree, self._shapes[name], f"params[{name!r}]")
+            self._check_routed(name, tree)
+        for first, second, name in self._conflicts:
+            if first in params and second in params:
+                raise ValueError(
+                    f"params has adapters {first!r} and {second!r}, which both replace {name}, and only one can; leave "
+                    "one of them out of the call"
+                )
         return {name: params[name] for name in self.configs if name in params}
+
+    def _check_routed(self, name: str, tree: Any) -> None:
+        if isinstance(tree, Routed) and self.replaced[name]:
+            path, leaf, _ = next(each(self.replaced[name]))
+            raise ValueError(
+                f"route: this adapter replaces tensors of the base ({leaf!r} of {path!r}), and each row would have its "
+                "own; use torch.vmap over the stack, or one adapter at a time"
+            )
 
     def expected(self) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
         """Shapes of all leaves, by adapter name, path and leaf."""
         return {
-            name: {path: config.method.shapes(config, site) for path, site in sorted(self.sites[name].items())}
-            for name, config in self.configs.items()
+            name: shapes_of(config, self.sites[name], self.replaced[name]) for name, config in self.configs.items()
         }
 
     def pool(self) -> Pool:
@@ -213,7 +237,9 @@ class Graft:
             for path, entry in self.entries(name).items():
                 entries.setdefault(id(modules[path]), {})[name] = entry
                 paths.setdefault(id(modules[path]), path)
-        return Skeleton(self.model, entries, paths)
+        skeleton = Skeleton(self.model, entries, paths)
+        skeleton.exchanges = exchanges(skeleton, modules, self.replaced)
+        return skeleton
 
     def entries(self, name: str) -> dict[str, Entry]:
         """One adapter's entries by path, with constants on the devices where the model is now.
@@ -309,34 +335,6 @@ def bind(
     return Graft(model, configs, named, allow_unreached)
 
 
-def initialise(
-    model: nn.Module,
-    config: Config,
-    sites: Mapping[str, Site],
-    generator: torch.Generator | None,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> Tree:
-    """Fresh parameters of one config, sorted."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
-        )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
-    return trees.sort(
-        {
-            path: {
-                leaf: value.to(device or weight.device, dtype or _wide(weight.dtype))
-                for leaf, value in fresh[path].items()
-            }
-            for path, weight in ((path, modules[path].weight) for path in sites)
-        }
-    )
-
-
 def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:
     if module is None:
         raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
@@ -382,7 +380,3 @@ def _watch_inputs(root: nn.Module, cell: Cell, finder: Callable[[tuple, Mapping[
             cell.finder = None
 
     root.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_floating_point and dtype.itemsize > 4 else torch.float32

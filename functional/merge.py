@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .adapted import Adapted, Base
 from .graft import Graft
 from .method import Tree
+from .replaced import Given, merged
 
 
 def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
@@ -43,6 +44,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     model = graft.model
     state = model.state_dict()
     modules = dict(model.named_modules(remove_duplicate=False))
+    given = merged(modules, graft.replaced, active)
+    state.update(given)
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
@@ -51,7 +54,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     for adapter, tree in active.items():
         for path, entry in graft.entries(adapter).items():
             module = modules[path]
-            below = layers.get(id(module)) or Base(module, entry.site)
+            own = {leaf: given[name] for leaf in ("weight", "bias") if (name := f"{path}.{leaf}".lstrip(".")) in given}
+            below = layers.get(id(module)) or Given(module, entry.site, own)
             layers[id(module)] = Adapted(below, entry, tree[path])
             paths.setdefault(id(module), path)
     for key, layer in layers.items():

@@ -54,6 +54,7 @@ class Skeleton:
         modules: The model's modules, those that it keeps in plain containers too, each with its copy.
         filled: The tensors that the call in progress has replaced, by id.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
+        exchanges: Where the tensors hang that adapters replace.
     """
 
     def __init__(self, model: nn.Module, entries: Mapping[int, Mapping[str, Entry]], paths: Mapping[int, str]):
@@ -82,6 +83,7 @@ class Skeleton:
         self.volatile = self._volatile()
         self.written = [key for key, active in self.volatile.items() if active]
         self.filled: Iterable[int] = ()
+        self.exchanges: list[Any] = []
         self._saved = [copy.copy(container) for container in self._touchable]
         del self._memo, self._keep, self._plain
 

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import trees
-from .graft import Graft, initialise
+from .graft import Graft
 from .layout import Finder
+from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
 from .plan import plan_sites
+from .replaced import plan_replaced
 from .routed import Chosen, with_constants
 from .rows import PerAdapter, Rows, is_readable
 from .site import Site
@@ -38,9 +40,15 @@ class StackedGraft(Graft):
         check_configs(self.members)
         modules = dict(model.named_modules(remove_duplicate=False))
         self._plans = [plan_sites(config, modules, config.targets(model)) for config in self.members]
+        each_replaces = [plan_replaced(config, modules, model, plan) for config, plan in zip(members, self._plans, strict=True)]
+        for i, other in enumerate(each_replaces[1:], start=1):
+            if differing := set(other) ^ set(each_replaces[0]):
+                raise ValueError(
+                    f"bind: only one of configs[0] and configs[{i}] replaces tensors of {min(differing)!r}, which the "
+                    "adapters of a stack do together; bind them apart"
+                )
         self._own = [
-            {path: config.method.shapes(config, site) for path, site in sorted(plan.items())}
-            for config, plan in zip(self.members, self._plans, strict=True)
+            shapes_of(config, plan, each_replaces[0]) for config, plan in zip(self.members, self._plans, strict=True)
         ]
         sites = _union(self.members[0], self._plans, model)
         super().__init__(model, {"": self.members[0]}, False, allow_unreached, {"": sites})
@@ -76,7 +84,7 @@ class StackedGraft(Graft):
             )
         return self.stack(
             [
-                initialise(self.model, config, plan, own, dtype, device)
+                initialise(self.model, config, plan, own, dtype, device, self.replaced[""])
                 for config, plan, own in zip(self.members, self._plans, generators, strict=True)
             ]
         )
@@ -108,10 +116,9 @@ class StackedGraft(Graft):
         for path, leaves in self._shapes[""].items():
             stacked[path] = {}
             for name, shape in leaves.items():
-                having = next(tree[path][name] for tree in adapters if path in tree)
-                parts = [
-                    _padded(tree[path][name], shape) if path in tree else having.new_zeros(shape) for tree in adapters
-                ]
+                given = [tree.get(path, {}).get(name) for tree in adapters]
+                having = next(leaf for leaf in given if leaf is not None)
+                parts = [having.new_zeros(shape) if leaf is None else _padded(leaf, shape) for leaf in given]
                 stacked[path][name] = torch.stack(parts)
         return trees.sort(stacked)
 
@@ -167,7 +174,8 @@ class StackedGraft(Graft):
 
     def expected(self) -> dict[str, Shapes]:
         sites = self.sites[""]
-        return {"": {path: _largest(path, sites[path], self._own) for path in sorted(sites)}}
+        paths = sorted({*sites, *self.replaced[""]})
+        return {"": {path: _largest(path, sites.get(path), self._own) for path in paths}}
 
     def entries(self, name: str) -> dict[str, Entry]:
         return {path: self._entry(path, entry) for path, entry in super().entries(name).items()}
@@ -304,13 +312,13 @@ def _padded_stack(values: Sequence[Any]) -> Tensor:
     return torch.stack([present[0].new_zeros(shape) if t is None else _padded(t, shape) for t in tensors])
 
 
-def _largest(path: str, site: Site, own: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
+def _largest(path: str, site: Site | None, own: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
     having = [shapes[path] for shapes in own if path in shapes]
     largest = {}
-    for name in having[0]:
-        sizes = [shapes[name] for shapes in having]
+    for name in {name: None for shapes in having for name in shapes}:
+        sizes = [shapes[name] for shapes in having if name in shapes]
         largest[name] = tuple(map(max, zip(*sizes, strict=True)))
-        if site.groups > 1 and len(set(sizes)) > 1:
+        if site is not None and site.groups > 1 and len(set(sizes)) > 1:
             raise ValueError(
                 f"{path}: a convolution with {site.groups} groups has parameters group by group, which padding would "
                 f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"

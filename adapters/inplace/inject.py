@@ -20,9 +20,10 @@ from torchgraft.functional.site import Site
 from ..architectures import with_targets
 from ..config import AdapterConfig
 from ..keys import names_of, split_key
+from ..replaced import saved_modules
 from ..targets import exact, find_targets
 from .layer import BaseTunerLayer
-from .modules_to_save import ModulesToSaveWrapper, saved_modules
+from .modules_to_save import ModulesToSaveWrapper
 from .switch import adapter_names, take_out
 from .walk import bare_modules, layers, named, original_base, parts, unwrap
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-
-from ..config import AdapterConfig, require
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -119,35 +117,3 @@ class ModulesToSaveWrapper(nn.Module):
             if name.startswith("_") or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.current, name)
-
-
-def saved_modules(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that `config.modules_to_save` names, each under one of its names.
-
-    A name is a whole name, or the end of one after a dot. (PEFT takes any end of a name, so that `"in0"` wraps `lin0`.)
-
-    Args:
-        config: An adapter's config.
-        modules: The model's modules by name.
-
-    Raises:
-        ValueError: A name that matches nothing, or a container without a forward.
-
-    >>> from torchgraft.adapters import LoraConfig
-    >>> list(saved_modules(LoraConfig(modules_to_save=["head"]), {"model": nn.ReLU(), "model.head": nn.ReLU()}))
-    ['model.head']
-    """
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for saved in config.modules_to_save or ():
-        paths = [path for path in modules if path and (path == saved or path.endswith(f".{saved}"))]
-        require(bool(paths), config, f"modules_to_save has {saved!r}, which is no module of the model")
-        for path in paths:
-            module = modules[path]
-            containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-            require(
-                not isinstance(module, containers),
-                config,
-                f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
-            )
-            found.setdefault(id(module), (path, module))
-    return dict(found.values())

@@ -1,0 +1,95 @@
+"""What an adapter trains beside its sites: tensors of the base that it has copies of (`modules_to_save`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from torchgraft.functional.replaced import Replaced, replaced
+
+from .fields import require
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+Plan = dict[str, dict[str, Replaced]]
+
+
+def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
+    """The tensors of a model that an adapter replaces.
+
+    Args:
+        config: An adapter's config.
+        modules: The model's modules by name, also those under several names.
+        model: The model, which may know its embeddings.
+        paths: Names of the modules that the adapter targets.
+
+    Raises:
+        ValueError: A field that names nothing, or a tensor that cannot be trained.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1, bias=False)})
+    >>> config = LoraConfig(target_modules=["body"], modules_to_save=["head"])
+    >>> find_replaced(config, dict(model.named_modules()), model, ["body"])
+    {'head': {'weight': Replaced(names=('head.weight',), shape=(1, 2), rows=None)}}
+    """
+    plan: Plan = {}
+    for path, module in saved_modules(config, modules).items():
+        for names in _tensors_in(modules, path, module):
+            _add(plan, replaced(modules, names))
+    return plan
+
+
+def _add(plan: Plan, one: Replaced, leaf: str | None = None) -> None:
+    path, _, name = one.names[0].rpartition(".")
+    plan.setdefault(path, {})[leaf or name] = one
+
+
+def _tensors_in(modules: Mapping[str, nn.Module], path: str, module: nn.Module) -> list[tuple[str, ...]]:
+    """The names of each parameter of a module, also those under other names of the module, its own first."""
+    inside = {id(one) for one in module.modules()}
+    found: dict[int, list[str]] = {}
+    for name, owner in modules.items():
+        for leaf, tensor in owner._parameters.items() if id(owner) in inside else ():
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(f"{name}.{leaf}" if name else leaf)
+    return [tuple(sorted(names, key=lambda name: not name.startswith(f"{path}."))) for names in found.values()]
+
+
+def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that `config.modules_to_save` names, each under one of its names.
+
+    A name is a whole name, or the end of one after a dot. (PEFT takes any end of a name, so that `"in0"` wraps `lin0`.)
+
+    Args:
+        config: An adapter's config.
+        modules: The model's modules by name.
+
+    Raises:
+        ValueError: A name that matches nothing, or a container without a forward; a part of another one.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> list(saved_modules(LoraConfig(modules_to_save=["head"]), {"model": nn.ReLU(), "model.head": nn.ReLU()}))
+    ['model.head']
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for saved in config.modules_to_save or ():
+        paths = [path for path in modules if path and (path == saved or path.endswith(f".{saved}"))]
+        require(bool(paths), config, f"modules_to_save has {saved!r}, which is no module of the model")
+        for path in paths:
+            module = modules[path]
+            require(
+                not isinstance(module, _CONTAINERS),
+                config,
+                f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
+            )
+            found.setdefault(id(module), (path, module))
+    names = {key: path for key, (path, _) in found.items()}
+    for path, module in found.values():
+        for inner in module.modules():
+            if inner is not module and id(inner) in names:
+                raise ValueError(
+                    f"modules_to_save names {names[id(inner)]}, which is a part of {path}; name one of them"
+                )
+    return dict(found.values())

@@ -1,0 +1,53 @@
+"""The leaves of one config's tree: their shapes, and fresh ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import trees
+from .method import Config, Tree
+from .plan import weights_of
+from .replaced import Plan, copies, each
+from .site import Site
+
+
+def initialise(
+    model: nn.Module,
+    config: Config,
+    sites: Mapping[str, Site],
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    replaced: Plan,
+) -> Tree:
+    """Fresh parameters of one config, sorted."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
+    made: Tree = copies(modules, replaced, dtype, device)
+    for path in sites:
+        weight: Any = modules[path].weight
+        for leaf, value in fresh[path].items():
+            made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or _wide(weight.dtype))
+    return trees.sort(made)
+
+
+def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of one config's leaves, by path and leaf, sorted."""
+    shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
+    for path, leaf, one in each(replaced):
+        shapes.setdefault(path, {})[leaf] = one.shape
+    return dict(sorted(shapes.items()))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_floating_point and dtype.itemsize > 4 else torch.float32
