@@ -26,6 +26,7 @@ from .inplace.state import config_of, shared_tensors
 from .inplace.walk import layers, unwrap
 from .keys import PREFIX, SHARED, to_keys
 from .loading import Stored, load_into_graft, load_into_model
+from .replaced import saved_buffers
 from .strict_json import parse_object
 
 
@@ -223,6 +224,8 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
     graft.active({name: tree} if graft.named else tree)
     config: Any = graft.configs[name]
     state = to_keys(config, tree, PREFIX)
+    modules = dict(graft.model.named_modules(remove_duplicate=False))
+    state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
     if config.form.saves_shared(config):
         constants = next(iter(graft.sites[name].values())).constants
         state |= {f"{SHARED}{shared}": constants[shared] for shared in config.form.shared}

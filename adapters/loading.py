@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft
 from torchgraft.functional.method import Tree
 from torchgraft.functional.plan import plan_sites
+from torchgraft.functional.replaced import Plan, each, plan_replaced, tensor_at
 from torchgraft.functional.site import Site
 from torchgraft.functional.trees import sort
 
@@ -22,7 +23,7 @@ from .headers import Weights
 from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .inplace.walk import bare_modules, layers, original_base
 from .keys import SHARED, names_of
-from .replaced import saved_modules
+from .replaced import saved_buffers
 from .targets import find_targets
 
 
@@ -92,8 +93,10 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     modules = dict(graft.model.named_modules(remove_duplicate=False))
     sites = graft.sites[name]
     _check_method(stored.config, graft.configs[name])
-    _check_same(stored, graft.configs[name], sites, stored.plan(modules, graft.model))
-    parts = fit(stored.config, stored.weights, sites, {}, graft.model.state_dict)
+    planned, replaced = stored.plan(modules, graft.model), graft.replaced[name]
+    _check_same(stored, graft.configs[name], sites, planned)
+    _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
+    parts = fit(stored.config, stored.weights, sites, replaced, {}, graft.model.state_dict)
     tensors = stored.read()
     for shared in _other_shared(sites, parts, tensors):
         raise ValueError(
@@ -105,12 +108,33 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
             f"{stored.weights.file}: {parts.base[base]!r} differs from {base!r} of the model, which a graft never "
             "changes; use load_adapter(model, path) on the model, or load this tensor into it first"
         )
-    tree: Tree = {path: {} for path in sites}
+    tree: Tree = {}
     for (path, leaf), key in parts.leaves.items():
-        weight: Any = modules[path].weight
-        wide = weight.is_floating_point() and weight.itemsize > 4
-        tree[path][leaf] = stored.leaf(key, tensors[key], weight, weight.dtype if wide else torch.float32)
+        base = _base_of(path, leaf, modules, replaced)
+        wide = base.is_floating_point() and base.itemsize > 4
+        made = stored.leaf(key, tensors[key], base, base.dtype if wide else torch.float32)
+        tree.setdefault(path, {})[leaf] = made
     return sort(tree)
+
+
+def _base_of(path: str, leaf: str, modules: Mapping[str, nn.Module], replaced: Plan) -> Tensor:
+    """The tensor of the base that says where a leaf belongs."""
+    if leaf in replaced.get(path, {}):
+        return tensor_at(modules, replaced[path][leaf].names[0])
+    module: Any = modules[path]
+    return module.weight
+
+
+def _check_same_replaced(own: Plan, given: Plan) -> None:
+    """Refuse a config that trains other tensors of the base."""
+    mine, theirs = ({(path, leaf): one for path, leaf, one in each(plan)} for plan in (own, given))
+    for where in sorted(mine.keys() | theirs.keys()):
+        if mine.get(where) != theirs.get(where):
+            raise ValueError(
+                f"the config and the graft differ in what they replace: {where[1]!r} of {where[0]!r} is "
+                f"{theirs.get(where)} in the file and {mine.get(where)} in the graft; bind the model with the file's "
+                "config: AdapterConfig.from_pretrained(path)"
+            )
 
 
 def _check_method(config: AdapterConfig, own: Any) -> None:
@@ -177,12 +201,9 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
         )
     modules = bare_modules(model)
     sites = stored.plan(modules, model)
-    saved = {
-        f"{path}.{name}": tensor
-        for path in saved_modules(stored.config, modules)
-        for name, tensor in modules[path].state_dict().items()
-    }
-    parts = fit(stored.config, stored.weights, sites, saved, lambda: get_base_model_state_dict(model))
+    replaced = plan_replaced(stored.config, modules, model, sites)
+    saved = saved_buffers(stored.config, modules)
+    parts = fit(stored.config, stored.weights, sites, replaced, saved, lambda: get_base_model_state_dict(model))
     tensors = stored.read()
     others = _other_shared(sites, parts, tensors)
     if others and not stored.config.form.saves_shared(stored.config):
@@ -191,11 +212,13 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
             "says that such tensors are not in the file; set save_projection in it to true"
         )
     embeddings = _embeddings(model, modules, stored, parts, tensors)
-    tree: Tree = {path: {} for path in sites}
+    tree: Tree = {}
+    of_base = dataclasses.replace(stored, dtype=None)
     for (path, leaf), key in parts.leaves.items():
-        weight: Any = modules[path].weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        tree[path][leaf] = stored.leaf(key, tensors[key], weight, dtype)
+        base = _base_of(path, leaf, modules, replaced)
+        dtype = base.dtype if base.is_floating_point() else torch.float32
+        reader = of_base if leaf in replaced.get(path, {}) else stored
+        tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, dtype)
     constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
     config = dataclasses.replace(stored.config, inference_mode=not is_trainable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchgraft.functional.replaced import Replaced, replaced
 
@@ -55,6 +55,16 @@ def _tensors_in(modules: Mapping[str, nn.Module], path: str, module: nn.Module) 
             if tensor is not None:
                 found.setdefault(id(tensor), []).append(f"{name}.{leaf}" if name else leaf)
     return [tuple(sorted(names, key=lambda name: not name.startswith(f"{path}."))) for names in found.values()]
+
+
+def saved_buffers(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What files have of `modules_to_save` beside parameters: their buffers, by name in the model."""
+    return {
+        f"{path}.{name}": tensor
+        for path, module in saved_modules(config, modules).items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, nn.Parameter)
+    }
 
 
 def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Weights, trees
+from torchgraft.functional.leaves import shapes_of
 from torchgraft.functional.method import Entry, Tree
 from torchgraft.functional.plan import plan_sites, weights_of
+from torchgraft.functional.replaced import Plan, each, plan_replaced
 from torchgraft.functional.site import Site
 
 from ..architectures import with_targets
@@ -58,7 +60,7 @@ def inject_adapter_in_model(
         state_dict: Keys of an adapter: the modules and ranks are taken from there, not from the config. The values are
             not loaded.
         params: A tree as `bind(model, peft_config).init()` makes it, whose tensors become the parameters, sharing their
-            memory.
+            memory where they have the dtype and the device of what they are in.
 
     Returns:
         `model`.
@@ -87,6 +89,9 @@ def inject_adapter_in_model(
         raise ValueError(f"{type(config).__name__}: the model itself is targeted, which cannot be replaced in place")
     base = original_base(model)
     sites = plan_sites(config, modules, paths, base)
+    replaced = plan_replaced(config, modules, model, sites)
+    if params is not None:
+        trees.check(params, shapes_of(config, sites, replaced))
     leaves = _leaves(config, sites, modules, weights_of(sites, modules, base), low_cpu_mem_usage, params)
     saved = saved_modules(config, modules)
     _check_overlap(model, modules, sites, saved)
@@ -102,9 +107,9 @@ def inject_adapter_in_model(
         layer = carriers.get(id(module)) or BaseTunerLayer(module, [parent for parent, _ in parents[id(module)]])
         layer.add(adapter_name, Entry(config, site), leaves[path])
         _hang(layer, parents[id(module)], disabled)
-    for module in saved.values():
+    for path, module in saved.items():
         wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)
-        wrapper.add(adapter_name)
+        wrapper.add(adapter_name, _inside(path, replaced, params))
         _hang(wrapper, parents[id(module)], disabled)
     if not hasattr(model, "peft_config"):
         vars(model)["peft_config"] = {}
@@ -115,6 +120,19 @@ def inject_adapter_in_model(
     for part in parts(model):
         part.activate([adapter_name], not config.inference_mode)
     return model
+
+
+def _inside(path: str, replaced: Plan, params: Tree | None) -> dict[str, Tensor]:
+    """The given tensors of one of `modules_to_save`, by the names that they have in it."""
+    if params is None:
+        return {}
+    prefix = f"{path}."
+    return {
+        name.removeprefix(prefix): params[owner][leaf]
+        for owner, leaf, one in each(replaced)
+        for name in one.names
+        if name.startswith(prefix)
+    }
 
 
 def _hang(part: BaseTunerLayer | ModulesToSaveWrapper, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
@@ -186,8 +204,7 @@ def _leaves(
     """The parameters of each site: planted, empty, or drawn and cast to what the base has."""
     shapes = {path: config.method.shapes(config, site) for path, site in sites.items()}
     if params is not None:
-        trees.check(params, shapes)
-        return {path: {leaf: nn.Parameter(t.detach()) for leaf, t in params[path].items()} for path in sites}
+        return {path: {leaf: nn.Parameter(params[path][leaf].detach()) for leaf in shapes[path]} for path in sites}
     if meta:
         with torch.device("meta"):
             drawn = {path: {leaf: torch.empty(shape) for leaf, shape in shapes[path].items()} for path in sites}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -25,9 +25,34 @@ class ModulesToSaveWrapper(nn.Module):
         self._active: list[str] = []
         self._disabled = False
 
-    def add(self, name: str) -> None:
-        """Make a copy of the module for an adapter; it is not active yet."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+    def add(self, name: str, given: Mapping[str, Tensor] | None = None) -> None:
+        """Make a copy of the module for an adapter; it is not active yet.
+
+        Args:
+            name: The adapter's name.
+            given: Parameters for the copy by their names in the module, in place of copied ones. They share memory
+                where dtype and device are the module's.
+        """
+        copied = copy.deepcopy(self.original_module)
+        made: dict[int, nn.Parameter] = {}
+        for key, tensor in (given or {}).items():
+            path, _, leaf = key.rpartition(".")
+            owner = copied.get_submodule(path)
+            like = owner.get_parameter(leaf)
+            new = made.setdefault(id(tensor), nn.Parameter(tensor.detach().to(like.device, like.dtype)))
+            setattr(owner, leaf, new)
+        self.modules_to_save[name] = copied
+
+    def leaves(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of an adapter's copy by module within it and name, a tied one once."""
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        seen: set[int] = set()
+        for path, module in self.modules_to_save[name].named_modules() if name in self.modules_to_save else ():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found.setdefault(path, {})[leaf] = parameter
+        return found
 
     @property
     def active_adapters(self) -> list[str]:

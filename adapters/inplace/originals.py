@@ -9,21 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.adapted import Adapted, Base
-
-
-class OriginalBase(Base):
-    """The base module with its original weight and bias."""
-
-    __slots__ = ("tensors",)
-
-    def __init__(self, module: Any, site: Site, tensors: dict[str, Tensor]):
-        super().__init__(module, site)
-        self.tensors = tensors
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        bias = self.module.bias if self.site.has_bias else None
-        return self.site.canonical(self.tensors.get("weight", self.module.weight)), self.tensors.get("bias", bias)
+from torchgraft.functional.adapted import Adapted
+from torchgraft.functional.replaced import Given
 
 
 class Originals:
@@ -37,9 +24,9 @@ class Originals:
         """Without the record of who wrote last, which means nothing for a copy."""
         return {**vars(self), "_written": {}}
 
-    def base(self, module: nn.Module, site: Site) -> OriginalBase:
+    def base(self, module: nn.Module, site: Site) -> Given:
         """The module as methods see it, without what is merged."""
-        return OriginalBase(module, site, self.tensors)
+        return Given(module, site, self.tensors)
 
     def replace(self, module: nn.Module, layer: Adapted, names: Iterable[str], safe: bool) -> None:
         """Give the module the weights of `layer`; its parameters stay the same objects.

@@ -31,6 +31,8 @@ class IncompatibleKeys(NamedTuple):
 def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     """An injected adapter as a parameter tree, which shares storage with the injected parameters.
 
+    Its copies of `modules_to_save` are among the leaves.
+
     Raises:
         ValueError: A name that the model does not have.
 
@@ -41,19 +43,21 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     """
     model = unwrap(model)
     config_of(model, adapter_name)
-    return sort(
-        {
-            path: {leaf: parameter.detach() for leaf, parameter in layer.leaves(adapter_name).items()}
-            for path, layer in layers(model).items()
-            if adapter_name in layer.entries
-        }
-    )
+    tree: Tree = {
+        path: {leaf: parameter.detach() for leaf, parameter in layer.leaves(adapter_name).items()}
+        for path, layer in layers(model).items()
+        if adapter_name in layer.entries
+    }
+    for path, wrapper in named(model, ModulesToSaveWrapper).items():
+        for inner, leaves in wrapper.leaves(adapter_name).items():
+            tree[f"{path}.{inner}" if inner else path] = {leaf: tensor.detach() for leaf, tensor in leaves.items()}
+    return sort(tree)
 
 
 def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     """A graft of the model beneath the adapters, whose tensors it shares, for trees of `extract_params`.
 
-    The adapter's own copies of `modules_to_save` are part of that model.
+    The buffers of the adapter's own copies of `modules_to_save` are part of that model.
 
     Raises:
         ValueError: A name that the model does not have; adapters that are merged into these tensors.
@@ -68,7 +72,6 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     }
     base = bare_copy(model, adapter_name)
     fixed = exact(config, list(sites), dict(base.named_modules(remove_duplicate=False)))
-    fixed = dataclasses.replace(fixed, modules_to_save=None)
     # What was planned may have changed since: scaling factors that were set, shared tensors that were loaded.
     planned = {path: site.constants for path, site in sites.items()}
     vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites, weights: planned)
