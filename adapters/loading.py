@@ -126,13 +126,13 @@ def _base_of(path: str, leaf: str, modules: Mapping[str, nn.Module], replaced: P
 
 
 def _check_same_replaced(own: Plan, given: Plan) -> None:
-    """Refuse a config that trains other tensors of the base."""
+    """Refuse a config that trains less of the base, or in another way; what more it trains is held against the base."""
     mine, theirs = ({(path, leaf): one for path, leaf, one in each(plan)} for plan in (own, given))
-    for where in sorted(mine.keys() | theirs.keys()):
-        if mine.get(where) != theirs.get(where):
+    for where in sorted(mine):
+        if mine[where] != theirs.get(where):
             raise ValueError(
                 f"the config and the graft differ in what they replace: {where[1]!r} of {where[0]!r} is "
-                f"{theirs.get(where)} in the file and {mine.get(where)} in the graft; bind the model with the file's "
+                f"{theirs.get(where)} in the file and {mine[where]} in the graft; bind the model with the file's "
                 "config: AdapterConfig.from_pretrained(path)"
             )
 

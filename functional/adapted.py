@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .layout import Finder
 from .method import Entry, Leaves, Weighted
-from .routed import NoWeight, RoutedLayer
+from .routed import RoutedLayer, stand_in
 from .site import Site
 
 
@@ -79,9 +79,10 @@ class Cell:
         seen: Collects each site's input where somebody wants to look.
         reached: Collects the paths of the sites that ran.
         lease: Keeps the skeleton from being used by another call.
+        kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
     """
 
-    __slots__ = ("__weakref__", "finder", "lease", "reached", "seen", "trees")
+    __slots__ = ("__weakref__", "finder", "kept", "lease", "reached", "seen", "trees")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
@@ -89,6 +90,7 @@ class Cell:
         self.seen: list[tuple[str, Tensor]] | None = None
         self.reached: set[str] | None = None
         self.lease: Any = None
+        self.kept: dict[int, Tensor] | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,11 +141,9 @@ class Socket:
         return weight, None if bias is None else bias.to(self.inner.bias.dtype)
 
     def _without_value(self) -> tuple[Tensor, Tensor | None]:
-        """What stands for weight and bias where each row has its own: some parents ask a weight for its dtype."""
+        """What stands for weight and bias where each row has its own."""
         weight, bias = self.inner.weight, self.inner.bias if hasattr(self.inner, "bias") else None
-        if torch.compiler.is_compiling():  # mixing it with the model's tensors is an error there
-            return weight.detach().to("meta"), None if bias is None else bias.detach().to("meta")
-        return NoWeight.of(weight, self.path), None if bias is None else NoWeight.of(bias, self.path)
+        return stand_in(weight, self.path), None if bias is None else stand_in(bias, self.path)
 
 
 def _is_routed(layer: Any) -> bool:

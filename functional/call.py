@@ -108,7 +108,7 @@ def _traced(
         _fill(skeleton, active, base, args, kwargs, current)
         return _run(graft, skeleton, args, kwargs, return_buffers)
     finally:
-        skeleton.cell.trees = skeleton.cell.reached = skeleton.cell.finder = None
+        skeleton.cell.trees = skeleton.cell.reached = skeleton.cell.finder = skeleton.cell.kept = None
         for key in current:
             for container, name in skeleton.places[key]:
                 container[name] = skeleton.aliases[key]
@@ -142,7 +142,7 @@ def _fill(
     for key, tensor in given.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
-    replaced = exchange(skeleton.exchanges, active)
+    replaced = exchange(skeleton, active)
     if replaced and not current:
         skeleton.filled = [*given, *replaced]
 

@@ -24,6 +24,7 @@ from .route import Routed
 from .rows import PerAdapter
 from .site import Site, describe
 from .skeleton import Skeleton
+from .units import make_units
 
 if TYPE_CHECKING:
     from .stacks import StackedGraft
@@ -132,7 +133,7 @@ class Graft:
         skeleton = self.build()
         skeleton.cell.trees = active
         skeleton.own_buffers()
-        exchange(skeleton.exchanges, active)
+        exchange(skeleton, active)
         if any(isinstance(tree, Routed) for tree in active.values()):
             _watch_inputs(skeleton.root, skeleton.cell, self.finder)
         return skeleton.root
@@ -145,7 +146,6 @@ class Graft:
         """
         if not self.named:
             _check(params, self._shapes[""], "params")
-            self._check_routed("", params)
             return {"": params}
         if isinstance(params, Routed) and isinstance(params.tree, dict):
             params = {name: params.named(name) for name in params.tree}
@@ -157,7 +157,6 @@ class Graft:
             if name not in self.configs:
                 raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
             _check(tree, self._shapes[name], f"params[{name!r}]")
-            self._check_routed(name, tree)
         for first, second, name in self._conflicts:
             if first in params and second in params:
                 raise ValueError(
@@ -165,14 +164,6 @@ class Graft:
                     "one of them out of the call"
                 )
         return {name: params[name] for name in self.configs if name in params}
-
-    def _check_routed(self, name: str, tree: Any) -> None:
-        if isinstance(tree, Routed) and self.replaced[name]:
-            path, leaf, _ = next(each(self.replaced[name]))
-            raise ValueError(
-                f"route: this adapter replaces tensors of the base ({leaf!r} of {path!r}), and each row would have its "
-                "own; use torch.vmap over the stack, or one adapter at a time"
-            )
 
     def expected(self) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
         """Shapes of all leaves, by adapter name, path and leaf."""
@@ -239,6 +230,7 @@ class Graft:
                 paths.setdefault(id(modules[path]), path)
         skeleton = Skeleton(self.model, entries, paths)
         skeleton.exchanges = exchanges(skeleton, modules, self.replaced)
+        make_units(skeleton.cell, skeleton.modules, skeleton.exchanges, {id(m): name for name, m in modules.items()})
         return skeleton
 
     def entries(self, name: str) -> dict[str, Entry]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .adapted import Base
 from .method import Tree
+from .route import Routed
+from .routed import stand_in
 from .site import Site
 from .skeleton import Place, Skeleton
 
@@ -190,6 +192,12 @@ class Exchange:
             container[name] = new
 
 
+    def hide(self, nothing: Tensor) -> None:
+        """Have the skeleton refuse to use the tensor."""
+        for container, name in self.places:
+            container[name] = nothing
+
+
 def over(tensor: Tensor, leaf: Tensor, index: Tensor | None) -> Tensor:
     """What a tensor becomes: the leaf, or the tensor with some rows from it; in the tensor's dtype."""
     leaf = leaf.to(tensor.dtype)
@@ -244,15 +252,25 @@ def _check_same(modules: Modules, name: str, one: Replaced, key: int) -> None:
         raise ValueError(f"{name}: was one tensor with {one.names[0]} at bind and is not any more; bind the model again")
 
 
-def exchange(found: Sequence[Exchange], trees: Mapping[str, Any]) -> list[int]:
-    """Put the leaves of the active trees into their skeleton; returns which tensors were replaced, by identity."""
-    done = []
-    for one in found:
-        tree = trees.get(one.adapter)
-        if tree is not None:
+def exchange(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:
+    """Put the leaves of the active trees into their skeleton; returns which tensors were replaced, by identity.
+
+    Where each row has its own, the owner of the tensor runs with them (`units`), and nobody else can use it.
+    """
+    active = [one for one in skeleton.exchanges if one.adapter in trees]
+    if not active:
+        return []
+    skeleton.cell.kept = kept = {}
+    for one in active:
+        tree = trees[one.adapter]
+        if not isinstance(tree, Routed):
             one.put(tree[one.path][one.leaf] if type(tree) is dict else tree.tree[one.path][one.leaf])
-            done.append(one.key)
-    return done
+    for one in active:
+        if isinstance(trees[one.adapter], Routed) and one.key not in kept:
+            container, name = one.places[0]
+            kept[one.key] = current = container[name]
+            one.hide(stand_in(current, one.path))
+    return [one.key for one in active]
 
 
 class Given(Base):
@@ -265,8 +283,11 @@ class Given(Base):
         self.tensors = tensors
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        bias = self.module.bias if self.site.has_bias else None
-        return self.site.canonical(self.tensors.get("weight", self.module.weight)), self.tensors.get("bias", bias)
+        if "weight" in self.tensors:
+            bias = self.module.bias if self.site.has_bias else None
+            return self.site.canonical(self.tensors["weight"]), self.tensors.get("bias", bias)
+        weight, bias = super().dense()
+        return weight, self.tensors.get("bias", bias)
 
 
 def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree]) -> dict[str, Tensor]:

@@ -202,6 +202,13 @@ class NoWeight(Tensor):
         )
 
 
+def stand_in(tensor: Tensor, path: str) -> Tensor:
+    """What stands for a tensor where each row has its own: some parents ask a weight for its dtype."""
+    if torch.compiler.is_compiling():  # mixing it with the model's tensors is an error there
+        return tensor.detach().to("meta")
+    return NoWeight.of(tensor, path)
+
+
 def _path_of(x: Any) -> str:
     if isinstance(x, NoWeight):
         return str(x.__dict__.get("path"))

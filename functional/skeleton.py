@@ -92,7 +92,7 @@ class Skeleton:
         for key in self.filled:
             for container, name in self.places[key]:
                 container[name] = self.aliases[key]
-        self.filled = ()
+        self.filled, self.cell.kept = (), None
         try:
             if all(map(operator.eq, self._touchable, self._saved)):
                 return
