@@ -110,9 +110,9 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
         )
     tree: Tree = {}
     for (path, leaf), key in parts.leaves.items():
-        base = _base_of(path, leaf, modules, replaced)
-        wide = base.is_floating_point() and base.itemsize > 4
-        made = stored.leaf(key, tensors[key], base, base.dtype if wide else torch.float32)
+        own = _base_of(path, leaf, modules, replaced)
+        wide = own.is_floating_point() and own.itemsize > 4
+        made = stored.leaf(key, tensors[key], own, own.dtype if wide else torch.float32)
         tree.setdefault(path, {})[leaf] = made
     return sort(tree)
 

@@ -19,7 +19,7 @@ from .method import Config, Entry, Tree
 from .plan import plan_sites
 from .pool import Pool
 from .references import check_references
-from .replaced import Plan, conflicts, each, exchange, exchanges, plan_replaced
+from .replaced import Plan, conflicts, exchange, exchanges, plan_replaced
 from .route import Routed
 from .rows import PerAdapter
 from .site import Site, describe
@@ -59,8 +59,7 @@ class Graft:
         self.allow_unreached = allow_unreached
         modules = dict(model.named_modules(remove_duplicate=False))
         self.sites: dict[str, dict[str, Site]] = sites or {
-            name: plan_sites(config, modules, config.targets(model))
-            for name, config in self.configs.items()
+            name: plan_sites(config, modules, config.targets(model)) for name, config in self.configs.items()
         }
         self.replaced: dict[str, Plan] = {
             name: plan_replaced(config, modules, model, self.sites[name]) for name, config in self.configs.items()
@@ -167,9 +166,7 @@ class Graft:
 
     def expected(self) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
         """Shapes of all leaves, by adapter name, path and leaf."""
-        return {
-            name: shapes_of(config, self.sites[name], self.replaced[name]) for name, config in self.configs.items()
-        }
+        return {name: shapes_of(config, self.sites[name], self.replaced[name]) for name, config in self.configs.items()}
 
     def pool(self) -> Pool:
         """The skeletons that fit the model as it is now."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from .adapted import Base
 from .method import Tree
@@ -71,7 +72,7 @@ def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None 
     path = names[0].rpartition(".")[0]
     if not tensor.is_floating_point():
         raise ValueError(f"{names[0]}: has dtype {tensor.dtype}, which cannot be trained; expected floating point")
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedParameter):
         raise ValueError(f"{names[0]}: has no shape yet; run the model once before bind")
     if getattr(modules[path], "max_norm", None) is not None:
         raise ValueError(
@@ -191,7 +192,6 @@ class Exchange:
                 before, new = current, over(current, leaf, self.index)
             container[name] = new
 
-
     def hide(self, nothing: Tensor) -> None:
         """Have the skeleton refuse to use the tensor."""
         for container, name in self.places:
@@ -216,8 +216,8 @@ def exchanges(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -
     copy_of = {id(theirs): own for theirs, own in skeleton.modules}
     holders: dict[int, set[int]] = {}
     for module, _ in skeleton.modules:
-        for tensor in module._parameters.values():
-            holders.setdefault(id(tensor), set()).add(id(module))
+        for held in module._parameters.values():
+            holders.setdefault(id(held), set()).add(id(module))
     found = []
     for adapter, plan in plans.items():
         for path, leaf, one in each(plan):
@@ -249,7 +249,9 @@ def _check_same(modules: Modules, name: str, one: Replaced, key: int) -> None:
             f"{one.shape} do not fit; bind the model again"
         )
     if id(tensor) != key:
-        raise ValueError(f"{name}: was one tensor with {one.names[0]} at bind and is not any more; bind the model again")
+        raise ValueError(
+            f"{name}: was one tensor with {one.names[0]} at bind and is not any more; bind the model again"
+        )
 
 
 def exchange(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:

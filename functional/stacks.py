@@ -40,7 +40,9 @@ class StackedGraft(Graft):
         check_configs(self.members)
         modules = dict(model.named_modules(remove_duplicate=False))
         self._plans = [plan_sites(config, modules, config.targets(model)) for config in self.members]
-        each_replaces = [plan_replaced(config, modules, model, plan) for config, plan in zip(members, self._plans, strict=True)]
+        each_replaces = [
+            plan_replaced(config, modules, model, plan) for config, plan in zip(members, self._plans, strict=True)
+        ]
         for i, other in enumerate(each_replaces[1:], start=1):
             if differing := set(other) ^ set(each_replaces[0]):
                 raise ValueError(

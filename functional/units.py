@@ -176,7 +176,8 @@ class UnitModule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         unit: Unit = self.__dict__["_unit"]
-        make, args, state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, state, *rest = reduced
         state = {key: value for key, value in state.items() if key != "_unit"}
         args = tuple(unit.cls if one is type(self) else one for one in args)
         return _revive, (make, args, unit), state, *rest
@@ -189,7 +190,8 @@ def _revive(make: Any, args: tuple[Any, ...], unit: Unit) -> Any:
 
 
 def _mark(module: Any, unit: Unit) -> None:
-    module.__class__ = unit_class(type(module))
+    cls: Any = type(module)
+    module.__class__ = unit_class(cls)
     module.__dict__["_unit"] = unit
 
 
@@ -199,7 +201,9 @@ def unit_class(cls: Any) -> Any:
     return type(cls.__name__, (UnitModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def make_units(cell: Cell, copies: Sequence[tuple[nn.Module, Any]], found: Sequence[Exchange], paths: Mapping[int, str]) -> None:
+def make_units(
+    cell: Cell, copies: Sequence[tuple[nn.Module, Any]], found: Sequence[Exchange], paths: Mapping[int, str]
+) -> None:
     """Turn the modules of a skeleton that own replaced tensors into units.
 
     Args:

@@ -333,7 +333,9 @@ def refusals():
     yield "tuple", kept, lora(["1"]), r"1.weight: the model keeps this tensor in a tuple"
 
 
-@pytest.mark.parametrize(("name", "model", "config", "message"), list(refusals()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "model", "config", "message"), list(refusals()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_what_cannot_be_replaced_is_refused_at_bind(name, model, config, message):
     with pytest.raises(ValueError, match=message):
         bind(model, config)
