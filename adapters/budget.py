@@ -19,6 +19,8 @@ from torchgraft.functional.method import Leaves, Tree
 from .adalora import AdaLoraConfig
 from .config import require
 
+_LEAVES = ("lora_A", "lora_B", "lora_E")
+
 
 def adalora_state(config: AdaLoraConfig, params: Tree) -> Tree:
     """The state that `allocate` starts from: no importance yet, every triplet kept.
@@ -41,7 +43,7 @@ def adalora_state(config: AdaLoraConfig, params: Tree) -> Tree:
     >>> adalora_state(config, params)["kept"]["0"].tolist()
     [[True], [True]]
     """
-    _check(params, "params")
+    params = _own(params, "params")
     return {
         "importance": {path: {leaf: torch.zeros_like(p) for leaf, p in params[path].items()} for path in params},
         "kept": {path: torch.ones_like(leaves["lora_E"], dtype=torch.bool) for path, leaves in params.items()},
@@ -89,12 +91,12 @@ def allocate(config: AdaLoraConfig, params: Tree, grads: Tree, state: Tree, step
     [[0.0], [1.0]]
     """
     last = _last(config)
-    _check(params, "params")
-    _check(grads, "grads")
+    given = params
+    params, grads = _own(params, "params"), _own(grads, "grads")
     require(isinstance(step, int) and step >= 0, config, f"step is {step!r}, expected a Python integer, 0 or more")
     if not isinstance(state, dict) or set(state) != {"importance", "kept", "uncertainty"}:
-        given = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise TypeError(f"allocate: state is {given}, expected what adalora_state or the last allocate returned")
+        found = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise TypeError(f"allocate: state is {found}, expected what adalora_state or the last allocate returned")
     kept = state["kept"]
     require(
         grads.keys() == params.keys() == kept.keys(),
@@ -104,7 +106,7 @@ def allocate(config: AdaLoraConfig, params: Tree, grads: Tree, state: Tree, step
     importance, uncertainty = state["importance"], state["uncertainty"]
     if step < last:
         importance, uncertainty = _observe(config, params, grads, importance, uncertainty)
-    ranks = [_rank(path, leaves) for path, leaves in params.items()]
+    ranks = [_rank(path, params[path]) for path in params]
     triplets, masking = budget(config, ranks, step)
     if step == last or (step < last and masking):
         kept = _keep(params, importance, uncertainty, sum(ranks) - triplets)
@@ -114,6 +116,7 @@ def allocate(config: AdaLoraConfig, params: Tree, grads: Tree, state: Tree, step
         }
     if step == last:
         importance, uncertainty = _zeros(importance), _zeros(uncertainty)
+    params = {path: {**leaves, **params.get(path, {})} for path, leaves in given.items()}
     return params, {"importance": importance, "kept": kept, "uncertainty": uncertainty}
 
 
@@ -168,7 +171,7 @@ def orthogonality(config: AdaLoraConfig, params: Tree) -> Tensor:
     >>> orthogonality(AdaLoraConfig(), params)
     tensor(0.)
     """
-    _check(params, "params")
+    params = _own(params, "params")
     norms = []
     for path, leaves in params.items():
         identity = torch.eye(_rank(path, leaves), dtype=leaves["lora_A"].dtype, device=leaves["lora_A"].device)
@@ -202,7 +205,7 @@ def prune(config: AdaLoraConfig, params: Tree, state: Tree) -> tuple[AdaLoraConf
     >>> config.rank_pattern, params["layer"]["lora_B"].shape
     ({'layer.lora_E': [True, False]}, torch.Size([3, 1]))
     """
-    _check(params, "params")
+    given, params = params, _own(params, "params")
     require(config.rank_pattern is None, config, "rank_pattern is given, so these parameters are pruned already")
     pattern, pruned = {}, {}
     for path, leaves in params.items():
@@ -216,7 +219,8 @@ def prune(config: AdaLoraConfig, params: Tree, state: Tree) -> tuple[AdaLoraConf
         pattern[f"{path}.lora_E"] = kept.tolist()
         a, b, e = leaves["lora_A"][kept], leaves["lora_B"][:, kept], leaves["lora_E"][kept]
         pruned[path] = {"lora_A": a, "lora_B": b, "lora_E": e}
-    return dataclasses.replace(config, rank_pattern=pattern), pruned
+    rest = {path: {**leaves, **pruned.get(path, {})} for path, leaves in given.items()}
+    return dataclasses.replace(config, rank_pattern=pattern), rest
 
 
 def _last(config: AdaLoraConfig) -> int:
@@ -258,18 +262,21 @@ def _zeros(tree: Tree) -> Tree:
     return {path: {leaf: torch.zeros_like(value) for leaf, value in leaves.items()} for path, leaves in tree.items()}
 
 
-def _check(tree: Tree, what: str) -> None:
+def _own(tree: Tree, what: str) -> Tree:
+    """The leaves of AdaLoRA's own, without the tensors of the base that the adapter replaces."""
     if not isinstance(tree, dict):
         raise TypeError(
             f"{what} is of type {type(tree).__name__}, expected one AdaLoRA adapter's tree, as graft.init(generator) "
             "makes it"
         )
-    for path, leaves in tree.items():
-        if set(leaves) != {"lora_A", "lora_B", "lora_E"}:
+    own = {path: {leaf: leaves[leaf] for leaf in _LEAVES if leaf in leaves} for path, leaves in tree.items()}
+    for path, leaves in own.items():
+        if 0 < len(leaves) < len(_LEAVES) or not any(own.values()):
             raise KeyError(
-                f"{what}[{path!r}] has {sorted(leaves)}, expected ['lora_A', 'lora_B', 'lora_E']; give one AdaLoRA "
-                "adapter's tree, {path: leaves}"
+                f"{what}[{path!r}] has {sorted(tree[path])}, expected {list(_LEAVES)}; give one AdaLoRA adapter's "
+                "tree, {path: leaves}"
             )
+    return {path: leaves for path, leaves in own.items() if leaves}
 
 
 def _rank(path: str, leaves: Leaves) -> int:

@@ -38,7 +38,8 @@ class AdapterConfig:
         layers_pattern: Names of the module list that holds the layers, where it is not the first numbered one.
         modules_to_save: Modules that are trained as a whole and saved with the adapter, by name or end of a name. Their
             parameters are leaves of the tree: `params["head"] = {"bias": ..., "weight": ...}`.
-        bias: Whether biases of the base are trained too; only `"none"` is supported.
+        bias: Whether biases of the base are trained too: `"none"`, `"all"`, or `"lora_only"` for those of the targeted
+            modules (any name that ends in `_only`). They are leaves of the tree: `params["layers.0.q"]["bias"]`.
         fan_in_fan_out: Has no effect: how a module stores its weight is seen from the module.
         inference_mode: Whether an injected adapter starts frozen.
         task_type: PEFT's name of the task, for files.
@@ -77,7 +78,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.bias == "none", self, f"bias is {self.bias!r}, which is not supported here; leave it at 'none'")
+        only = f"{self.method.name.lower()}_only"
+        require(
+            self.bias in ("none", "all") or self.bias.endswith("_only"),
+            self,
+            f"bias is {self.bias!r}, expected 'none', 'all' or {only!r}",
+        )
         given = self.layers_to_transform is not None
         require(
             given or not self.layers_pattern,

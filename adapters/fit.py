@@ -71,12 +71,15 @@ def fit(
     shapes = {(path, leaf): shape for path, site in sites.items() for leaf, shape in _shapes(config, site).items()}
     leaves = {join(config, path, leaf): (path, leaf) for path, leaf in shapes}
     for path, leaf, one in each(replaced):
-        leaves[replaced_key(path, leaf, path in sites)] = path, leaf
+        for adapted in (path not in sites, path in sites):  # PEFT writes either; the last is the one to ask for
+            leaves[replaced_key(path, leaf, adapted)] = path, leaf
         shapes[path, leaf] = one.shape
     shared = {f"{SHARED}{name}": name for name in config.form.shared}
     parts, rest = Parts({}, {}, {}, {}), []
     for key, name in _stripped(weights).items():
         if name in leaves:
+            if leaves[name] in parts.leaves:
+                raise KeyError(f"{weights.file}: has {key!r} and {parts.leaves[leaves[name]]!r}, which mean the same")
             parts.leaves[leaves[name]] = key
             _check(weights, key, shapes[leaves[name]], torch.float32)
         elif name in saved:
@@ -86,7 +89,7 @@ def fit(
             parts.shared[shared[key]] = key
             constant = next(iter(sites.values())).constants[shared[key]]
             _check(weights, key, tuple(constant.shape), constant.dtype)
-        else:
+        elif not _is_spare(config, name, replaced):
             rest.append(key)
     _check_complete(config, weights, parts, leaves, saved, shared)
     tensors = base() if rest else {}
@@ -118,6 +121,15 @@ def _stripped(weights: Weights) -> dict[str, str]:
     return stripped
 
 
+def _is_spare(config: AdapterConfig, name: str, replaced: Plan) -> bool:
+    """Whether a key is a second one that PEFT writes for a bias of `modules_to_save` where `bias="all"`."""
+    for part in (".original_module.", ".modules_to_save."):
+        path, found, _ = name.partition(part)
+        if found and config.bias == "all" and any(one == path or one.startswith(f"{path}.") for one in replaced):
+            return True
+    return False
+
+
 def _base_name(key: str, tensors: Mapping[str, Tensor]) -> str:
     name = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
     return name if name in tensors else name.replace(".base_layer.", ".")
@@ -144,7 +156,8 @@ def _check_complete(
     shared: Mapping[str, str],
 ) -> None:
     """Refuse a file that lacks keys."""
-    missing = [f"{PREFIX}{key}" for key, where in leaves.items() if where not in parts.leaves]
+    wanted = {where: key for key, where in leaves.items()}
+    missing = [f"{PREFIX}{key}" for where, key in wanted.items() if where not in parts.leaves]
     missing += [f"{PREFIX}{name}" for name in saved if name not in parts.saved]
     if config.form.saves_shared(config) or parts.shared:
         missing += [key for key, name in shared.items() if name not in parts.shared]

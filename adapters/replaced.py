@@ -1,8 +1,11 @@
-"""What an adapter trains beside its sites: tensors of the base that it has copies of (`modules_to_save`)."""
+"""What an adapter trains beside its sites, tensors of the base that it has copies of: whole modules, biases.
+
+Fields, names and keys are those of PEFT's `tuners/tuners_utils.py` and `utils/other.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,9 +38,12 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     {'head': {'weight': Replaced(names=('head.weight',), shape=(1, 2), rows=None)}}
     """
     plan: Plan = {}
-    for path, module in saved_modules(config, modules).items():
+    saved = saved_modules(config, modules)
+    for path, module in saved.items():
         for names in _tensors_in(modules, path, module):
             _add(plan, replaced(modules, names))
+    for names in _biases(config, modules, set(paths), saved):
+        _add(plan, replaced(modules, names))
     return plan
 
 
@@ -55,6 +61,27 @@ def _tensors_in(modules: Mapping[str, nn.Module], path: str, module: nn.Module) 
             if tensor is not None:
                 found.setdefault(id(tensor), []).append(f"{name}.{leaf}" if name else leaf)
     return [tuple(sorted(names, key=lambda name: not name.startswith(f"{path}."))) for names in found.values()]
+
+
+def _biases(
+    config: Any, modules: Mapping[str, nn.Module], paths: Collection[str], saved: Mapping[str, nn.Module]
+) -> Iterable[tuple[str, ...]]:
+    """The names of each bias that `config.bias` means, outside of modules that are trained as a whole."""
+    if config.bias == "none":
+        return []
+    inside = {id(inner) for module in saved.values() for inner in module.modules()}
+    wanted = {id(module) for path, module in modules.items() if config.bias == "all" or path in paths} - inside
+    found: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        bias = module._parameters.get("bias")
+        if bias is not None and id(module) in wanted:
+            found.setdefault(id(bias), []).append(f"{path}.bias" if path else "bias")
+    require(
+        bool(found),
+        config,
+        f"bias is {config.bias!r}, and none of the modules that it means has a bias; leave it at 'none'",
+    )
+    return map(tuple, found.values())
 
 
 def saved_buffers(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft
 from torchgraft.functional.method import Entry, Tree
 
+from .inplace.biases import biases_of
 from .inplace.modules_to_save import ModulesToSaveWrapper
 from .inplace.walk import bare_modules, layers, named, unwrap
 
@@ -153,6 +154,8 @@ def _injected(model: nn.Module, name: str) -> list[Tensor]:
     own: list[Tensor] = [
         p for layer in layers(model).values() if name in layer.entries for p in layer.leaves(name).values()
     ]
+    if (biases := biases_of(model)) is not None and biases.adapter == name:
+        own += biases.tensors().values()
     copies = [wrapper.modules_to_save for wrapper in named(model, ModulesToSaveWrapper).values()]
     return own + [p for copy in copies if name in copy for p in copy[name].parameters()]
 

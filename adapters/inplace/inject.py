@@ -24,6 +24,7 @@ from ..config import AdapterConfig
 from ..keys import names_of, split_key
 from ..replaced import saved_modules
 from ..targets import exact, find_targets
+from .biases import ATTRIBUTE, Biases, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .switch import adapter_names, take_out
@@ -89,6 +90,7 @@ def inject_adapter_in_model(
         raise ValueError(f"{type(config).__name__}: the model itself is targeted, which cannot be replaced in place")
     base = original_base(model)
     sites = plan_sites(config, modules, paths, base)
+    _check_biases(model, config)
     replaced = plan_replaced(config, modules, model, sites)
     if params is not None:
         trees.check(params, shapes_of(config, sites, replaced))
@@ -111,6 +113,12 @@ def inject_adapter_in_model(
         wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)
         wrapper.add(adapter_name, _inside(path, replaced, params))
         _hang(wrapper, parents[id(module)], disabled)
+    if config.bias != "none":
+        mine = [(path, leaf) for path, leaf, _ in each(replaced) if leaf == "bias" and not _within(path, saved)]
+        given = {} if params is None else {path: params[path][leaf] for path, leaf in mine}
+        vars(model)[ATTRIBUTE] = Biases(adapter_name, {path: modules[path] for path, _ in mine}, given)
+        if disabled:
+            vars(model)[ATTRIBUTE].enable_adapters(False)
     if not hasattr(model, "peft_config"):
         vars(model)["peft_config"] = {}
     configs: Any = model.peft_config
@@ -120,6 +128,20 @@ def inject_adapter_in_model(
     for part in parts(model):
         part.activate([adapter_name], not config.inference_mode)
     return model
+
+
+def _check_biases(model: nn.Module, config: AdapterConfig) -> None:
+    """Refuse a second adapter that trains the base's biases where they are, as PEFT does."""
+    biases = biases_of(model)
+    if biases is not None and config.bias != "none":
+        raise ValueError(
+            f"bias is {config.bias!r}, and adapter {biases.adapter!r} trains biases of this model already, which only "
+            "one adapter can; set bias='none', or use bind(model, {...}), where each has its own"
+        )
+
+
+def _within(path: str, saved: Iterable[str]) -> bool:
+    return any(path == one or path.startswith(f"{one}.") for one in saved)
 
 
 def _inside(path: str, replaced: Plan, params: Tree | None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .switch import adapter_names as names_in
@@ -82,7 +83,7 @@ def unload(model: nn.Module) -> nn.Module:
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
     """Make adapters, by default the active ones, part of the weights for good and remove all adapter layers.
 
-    Modules to save of the active adapter take the place of the user's.
+    Modules to save of the active adapter take the place of the user's, and its biases stay.
 
     Returns:
         `model`.
@@ -104,7 +105,11 @@ def _strip(model: nn.Module, trained: bool) -> None:
             if isinstance(child, BaseTunerLayer):
                 child = child.base_layer
             module._modules[name] = child
+    biases = biases_of(model)
+    if biases is not None and not trained:
+        biases.activate([], False)
     vars(model).pop("peft_config", None)
+    vars(model).pop(ATTRIBUTE, None)
 
 
 def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:

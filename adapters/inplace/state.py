@@ -15,8 +15,9 @@ from torchgraft.functional.method import Tree
 from torchgraft.functional.trees import sort
 
 from ..config import AdapterConfig
-from ..keys import PREFIX, SHARED, join, names_of
+from ..keys import PREFIX, SHARED, join, names_of, replaced_key
 from ..targets import exact
+from .biases import biases_of, put_bias
 from .modules_to_save import ModulesToSaveWrapper
 from .walk import bare_copy, layers, named, unwrap
 
@@ -51,7 +52,15 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     for path, wrapper in named(model, ModulesToSaveWrapper).items():
         for inner, leaves in wrapper.leaves(adapter_name).items():
             tree[f"{path}.{inner}" if inner else path] = {leaf: tensor.detach() for leaf, tensor in leaves.items()}
+    for path, bias in _biases(model, adapter_name).items():
+        tree.setdefault(path, {})["bias"] = bias.detach()
     return sort(tree)
+
+
+def _biases(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The base's biases as an adapter has them, by path."""
+    biases = biases_of(model)
+    return biases.tensors() if biases is not None and biases.adapter == adapter_name else {}
 
 
 def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
@@ -148,6 +157,10 @@ def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict
             for leaf, parameter in layer.leaves(adapter_name).items():
                 own = config.form.key(leaf).replace(leaf, f"{leaf}.{adapter_name}")
                 found[join(config, path, leaf)] = (f"{path}.{own}", parameter)
+    for path, bias in _biases(model, adapter_name).items():
+        key = f"{path}.base_layer.bias" if path in layers(model) else f"{path}.bias"
+        adapted = path in layers(model) and adapter_name in layers(model)[path].entries
+        found[replaced_key(path, "bias", adapted)] = (key, bias)
     for path, wrapper in named(model, ModulesToSaveWrapper).items():
         if adapter_name in wrapper.modules_to_save:
             for name, tensor in wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
@@ -209,9 +222,13 @@ def set_peft_model_state_dict(
     for layer in found.values():
         layer.check_unwritten()
     bases = {path: layer.base_layer for path, layer in found.items()}
+    biases = {f"{path}{end}": path for path in _biases(model, adapter_name) for end in (".bias", ".base_layer.bias")}
     for key in [key for key in expected if key in given and key not in wrong]:
         if key in own:
-            _put(model, own[key][0], given[key], low_cpu_mem_usage, bases)
+            if key in biases:
+                put_bias(model, biases[key], given[key])
+            else:
+                _put(model, own[key][0], given[key], low_cpu_mem_usage, bases)
         elif key in constants:
             _put_shared(model, adapter_name, key.removeprefix(SHARED), given[key])
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .biases import Biases
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .walk import layers, parts, unwrap
@@ -57,7 +58,7 @@ def set_adapter(
     for part in chosen:
         if isinstance(part, ModulesToSaveWrapper):
             part.check(names)
-    chosen = [part for part in chosen if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
+    chosen = [part for part in chosen if isinstance(part, (layer_cls, ModulesToSaveWrapper, Biases))]
     take_out(part for part in chosen if isinstance(part, BaseTunerLayer))
     for part in chosen:
         part.set_adapter(names, inference_mode=inference_mode)
@@ -137,7 +138,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _state(part: BaseTunerLayer | ModulesToSaveWrapper) -> tuple[bool, list[str], list[str]]:
+def _state(part: Any) -> tuple[bool, list[str], list[str]]:
     merged = list(part.merged_adapters) if isinstance(part, BaseTunerLayer) else []
     return part.disable_adapters, list(part.active_adapters), merged
 
@@ -169,7 +170,7 @@ def delete_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
         )
-    chosen: list[Any] = [part for part in parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper))]
+    chosen: list[Any] = [part for part in parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper, Biases))]
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
     if active is not None:
         left = [name for name in active if name != adapter_name]
@@ -205,7 +206,9 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
                 layer.set_leaf(adapter_name, leaf, nn.Parameter(p.detach().float(), p.requires_grad))
 
 
-def _names(part: BaseTunerLayer | ModulesToSaveWrapper) -> Iterable[str]:
+def _names(part: Any) -> Iterable[str]:
+    if isinstance(part, Biases):
+        return [part.adapter]
     return part.entries if isinstance(part, BaseTunerLayer) else part.modules_to_save
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchgraft.functional import Site
 from torchgraft.functional.adapted import Base
 
+from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 
@@ -54,9 +55,11 @@ def layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def parts(model: nn.Module) -> Iterator[Any]:
-    """The tuner layers and the wrappers of modules to save."""
+    """The tuner layers, the wrappers of modules to save, and trained biases."""
     yield from layers(model).values()
     yield from named(model, ModulesToSaveWrapper).values()
+    if (biases := biases_of(model)) is not None:
+        yield biases
 
 
 def original_base(model: nn.Module) -> Callable[[nn.Module, Site], Base]:
@@ -93,4 +96,11 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         memo[id(wrapper)] = copy.deepcopy(saved, memo)
     bare = copy.deepcopy(model, memo)
     vars(bare).pop("peft_config", None)
+    vars(bare).pop(ATTRIBUTE, None)
+    biases = biases_of(model)
+    if biases is not None and biases.adapter != adapter_name:
+        own = {id(p): nn.Parameter(biases.originals()[path], False) for path, p in biases.named_parameters()}
+        for module in bare.modules():
+            if id(bias := module._parameters.get("bias")) in own:
+                module._parameters["bias"] = own[id(bias)]
     return bare

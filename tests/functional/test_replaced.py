@@ -10,7 +10,18 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jvp, vmap
 
-from torchgraft.adapters import IA3Config, LoraConfig, extract_graft, extract_params, inject_adapter_in_model
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    adalora_state,
+    allocate,
+    extract_graft,
+    extract_params,
+    inject_adapter_in_model,
+    orthogonality,
+    prune,
+)
 from torchgraft.functional import bind, functional_call, merge, route, stack, unstack, value_and_grad
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -386,3 +397,59 @@ def test_planted_leaves_get_the_dtype_of_the_module():
     assert injected.head.modules_to_save["default"][0].weight.dtype == torch.bfloat16
     assert injected.body.lora_A["default"].weight.dtype == torch.float32
     assert torch.equal(injected(x), graft(extract_params(injected), x))
+
+
+# -- biases -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_leaves(model, x, bias):
+    graft = bind(model, LoraConfig(r=2, target_modules=["body"], bias=bias))
+    params = graft.init()
+    assert torch.equal(graft(params, x), model(x))
+    with_bias = ["body"] if bias == "lora_only" else ["body", "head.0", "head.1", "head.2"]
+    assert [path for path, leaves in params.items() if "bias" in leaves] == with_bias
+    trees = [moved(params, seed) for seed in range(2)]
+    twin = copy.deepcopy(model)
+    for path in with_bias:
+        twin.get_submodule(path).bias = nn.Parameter(trees[0][path]["bias"])
+    with torch.no_grad():
+        twin.body.weight += 4 * trees[0]["body"]["lora_B"] @ trees[0]["body"]["lora_A"]
+    expected = twin(x)
+    torch.testing.assert_close(graft(trees[0], x), expected, **CLOSE)
+    merged = merge(graft, trees[0])
+    torch.testing.assert_close(merged["body.bias"], trees[0]["body"]["bias"], **CLOSE)
+    twin.load_state_dict(merged)
+    torch.testing.assert_close(twin(x), expected, **CLOSE)
+    y = graft(route(stack(trees), torch.tensor([1, -1, 0])), x)
+    torch.testing.assert_close(y, torch.cat([graft(trees[1], x[:1]), model(x[1:2]), graft(trees[0], x[2:])]), **CLOSE)
+
+
+def test_a_stack_whose_configs_target_other_modules_has_no_biases_of_targets(model):
+    configs = [LoraConfig(target_modules=[where], bias="lora_only") for where in ("body", "head.0")]
+    with pytest.raises(ValueError, match=r"bind: only one of configs\[0\] and configs\[1\] replaces tensors of 'body'"):
+        bind(model, configs)
+    graft = bind(model, [LoraConfig(target_modules=[where], bias="all", r=2) for where in ("body", "head.0")])
+    trees = [moved(graft.member(i).init(), i) for i in range(2)]
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    y = graft(route(graft.stack(trees), torch.tensor([1, 0])), x)
+    expected = torch.cat([graft.member(i)(trees[i], x[[j]]) for j, i in enumerate([1, 0])])
+    torch.testing.assert_close(y, expected, **CLOSE)
+    torch.testing.assert_close(graft.unstack(graft.stack(trees)), trees, rtol=0, atol=0)
+
+
+def test_adaloras_budget_leaves_replaced_tensors_alone(model, x):
+    config = AdaLoraConfig(
+        init_r=3, target_r=1, total_step=2, target_modules=["body"], modules_to_save=["head.0"], bias="all"
+    )
+    graft = bind(model, config)
+    params = moved(graft.init())
+    grads = grad(lambda p: graft(p, x).square().sum() + orthogonality(config, p))(params)
+    state = adalora_state(config, params)
+    assert list(state["kept"]) == ["body"]
+    for step in range(3):
+        params, state = allocate(config, params, grads, state, step)
+    assert params["body"]["lora_E"].count_nonzero() == 1 and params.keys() == grads.keys()
+    torch.testing.assert_close(params["head.0"], moved(graft.init())["head.0"])
+    small, pruned = prune(config, params, state)
+    torch.testing.assert_close(bind(model, small)(pruned, x), graft(params, x), **CLOSE)

@@ -1,0 +1,119 @@
+"""Biases of the base that an adapter trains where they are: PEFT's `bias="all"` and `"lora_only"`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTRIBUTE = "_trained_biases"
+"""Where a model keeps them, outside of its module tree."""
+
+
+class Biases:
+    """The base's biases as one adapter has them. Only one adapter of a model can have any.
+
+    The parameters stay the base's own objects, under their names, as in PEFT. What is different from PEFT: the base's
+    numbers are kept, and are there again while the adapter is not active, is disabled, or is gone.
+
+    Attributes:
+        adapter: Name of the adapter.
+        modules: The modules whose biases they are, by path.
+    """
+
+    def __init__(self, adapter: str, modules: Mapping[str, nn.Module], given: Mapping[str, Tensor]):
+        self.adapter = adapter
+        self.modules = dict(modules)
+        self._away: dict[str, Tensor] = {}
+        for path, parameter in self.named_parameters():
+            value = given.get(path)
+            like = parameter.detach()
+            self._away[path] = like.clone() if value is None else value.detach().to(like.device, like.dtype)
+        self._in = False
+        self._active: list[str] = []
+        self._disabled = False
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base's parameters by path of their module."""
+        return ((path, module.get_parameter("bias")) for path, module in self.modules.items())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The base's parameters."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's biases by path, wherever they are now: parameters of the base while the adapter is active."""
+        return {path: parameter if self._in else self._away[path] for path, parameter in self.named_parameters()}
+
+    def originals(self) -> dict[str, Tensor]:
+        """The base's own biases by path."""
+        return {
+            path: self._away[path] if self._in else parameter.detach() for path, parameter in self.named_parameters()
+        }
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self._active
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the base's own biases are in their places because adapters are disabled."""
+        return self._disabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Have the adapter's biases in their places if it is among these, trainable unless `inference_mode`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.activate(names, not inference_mode)
+
+    def activate(self, names: Iterable[str], trained: bool) -> None:
+        """Have the adapter's biases in their places if it is among these, trainable or not."""
+        self._active = list(names)
+        self._swap()
+        self.set_requires_grad(self._active, trained)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapter on or off."""
+        self._disabled = not enabled
+        self._swap()
+        self.set_requires_grad(self._active, enabled)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze the biases, if the adapter is among these and they are in their places."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self._in and self.adapter in names:
+            for parameter in self.parameters():
+                parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Put the base's own biases back for good, if this is the adapter."""
+        if adapter_name == self.adapter:
+            self.activate([], False)
+            self.modules = {}
+
+    def _swap(self) -> None:
+        wanted = self.adapter in self._active and not self._disabled
+        if wanted == self._in:
+            return
+        for path, parameter in self.named_parameters():
+            away = self._away[path].to(parameter.device, parameter.dtype)
+            self._away[path], parameter.data = parameter.data, away
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self._in = wanted
+
+
+def biases_of(model: nn.Module) -> Biases | None:
+    """The biases that an adapter of the model trains."""
+    found: Any = vars(model).get(ATTRIBUTE)
+    return found if found is not None and found.modules else None
+
+
+def put_bias(model: nn.Module, path: str, value: Tensor) -> None:
+    """Load one of them."""
+    found = biases_of(model)
+    assert found is not None
+    with torch.no_grad():
+        found.tensors()[path].copy_(value)
