@@ -58,6 +58,8 @@ class AdapterConfig:
         | {"task_type", "unknown_fields"}
     )
     """Fields that only choose modules or say where things came from, so that the adapters of a stack may differ."""
+    in_memory: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are never written to a file or read from one."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -124,6 +126,10 @@ class AdapterConfig:
         """
         return find_replaced(self, modules, model, paths)
 
+    def recall(self, other: AdapterConfig) -> Self:
+        """This config with what another of its class holds in memory, where both start alike."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` has them: plain values, `peft_type` and `peft_version` among them.
 
@@ -131,7 +137,8 @@ class AdapterConfig:
         >>> LoraConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
         ['a', 'b']
         """
-        fields = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.in_memory]
+        fields = {name: plain(getattr(self, name)) for name in names}
         unknown = fields.pop("unknown_fields")
         for name in self.form.only_here:
             if fields[name] in (None, [], "none"):
@@ -164,7 +171,7 @@ class AdapterConfig:
             raise ValueError(f"peft_type is {name!r}, expected one of {sorted(types)}")
         if not issubclass(found, cls):
             raise TypeError(f"{cls.__name__}: peft_type is {name!r}, the type of {found.__name__}; use that class")
-        known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"}
+        known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"} - found.in_memory
         unknown = {key: value for key, value in given.items() if key not in known}
         if unknown:
             warnings.warn(
@@ -215,7 +222,9 @@ def config_types() -> dict[str, type[AdapterConfig]]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it; sets become sorted lists."""
+    """A value as JSON has it; sets become sorted lists, configs within a config become objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (set, frozenset)):

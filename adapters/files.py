@@ -223,7 +223,8 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
     tree = params[name] if by_name else params
     graft.active({name: tree} if graft.named else tree)
     config: Any = graft.configs[name]
-    state = to_keys(config, tree, PREFIX)
+    fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
+    state = to_keys(config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX)
     modules = dict(graft.model.named_modules(remove_duplicate=False))
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
     if config.form.saves_shared(config):

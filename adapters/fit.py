@@ -106,7 +106,9 @@ def fit(
 
 
 def _shapes(config: AdapterConfig, site: Site) -> dict[str, tuple[int, ...]]:
-    return config.method.shapes(config, site)
+    """Shapes of all that a file has of a site, trained or not."""
+    fixed = {leaf: tuple(tensor.shape) for leaf, tensor in config.form.fixed_tensors(config, site).items()}
+    return config.method.shapes(config, site) | fixed
 
 
 def _stripped(weights: Weights) -> dict[str, str]:

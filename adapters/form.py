@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchgraft.functional import Site
 
@@ -36,6 +36,10 @@ class Form:
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
         shared: Constants that files hold once for the whole model, `base_model.<name>`.
+        fixed: `(config, site) -> leaves` that are not trained but constants of the site, by the leaf's name. Files hold
+            them as they hold leaves; an injected layer has them as frozen parameters.
+        starts: Constants that are the values that leaves started with, by leaf. In an injected layer they have the
+            leaf's dtype.
         saves_shared: `(config) -> bool`, whether files hold them.
         infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
         input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
@@ -54,12 +58,18 @@ class Form:
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()
+    fixed: Callable[[Any, Site], tuple[str, ...]] = lambda config, site: ()
+    starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     only_here: tuple[str, ...] = ()
+
+    def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
+        """The leaves of a site that are not trained, by name."""
+        return {leaf: site.constants[leaf] for leaf in self.fixed(config, site)}
 
     def key(self, leaf: str) -> str:
         """Name of a leaf in PEFT's files, after the module's.

@@ -92,9 +92,11 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
         raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
     modules = dict(graft.model.named_modules(remove_duplicate=False))
     sites = graft.sites[name]
-    _check_method(stored.config, graft.configs[name])
+    config: Any = graft.configs[name]
+    _check_method(stored.config, config)
+    stored = dataclasses.replace(stored, config=stored.config.recall(config))
     planned, replaced = stored.plan(modules, graft.model), graft.replaced[name]
-    _check_same(stored, graft.configs[name], sites, planned)
+    _check_same(stored, config, sites, planned)
     _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
     parts = fit(stored.config, stored.weights, sites, replaced, {}, graft.model.state_dict)
     tensors = stored.read()
@@ -103,6 +105,12 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
             f"{stored.weights.file}: {parts.shared[shared]!r} is not what this graft has drawn from its seed; use "
             "load_adapter(model, path), which takes the file's"
         )
+    for path, leaf in _other_fixed(config, sites, parts, tensors):
+        raise ValueError(
+            f"{stored.weights.file}: {parts.leaves[path, leaf]!r} is not what this graft has made of the base's "
+            "weights (perhaps with other signs, on another device); load_adapter(model, path) takes the file's, and "
+            "extract_graft(model) and extract_params(model) then give a graft and a tree with it"
+        )
     for base in _other_base(graft.model.state_dict(), parts, tensors):
         raise ValueError(
             f"{stored.weights.file}: {parts.base[base]!r} differs from {base!r} of the model, which a graft never "
@@ -110,6 +118,8 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
         )
     tree: Tree = {}
     for (path, leaf), key in parts.leaves.items():
+        if path in sites and leaf in _fixed(config, sites[path]):
+            continue
         own = _base_of(path, leaf, modules, replaced)
         wide = own.is_floating_point() and own.itemsize > 4
         made = stored.leaf(key, tensors[key], own, own.dtype if wide else torch.float32)
@@ -166,7 +176,10 @@ def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Ma
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+    """Whether constants are the same; those made of weights may differ in their last bits from one time to another."""
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and torch.allclose(a, b.to(a), rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 
 def _other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -175,6 +188,20 @@ def _other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str,
     return [
         name for name, key in parts.shared.items() if not torch.equal(constants[name].to(tensors[key]), tensors[key])
     ]
+
+
+def _other_fixed(
+    config: AdapterConfig, sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
+    """Leaves that are not trained and differ from those of the file by more than the file's precision."""
+    found = []
+    for path, site in sites.items():
+        for leaf, own in config.form.fixed_tensors(config, site).items():
+            given = tensors[parts.leaves[path, leaf]]
+            step = 4 * torch.finfo(given.dtype).eps
+            if not torch.allclose(own.to("cpu", torch.float64), given.double(), rtol=step, atol=max(step, 1e-5)):
+                found.append((path, leaf))
+    return found
 
 
 def _other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -219,18 +246,26 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
         dtype = base.dtype if base.is_floating_point() else torch.float32
         reader = of_base if leaf in replaced.get(path, {}) else stored
         tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, dtype)
+    fixed = {path: {leaf: tree[path].pop(leaf) for leaf in _fixed(stored.config, sites[path])} for path in sites}
     constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
     config = dataclasses.replace(stored.config, inference_mode=not is_trainable)
     inject_adapter_in_model(config, model, adapter_name, params=tree)
     if parts.saved:
         set_peft_model_state_dict(model, {name: tensors[key] for name, key in parts.saved.items()}, adapter_name)
+    for path, layer in layers(model).items():
+        for leaf, value in fixed.get(path, {}).items():
+            layer.set_leaf(adapter_name, leaf, nn.Parameter(value, requires_grad=False))
     for layer in layers(model).values() if constants else ():
         if adapter_name in layer.entries:
             layer.set_constants(adapter_name, constants)
     with torch.no_grad():
         for tensor, value in embeddings:
             tensor.copy_(value)
+
+
+def _fixed(config: AdapterConfig, site: Site) -> tuple[str, ...]:
+    return config.form.fixed(config, site)
 
 
 def _constant(sites: Mapping[str, Site], name: str) -> Tensor:

@@ -14,16 +14,19 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
+from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
 
-from .config import by_pattern, require
+from .config import AdapterConfig, by_pattern, require
 from .form import Form, Value
+from .initial import FROM_DATA, NAMES, Statistics, constants, factors, kind_of, warn_of_plain
+from .initial.configs import CONFIGS, made
+from .initial.quantised import base_of
 from .lora_fields import LoraFields
 from .low_rank import add_product, add_routed, add_scaled, add_to_groups
 
@@ -42,9 +45,14 @@ class LoraConfig(LoraFields):
         use_rslora: Scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: `True` for a uniform `A` and a zero `B` (embeddings: a zero `A` and a normal `B`),
             `"gaussian"` for a normal `A` of standard deviation `1 / r` (embeddings: as `True`), `False` for both
-            random.
+            random. From the weight: `"pissa"`, `"pissa_niter_<steps>"`, `"olora"`, `"mica"`, whose `B` is not trained,
+            and `"loftq"`, whose base is quantised; `"orthogonal"` from random numbers; from data: `"eva"`, `"corda"`
+            and `"lora_ga"`, see `fit_eva`, `fit_corda` and `fit_lora_ga`. `torchgraft.adapters.initial` has them.
         rank_pattern: Ranks by pattern of the end of a module's name; the first that matches counts.
         alpha_pattern: The same for `lora_alpha`.
+        loftq_config, eva_config, corda_config, lora_ga_config: More about the initialisation of that name; a dict will
+            do.
+        statistics: What data says about each module, for initialisations from data; never written to a file.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"]).lora_alpha
     8
@@ -58,20 +66,54 @@ class LoraConfig(LoraFields):
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    statistics: Statistics | None = dataclasses.field(default=None, repr=False)
+
     method: ClassVar[Method]
+    acted_on: ClassVar[frozenset[str]] = frozenset(CONFIGS)
+    in_memory: ClassVar[frozenset[str]] = frozenset({"statistics"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.lora_dropout < 1, self, f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
+        kind = kind_of(self.init_lora_weights)
         require(
-            self.init_lora_weights in (True, False, "gaussian"),
+            self.init_lora_weights in (True, False, "gaussian") or kind is not None,
             self,
-            f"init_lora_weights is {self.init_lora_weights!r}, expected True, False or 'gaussian'",
+            f"init_lora_weights is {self.init_lora_weights!r}, expected True, False, 'gaussian' or one of {NAMES}",
         )
+        _fill_in(self, kind)
+
+    def recall(self, other: AdapterConfig) -> Self:
+        """This config with the statistics of another that starts alike."""
+        if not isinstance(other, LoraConfig) or other.init_lora_weights != self.init_lora_weights:
+            return self
+        return dataclasses.replace(self, statistics=other.statistics)
+
+
+def _fill_in(config: LoraConfig, kind: str | None) -> None:
+    """Make the config of the chosen initialisation, and say which ones have no effect."""
+    for name, cls in CONFIGS.items():
+        value = getattr(config, name)
+        if name == f"{kind}_config":
+            setattr(config, name, made(cls, value or None, name))
+        elif value:
+            warnings.warn(
+                f"LoraConfig: {name} has no effect, since init_lora_weights is {config.init_lora_weights!r}; set it to "
+                f"{name.removesuffix('_config')!r}, or leave {name} out",
+                UserWarning,
+                stacklevel=4,
+            )
+    made_for = None if config.statistics is None else config.statistics.kind
+    require(
+        made_for in (None, kind),
+        config,
+        f"init_lora_weights is {config.init_lora_weights!r}, and statistics are for {made_for!r}; set statistics to "
+        f"None, or call {FROM_DATA.get(str(kind), 'none of the functions that make them')}",
+    )
 
 
 def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
-    """Rank and scaling factor of each site."""
+    """Rank and scaling factor of each site, and what its initialisation fixes."""
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
     if missed:
@@ -81,7 +123,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             RuntimeWarning,
             stacklevel=2,
         )
-    planned = {}
+    planned: dict[str, dict[str, Any]] = {}
     for site in sites:
         r = by_pattern(config.rank_pattern, site.path, config.r)
         alpha = by_pattern(config.alpha_pattern, site.path, config.lora_alpha)
@@ -93,11 +135,16 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
         )
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
+        planned[site.path] |= constants(config, site, r, scaling, weights)
     return planned
 
 
 def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """`A` is `"r in *kernel"`, `B` is `"out r/groups *ones"`; an embedding's are `"r vocab"` and `"dim r"`."""
+    return {leaf: shape for leaf, shape in _shapes(site).items() if leaf not in _fixed(config, site)}
+
+
+def _shapes(site: Site) -> dict[str, tuple[int, ...]]:
     r = site.constants["r"]
     a, b = _names(site)
     return {
@@ -106,16 +153,28 @@ def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _fixed(config: LoraConfig, site: Site) -> tuple[str, ...]:
+    """Leaves that are not trained: constants of the site, which files hold."""
+    return _names(site)[1:] if kind_of(config.init_lora_weights) == "mica" else ()
+
+
 def init(
     config: LoraConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
 ) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws: one state of the generator gives PEFT's numbers, bit for bit."""
-    return {site.path: _init_site(config, site, generator) for site in sites}
+    started = {}
+    warn_of_plain(config, sites)
+    for site in sites:
+        drawn, special = _drawn(config, site, generator), factors(config, site, generator, weights)
+        leaves = drawn if special is None else dict(zip(_names(site), special, strict=True))
+        started[site.path] = {leaf: leaves[leaf].contiguous() for leaf in shapes(config, site)}
+    return started
 
 
-def _init_site(config: LoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:
+def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """Plain parameters; the other initialisations use up the same random numbers first."""
     a_name, b_name = _names(site)
-    shape = shapes(config, site)
+    shape = _shapes(site)
     device = generator.device if generator is not None else None
     a = torch.empty(shape[a_name], dtype=torch.float32, device=device)
     b = torch.empty(shape[b_name], dtype=torch.float32, device=device)
@@ -139,9 +198,8 @@ def _init_site(config: LoraConfig, site: Site, generator: torch.Generator | None
 
 def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
-    a_name, b_name = _names(site)
-    a, b, scaling = leaves[a_name], leaves[b_name], site.constants["scaling"]
-    y = base(x)
+    (a, b), scaling = _factors(config, site, leaves), site.constants["scaling"]
+    y = base_of(site, base)(x)
     if site.kind == "embedding":
         return add_product(y, F.embedding(x, a.mT), b, scaling)
     if config.lora_dropout:
@@ -153,12 +211,11 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
 
 
 def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
-    """`apply` with an `A` and a `B` for each row; convolutions take the general way."""
-    if site.kernel_size:
+    """`apply` with an `A` and a `B` for each row; convolutions and LoftQ's base take the general way."""
+    if site.kernel_size or "rounding" in site.constants:
         return NotImplemented
-    a_name, b_name = _names(site)
-    a, b, scaling = leaves[a_name], leaves[b_name], site.constants["scaling"]
-    y = base(x)
+    (a, b), scaling = _factors(config, site, leaves), site.constants["scaling"]
+    y = base_of(site, base)(x)
     if site.kind == "embedding":
         groups = rows.groups()
         index = torch.arange(groups.size, device=x.device) if groups.index is None else groups.index.clamp(min=0)
@@ -179,9 +236,37 @@ def merge(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
             "weight is its merged form; call the graft instead, or leave this module out of target_modules"
         )
-    a, b = (leaves[name] for name in _names(site))
+    if "rounding" in site.constants:
+        weight = weight + site.constants["rounding"]
+    a, b = _factors(config, site, leaves)
     delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
     return add_scaled(weight, delta, site.constants["scaling"]), bias
+
+
+def _factors(config: LoraConfig, site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`A` and `B` of the product that a site adds to the base as it is.
+
+    Where the base has to lose `s B0 A0`, the sum `B A - B0 A0` is one product, `[B - B0, B0] [A; A - A0]`, which is
+    zero, bit for bit, as long as the leaves are `A0` and `B0`.
+
+    Args:
+        config: The config.
+        site: The site; its constants may be a stack's.
+        leaves: One adapter's, or a stack's.
+    """
+    a_name, b_name = _names(site)
+    a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
+    b = b.expand(*a.shape[: a.ndim - b.ndim], *b.shape)
+    if "initial_A" not in site.constants:
+        return a, b
+    a, a0 = widen(a, _of_all(site, "initial_A"))
+    b, b0 = widen(b, _of_all(site, "initial_B"))
+    return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
+
+
+def _of_all(site: Site, name: str) -> Tensor:
+    constant = site.constants[name]
+    return constant.values if isinstance(constant, PerAdapter) else constant
 
 
 def _names(site: Site) -> tuple[str, str]:
@@ -199,6 +284,7 @@ LoraConfig.method = Method(
     routed=routed,
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
+        | {"initial_A", "initial_B", "rounding", "lora_B", "lora_embedding_B", "statistics", *CONFIGS}
     ),
 )
 
@@ -231,6 +317,8 @@ LoraConfig.form = Form(
     parameters=("lora_embedding_A", "lora_embedding_B"),
     holder=_holder,
     infer=_infer,
+    fixed=_fixed,
+    starts={"lora_A": "initial_A", "lora_B": "initial_B"},
     values={
         "lora_alpha": Value(lambda config, site: site.constants["lora_alpha"]),
         "r": Value(lambda config, site: site.constants["r"]),

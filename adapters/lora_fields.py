@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from .config import AdapterConfig, require
+from .initial.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 
 @dataclasses.dataclass(kw_only=True)
 class LoraFields(AdapterConfig):
-    """What PEFT's `LoraConfig` and its `AdaLoraConfig` share and torchgraft does not act on.
+    """What PEFT's `LoraConfig` and its `AdaLoraConfig` share.
 
-    Any value but the default is an error when the config is made.
+    Any value but the default is an error when the config is made, unless the config's class acts on the field.
     """
+
+    acted_on: ClassVar[frozenset[str]] = frozenset()
+    """Fields of these that the class acts on: for LoRA, the configs of its initialisations."""
 
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = dataclasses.field(default_factory=dict)
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False
     velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -40,7 +44,7 @@ class LoraFields(AdapterConfig):
         super().__post_init__()
         inherited = {field.name for field in dataclasses.fields(AdapterConfig)}
         for field in dataclasses.fields(LoraFields):
-            if field.name in inherited:
+            if field.name in inherited | self.acted_on:
                 continue
             default = {} if field.default is dataclasses.MISSING else field.default
             value = getattr(self, field.name)

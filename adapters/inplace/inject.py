@@ -95,6 +95,7 @@ def inject_adapter_in_model(
     if params is not None:
         trees.check(params, shapes_of(config, sites, replaced))
     leaves = _leaves(config, sites, modules, weights_of(sites, modules, base), low_cpu_mem_usage, params)
+    sites = {path: _started(config, site, leaves[path]) for path, site in sites.items()}
     saved = saved_modules(config, modules)
     _check_overlap(model, modules, sites, saved)
     parents = _parents(modules, {path: modules[path] for path in sites} | saved)
@@ -226,7 +227,8 @@ def _leaves(
     """The parameters of each site: planted, empty, or drawn and cast to what the base has."""
     shapes = {path: config.method.shapes(config, site) for path, site in sites.items()}
     if params is not None:
-        return {path: {leaf: nn.Parameter(params[path][leaf].detach()) for leaf in shapes[path]} for path in sites}
+        planted = {path: {leaf: nn.Parameter(params[path][leaf].detach()) for leaf in shapes[path]} for path in sites}
+        return {path: planted[path] | _fixed(config, site, modules[path], meta) for path, site in sites.items()}
     if meta:
         with torch.device("meta"):
             drawn = {path: {leaf: torch.empty(shape) for leaf, shape in shapes[path].items()} for path in sites}
@@ -238,7 +240,24 @@ def _leaves(
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         device = "meta" if meta else weight.device
         made[path] = {leaf: nn.Parameter(tensor.to(device, dtype)) for leaf, tensor in drawn[path].items()}
+        made[path] |= _fixed(config, sites[path], modules[path], meta)
     return made
+
+
+def _fixed(config: AdapterConfig, site: Site, module: nn.Module, meta: bool) -> dict[str, nn.Parameter]:
+    """The leaves of a site that are not trained."""
+    weight: Any = module.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    device = "meta" if meta else weight.device
+    tensors = config.form.fixed_tensors(config, site)
+    return {leaf: nn.Parameter(tensor.to(device, dtype, copy=True), False) for leaf, tensor in tensors.items()}
+
+
+def _started(config: AdapterConfig, site: Site, leaves: Mapping[str, Tensor]) -> Site:
+    """The site with the values that leaves started with as their dtype has them."""
+    names = {name: leaf for leaf, name in config.form.starts.items() if name in site.constants}
+    rounded = {name: site.constants[name].to(leaves[leaf].dtype) for name, leaf in names.items()}
+    return dataclasses.replace(site, constants={**site.constants, **rounded}) if rounded else site
 
 
 def _check_overlap(

@@ -118,6 +118,11 @@ class BaseTunerLayer(nn.Module):
         """
         return {leaf: getattr(held, "weight", held) for leaf, held in self.held(name)}
 
+    def fixed(self, name: str) -> tuple[str, ...]:
+        """Those of an adapter's leaves that are never trained."""
+        config: Any = self._entries[name].config
+        return config.form.fixed(config, self._entries[name].site)
+
     def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of all adapters, each with the adapter's name."""
         for container in map(self._container, self.adapter_layer_names):
@@ -201,8 +206,8 @@ class BaseTunerLayer(nn.Module):
         """Freeze or unfreeze the parameters of these adapters."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
-            for parameter in self.leaves(name).values() if name in self._entries else ():
-                parameter.requires_grad_(requires_grad)
+            for leaf, parameter in self.leaves(name).items() if name in self._entries else ():
+                parameter.requires_grad_(requires_grad and leaf not in self.fixed(name))
 
     # -- weights -------------------------------------------------------------------------------------------------
 

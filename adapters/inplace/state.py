@@ -18,6 +18,7 @@ from ..config import AdapterConfig
 from ..keys import PREFIX, SHARED, join, names_of, replaced_key
 from ..targets import exact
 from .biases import biases_of, put_bias
+from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .walk import bare_copy, layers, named, unwrap
 
@@ -45,7 +46,11 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     model = unwrap(model)
     config_of(model, adapter_name)
     tree: Tree = {
-        path: {leaf: parameter.detach() for leaf, parameter in layer.leaves(adapter_name).items()}
+        path: {
+            leaf: parameter.detach()
+            for leaf, parameter in layer.leaves(adapter_name).items()
+            if leaf not in layer.fixed(adapter_name)
+        }
         for path, layer in layers(model).items()
         if adapter_name in layer.entries
     }
@@ -81,10 +86,19 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     }
     base = bare_copy(model, adapter_name)
     fixed = exact(config, list(sites), dict(base.named_modules(remove_duplicate=False)))
-    # What was planned may have changed since: scaling factors that were set, shared tensors that were loaded.
-    planned = {path: site.constants for path, site in sites.items()}
+    # What was planned may have changed since: scaling factors that were set, fixed tensors that were loaded.
+    planned = {
+        path: {**layer.entries[adapter_name].site.constants, **_fixed(layer, adapter_name)}
+        for path, layer in layers(model).items()
+        if path in sites
+    }
     vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites, weights: planned)
     return bind(base, fixed, allow_unreached=True)
+
+
+def _fixed(layer: BaseTunerLayer, adapter_name: str) -> dict[str, Tensor]:
+    leaves = layer.leaves(adapter_name)
+    return {leaf: leaves[leaf].detach() for leaf in layer.fixed(adapter_name)}
 
 
 def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:

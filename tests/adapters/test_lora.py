@@ -140,7 +140,7 @@ def test_a_grouped_convolution_runs_and_says_why_it_cannot_merge():
         ({"lora_dropout": 1.5}, "LoraConfig: lora_dropout is 1.5, expected 0 <= p < 1"),
         (
             {"init_lora_weights": "magic"},
-            "LoraConfig: init_lora_weights is 'magic', expected True, False or 'gaussian'",
+            "LoraConfig: init_lora_weights is 'magic', expected True, False, 'gaussian' or one of ('pissa', ",
         ),
         ({"r": -1}, "LoraConfig: r is -1 at 0, expected a positive integer"),
         ({"r": 2.0}, "LoraConfig: r is 2.0, expected int"),
