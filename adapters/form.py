@@ -32,6 +32,8 @@ class Form:
         prefix: What the names of PEFT's attributes start with (`"lora_"`).
         parameters: Leaves that are bare parameters, `layer.<leaf>[adapter]`; their key in a file is the leaf's name.
         modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
+        bare_modules: The same, but their key in a file is the leaf's name.
+        biases: Leaves that are the bias of such a module, by name, with the leaf that is its weight.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
@@ -54,6 +56,8 @@ class Form:
     prefix: str
     parameters: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    bare_modules: tuple[str, ...] = ()
+    biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     holder: Callable[[Any, Site, str], nn.Module] | None = None
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
@@ -71,10 +75,26 @@ class Form:
         """The leaves of a site that are not trained, by name."""
         return {leaf: site.constants[leaf] for leaf in self.fixed(config, site)}
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The leaves that a module can have."""
+        return (*self.modules, *self.biases, *self.parameters, *self.bare_modules)
+
+    def place(self, leaf: str) -> tuple[str, str | None]:
+        """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
+
+        >>> Form("lora_", modules=("lora_B",), biases={"lora_B_bias": "lora_B"}).place("lora_B_bias")
+        ('lora_B', 'bias')
+        """
+        if leaf in self.biases:
+            return self.biases[leaf], "bias"
+        return leaf, None if leaf in self.parameters else "weight"
+
     def key(self, leaf: str) -> str:
         """Name of a leaf in PEFT's files, after the module's.
 
         >>> Form("lora_", modules=("lora_A",)).key("lora_A")
         'lora_A.weight'
         """
-        return f"{leaf}.weight" if leaf in self.modules else leaf
+        attribute, parameter = self.place(leaf)
+        return attribute if parameter is None or leaf in self.bare_modules else f"{attribute}.{parameter}"

@@ -24,7 +24,7 @@ def to_keys(config: AdapterConfig, tree: Tree, prefix: str = "") -> dict[str, Te
     >>> list(to_keys(LoraConfig(), {"head": {"weight": None}, "layers.0": {"lora_A": None, "lora_B": None}}))
     ['head.weight', 'layers.0.lora_A.weight', 'layers.0.lora_B.weight']
     """
-    own = {*config.form.modules, *config.form.parameters}
+    own = set(config.form.leaves)
     keys = {}
     for path, leaves in tree.items():
         adapted = not own.isdisjoint(leaves)
@@ -56,7 +56,7 @@ def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
     ('layers.0', 'lora_A')
     """
     key = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
-    for leaf in (*config.form.modules, *config.form.parameters):
+    for leaf in config.form.leaves:
         if key.endswith(suffix := f".{config.form.key(leaf)}"):
             return key.removesuffix(suffix), leaf
     return None

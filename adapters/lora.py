@@ -2,9 +2,11 @@
 
     y = base(x) + s B A x,    s = lora_alpha / r,  or  lora_alpha / sqrt(r)  with rank-stabilised scaling
 
+With `lora_bias`, `B` has a bias: `y = base(x) + s (B A x + b)`. With `use_dora`, see `torchgraft.adapters.dora`.
+
 Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv:2106.09685; Kalajdzievski, *A Rank
 Stabilization Scaling Factor for Fine-Tuning with LoRA*, 2023, arXiv:2312.03732. Names, defaults and initial
-distributions are those of PEFT's `tuners/lora`.
+distributions are those of PEFT's `tuners/lora`. `torchgraft.adapters.lora_forward` computes.
 """
 
 from __future__ import annotations
@@ -17,18 +19,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
+from torchgraft.functional import Method, Site, Weights
 
+from . import dora, lora_forward
 from .config import AdapterConfig, by_pattern, require
 from .form import Form, Value
 from .initial import FROM_DATA, NAMES, Statistics, constants, factors, kind_of, warn_of_plain
 from .initial.configs import CONFIGS, made
-from .initial.quantised import base_of
 from .lora_fields import LoraFields
-from .low_rank import add_product, add_routed, add_scaled, add_to_groups
+from .lora_forward import BIAS, names
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,6 +51,8 @@ class LoraConfig(LoraFields):
             and `"lora_ga"`, see `fit_eva`, `fit_corda` and `fit_lora_ga`. `torchgraft.adapters.initial` has them.
         rank_pattern: Ranks by pattern of the end of a module's name; the first that matches counts.
         alpha_pattern: The same for `lora_alpha`.
+        use_dora: Learn the magnitude of each output apart from the direction of its weights.
+        lora_bias: Give `B` a bias; embeddings cannot have it, and modules without a bias have no merged form then.
         loftq_config, eva_config, corda_config, lora_ga_config: More about the initialisation of that name; a dict will
             do.
         statistics: What data says about each module, for initialisations from data; never written to a file.
@@ -69,7 +72,7 @@ class LoraConfig(LoraFields):
     statistics: Statistics | None = dataclasses.field(default=None, repr=False)
 
     method: ClassVar[Method]
-    acted_on: ClassVar[frozenset[str]] = frozenset(CONFIGS)
+    acted_on: ClassVar[frozenset[str]] = frozenset({"use_dora", "lora_bias", *CONFIGS})
     in_memory: ClassVar[frozenset[str]] = frozenset({"statistics"})
 
     def __post_init__(self) -> None:
@@ -81,6 +84,13 @@ class LoraConfig(LoraFields):
             self,
             f"init_lora_weights is {self.init_lora_weights!r}, expected True, False, 'gaussian' or one of {NAMES}",
         )
+        if self.lora_bias:
+            require(not self.use_dora, self, "use_dora and lora_bias are both True, and DoRA has no bias; set one")
+            require(
+                self.init_lora_weights in (True, False),
+                self,
+                f"lora_bias is True and init_lora_weights {self.init_lora_weights!r}, expected True or False with it",
+            )
         _fill_in(self, kind)
 
     def recall(self, other: AdapterConfig) -> Self:
@@ -123,6 +133,13 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             RuntimeWarning,
             stacklevel=2,
         )
+    bare = [site.path for site in sites if not site.has_bias and site.kind != "embedding"]
+    if config.lora_bias and bare:
+        warnings.warn(
+            f"LoraConfig: lora_bias is True, and {bare} have no bias, so the adapter works there but cannot be merged",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     planned: dict[str, dict[str, Any]] = {}
     for site in sites:
         r = by_pattern(config.rank_pattern, site.path, config.r)
@@ -133,6 +150,11 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             config,
             f"r is {r} at {site.path}, a convolution with {site.groups} groups; expected a multiple of the groups",
         )
+        require(
+            not config.lora_bias or site.kind != "embedding",
+            config,
+            f"lora_bias is True, which {site.path}, an embedding, cannot have; leave it out of target_modules",
+        )
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
         planned[site.path] |= constants(config, site, r, scaling, weights)
@@ -140,22 +162,31 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
 
 
 def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
-    """`A` is `"r in *kernel"`, `B` is `"out r/groups *ones"`; an embedding's are `"r vocab"` and `"dim r"`."""
-    return {leaf: shape for leaf, shape in _shapes(site).items() if leaf not in _fixed(config, site)}
+    """`A` is `"r in *kernel"`, `B` is `"out r/groups *ones"`; an embedding's are `"r vocab"` and `"dim r"`.
+
+    The bias of `B` is `"out"`; the magnitude of DoRA is `"out"`, for a convolution `"1 out *ones"`.
+    """
+    found = {leaf: shape for leaf, shape in _drawn_shapes(config, site).items() if leaf not in _fixed(config, site)}
+    if config.use_dora:
+        found[dora.MAGNITUDE] = dora.shape(site)
+    return found
 
 
-def _shapes(site: Site) -> dict[str, tuple[int, ...]]:
+def _drawn_shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     r = site.constants["r"]
-    a, b = _names(site)
-    return {
+    a, b = names(site)
+    found: dict[str, tuple[int, ...]] = {
         a: (r, site.in_features, *site.kernel_size),
         b: (site.out_features, r // site.groups, *(1 for _ in site.kernel_size)),
     }
+    if config.lora_bias:
+        found[BIAS] = (site.out_features,)
+    return found
 
 
 def _fixed(config: LoraConfig, site: Site) -> tuple[str, ...]:
     """Leaves that are not trained: constants of the site, which files hold."""
-    return _names(site)[1:] if kind_of(config.init_lora_weights) == "mica" else ()
+    return names(site)[1:] if kind_of(config.init_lora_weights) == "mica" else ()
 
 
 def init(
@@ -166,15 +197,24 @@ def init(
     warn_of_plain(config, sites)
     for site in sites:
         drawn, special = _drawn(config, site, generator), factors(config, site, generator, weights)
-        leaves = drawn if special is None else dict(zip(_names(site), special, strict=True))
+        leaves = drawn if special is None else dict(zip(names(site), special, strict=True))
+        if config.use_dora:
+            leaves[dora.MAGNITUDE] = _magnitude(config, site, leaves, weights(site.path))
         started[site.path] = {leaf: leaves[leaf].contiguous() for leaf in shapes(config, site)}
     return started
 
 
+def _magnitude(config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """The magnitude that DoRA starts from."""
+    leaves = {leaf: tensor.to(weight.device) for leaf, tensor in leaves.items()}
+    weight = weight + site.constants["rounding"] if "rounding" in site.constants else weight
+    return dora.initial(site, *lora_forward.factors(site, leaves), weight)
+
+
 def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:
     """Plain parameters; the other initialisations use up the same random numbers first."""
-    a_name, b_name = _names(site)
-    shape = _shapes(site)
+    a_name, b_name = names(site)
+    shape = _drawn_shapes(config, site)
     device = generator.device if generator is not None else None
     a = torch.empty(shape[a_name], dtype=torch.float32, device=device)
     b = torch.empty(shape[b_name], dtype=torch.float32, device=device)
@@ -187,90 +227,18 @@ def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) ->
         return {a_name: a, b_name: b}
     for tensor in (a, b):
         nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+    leaves = {a_name: a, b_name: b}
+    if config.lora_bias:
+        bound = 1 / math.sqrt(site.constants["r"] // site.groups)
+        leaves[BIAS] = a.new_empty(site.out_features).uniform_(-bound, bound, generator=generator)
     if config.init_lora_weights is True:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     elif config.init_lora_weights == "gaussian":
         a.normal_(std=1 / site.constants["r"], generator=generator)
     if config.init_lora_weights:
-        b.zero_()
-    return {a_name: a, b_name: b}
-
-
-def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
-    """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
-    (a, b), scaling = _factors(config, site, leaves), site.constants["scaling"]
-    y = base_of(site, base)(x)
-    if site.kind == "embedding":
-        return add_product(y, F.embedding(x, a.mT), b, scaling)
-    if config.lora_dropout:
-        x = F.dropout(x, config.lora_dropout, training=base.training)
-    x, a, b = widen(x, a, b)
-    if site.kernel_size:
-        return add_scaled(y, site.pointwise(site.convolve(x, a), b), scaling)
-    return add_product(y, F.linear(x, a), b, scaling)
-
-
-def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
-    """`apply` with an `A` and a `B` for each row; convolutions and LoftQ's base take the general way."""
-    if site.kernel_size or "rounding" in site.constants:
-        return NotImplemented
-    (a, b), scaling = _factors(config, site, leaves), site.constants["scaling"]
-    y = base_of(site, base)(x)
-    if site.kind == "embedding":
-        groups = rows.groups()
-        index = torch.arange(groups.size, device=x.device) if groups.index is None else groups.index.clamp(min=0)
-        a, b = widen(a, b)
-        return add_to_groups(y, a.mT[index.view(-1, 1), x.reshape(groups.size, -1)], b, scaling, rows)
-    if config.lora_dropout:
-        x = F.dropout(x, config.lora_dropout, training=base.training)
-    x, a, b = widen(x, a, b)
-    return add_routed(y, x, a, b, scaling, rows)
-
-
-def merge(
-    config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """`W' = W + s B A`."""
-    if site.groups > 1:
-        raise ValueError(
-            f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
-            "weight is its merged form; call the graft instead, or leave this module out of target_modules"
-        )
-    if "rounding" in site.constants:
-        weight = weight + site.constants["rounding"]
-    a, b = _factors(config, site, leaves)
-    delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
-    return add_scaled(weight, delta, site.constants["scaling"]), bias
-
-
-def _factors(config: LoraConfig, site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`A` and `B` of the product that a site adds to the base as it is.
-
-    Where the base has to lose `s B0 A0`, the sum `B A - B0 A0` is one product, `[B - B0, B0] [A; A - A0]`, which is
-    zero, bit for bit, as long as the leaves are `A0` and `B0`.
-
-    Args:
-        config: The config.
-        site: The site; its constants may be a stack's.
-        leaves: One adapter's, or a stack's.
-    """
-    a_name, b_name = _names(site)
-    a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
-    b = b.expand(*a.shape[: a.ndim - b.ndim], *b.shape)
-    if "initial_A" not in site.constants:
-        return a, b
-    a, a0 = widen(a, _of_all(site, "initial_A"))
-    b, b0 = widen(b, _of_all(site, "initial_B"))
-    return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
-
-
-def _of_all(site: Site, name: str) -> Tensor:
-    constant = site.constants[name]
-    return constant.values if isinstance(constant, PerAdapter) else constant
-
-
-def _names(site: Site) -> tuple[str, str]:
-    return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
+        for leaf in leaves.keys() - {a_name}:
+            leaves[leaf].zero_()
+    return leaves
 
 
 LoraConfig.method = Method(
@@ -279,9 +247,10 @@ LoraConfig.method = Method(
     plan=plan,
     shapes=shapes,
     init=init,
-    apply=apply,
-    merge=merge,
-    routed=routed,
+    apply=lora_forward.apply,
+    merge=lora_forward.merge,
+    routed=lora_forward.routed,
+    own_dtype=frozenset({dora.MAGNITUDE}),
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
         | {"initial_A", "initial_B", "rounding", "lora_B", "lora_embedding_B", "statistics", *CONFIGS}
@@ -292,7 +261,9 @@ LoraConfig.method = Method(
 def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
     """The layer that PEFT keeps a leaf in: a linear one, or a convolution like the base's around one of ones."""
     r = site.constants["r"]
-    how: dict[str, Any] = {"bias": False, "device": "meta"}
+    if leaf == dora.MAGNITUDE:
+        return dora.Magnitude(site)
+    how: dict[str, Any] = {"bias": config.lora_bias and leaf == "lora_B", "device": "meta"}
     if site.geometry is None:
         return nn.Linear(site.in_features, r, **how) if leaf == "lora_A" else nn.Linear(r, site.out_features, **how)
     conv, g = getattr(nn, f"Conv{len(site.kernel_size)}d"), site.geometry
@@ -314,10 +285,13 @@ def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dic
 LoraConfig.form = Form(
     prefix="lora_",
     modules=("lora_A", "lora_B"),
+    bare_modules=(dora.MAGNITUDE,),
+    biases={BIAS: "lora_B"},
     parameters=("lora_embedding_A", "lora_embedding_B"),
     holder=_holder,
     infer=_infer,
     fixed=_fixed,
+    reads=("use_dora", "lora_bias"),
     starts={"lora_A": "initial_A", "lora_B": "initial_B"},
     values={
         "lora_alpha": Value(lambda config, site: site.constants["lora_alpha"]),
@@ -326,5 +300,7 @@ LoraConfig.form = Form(
             lambda config, site: site.constants["scaling"], lambda config, site, value: {"scaling": value}
         ),
         "use_rslora": Value(lambda config, site: config.use_rslora),
+        "use_dora": Value(lambda config, site: config.use_dora),
+        "lora_bias": Value(lambda config, site: config.lora_bias),
     },
 )

@@ -17,7 +17,7 @@ class LoraFields(AdapterConfig):
     """
 
     acted_on: ClassVar[frozenset[str]] = frozenset()
-    """Fields of these that the class acts on: for LoRA, the configs of its initialisations."""
+    """Fields of these that the class acts on."""
 
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"

@@ -67,13 +67,14 @@ class Method:
         init: `(config, sites, generator, weights) -> {path: {leaf: tensor}}`, float32.
         apply: `(config, site, leaves, base, x) -> y`, the factored forward around the base module's own call.
         merge: `(config, site, leaves, weight, bias) -> (weight, bias)`, the dense meaning, on canonical weights.
-            Everything it gets is float32 or wider, of one dtype.
+            Everything it gets is float32 or wider, of one dtype, but for leaves of `own_dtype`.
         routed: `(config, site, leaves, base, x, rows) -> y`, `apply` for a batch whose rows have adapters of their
             own: leaves are stacked, `"N ..."`, rows lead `x`, and a row that has no adapter gets the base's output. A
             faster way than the general one, which runs `apply` under `vmap`; returns `NotImplemented` for sites it
             is not made for. Constants that differ along the stack are `PerAdapter`.
         varying: Names of the config's fields and of the constants that may differ between the adapters of a stack;
             a constant that varies may be a tensor in `apply`.
+        own_dtype: Leaves that `merge` gets as they are, because what they were rounded to counts.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Method:
     merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     routed: Callable[[Any, Site, Leaves, Layer, Tensor, Rows], Any] | None = None
     varying: frozenset[str] = frozenset()
+    own_dtype: frozenset[str] = frozenset()
 
 
 class Config(Protocol):
@@ -113,6 +115,7 @@ class Entry:
         wide = torch.promote_types(weight.dtype, torch.float32)
         for leaf in leaves.values():
             wide = torch.promote_types(wide, leaf.dtype)
-        leaves = {name: leaf.to(wide) for name, leaf in leaves.items()}
+        method = self.config.method
+        leaves = {name: leaf if name in method.own_dtype else leaf.to(wide) for name, leaf in leaves.items()}
         bias = None if bias is None else bias.to(wide)
-        return self.config.method.merge(self.config, self.site, leaves, weight.to(wide), bias)
+        return method.merge(self.config, self.site, leaves, weight.to(wide), bias)

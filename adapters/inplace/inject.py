@@ -193,8 +193,9 @@ def _from_keys(
         if (split := split_key(config, key)) is not None:
             found.setdefault(split[0], {})[split[1]] = tensor
     if not found:
-        leaves = [*config.form.modules, *config.form.parameters]
-        raise ValueError(f"state_dict has no key of {config.method.name}, expected keys like '<module>.{leaves[0]}'")
+        raise ValueError(
+            f"state_dict has no key of {config.method.name}, expected keys like '<module>.{config.form.leaves[0]}'"
+        )
     unknown = sorted(path for path in found if path not in modules)
     if unknown:
         raise ValueError(f"state_dict names modules that the model does not have: {names_of(unknown)}")

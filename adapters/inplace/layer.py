@@ -75,15 +75,16 @@ class BaseTunerLayer(nn.Module):
             leaves: Its parameters; each is registered as it is.
         """
         config: Any = entry.config
-        for leaf in (*config.form.modules, *config.form.parameters):
-            if leaf not in self._modules:
-                container = Modules(self) if leaf in config.form.modules else Parameters(self)
-                self.add_module(leaf, container.train(self.training))
+        for attribute, part in map(config.form.place, config.form.leaves):
+            if attribute not in self._modules:
+                container = Parameters(self) if part is None else Modules(self)
+                self.add_module(attribute, container.train(self.training))
         self._entries[name] = entry
-        for leaf, parameter in leaves.items():
-            if leaf in config.form.modules:
+        for leaf in leaves:
+            if config.form.place(leaf)[1] == "weight":
                 holder: Any = config.form.holder(config, entry.site, leaf)
                 self._container(leaf)[name] = holder.train(self.training)
+        for leaf, parameter in leaves.items():
             self.set_leaf(name, leaf, parameter)
         for fact, value in config.form.facts(config, entry.site).items():
             setattr(self, fact, value)
@@ -92,11 +93,11 @@ class BaseTunerLayer(nn.Module):
     def set_leaf(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
         """Register another parameter for one of an adapter's leaves."""
         config: Any = self._entries[name].config
-        container = self._container(leaf)
-        if leaf in config.form.modules:
-            container[name].weight = parameter
+        attribute, part = config.form.place(leaf)
+        if part is None:
+            self._container(attribute)[name] = parameter
         else:
-            container[name] = parameter
+            setattr(self._container(attribute)[name], part, parameter)
         self.refresh()
 
     def _container(self, leaf: str) -> Any:
@@ -116,7 +117,7 @@ class BaseTunerLayer(nn.Module):
         Raises:
             KeyError: No such adapter on this layer.
         """
-        return {leaf: getattr(held, "weight", held) for leaf, held in self.held(name)}
+        return {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in self.held(name)}
 
     def fixed(self, name: str) -> tuple[str, ...]:
         """Those of an adapter's leaves that are never trained."""
@@ -134,6 +135,8 @@ class BaseTunerLayer(nn.Module):
                 # Without nn.Module.__getattr__: with many adapters this is most of the time of set_adapter.
                 own = held._parameters.get("weight")
                 yield name, held.weight if own is None else own
+                if (bias := held._parameters.get("bias")) is not None:
+                    yield name, bias
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off this layer; if no other is active then, the first of the others becomes active.
@@ -240,8 +243,7 @@ class BaseTunerLayer(nn.Module):
         """
         entry, leaves = self._entries[adapter_name], self.leaves(adapter_name)
         weight, bias = self.originals.base(self.base_layer, entry.site).dense()
-        wide = {leaf: parameter.double() for leaf, parameter in leaves.items()}
-        delta = entry.merge(wide, weight.double(), None if bias is None else bias.double())[0] - weight
+        delta = entry.merge(dict(leaves), weight.double(), None if bias is None else bias.double())[0] - weight
         return entry.site.canonical(delta).to(next(iter(leaves.values())).dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -342,13 +344,16 @@ class BaseTunerLayer(nn.Module):
         entries: list[Any] = [self._entries[name] for name in names]
         return names[::-1] if any(entry.config.form.input_side(entry.site) for entry in entries) else names
 
-    def held(self, name: str) -> list[tuple[str, Any]]:
-        """An adapter's leaves: a parameter, or the module whose weight it is."""
+    def held(self, name: str) -> list[tuple[str, Any, str, str | None]]:
+        """An adapter's leaves: name; parameter, or the module that has it; attribute it hangs in; and as what there."""
         config: Any = self._entries[name].config
-        containers: list[tuple[str, Any]] = [
-            (leaf, self._modules[leaf]) for leaf in sorted((*config.form.modules, *config.form.parameters))
-        ]
-        return [(leaf, container[name]) for leaf, container in containers if name in container]
+        found = []
+        for leaf in sorted(config.form.leaves):
+            attribute, part = config.form.place(leaf)
+            container: Any = self._modules[attribute]
+            if name in container and (part is None or getattr(container[name], part, None) is not None):
+                found.append((leaf, container[name], attribute, part))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles need; the rest is collected anew."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
@@ -38,7 +38,7 @@ class Live:
     Attributes:
         names: Their names, which the forward does not read.
         entries: Config and site of each, with constants where the base is.
-        held: Leaves of each: a parameter, or the module whose weight it is.
+        held: Leaves of each, as `BaseTunerLayer.held` has them.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
     """
 
@@ -56,7 +56,9 @@ class Live:
 
     def leaves(self) -> list[dict[str, Tensor]]:
         """The parameters of each adapter, as they are now."""
-        return [{leaf: getattr(one, "weight", one) for leaf, one in held} for held in self.held]
+        return [
+            {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in held} for held in self.held
+        ]
 
     def over(self, base: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
         """The adapters around a wrapped module."""
@@ -75,9 +77,9 @@ class Live:
         """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""
         containers: Any = layer._modules
         for name, held in zip(self.names, self.held, strict=True):
-            for leaf, one in held:
-                container = containers[leaf]
-                if (container._modules if isinstance(one, nn.Module) else container._parameters).get(name) is not one:
+            for _, one, attribute, part in held:
+                container = containers[attribute]
+                if (container._parameters if part is None else container._modules).get(name) is not one:
                     return True
         return False
 

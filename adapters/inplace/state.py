@@ -169,8 +169,9 @@ def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict
     for path, layer in layers(model).items():
         if adapter_name in layer.entries:
             for leaf, parameter in layer.leaves(adapter_name).items():
-                own = config.form.key(leaf).replace(leaf, f"{leaf}.{adapter_name}")
-                found[join(config, path, leaf)] = (f"{path}.{own}", parameter)
+                attribute, name = config.form.place(leaf)
+                own = f"{path}.{attribute}.{adapter_name}"
+                found[join(config, path, leaf)] = (own if name is None else f"{own}.{name}", parameter)
     for path, bias in _biases(model, adapter_name).items():
         key = f"{path}.base_layer.bias" if path in layers(model) else f"{path}.bias"
         adapted = path in layers(model) and adapter_name in layers(model)[path].entries

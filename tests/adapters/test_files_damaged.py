@@ -266,7 +266,7 @@ WRONG = {
     "regex of layers": (lambda f: fields(f, layers_pattern=["h("]), ValueError, r"layers_pattern has 'h\('"),
     "regex of saved": (lambda f: fields(f, modules_to_save=["*"]), ValueError, r"modules_to_save has '\*', which"),
     "no target": (lambda f: fields(f, target_modules=["x"]), ValueError, f"{CONFIG}: .*matches no module"),
-    "unsupported": (lambda f: fields(f, use_dora=True), ValueError, "use_dora is True, which is not supported here"),
+    "unsupported": (lambda f: fields(f, use_qalora=True), ValueError, "use_qalora is True, which is not supported"),
     "bias": (lambda f: fields(f, bias="most"), ValueError, "bias is 'most', expected 'none', 'all' or 'lora_only'"),
     "other model": (lambda f: fields(f, modules_to_save=["x"]), ValueError, "modules_to_save has 'x', which is no"),
 }  # fmt: skip

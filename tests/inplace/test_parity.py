@@ -17,9 +17,21 @@ LORA = [
     {"init_lora_weights": False},
     {"init_lora_weights": "gaussian"},
     {"rank_pattern": {"second": 2}, "alpha_pattern": {"^first": 3}},
+    {"use_dora": True},
+    {"use_dora": True, "lora_dropout": 0.4, "lora_alpha": 5},
+    {"use_dora": True, "init_lora_weights": False},
 ]
+PEFT_ON_BIASES = r"Adapter 'default'. \d LoRA tensor\(s\) have invalid shape"
+"""PEFT takes the bias of `lora_B` for a part of a sharded weight."""
+LORA_BIAS = [{"lora_bias": True}, {"lora_bias": True, "init_lora_weights": False, "lora_dropout": 0.4}]
 CASES = [
     *(("LORA", kind, fields) for kind in KINDS for fields in LORA),
+    *(
+        ("LORA", kind, fields)
+        for kind in KINDS
+        if kind not in ("linear_without_bias", "embedding")
+        for fields in LORA_BIAS
+    ),
     ("LORA", "linear", {"exclude_modules": ["first"]}),
     ("LORA", "linear", {"target_modules": "all-linear"}),
     ("LORA", "linear", {"target_modules": ["first"], "modules_to_save": ["head"]}),
@@ -57,7 +69,7 @@ IDS = ["-".join([method, kind, *map(str, fields)]) for method, kind, fields in C
 cases = pytest.mark.parametrize(("method", "kind", "fields"), CASES, ids=IDS)
 warnings = [
     pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in ("Invalid `oft_block_size`", "init_weights is set to False", "Initializing")
+    for message in ("Invalid `oft_block_size`", "init_weights is set to False", "Initializing", PEFT_ON_BIASES)
 ]
 pytestmark = warnings
 
@@ -67,13 +79,20 @@ def test_starts_as_in_peft(method, kind, fields):
     mine, theirs = both(method, kind, torch.float32, **fields)
     assert parameters(mine).keys() == parameters(theirs).keys()
     for name, p in parameters(theirs).items():
-        assert torch.equal(parameters(mine)[name], p), name
+        assert same(parameters(mine)[name], p), name
     assert trained(mine) == trained(theirs)
     x = inputs(kind, torch.float32)
     assert torch.allclose(mine(x), theirs(x), atol=1e-6)
     state, expected = adapters.get_peft_model_state_dict(mine), peft_state(theirs)
     assert set(state) == set(expected)
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert all(same(state[key], expected[key]) for key in expected)
+
+
+def same(mine, theirs):
+    """Bit for bit; up to rounding where the norm of a random adapter was summed in another order."""
+    return torch.equal(mine, theirs) or (
+        mine.shape == theirs.shape and mine.min() > 0.1 and torch.allclose(mine, theirs, 1e-5)
+    )
 
 
 @cases

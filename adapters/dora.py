@@ -1,0 +1,215 @@
+"""DoRA: low-rank adaptation of a weight's direction, beside its magnitude.
+
+    W' = m (W + s B A) / |W + s B A|,    one magnitude m and one norm for each output
+
+Liu et al., *DoRA: Weight-Decomposed Low-Rank Adaptation*, 2024, arXiv:2402.09353. The norm is a constant of the
+gradient (section 4.3 there). Names and shapes are those of PEFT's `tuners/lora/dora.py`. `torchgraft.adapters.lora`
+makes the factors; this file says what the magnitude does with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
+
+from .low_rank import Scaling
+from .remembered import remembered
+
+MAGNITUDE = "lora_magnitude_vector"
+"""The leaf that holds `m`."""
+
+
+def shape(site: Site) -> tuple[int, ...]:
+    """`"out"`, for a convolution `"1 out *ones"`."""
+    return (1, site.out_features, *(1 for _ in site.kernel_size)) if site.kernel_size else (site.out_features,)
+
+
+def initial(site: Site, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """The magnitude that leaves `W + s B A` as it is: its norms.
+
+    Args:
+        site: The site, with its scaling factor.
+        a: `A`, as the site's leaves have it.
+        b: `B`.
+        weight: The base's canonical weight.
+    """
+    a, b = a.to(weight.device), b.to(weight.device)
+    return norms(site, a, b, weight, site.constants["scaling"]).reshape(shape(site))
+
+
+def norms(site: Site, a: Tensor, b: Tensor, weight: Tensor, scaling: Scaling | PerAdapter) -> Tensor:
+    """`|W + s B A|` of each output, without a gradient, in float32 or wider.
+
+    The sum is never formed: `|w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b` for each row `w` of `W` and `b` of
+    `B`. Where `B` is zero, this is `|w|`, bit for bit. A row that the product cancels to less than about a thousandth
+    of its norm loses digits.
+
+    For a convolution in groups it is what PEFT divides by: the product of `A` and `B`, both as matrices with `r`
+    columns or rows, in the layout of the weight.
+
+    Args:
+        site: The site.
+        a: `"... r in *kernel"`; leading axes are adapters.
+        b: `"... out r/groups *ones"`.
+        weight: `"out in/groups *kernel"`.
+        scaling: `s`, of all adapters or of each.
+
+    Returns:
+        `"... out"`.
+
+    >>> from torchgraft.functional.site import describe
+    >>> norms(describe("", nn.Linear(2, 1)), torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[2.0, 3.0]]), 1.0)
+    tensor([5.])
+    """
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), torch.promote_types(a.dtype, b.dtype))
+    with torch.autocast(weight.device.type, enabled=False):
+        weight, a, b = (tensor.detach().to(dtype) for tensor in (weight, a, b))
+        if isinstance(scaling, PerAdapter):
+            scaling = scaling.values.unsqueeze(-1)
+        if isinstance(scaling, Tensor):
+            scaling = scaling.detach().to(dtype)
+        if site.groups > 1:
+            product = b.reshape(-1, len(a)) @ a.flatten(1)
+            return torch.linalg.vector_norm((weight + scaling * product.view_as(weight)).flatten(1), dim=1)
+        if site.kernel_size:
+            weight, a, b = weight.flatten(1), a.flatten(1), b.flatten(1)
+        across = (b.mT * F.linear(a, weight)).sum(-2)
+        own = (b @ (a @ a.mT) * b).sum(-1)
+        # The root of a square is exact, so that a product of zero leaves the norm of the weight.
+        square = torch.linalg.vector_norm(weight, dim=-1).square() + 2 * scaling * across + scaling * scaling * own
+        return square.clamp(min=0).sqrt()
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """`m / norm` in float32 or wider, and one where the norm is zero: such an output has no direction to scale.
+
+    The norm is rounded to the magnitude's dtype, so that a magnitude in half precision still starts as the identity.
+
+    Args:
+        magnitude: `"... out"`.
+        norm: `"... out"`.
+
+    >>> gain(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
+    tensor([1.5000, 1.0000])
+    """
+    norm, wide = norm.to(magnitude.dtype), torch.promote_types(magnitude.dtype, torch.float32)
+    empty = norm == 0
+    return torch.where(empty, 1.0, magnitude.to(wide) / torch.where(empty, 1.0, norm).to(wide))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One site's DoRA as a call has it.
+
+    Attributes:
+        site: The site, with its scaling factor.
+        leaves: Its leaves, of one adapter or of a stack.
+        a: `A` of the product.
+        b: `B`.
+        base: The layer below.
+    """
+
+    site: Site
+    leaves: Mapping[str, Tensor]
+    a: Tensor
+    b: Tensor
+    base: Layer
+
+    def rescale(self, y: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The base's share of the output, and the `B` of the product that is to be added to it.
+
+        With `g = m / |W + s B A|`, the output is `g (W x + s B A x) + bias`. Dropout, in training, is on the adapter's
+        own input `d`, which is the second `x` of `base(x) + (g - 1) W x + g s B A x`; that takes `W d` beside `W x`, as
+        in PEFT. Without dropout, and in evaluation mode, the base runs once.
+
+        Args:
+            y: The base's output.
+            dropped: Its input after dropout; `None` where there is no dropout.
+
+        Returns:
+            `(share, g B)`: the output is `share + s (g B) A d`. The share is in float32 or wider.
+        """
+        weight, bias = self.base.weight, self.base.bias
+        each, b = self._gains(weight)
+        scale = _over_features(self.site, each)
+        bias = None if bias is None else _over_features(self.site, bias)
+        return self._share(y, scale, weight, bias, dropped), b
+
+    def rescale_rows(self, y: Tensor, dropped: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """`rescale` for rows with adapters of their own; a row without one keeps the base's output.
+
+        Args:
+            y: The base's output, `"rows*k ... out"`.
+            dropped: Its input after dropout; `None` where there is no dropout.
+            rows: The adapter of each row.
+        """
+        groups, weight = rows.groups(), self.base.weight
+        each, b = self._gains(weight)
+        scale = groups.mask(groups.pick(each).unsqueeze(1), 1.0)
+        if dropped is not None:
+            dropped = dropped.reshape(groups.size, -1, dropped.shape[-1])
+        share = self._share(y.reshape(groups.size, -1, y.shape[-1]), scale, weight, self.base.bias, dropped)
+        return share.view(y.shape), b
+
+    def _gains(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`g`, `"... out"`, and `g B`; computed once where leaves and base are constant."""
+        site, a, b = self.site, self.a, self.b
+        magnitude, constants = self.leaves[MAGNITUDE], _tensors(site.constants)
+        scaling = site.constants["scaling"]
+
+        def compute() -> tuple[Tensor, ...]:
+            m = magnitude.reshape(-1) if site.kernel_size else magnitude
+            each = gain(m, norms(site, a, b, weight, scaling))
+            return each, (b * each.view(*each.shape, *(1,) * (b.ndim - each.ndim))).to(b.dtype)
+
+        fact = scaling if isinstance(scaling, (int, float)) else None
+        each, b = remembered(compute, magnitude, [*self.leaves.values(), weight, *constants], fact)
+        return each, b
+
+    def _share(self, y: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, dropped: Tensor | None) -> Tensor:
+        """`g W x + bias`, or `W x + bias + (g - 1) W d`; exactly `y` where `g` is one."""
+        if dropped is not None:
+            return torch.addcmul(y, self.site.call(*widen(dropped, weight)), scale - 1)
+        return y * scale if bias is None else torch.addcmul(bias * (1 - scale), y, scale)
+
+
+def _tensors(constants: Mapping[str, Any]) -> list[Tensor]:
+    values = (value.values if isinstance(value, PerAdapter) else value for value in constants.values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _over_features(site: Site, vector: Tensor) -> Tensor:
+    """A vector over the outputs, to be broadcast over an output of the site."""
+    return vector.view(-1, *(1 for _ in site.kernel_size))
+
+
+def merge(magnitude: Tensor, weight: Tensor) -> Tensor:
+    """The dense meaning: `W + s B A` with the norms of its rows replaced by the magnitude.
+
+    Args:
+        magnitude: `m`.
+        weight: `W + s B A`.
+
+    >>> merge(torch.tensor([10.0]), torch.tensor([[3.0, 4.0]]))
+    tensor([[6., 8.]])
+    """
+    each = gain(magnitude.reshape(-1), torch.linalg.vector_norm(weight.detach().flatten(1), dim=1))
+    return weight * each.view(-1, *(1,) * (weight.ndim - 1))
+
+
+class Magnitude(nn.Module):
+    """Holds the magnitude of an injected adapter where PEFT has it, as a module's weight."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape(site), device="meta"))
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.weight.shape))

@@ -1,0 +1,140 @@
+"""What a LoRA site computes: its forward, for one adapter and for rows of many, and its merged weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
+
+from . import dora
+from .initial.quantised import base_of
+from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups
+
+if TYPE_CHECKING:
+    from .lora import LoraConfig
+
+BIAS = "lora_B_bias"
+"""The leaf that holds the bias of `B`."""
+
+
+def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
+    """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
+    (a, b), scaling = factors(site, leaves), site.constants["scaling"]
+    base = base_of(site, base)
+    y = base(x)
+    dtype, dropped = y.dtype, _dropped(config, site, base, x)
+    if config.use_dora:
+        y, b = dora.Part(site, leaves, a, b, base).rescale(y, dropped)
+    if config.lora_bias:
+        y = _with_bias(y, leaves[BIAS].view(-1, *(1 for _ in site.kernel_size)), scaling)
+    if dropped is not None:
+        x = dropped
+    if site.kind == "embedding":
+        return add_product(y, F.embedding(x, a.mT), b, scaling).to(dtype)
+    x, a, b = widen(x, a, b)
+    if site.kernel_size:
+        return add_scaled(y, site.pointwise(site.convolve(x, a), b), scaling).to(dtype)
+    return add_product(y, F.linear(x, a), b, scaling).to(dtype)
+
+
+def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
+    """`apply` with an `A` and a `B` for each row; convolutions and LoftQ's base take the general way."""
+    if site.kernel_size or "rounding" in site.constants:
+        return NotImplemented
+    (a, b), scaling = factors(site, leaves), site.constants["scaling"]
+    y = base(x)
+    dtype, dropped = y.dtype, _dropped(config, site, base, x)
+    if config.use_dora:
+        y, b = dora.Part(site, leaves, a, b, base).rescale_rows(y, dropped, rows)
+    if config.lora_bias:
+        y = _with_bias_of_rows(y, leaves[BIAS], scaling, rows)
+    if dropped is not None:
+        x = dropped
+    if site.kind == "embedding":
+        groups = rows.groups()
+        index = torch.arange(groups.size, device=x.device) if groups.index is None else groups.index.clamp(min=0)
+        a, b = widen(a, b)
+        down = a.mT[index.view(-1, 1), x.reshape(groups.size, -1)]
+        return add_to_groups(y, down, b, scaling, rows).to(dtype)
+    x, a, b = widen(x, a, b)
+    return add_routed(y, x, a, b, scaling, rows).to(dtype)
+
+
+def merge(
+    config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`W' = W + s B A`; for `lora_bias` also `bias' = bias + s b`, for DoRA with the rows of `W'` rescaled."""
+    if site.groups > 1:
+        raise ValueError(
+            f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
+            "weight is its merged form; call the graft instead, or leave this module out of target_modules"
+        )
+    if "rounding" in site.constants:
+        weight = weight + site.constants["rounding"]
+    (a, b), scaling = factors(site, leaves), site.constants["scaling"]
+    weight = add_scaled(weight, (b.flatten(1) @ a.flatten(1)).reshape(weight.shape), scaling)
+    if config.lora_bias:
+        if bias is None:
+            raise ValueError(
+                f"{site.path}: lora_bias adds a bias, and this module has none to merge it into; call the graft "
+                "instead, give the module a bias, or leave it out of target_modules"
+            )
+        bias = add_scaled(bias, leaves[BIAS], scaling)
+    return dora.merge(leaves[dora.MAGNITUDE], weight) if config.use_dora else weight, bias
+
+
+def names(site: Site) -> tuple[str, str]:
+    """The leaves that hold `A` and `B`."""
+    return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
+
+
+def factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`A` and `B` of the product that a site adds to the base as it is.
+
+    Where the base has to lose `s B0 A0`, the sum `B A - B0 A0` is one product, `[B - B0, B0] [A; A - A0]`, which is
+    zero, bit for bit, as long as the leaves are `A0` and `B0`.
+
+    Args:
+        site: The site; its constants may be a stack's.
+        leaves: One adapter's, or a stack's.
+    """
+    a_name, b_name = names(site)
+    a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
+    b = b.expand(*a.shape[: a.ndim - b.ndim], *b.shape)
+    if "initial_A" not in site.constants:
+        return a, b
+    a, a0 = widen(a, _of_all(site, "initial_A"))
+    b, b0 = widen(b, _of_all(site, "initial_B"))
+    return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
+
+
+def _of_all(site: Site, name: str) -> Tensor:
+    constant = site.constants[name]
+    return constant.values if isinstance(constant, PerAdapter) else constant
+
+
+def _dropped(config: LoraConfig, site: Site, base: Layer, x: Tensor) -> Tensor | None:
+    """The input after dropout, where there is any."""
+    if not config.lora_dropout or not base.training or site.kind == "embedding":
+        return None
+    return F.dropout(x, config.lora_dropout, training=True)
+
+
+def _with_bias(y: Tensor, bias: Tensor, scaling: Scaling) -> Tensor:
+    """`y + s b` in the wider dtype."""
+    y, bias = widen(y, bias)
+    return add_scaled(y, bias, scaling)
+
+
+def _with_bias_of_rows(y: Tensor, bias: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
+    """`y + s b` in the wider dtype, each row with its own; `bias` is `"N out"`."""
+    if isinstance(scaling, PerAdapter):
+        bias, scaling = bias * scaling.values.to(bias.dtype).unsqueeze(-1), 1.0
+    groups = rows.groups()
+    each = groups.mask(groups.pick(bias).unsqueeze(1))
+    return _with_bias(y.reshape(groups.size, -1, y.shape[-1]), each, scaling).view(y.shape)
