@@ -24,9 +24,9 @@ from .headers import open_weights
 from .inplace import get_peft_model_state_dict
 from .inplace.state import config_of, shared_tensors
 from .inplace.walk import layers, unwrap
-from .keys import PREFIX, SHARED, to_keys
+from .keys import PREFIX, SHARED, replaced_key, to_keys
 from .loading import Stored, load_into_graft, load_into_model
-from .replaced import saved_buffers
+from .replaced import other_names, saved_buffers
 from .strict_json import parse_object
 
 
@@ -227,6 +227,10 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
     state = to_keys(config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX)
     modules = dict(graft.model.named_modules(remove_duplicate=False))
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
+    for other, (at, leaf) in other_names(graft.replaced[name]).items():
+        owner = other.rpartition(".")[0]
+        if modules[owner] is not modules[at]:
+            state[PREFIX + replaced_key(owner, other.rpartition(".")[2], owner in graft.sites[name])] = tree[at][leaf]
     if config.form.saves_shared(config):
         constants = next(iter(graft.sites[name].values())).constants
         state |= {f"{SHARED}{shared}": constants[shared] for shared in config.form.shared}

@@ -18,6 +18,7 @@ from torchgraft.functional.site import Site
 from .config import AdapterConfig
 from .headers import Spec, Weights
 from .keys import PREFIX, SHARED, join, names_of, replaced_key, split_key
+from .replaced import other_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Parts:
         saved: Of buffers of `modules_to_save`, by their name in the model.
         shared: Of shared constants, by name.
         base: Of tensors of the base model, by their name there.
+        tied: Of further copies of a leaf, by key; the leaf is given by `(path, leaf)`.
     """
 
     leaves: dict[tuple[str, str], str]
     saved: dict[str, str]
     shared: dict[str, str]
     base: dict[str, str]
+    tied: dict[str, tuple[str, str]]
 
 
 def found_leaves(config: AdapterConfig, weights: Weights) -> dict[str, dict[str, Tensor]]:
@@ -74,14 +77,18 @@ def fit(
         for adapted in (path not in sites, path in sites):  # PEFT writes either; the last is the one to ask for
             leaves[replaced_key(path, leaf, adapted)] = path, leaf
         shapes[path, leaf] = one.shape
+    tied = other_names(replaced)
     shared = {f"{SHARED}{name}": name for name in config.form.shared}
-    parts, rest = Parts({}, {}, {}, {}), []
+    parts, rest = Parts({}, {}, {}, {}, {}), []
     for key, name in _stripped(weights).items():
         if name in leaves:
             if leaves[name] in parts.leaves:
                 raise KeyError(f"{weights.file}: has {key!r} and {parts.leaves[leaves[name]]!r}, which mean the same")
             parts.leaves[leaves[name]] = key
             _check(weights, key, shapes[leaves[name]], torch.float32)
+        elif (other := name.replace(".base_layer.", ".")) in tied:
+            parts.tied[key] = tied[other]
+            _check(weights, key, shapes[tied[other]], torch.float32)
         elif name in saved:
             parts.saved[name] = key
             _check(weights, key, tuple(saved[name].shape), saved[name].dtype)

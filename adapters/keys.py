@@ -9,6 +9,7 @@ from torch import Tensor
 from torchgraft.functional.method import Tree
 
 from .config import AdapterConfig
+from .tokens import LEAF as TOKENS
 
 PREFIX = "base_model.model."
 """What PEFT's files put before the name of a module."""
@@ -40,6 +41,8 @@ def replaced_key(path: str, leaf: str, adapted: bool = False) -> str:
     >>> replaced_key("head", "weight"), replaced_key("layers.0", "bias", adapted=True)
     ('head.weight', 'layers.0.base_layer.bias')
     """
+    if leaf == TOKENS:
+        return f"{path}.token_adapter.{leaf}"
     return f"{path}.base_layer.{leaf}" if adapted else f"{path}.{leaf}"
 
 

@@ -64,6 +64,19 @@ class Stored:
                 raise ValueError(f"{self.weights.file}: {key!r} has values that are NaN or infinite")
         return tensors
 
+    def check_tied(self, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse copies of a leaf that differ from it: tensors that are one here and were not where the file is from.
+
+        Raises:
+            ValueError: Names both keys.
+        """
+        for key, where in parts.tied.items():
+            if where in parts.leaves and not torch.equal(tensors[key], tensors[parts.leaves[where]]):
+                raise ValueError(
+                    f"{self.weights.file}: {key!r} differs from {parts.leaves[where]!r}, and the two are one tensor of "
+                    "the model; untie them, or set ensure_weight_tying to false"
+                )
+
     def leaf(self, key: str, tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
         """One parameter where it belongs, in memory of its own.
 
@@ -100,6 +113,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
     parts = fit(stored.config, stored.weights, sites, replaced, {}, graft.model.state_dict)
     tensors = stored.read()
+    stored.check_tied(parts, tensors)
     for shared in _other_shared(sites, parts, tensors):
         raise ValueError(
             f"{stored.weights.file}: {parts.shared[shared]!r} is not what this graft has drawn from its seed; use "
@@ -232,6 +246,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     saved = saved_buffers(stored.config, modules)
     parts = fit(stored.config, stored.weights, sites, replaced, saved, lambda: get_base_model_state_dict(model))
     tensors = stored.read()
+    stored.check_tied(parts, tensors)
     others = _other_shared(sites, parts, tensors)
     if others and not stored.config.form.saves_shared(stored.config):
         raise ValueError(

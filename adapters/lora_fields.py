@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from .config import AdapterConfig, require
+from .config import require
 from .initial.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .token_fields import TokenFields
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoraFields(AdapterConfig):
+class LoraFields(TokenFields):
     """What PEFT's `LoraConfig` and its `AdaLoraConfig` share.
 
     Any value but the default is an error when the config is made, unless the config's class acts on the field.
@@ -21,7 +22,6 @@ class LoraFields(AdapterConfig):
 
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: LoftQConfig | dict[str, Any] = dataclasses.field(default_factory=dict)
     eva_config: EvaConfig | dict[str, Any] | None = None
     corda_config: CordaConfig | dict[str, Any] | None = None
@@ -38,11 +38,10 @@ class LoraFields(AdapterConfig):
     use_bdlora: dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
-    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherited = {field.name for field in dataclasses.fields(AdapterConfig)}
+        inherited = {field.name for field in dataclasses.fields(TokenFields)}
         for field in dataclasses.fields(LoraFields):
             if field.name in inherited | self.acted_on:
                 continue

@@ -1,18 +1,21 @@
-"""What an adapter trains beside its sites, tensors of the base that it has copies of: whole modules, biases.
+"""What an adapter trains beside its sites, tensors of the base that it has copies of: whole modules, biases, tokens.
 
 Fields, names and keys are those of PEFT's `tuners/tuners_utils.py` and `utils/other.py`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.replaced import Replaced, replaced
+from torchgraft.functional.replaced import Replaced, each, replaced
 
 from .fields import require
+from .ties import names_by_tensor, source
+from .tokens import LEAF, find_tokens
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -38,13 +41,27 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     {'head': {'weight': Replaced(names=('head.weight',), shape=(1, 2), rows=None)}}
     """
     plan: Plan = {}
+    tying = getattr(config, "ensure_weight_tying", False)
     saved = saved_modules(config, modules)
-    for path, module in saved.items():
-        for names in _tensors_in(modules, path, module):
-            _add(plan, replaced(modules, names))
-    for names in _biases(config, modules, set(paths), saved):
-        _add(plan, replaced(modules, names))
+    inside = {id(inner): path for path, module in saved.items() for inner in module.modules()}
+    for names in names_by_tensor(modules).values():
+        for path in saved:
+            own = [name for name in names if inside.get(id(modules[name.rpartition(".")[0]])) == path]
+            if own:
+                _add(plan, replaced(modules, [own[0], *(name for name in names if name != own[0])] if tying else own))
+    for bias in _biases(config, modules, set(paths), inside):
+        _add(plan, replaced(modules, bias))
+    if getattr(config, "trainable_token_indices", None) is not None:
+        taken = {id(modules[path]): "target_modules does" for path in paths}
+        taken |= dict.fromkeys(inside, "modules_to_save does")
+        for one in find_tokens(config, modules, model, taken).values():
+            _add(plan, one, LEAF)
     return plan
+
+
+def other_names(plan: Mapping[str, Mapping[str, Replaced]]) -> dict[str, tuple[str, str]]:
+    """The further names of tied tensors that are replaced as a whole, with path and leaf; files have them too."""
+    return {name: (path, leaf) for path, leaf, one in each(plan) if one.rows is None for name in one.names[1:]}
 
 
 def _add(plan: Plan, one: Replaced, leaf: str | None = None) -> None:
@@ -52,25 +69,13 @@ def _add(plan: Plan, one: Replaced, leaf: str | None = None) -> None:
     plan.setdefault(path, {})[leaf or name] = one
 
 
-def _tensors_in(modules: Mapping[str, nn.Module], path: str, module: nn.Module) -> list[tuple[str, ...]]:
-    """The names of each parameter of a module, also those under other names of the module, its own first."""
-    inside = {id(one) for one in module.modules()}
-    found: dict[int, list[str]] = {}
-    for name, owner in modules.items():
-        for leaf, tensor in owner._parameters.items() if id(owner) in inside else ():
-            if tensor is not None:
-                found.setdefault(id(tensor), []).append(f"{name}.{leaf}" if name else leaf)
-    return [tuple(sorted(names, key=lambda name: not name.startswith(f"{path}."))) for names in found.values()]
-
-
 def _biases(
-    config: Any, modules: Mapping[str, nn.Module], paths: Collection[str], saved: Mapping[str, nn.Module]
+    config: Any, modules: Mapping[str, nn.Module], paths: Collection[str], inside: Collection[int]
 ) -> Iterable[tuple[str, ...]]:
     """The names of each bias that `config.bias` means, outside of modules that are trained as a whole."""
     if config.bias == "none":
         return []
-    inside = {id(inner) for module in saved.values() for inner in module.modules()}
-    wanted = {id(module) for path, module in modules.items() if config.bias == "all" or path in paths} - inside
+    wanted = {id(module) for path, module in modules.items() if config.bias == "all" or path in paths} - set(inside)
     found: dict[int, list[str]] = {}
     for path, module in modules.items():
         bias = module._parameters.get("bias")
@@ -122,6 +127,8 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
                 f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
             )
             found.setdefault(id(module), (path, module))
+    if getattr(config, "ensure_weight_tying", False):
+        found = _tied_to_sources(config, found, modules)
     names = {key: path for key, (path, _) in found.items()}
     for path, module in found.values():
         for inner in module.modules():
@@ -130,3 +137,24 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
                     f"modules_to_save names {names[id(inner)]}, which is a part of {path}; name one of them"
                 )
     return dict(found.values())
+
+
+def _tied_to_sources(
+    config: Any, found: Mapping[int, tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
+) -> dict[int, tuple[str, nn.Module]]:
+    """These modules, each that is tied to an embedding replaced by the embedding, which is trained for both."""
+    names = names_by_tensor(modules)
+    tied = False
+    out: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in found.values():
+        shared = names.get(id(module._parameters.get("weight")), [])
+        if len({id(modules[name.rpartition(".")[0]]) for name in shared}) > 1:
+            tied, path = True, source(shared, modules).rpartition(".")[0]
+        out[id(modules[path])] = path, modules[path]
+    if found and not tied:
+        warnings.warn(
+            f"{type(config).__name__}: ensure_weight_tying is True, and nothing is tied to modules_to_save",
+            UserWarning,
+            stacklevel=2,
+        )
+    return out

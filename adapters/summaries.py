@@ -14,6 +14,7 @@ from torchgraft.functional.method import Entry, Tree
 
 from .inplace.biases import biases_of
 from .inplace.modules_to_save import ModulesToSaveWrapper
+from .inplace.tokens import TrainableTokensWrapper
 from .inplace.walk import bare_modules, layers, named, unwrap
 
 
@@ -156,8 +157,10 @@ def _injected(model: nn.Module, name: str) -> list[Tensor]:
     ]
     if (biases := biases_of(model)) is not None and biases.adapter == name:
         own += biases.tensors().values()
+    for tokens in named(model, TrainableTokensWrapper).values():
+        own += [p for key, p in tokens.token_adapter.trainable_tokens_delta.items() if key == name]
     copies = [wrapper.modules_to_save for wrapper in named(model, ModulesToSaveWrapper).values()]
-    return own + [p for copy in copies if name in copy for p in copy[name].parameters()]
+    return _values(own + [p for copy in copies if name in copy for p in copy[name].parameters()])
 
 
 def _state(model: nn.Module, name: str) -> str:

@@ -24,10 +24,12 @@ from ..config import AdapterConfig
 from ..keys import names_of, split_key
 from ..replaced import saved_modules
 from ..targets import exact, find_targets
+from ..tokens import LEAF as TOKENS
 from .biases import ATTRIBUTE, Biases, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .switch import adapter_names, take_out
+from .tokens import TrainableTokensWrapper
 from .walk import bare_modules, layers, named, original_base, parts, unwrap
 
 
@@ -97,8 +99,13 @@ def inject_adapter_in_model(
     leaves = _leaves(config, sites, modules, weights_of(sites, modules, base), low_cpu_mem_usage, params)
     sites = {path: _started(config, site, leaves[path]) for path, site in sites.items()}
     saved = saved_modules(config, modules)
-    _check_overlap(model, modules, sites, saved)
-    parents = _parents(modules, {path: modules[path] for path in sites} | saved)
+    followers = _followers(replaced, modules, saved)
+    beside = {one.names[0].rpartition(".")[0] for _, leaf, one in each(replaced) if leaf == TOKENS}
+    beside |= {path for path, (_, leaf, _) in followers.items() if leaf == TOKENS}
+    copied = saved | {path: modules[path] for path, (_, leaf, _) in followers.items() if leaf != TOKENS}
+    _check_overlap(model, modules, sites, copied)
+    _check_tokens(model, modules, sites, copied, beside)
+    parents = _parents(modules, {path: modules[path] for path in (*sites, *beside)} | copied)
     old = list(layers(model).values())
     carriers = {id(layer.base_layer): layer for layer in old}
     wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
@@ -113,6 +120,24 @@ def inject_adapter_in_model(
     for path, module in saved.items():
         wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)
         wrapper.add(adapter_name, _inside(path, replaced, params))
+        _hang(wrapper, parents[id(module)], disabled)
+    embeddings = {id(one.token_adapter.base_layer): one for one in named(model, TrainableTokensWrapper).values()}
+    for path, leaf, one in each(replaced):
+        if leaf == TOKENS and one.rows is not None:
+            tokens = embeddings.setdefault(id(modules[path]), TrainableTokensWrapper(modules[path]))
+            tokens.add(adapter_name, one.rows, None if params is None else params[path][leaf])
+            _hang(tokens, parents[id(modules[path])], disabled)
+    for path, (source, leaf, name) in followers.items():
+        module = modules[path]
+        if leaf == TOKENS:
+            tokens = embeddings.setdefault(id(module), TrainableTokensWrapper(module))
+            tokens.follow(adapter_name, embeddings[id(modules[source])])
+            _hang(tokens, parents[id(module)], disabled)
+            continue
+        wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)
+        at = next(one for one in saved if _within(source, [one]))
+        owner: Any = named(model, ModulesToSaveWrapper)[at].modules_to_save[adapter_name]
+        wrapper.add(adapter_name, tied={name: owner.get_parameter(f"{source}.{leaf}".removeprefix(f"{at}."))})
         _hang(wrapper, parents[id(module)], disabled)
     if config.bias != "none":
         mine = [(path, leaf) for path, leaf, _ in each(replaced) if leaf == "bias" and not _within(path, saved)]
@@ -141,6 +166,43 @@ def _check_biases(model: nn.Module, config: AdapterConfig) -> None:
         )
 
 
+def _followers(
+    replaced: Plan, modules: Mapping[str, nn.Module], saved: Iterable[str]
+) -> dict[str, tuple[str, str, str]]:
+    """The modules that have a tensor in common with one that is trained: its path, the leaf, and the tensor's name."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for path, leaf, one in each(replaced):
+        seen = {id(modules[path])}
+        for name in one.names if leaf == TOKENS or leaf == "weight" else ():
+            owner, _, own = name.rpartition(".")
+            if id(modules[owner]) not in seen and not _within(owner, saved):
+                seen.add(id(modules[owner]))
+                found[owner] = path, leaf, own
+    return found
+
+
+def _check_tokens(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sites: Iterable[str],
+    copied: Mapping[str, nn.Module],
+    beside: Iterable[str],
+) -> None:
+    """Refuse an adapter, or a copy, on a module of which tokens are trained."""
+    tokens = {id(one.token_adapter.base_layer): path for path, one in named(model, TrainableTokensWrapper).items()}
+    tokens |= {id(modules[path]): path for path in beside}
+    others: dict[int, str] = {id(modules[path]): "carries an adapter" for path in sites}
+    others |= {id(layer.base_layer): "carries an adapter" for layer in layers(model).values()}
+    whole = [*copied.values(), *(one.original_module for one in named(model, ModulesToSaveWrapper).values())]
+    others |= {id(inner): "is one of modules_to_save" for module in whole for inner in module.modules()}
+    for key, path in tokens.items():
+        if key in others:
+            raise ValueError(
+                f"{path}: {others[key]}, and tokens of it are trained (trainable_token_indices, or a tie to such a "
+                "module), which cannot both be done in place; leave one out, or use bind(model, config)"
+            )
+
+
 def _within(path: str, saved: Iterable[str]) -> bool:
     return any(path == one or path.startswith(f"{one}.") for one in saved)
 
@@ -158,7 +220,7 @@ def _inside(path: str, replaced: Plan, params: Tree | None) -> dict[str, Tensor]
     }
 
 
-def _hang(part: BaseTunerLayer | ModulesToSaveWrapper, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
+def _hang(part: Any, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
     for parent, name in places:
         parent._modules[name] = part
     if disabled and not part.disable_adapters:

@@ -11,6 +11,7 @@ from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .switch import adapter_names as names_in
 from .switch import take_out
+from .tokens import TrainableTokensWrapper
 from .walk import bare_modules, layers, unwrap
 
 
@@ -102,6 +103,10 @@ def _strip(model: nn.Module, trained: bool) -> None:
         for name, child in module._modules.items():
             if isinstance(child, ModulesToSaveWrapper):
                 child = child.current if trained else child.original_module
+            if isinstance(child, TrainableTokensWrapper):
+                if trained:
+                    child.bake()
+                child = child.token_adapter.base_layer
             if isinstance(child, BaseTunerLayer):
                 child = child.base_layer
             module._modules[name] = child

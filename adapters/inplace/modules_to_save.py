@@ -22,16 +22,20 @@ class ModulesToSaveWrapper(nn.Module):
         self.original_module: Any = original_module
         self.modules_to_save = nn.ModuleDict().train(original_module.training)
         self.training = original_module.training
+        self._tied: dict[str, set[str]] = {}
         self._active: list[str] = []
         self._disabled = False
 
-    def add(self, name: str, given: Mapping[str, Tensor] | None = None) -> None:
+    def add(
+        self, name: str, given: Mapping[str, Tensor] | None = None, tied: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
         """Make a copy of the module for an adapter; it is not active yet.
 
         Args:
             name: The adapter's name.
             given: Parameters for the copy by their names in the module, in place of copied ones. They share memory
                 where dtype and device are the module's.
+            tied: Parameters of other copies that this one shares, by their names in the module.
         """
         copied = copy.deepcopy(self.original_module)
         made: dict[int, nn.Parameter] = {}
@@ -41,15 +45,20 @@ class ModulesToSaveWrapper(nn.Module):
             like = owner.get_parameter(leaf)
             new = made.setdefault(id(tensor), nn.Parameter(tensor.detach().to(like.device, like.dtype)))
             setattr(owner, leaf, new)
+        for key, parameter in (tied or {}).items():
+            path, _, leaf = key.rpartition(".")
+            setattr(copied.get_submodule(path), leaf, parameter)
+        self._tied[name] = set(tied or {})
         self.modules_to_save[name] = copied
 
     def leaves(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters of an adapter's copy by module within it and name, a tied one once."""
+        """The parameters of an adapter's copy by module within it and name, a tied one once and only in one copy."""
         found: dict[str, dict[str, nn.Parameter]] = {}
         seen: set[int] = set()
         for path, module in self.modules_to_save[name].named_modules() if name in self.modules_to_save else ():
             for leaf, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen:
+                elsewhere = (f"{path}.{leaf}" if path else leaf) in self._tied.get(name, ())
+                if parameter is not None and id(parameter) not in seen and not elsewhere:
                     seen.add(id(parameter))
                     found.setdefault(path, {})[leaf] = parameter
         return found

@@ -17,9 +17,11 @@ from torchgraft.functional.trees import sort
 from ..config import AdapterConfig
 from ..keys import PREFIX, SHARED, join, names_of, replaced_key
 from ..targets import exact
+from ..tokens import LEAF as TOKENS
 from .biases import biases_of, put_bias
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .tokens import TrainableTokensWrapper
 from .walk import bare_copy, layers, named, unwrap
 
 
@@ -57,6 +59,9 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     for path, wrapper in named(model, ModulesToSaveWrapper).items():
         for inner, leaves in wrapper.leaves(adapter_name).items():
             tree[f"{path}.{inner}" if inner else path] = {leaf: tensor.detach() for leaf, tensor in leaves.items()}
+    for path, tokens in named(model, TrainableTokensWrapper).items():
+        if adapter_name in tokens.token_adapter.trainable_tokens_delta:
+            tree.setdefault(path, {})[TOKENS] = tokens.token_adapter.trainable_tokens_delta[adapter_name].detach()
     for path, bias in _biases(model, adapter_name).items():
         tree.setdefault(path, {})["bias"] = bias.detach()
     return sort(tree)
@@ -176,6 +181,10 @@ def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict
         key = f"{path}.base_layer.bias" if path in layers(model) else f"{path}.bias"
         adapted = path in layers(model) and adapter_name in layers(model)[path].entries
         found[replaced_key(path, "bias", adapted)] = (key, bias)
+    for path, tokens in named(model, TrainableTokensWrapper).items():
+        if adapter_name in tokens.token_adapter.trainable_tokens_delta:
+            key = replaced_key(path, TOKENS)
+            found[key] = (f"{key}.{adapter_name}", tokens.token_adapter.trainable_tokens_delta[adapter_name])
     for path, wrapper in named(model, ModulesToSaveWrapper).items():
         if adapter_name in wrapper.modules_to_save:
             for name, tensor in wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).items():

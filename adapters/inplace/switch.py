@@ -12,7 +12,11 @@ from torch import nn
 from .biases import Biases
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
-from .walk import layers, parts, unwrap
+from .tokens import TrainableTokensWrapper
+from .walk import layers, named, parts, unwrap
+
+_BESIDE = (Biases, ModulesToSaveWrapper, TrainableTokensWrapper)
+"""What adapters have in a model beside their layers."""
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -56,9 +60,9 @@ def set_adapter(
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     _check_known(model, names)
     for part in chosen:
-        if isinstance(part, ModulesToSaveWrapper):
+        if isinstance(part, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             part.check(names)
-    chosen = [part for part in chosen if isinstance(part, (layer_cls, ModulesToSaveWrapper, Biases))]
+    chosen = [part for part in chosen if isinstance(part, (layer_cls, *_BESIDE))]
     take_out(part for part in chosen if isinstance(part, BaseTunerLayer))
     for part in chosen:
         part.set_adapter(names, inference_mode=inference_mode)
@@ -170,7 +174,7 @@ def delete_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
         )
-    chosen: list[Any] = [part for part in parts(model) if isinstance(part, (layer_cls, ModulesToSaveWrapper, Biases))]
+    chosen: list[Any] = [part for part in parts(model) if isinstance(part, (layer_cls, *_BESIDE))]
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
     if active is not None:
         left = [name for name in active if name != adapter_name]
@@ -204,11 +208,18 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             }
             for leaf, p in narrow.items():
                 layer.set_leaf(adapter_name, leaf, nn.Parameter(p.detach().float(), p.requires_grad))
+    for tokens in named(model, TrainableTokensWrapper).values():
+        rows = tokens.token_adapter.trainable_tokens_delta
+        if adapter_name in rows and rows[adapter_name].itemsize < 4:
+            old = rows[adapter_name]
+            rows[adapter_name] = nn.Parameter(old.detach().float(), old.requires_grad)
 
 
 def _names(part: Any) -> Iterable[str]:
     if isinstance(part, Biases):
         return [part.adapter]
+    if isinstance(part, TrainableTokensWrapper):
+        return part.adapters
     return part.entries if isinstance(part, BaseTunerLayer) else part.modules_to_save
 
 

@@ -14,6 +14,7 @@ from torchgraft.functional.adapted import Base
 from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .tokens import TrainableTokensWrapper
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,9 +56,10 @@ def layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def parts(model: nn.Module) -> Iterator[Any]:
-    """The tuner layers, the wrappers of modules to save, and trained biases."""
+    """The tuner layers, the wrappers of modules to save and of embeddings, and trained biases."""
     yield from layers(model).values()
     yield from named(model, ModulesToSaveWrapper).values()
+    yield from named(model, TrainableTokensWrapper).values()
     if (biases := biases_of(model)) is not None:
         yield biases
 
@@ -75,6 +77,8 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Mod
         bare = module.base_layer
     elif isinstance(module, ModulesToSaveWrapper):
         bare = module.original_module
+    elif isinstance(module, TrainableTokensWrapper):
+        bare = module.token_adapter.base_layer
     yield name, bare, module
     for child_name, child in bare._modules.items():
         if child is not None:
@@ -94,6 +98,8 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     for wrapper in named(model, ModulesToSaveWrapper).values():
         saved = wrapper.modules_to_save._modules.get(adapter_name or "", wrapper.original_module)
         memo[id(wrapper)] = copy.deepcopy(saved, memo)
+    for tokens in named(model, TrainableTokensWrapper).values():
+        memo[id(tokens)] = copy.deepcopy(tokens.token_adapter.base_layer, memo)
     bare = copy.deepcopy(model, memo)
     vars(bare).pop("peft_config", None)
     vars(bare).pop(ATTRIBUTE, None)
