@@ -17,7 +17,7 @@ from torchgraft.functional.site import Site
 
 from .config import AdapterConfig
 from .headers import Spec, Weights
-from .keys import PREFIX, SHARED, join, names_of, replaced_key, split_key
+from .keys import PREFIX, SHARED, held_at, join, names_of, replaced_key, split_key
 from .replaced import other_names
 
 
@@ -72,10 +72,10 @@ def fit(
         ValueError: Another shape, or another kind of dtype.
     """
     shapes = {(path, leaf): shape for path, site in sites.items() for leaf, shape in _shapes(config, site).items()}
-    leaves = {join(config, path, leaf): (path, leaf) for path, leaf in shapes}
+    leaves = {join(config, held_at(path, sites), leaf): (path, leaf) for path, leaf in shapes}
     for path, leaf, one in each(replaced):
         for adapted in (path not in sites, path in sites):  # PEFT writes either; the last is the one to ask for
-            leaves[replaced_key(path, leaf, adapted)] = path, leaf
+            leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf
         shapes[path, leaf] = one.shape
     tied = other_names(replaced)
     shared = {f"{SHARED}{name}": name for name in config.form.shared}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -26,11 +27,12 @@ def to_keys(config: AdapterConfig, tree: Tree, prefix: str = "") -> dict[str, Te
     ['head.weight', 'layers.0.lora_A.weight', 'layers.0.lora_B.weight']
     """
     own = set(config.form.leaves)
+    adapted = [path for path, leaves in tree.items() if not own.isdisjoint(leaves)]
     keys = {}
     for path, leaves in tree.items():
-        adapted = not own.isdisjoint(leaves)
+        place = held_at(path, adapted)
         for leaf, tensor in leaves.items():
-            key = join(config, path, leaf) if leaf in own else replaced_key(path, leaf, adapted)
+            key = join(config, place, leaf) if leaf in own else replaced_key(place, leaf, path in adapted)
             keys[prefix + key] = tensor
     return keys
 
@@ -44,6 +46,20 @@ def replaced_key(path: str, leaf: str, adapted: bool = False) -> str:
     if leaf == TOKENS:
         return f"{path}.token_adapter.{leaf}"
     return f"{path}.base_layer.{leaf}" if adapted else f"{path}.{leaf}"
+
+
+def held_at(path: str, paths: Collection[str]) -> str:
+    """Where an adapted module hangs in a model with injected adapters: beneath a layer around a module that it is in.
+
+    Args:
+        path: Name of the module in the model without adapters.
+        paths: Names of all adapted modules.
+
+    >>> held_at("attn.out_proj", ["attn", "attn.out_proj"])
+    'attn.base_layer.out_proj'
+    """
+    parent = path.rpartition(".")[0]
+    return f"{parent}.base_layer{path.removeprefix(parent)}" if parent and parent in paths else path
 
 
 def join(config: AdapterConfig, path: str, leaf: str, prefix: str = "") -> str:
@@ -61,7 +77,7 @@ def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
     key = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
     for leaf in config.form.leaves:
         if key.endswith(suffix := f".{config.form.key(leaf)}"):
-            return key.removesuffix(suffix), leaf
+            return re.sub(r"\.base_layer(?=\.out_proj$)", "", key.removesuffix(suffix)), leaf
     return None
 
 

@@ -134,19 +134,20 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     for (path, leaf), key in parts.leaves.items():
         if path in sites and leaf in _fixed(config, sites[path]):
             continue
-        own = _base_of(path, leaf, modules, replaced)
+        own = _base_of(path, leaf, modules, sites, replaced)
         wide = own.is_floating_point() and own.itemsize > 4
         made = stored.leaf(key, tensors[key], own, own.dtype if wide else torch.float32)
         tree.setdefault(path, {})[leaf] = made
     return sort(tree)
 
 
-def _base_of(path: str, leaf: str, modules: Mapping[str, nn.Module], replaced: Plan) -> Tensor:
+def _base_of(
+    path: str, leaf: str, modules: Mapping[str, nn.Module], sites: Mapping[str, Site], replaced: Plan
+) -> Tensor:
     """The tensor of the base that says where a leaf belongs."""
     if leaf in replaced.get(path, {}):
         return tensor_at(modules, replaced[path][leaf].names[0])
-    module: Any = modules[path]
-    return module.weight
+    return sites[path].like(modules[path])
 
 
 def _check_same_replaced(own: Plan, given: Plan) -> None:
@@ -257,7 +258,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     tree: Tree = {}
     of_base = dataclasses.replace(stored, dtype=None)
     for (path, leaf), key in parts.leaves.items():
-        base = _base_of(path, leaf, modules, replaced)
+        base = _base_of(path, leaf, modules, sites, replaced)
         dtype = base.dtype if base.is_floating_point() else torch.float32
         reader = of_base if leaf in replaced.get(path, {}) else stored
         tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, dtype)

@@ -36,8 +36,11 @@ from .lora_forward import BIAS, names
 class LoraConfig(LoraFields):
     """LoRA adds a product of two thin matrices to each targeted weight.
 
-    Supports linear layers (also `transformers`' `Conv1D`), embeddings and 1-, 2- and 3-d convolutions. A grouped
-    convolution gets an `A` that sees all channels, as in PEFT, so it runs but has no merged weight.
+    Supports linear layers (also `transformers`' `Conv1D`), embeddings, 1-, 2- and 3-d convolutions and
+    `nn.MultiheadAttention`. A grouped convolution gets an `A` that sees all channels, as in PEFT, so it runs but has no
+    merged weight. An attention gets one adapter on its input projections and one on its output projection, which is
+    added once (PEFT 0.21.2 adds it twice); where keys or values have sizes of their own, which PEFT refuses, `A` is
+    `"r query+key+value"` and each projection has its part.
 
     Attributes:
         r: Rank.
@@ -142,8 +145,10 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
         )
     planned: dict[str, dict[str, Any]] = {}
     for site in sites:
-        r = by_pattern(config.rank_pattern, site.path, config.r)
-        alpha = by_pattern(config.alpha_pattern, site.path, config.lora_alpha)
+        r, alpha = config.r, config.lora_alpha
+        for path in filter(None, (site.within, site.path)):
+            r = by_pattern(config.rank_pattern, path, r)
+            alpha = by_pattern(config.alpha_pattern, path, alpha)
         require(isinstance(r, int) and r > 0, config, f"r is {r!r} at {site.path}, expected a positive integer")
         require(
             r % site.groups == 0,
@@ -154,6 +159,12 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             not config.lora_bias or site.kind != "embedding",
             config,
             f"lora_bias is True, which {site.path}, an embedding, cannot have; leave it out of target_modules",
+        )
+        require(
+            site.kind != "attention" or (kind_of(config.init_lora_weights) is None and not config.use_dora),
+            config,
+            f"init_lora_weights is {config.init_lora_weights!r} and use_dora is {config.use_dora}, and at {site.path}, a "
+            "MultiheadAttention, they can be True, False or 'gaussian' and False; leave it out of target_modules",
         )
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
@@ -225,14 +236,19 @@ def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) ->
             a.zero_()
             b.normal_(generator=generator)
         return {a_name: a, b_name: b}
-    for tensor in (a, b):
+    if site.kind == "attention" and not site.blocks:
+        # PEFT draws for the output projection twice, before and after; the second draw is that of its own site.
+        _drawn(config, dataclasses.replace(site, kind="linear", out_features=site.in_features), generator)
+    parts = a.split(site.blocks, 1) if site.blocks else (a,)
+    for tensor in (*parts, b):
         nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     leaves = {a_name: a, b_name: b}
     if config.lora_bias:
         bound = 1 / math.sqrt(site.constants["r"] // site.groups)
         leaves[BIAS] = a.new_empty(site.out_features).uniform_(-bound, bound, generator=generator)
     if config.init_lora_weights is True:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        for tensor in parts:
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     elif config.init_lora_weights == "gaussian":
         a.normal_(std=1 / site.constants["r"], generator=generator)
     if config.init_lora_weights:
@@ -241,15 +257,22 @@ def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) ->
     return leaves
 
 
+def part(config: LoraConfig, site: Site, leaves: dict[str, Tensor], rows: slice, columns: slice) -> dict[str, Tensor]:
+    """`A` of some inputs and `B`, with its bias, of some outputs."""
+    own = {"lora_A": leaves["lora_A"][..., columns], "lora_B": leaves["lora_B"][..., rows, :]}
+    return own | ({BIAS: leaves[BIAS][..., rows]} if BIAS in leaves else {})
+
+
 LoraConfig.method = Method(
     name="LORA",
-    kinds=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"}),
+    kinds=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "attention"}),
     plan=plan,
     shapes=shapes,
     init=init,
     apply=lora_forward.apply,
     merge=lora_forward.merge,
     routed=lora_forward.routed,
+    part=part,
     own_dtype=frozenset({dora.MAGNITUDE}),
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}

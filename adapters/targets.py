@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from torchgraft.functional.site import is_transposed_linear
+from torchgraft.functional.layers import is_linear
 
 C = TypeVar("C", bound=Any)
 
@@ -117,11 +117,7 @@ def _linear_names(modules: Mapping[str, nn.Module], model: nn.Module) -> set[str
     """Every linear layer but the output layer of a model that knows one (`get_output_embeddings`)."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    return {
-        name
-        for name, module in modules.items()
-        if (isinstance(module, nn.Linear) or is_transposed_linear(module)) and module is not output
-    }
+    return {name for name, module in modules.items() if is_linear(module) and module is not output}
 
 
 def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[str]) -> None:

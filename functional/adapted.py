@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import AdaptedAttention, Part, Projection
 from .layout import Finder
 from .method import Entry, Leaves, Weighted
 from .routed import RoutedLayer, stand_in
@@ -31,14 +32,7 @@ class Base(Weighted):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        bias = self.module.bias if self.site.has_bias else None
-        weight = self.module.weight
-        if not weight.is_floating_point():
-            raise TypeError(
-                f"{self.site.path}: its weight is {weight.dtype}, so an adapter cannot be added to it; call the module "
-                "instead of reading its weight, and merge into a model with floating-point weights"
-            )
-        return self.site.canonical(weight), bias
+        return self.site.read(self.module)
 
     @property
     def training(self) -> bool:
@@ -105,8 +99,8 @@ class Socket:
     cls: Any
     plain: Any
 
-    def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """The base under the active adapters, the first innermost."""
+    def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None, part: Part | None = None) -> Any:
+        """The base under the active adapters, the first innermost; or a part of an attention's projection."""
         trees = self.cell.trees
         if trees is None:
             raise RuntimeError(
@@ -117,33 +111,62 @@ class Socket:
         for name, entry in self.entries.items():
             tree = trees.get(name)
             if tree is not None:
-                below = layer or Base(self.inner, entry.site, args, kwargs)
+                below = layer or self._base(entry.site, args, kwargs, part)
                 if type(tree) is dict:
                     layer = Adapted(below, entry, tree[entry.site.path])
                 else:
                     layer = tree.layer(below, entry, self.cell.finder)
-        return layer or Base(self.inner, next(iter(self.entries.values())).site, args, kwargs)
+                if part is not None and not part.whole:
+                    config, split = entry.config, entry.config.method.part
+                    assert split is not None
+                    layer.leaves = split(config, entry.site, layer.leaves, part.rows, part.columns)
+        return layer or self._base(next(iter(self.entries.values())).site, args, kwargs, part)
+
+    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: Part | None) -> Any:
+        return Base(self.inner, site, args, kwargs) if part is None else Projection(self.inner, site, part)
+
+    def project(self, part: Part, x: Tensor) -> Tensor:
+        """A part of an attention's projection, under the adapters."""
+        self.look(x)
+        return self.layer(part=part)(x)
+
+    def look(self, x: Tensor) -> None:
+        """Show an input to whoever wants to see."""
+        if self.cell.seen is not None:
+            self.cell.seen.append((self.path, x))
+
+    def pin(self, y: Tensor) -> Tensor:
+        """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
+
+        Activation checkpointing runs the forward once more during backward and must find the same adapter.
+        """
+        lease = self.cell.lease
+        if lease is None or not y.requires_grad or torch.compiler.is_compiling() or y.grad_fn is None:
+            return y
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            metadata: Any = y.grad_fn.metadata
+            metadata[id(self.cell)] = lease
+        return y
 
     def reach(self) -> None:
         """Note that a forward came by: it ran the module or read its weight."""
         if self.cell.reached is not None:
             self.cell.reached.add(self.path)
 
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Stored weight and bias with the active adapters in, in the base's dtype."""
+    def dense(self, name: str) -> Tensor | None:
+        """The weight or bias that the module stores under a name, with the active adapters in, in the base's dtype."""
         layer = self.layer()
         if isinstance(layer, Base):
-            return self.inner.weight, self.inner.bias
+            return getattr(self.inner, name)
         if _is_routed(layer):
-            return self._without_value()
-        weight, bias = layer.dense()
-        weight = layer.entry.site.canonical(weight).to(self.inner.weight.dtype)
-        return weight, None if bias is None else bias.to(self.inner.bias.dtype)
+            return self._without_value(getattr(self.inner, name))
+        site: Site = layer.entry.site
+        value = site.stored(*layer.dense()).get(name)
+        return None if value is None else value.to(site.like(self.inner).dtype)
 
-    def _without_value(self) -> tuple[Tensor, Tensor | None]:
-        """What stands for weight and bias where each row has its own."""
-        weight, bias = self.inner.weight, self.inner.bias if hasattr(self.inner, "bias") else None
-        return stand_in(weight, self.path), None if bias is None else stand_in(bias, self.path)
+    def _without_value(self, own: Tensor | None) -> Tensor | None:
+        """What stands for a weight or bias where each row has its own."""
+        return None if own is None else stand_in(own, self.path)
 
 
 def _is_routed(layer: Any) -> bool:
@@ -166,12 +189,8 @@ class AdaptedForward:
         else:
             raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
         socket.reach()
-        if socket.cell.seen is not None:
-            socket.cell.seen.append((socket.path, x))
-        y = socket.layer(args, kwargs)(x)
-        if socket.cell.lease is not None and y.requires_grad and not torch.compiler.is_compiling():
-            _pin(socket.cell, y)
-        return y
+        socket.look(x)
+        return socket.pin(socket.layer(args, kwargs)(x))
 
 
 class AdaptedModule:
@@ -180,24 +199,6 @@ class AdaptedModule:
     Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable. So does a
     subclass with a forward of its own, unless that calls the inherited forward, which is the factored one.
     """
-
-    @property
-    def weight(self) -> Tensor:
-        socket: Socket = self.__dict__["_socket"]
-        socket.reach()
-        return socket.dense()[0]
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.__dict__["_socket"].inner.weight = value
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.__dict__["_socket"].dense()[1]
-
-    @bias.setter
-    def bias(self, value: Tensor | None) -> None:
-        self.__dict__["_socket"].inner.bias = value
 
     def extra_repr(self) -> str:
         socket: Socket = self.__dict__["_socket"]
@@ -217,21 +218,31 @@ class AdaptedModule:
         return new
 
 
-def _pin(cell: Cell, y: Tensor) -> None:
-    """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
-
-    Activation checkpointing runs the forward once more during backward and must find the same adapter.
-    """
-    if y.grad_fn is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        metadata: Any = y.grad_fn.metadata
-        metadata[id(cell)] = cell.lease
+def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
+    """`cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
+    return _adapted_class(cls, plain, site.weight_names, site.bias_name, site.kind == "attention")
 
 
 @functools.lru_cache(maxsize=256)
-def adapted_class(cls: Any, plain: Any) -> type[nn.Module]:
-    """`cls` with `AdaptedForward` between its own forward and that of `plain`."""
-    core = _subclass(plain, (AdaptedForward, plain))
-    return _subclass(cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core))
+def _adapted_class(cls: Any, plain: Any, weights: tuple[str, ...], bias: str, attention: bool) -> type[nn.Module]:
+    core = _subclass(plain, (AdaptedAttention if attention else AdaptedForward, plain))
+    held = {name: _held(name, True) for name in weights} | ({bias: _held(bias, False)} if weights else {})
+    return _subclass(cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core), **held)
+
+
+def _held(name: str, counts: bool) -> property:
+    """A weight or bias as parents see it; whoever reads a weight has reached the module."""
+
+    def get(self: Any) -> Tensor | None:
+        socket: Socket = self.__dict__["_socket"]
+        if counts:
+            socket.reach()
+        return socket.dense(name)
+
+    def put(self: Any, value: Tensor | None) -> None:
+        setattr(self.__dict__["_socket"].inner, name, value)
+
+    return property(get, put)
 
 
 @functools.lru_cache(maxsize=256)
@@ -261,7 +272,7 @@ def adapt(shell: nn.Module, cls: Any, plain: Any, path: str, cell: Cell, entries
     inner = object.__new__(inner_class(cls, plain))
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
-    shell.__class__ = adapted_class(cls, plain)
+    shell.__class__ = adapted_class(cls, plain, next(iter(entries.values())).site)
     shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument, cls, plain)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import trees
 from .adapted import AdaptedModule, Cell
+from .layers import describe
 from .layout import Finder, Found
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
@@ -22,7 +23,7 @@ from .references import check_references
 from .replaced import Plan, conflicts, exchange, exchanges, plan_replaced
 from .route import Routed
 from .rows import PerAdapter
-from .site import Site, describe
+from .site import Site
 from .skeleton import Skeleton
 from .units import make_units
 
@@ -243,7 +244,7 @@ class Graft:
             module = modules.get(path)
             _check_unchanged(path, site, module)
             assert module is not None
-            site = dataclasses.replace(site, constants=_to(site.constants, module.weight.device, moved))
+            site = dataclasses.replace(site, constants=_to(site.constants, site.like(module).device, moved))
             found[path] = Entry(self.configs[name], site)
         return found
 
@@ -328,7 +329,7 @@ def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:
     if module is None:
         raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
     now = describe(path, module)
-    if now is None or dataclasses.replace(now, constants=site.constants) != site:
+    if now is None or dataclasses.replace(now, constants=site.constants, within=site.within) != site:
         raise ValueError(
             f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
             f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"

@@ -34,8 +34,8 @@ def initialise(
     modules = dict(model.named_modules(remove_duplicate=False))
     fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
     made: Tree = copies(modules, replaced, dtype, device)
-    for path in sites:
-        weight: Any = modules[path].weight
+    for path, site in sites.items():
+        weight = site.like(modules[path])
         for leaf, value in fresh[path].items():
             made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or _wide(weight.dtype))
     return trees.sort(made)

@@ -61,10 +61,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     for key, layer in layers.items():
         path = paths[key]
         assert isinstance(layer, Adapted)
-        weight, bias = layer.dense()
-        _write(state, names, modules, path, "weight", layer.entry.site.canonical(weight))
-        if bias is not None:
-            _write(state, names, modules, path, "bias", bias)
+        for leaf, value in layer.entry.site.stored(*layer.dense()).items():
+            _write(state, names, modules, path, leaf, value)
     return state
 
 

@@ -72,6 +72,8 @@ class Method:
             own: leaves are stacked, `"N ..."`, rows lead `x`, and a row that has no adapter gets the base's output. A
             faster way than the general one, which runs `apply` under `vmap`; returns `NotImplemented` for sites it
             is not made for. Constants that differ along the stack are `PerAdapter`.
+        part: `(config, site, leaves, rows, columns) -> leaves`, the adapter of some outputs of a linear map, from some
+            of its inputs; leaves may be stacked. For methods that support sites of the kind `"attention"`.
         varying: Names of the config's fields and of the constants that may differ between the adapters of a stack;
             a constant that varies may be a tensor in `apply`.
         own_dtype: Leaves that `merge` gets as they are, because what they were rounded to counts.
@@ -85,6 +87,7 @@ class Method:
     apply: Callable[[Any, Site, Leaves, Layer, Tensor], Tensor]
     merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     routed: Callable[[Any, Site, Leaves, Layer, Tensor, Rows], Any] | None = None
+    part: Callable[[Any, Site, Leaves, slice, slice], Leaves] | None = None
     varying: frozenset[str] = frozenset()
     own_dtype: frozenset[str] = frozenset()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
 from .adapted import Base
+from .layers import describe
 from .method import Config, Weights
-from .site import Site, describe
+from .site import Site
 
 
 def plan_sites(
@@ -39,7 +40,7 @@ def plan_sites(
     sites: dict[str, Site] = {}
     seen: set[int] = set()
     method = config.method
-    for path in paths:
+    for path, within in with_parts(modules, paths):
         module = modules[path]
         if id(module) in seen:
             continue
@@ -51,7 +52,7 @@ def plan_sites(
                 f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
                 f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
             )
-        sites[path] = site
+        sites[path] = dataclasses.replace(site, within=within)
     constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
     return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
 
@@ -75,3 +76,11 @@ def weights_of(
     torch.Size([2, 3])
     """
     return lambda path: base(modules[path], sites[path]).weight.detach()
+
+
+def with_parts(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Each path, an attention with its output projection, and what that is a part of."""
+    for path in paths:
+        yield path, None
+        if isinstance(modules[path], nn.MultiheadAttention):
+            yield f"{path}.out_proj" if path else "out_proj", path

@@ -285,11 +285,7 @@ class Given(Base):
         self.tensors = tensors
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        if "weight" in self.tensors:
-            bias = self.module.bias if self.site.has_bias else None
-            return self.site.canonical(self.tensors["weight"]), self.tensors.get("bias", bias)
-        weight, bias = super().dense()
-        return weight, self.tensors.get("bias", bias)
+        return self.site.read(self.module, self.tensors)
 
 
 def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree]) -> dict[str, Tensor]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
-_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_QUANTISERS = frozenset({"torchao", "bitsandbytes", "optimum", "quanto", "hqq"})
+"""Packages whose tensors say that they are of floating point and hold something else."""
+
+Dense = tuple[Tensor, Tensor | None]
+"""A canonical weight and a bias."""
+
+_NOWHERE = torch.empty(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +40,28 @@ class Site:
 
     Weights are spoken of in canonical orientation, whatever the module stores: `"out in"` for a
     linear map, `"dim vocab"` for an embedding (a linear map of one-hot rows) and `"out in/groups *kernel"`
-    for a convolution.
+    for a convolution. The input projections of an attention are one linear map, `"3*dim in"`; where queries, keys and
+    values have sizes of their own, `in` is the sum of these, and only the blocks on the diagonal count.
 
     Attributes:
         path: Dotted name of the module in the user's model.
-        kind: `"linear"`, `"embedding"`, `"conv1d"`, `"conv2d"` or `"conv3d"`.
+        kind: `"linear"`, `"embedding"`, `"conv1d"`, `"conv2d"`, `"conv3d"` or `"attention"`.
         in_features: Size of the input axis (vocabulary for an embedding, channels for a convolution).
         out_features: Size of the output axis.
         has_bias: Whether the module adds a bias.
         transposed: Whether the module stores its weight as `"in out"` (`transformers`' `Conv1D`, embeddings).
         kernel_size: Spatial extent of a convolution's kernel, else `()`.
         geometry: Stride, padding, dilation, groups and padding mode of a convolution.
+        weight_names: Attributes of the module that hold its weight: several are the blocks of a diagonal; none means
+            that it is packed and cannot be read.
+        bias_name: Attribute that holds its bias.
+        blocks: Sizes of the input axes of an attention's query, key and value, where they differ.
+        within: Path of the site whose module this one is a part of, for the output projection of an attention.
         constants: What the method planned for this site: scaling factors, ranks, frozen tensors.
 
-    >>> site = describe("head", torch.nn.Linear(4, 3))
-    >>> site.kind, site.weight_shape
-    ('linear', (3, 4))
+    >>> site = Site("head", "linear", in_features=4, out_features=3)
+    >>> site.weight_shape
+    (3, 4)
     """
 
     path: str
@@ -59,12 +72,21 @@ class Site:
     transposed: bool = False
     kernel_size: tuple[int, ...] = ()
     geometry: Geometry | None = None
+    weight_names: tuple[str, ...] = ("weight",)
+    bias_name: str = "bias"
+    blocks: tuple[int, ...] = ()
+    within: str | None = None
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def groups(self) -> int:
         """Number of groups of a convolution; 1 for everything else."""
         return self.geometry.groups if self.geometry else 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attributes of the module that hold its weight and its bias."""
+        return (*self.weight_names, self.bias_name)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -74,6 +96,55 @@ class Site:
     def canonical(self, weight: Tensor) -> Tensor:
         """Turn a stored weight into canonical orientation; its own inverse."""
         return weight.mT if self.transposed else weight
+
+    def read(self, module: Any, instead: Mapping[str, Tensor] | None = None) -> Dense:
+        """Canonical weight and bias of the module that this site describes.
+
+        Args:
+            module: The module.
+            instead: Tensors to take instead of the module's, by attribute.
+
+        Raises:
+            TypeError: A weight that no adapter can be added to: packed, or quantised.
+
+        >>> module = torch.nn.ParameterDict({"kernel": torch.zeros(2, 3)})
+        >>> Site("", "linear", 2, 3, transposed=True, weight_names=("kernel",)).read(module)[0].shape
+        torch.Size([3, 2])
+        """
+        names = (*self.weight_names, self.bias_name) if self.has_bias else self.weight_names
+        held = {name: getattr(module, name) for name in names} | dict(instead or {})
+        stored = [held[name] for name in self.weight_names]
+        form = "packed" if not stored else next(filter(None, map(quantised_form, stored)), None)
+        if form is not None:
+            raise TypeError(
+                f"{self.path}: its weight is {form}, so an adapter cannot be added to it. Call the module instead of "
+                "reading its weight; merge into the model as it was before quantisation, or dequantise this one first"
+            )
+        weight = self.canonical(stored[0]) if len(stored) == 1 else torch.block_diag(*stored)
+        return weight, held[self.bias_name] if self.has_bias else None
+
+    def stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Canonical weight and bias as the module stores them, by attribute; the inverse of `read`.
+
+        >>> site = Site("", "linear", 2, 3, transposed=True)
+        >>> {name: tuple(value.shape) for name, value in site.stored(torch.zeros(3, 2), None).items()}
+        {'weight': (2, 3)}
+        """
+        if len(self.weight_names) == 1:
+            found = {self.weight_names[0]: self.canonical(weight)}
+        else:
+            parts = weight.chunk(len(self.blocks), 0)
+            found = {
+                name: part.split(self.blocks, 1)[i]
+                for i, (name, part) in enumerate(zip(self.weight_names, parts, strict=True))
+            }
+        return found if bias is None else {**found, self.bias_name: bias}
+
+    def like(self, module: Any) -> Tensor:
+        """A tensor of the device and dtype that the module's adapter goes by: its weight, or its parameters' first."""
+        for name in self.weight_names:
+            return getattr(module, name)
+        return next(itertools.chain(module.parameters(), module.buffers()), _NOWHERE)
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run the module's function with another canonical weight and bias.
@@ -102,76 +173,16 @@ class Site:
         return _CONVOLVE[self.kind](x, weight, groups=self.groups)
 
 
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether a module is `transformers`' `Conv1D`, a linear map that stores `"in out"`, without importing it."""
-    return any(map(_is_transposed_linear_class, type(module).__mro__))
+def quantised_form(weight: Any) -> str | None:
+    """What a weight is that no adapter can be added to, `None` for numbers of floating point.
 
-
-def _is_transposed_linear_class(cls: type) -> bool:
-    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-
-
-def plain_class(module: nn.Module) -> type:
-    """The class among a module's bases whose forward its kind speaks of.
-
-    A weight that is not of floating point is stored in a form that only the module's own class can read.
-
-    >>> class Scaled(nn.Embedding):
-    ...     def forward(self, ids):
-    ...         return 3 * super().forward(ids)
-    >>> plain_class(Scaled(4, 2)).__name__
-    'Embedding'
+    >>> quantised_form(torch.ones(2, dtype=torch.int8))
+    'torch.int8'
     """
-    stored = module._parameters.get("weight")
-    if stored is not None and not stored.is_floating_point():
-        return type(module)
-    return next(cls for cls in type(module).__mro__ if cls in _PLAIN or _is_transposed_linear_class(cls))
-
-
-def describe(path: str, module: nn.Module) -> Site | None:
-    """Describe a module as a site, or return `None` where its kind carries no adapter.
-
-    Args:
-        path: Dotted name of the module in the user's model.
-        module: The module.
-
-    Raises:
-        ValueError: An embedding with `max_norm`, whose forward rewrites its own weight.
-
-    >>> describe("norm", torch.nn.LayerNorm(4)) is None
-    True
-    """
-    if isinstance(module, nn.Linear):
-        return Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
-    if is_transposed_linear(module):
-        rows, columns = module.get_parameter("weight").shape
-        return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            raise ValueError(
-                f"{path}: an Embedding with max_norm={module.max_norm} rewrites its weight in each forward, so an "
-                "adapter on it has no fixed meaning; set max_norm=None or leave this module out of target_modules"
-            )
-        return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        geometry = Geometry(
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            module.padding_mode,
-            tuple(module._reversed_padding_repeated_twice),
-        )
-        return Site(
-            path,
-            f"conv{len(module.kernel_size)}d",
-            module.in_channels,
-            module.out_channels,
-            module.bias is not None,
-            kernel_size=tuple(module.kernel_size),
-            geometry=geometry,
-        )
-    return None
+    if not weight.is_floating_point():
+        return str(weight.dtype)
+    library = type(weight).__module__.partition(".")[0]
+    return f"quantised (a {type(weight).__name__} of {library})" if library in _QUANTISERS else None
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:

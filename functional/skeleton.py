@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .adapted import Cell, adapt
+from .layers import plain_class
 from .method import Entry
-from .site import plain_class
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""

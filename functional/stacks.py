@@ -185,7 +185,7 @@ class StackedGraft(Graft):
     def _entry(self, path: str, entry: Entry) -> Entry:
         known = tuple(path in plan for plan in self._plans)
         module: Any = self.model.get_submodule(path)
-        return StackedEntry(entry.config, entry.site, torch.tensor(known, device=module.weight.device), known)
+        return StackedEntry(entry.config, entry.site, torch.tensor(known, device=entry.site.like(module).device), known)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .adapted import AdaptedModule, Cell
+from .layers import describe
 from .layout import locate
 from .method import Entry, Leaves
 from .replaced import Exchange, over
 from .route import Routed
 from .routed import Chosen, with_constants
 from .rows import Groups, PerAdapter
-from .site import Site, describe
+from .site import Site
 
 
 @dataclasses.dataclass(eq=False)

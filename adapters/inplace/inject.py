@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Weights, trees
 from torchgraft.functional.leaves import shapes_of
 from torchgraft.functional.method import Entry, Tree
-from torchgraft.functional.plan import plan_sites, weights_of
+from torchgraft.functional.plan import plan_sites, weights_of, with_parts
 from torchgraft.functional.replaced import Plan, each, plan_replaced
 from torchgraft.functional.site import Site
 
@@ -265,7 +265,7 @@ def _from_keys(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            named = set(find_targets(config, modules, model))
+            named = {path for path, _ in with_parts(modules, find_targets(config, modules, model))}
         except ValueError:
             named = set()
     if named and named != set(paths):
@@ -299,7 +299,7 @@ def _leaves(
         drawn = config.method.init(config, list(sites.values()), None, weights)
     made = {}
     for path in sites:
-        weight: Any = modules[path].weight
+        weight = sites[path].like(modules[path])
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         device = "meta" if meta else weight.device
         made[path] = {leaf: nn.Parameter(tensor.to(device, dtype)) for leaf, tensor in drawn[path].items()}

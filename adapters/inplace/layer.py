@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -221,17 +221,24 @@ class BaseTunerLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight; the adapted one for a parent that computes with it instead of calling this layer."""
-        return self._dense()[0] if self._dense_weight and self._adapted() else self.base_layer.weight
+        return cast(Tensor, self._held("weight"))
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias; the adapted one for a parent that computes with it instead of calling this layer."""
-        return self._dense()[1] if self._dense_weight and self._adapted() else self.base_layer.bias
+        return self._held("bias")
 
-    def _dense(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self._live.over(self.base_layer).dense()
-        weight = self._live.entries[0].site.canonical(weight).to(self.base_layer.weight.dtype)
-        return weight, None if bias is None else bias.to(self.base_layer.bias.dtype)
+    def _held(self, name: str) -> Tensor | None:
+        if not (self._dense_weight and self._adapted()):
+            return getattr(self.base_layer, name)
+        site = self._live.entries[0].site
+        value = site.stored(*self._live.over(self.base_layer).dense()).get(name)
+        return None if value is None else value.to(site.like(self.base_layer).dtype)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the device and dtype that adapters on this layer go by."""
+        return next(iter(self._entries.values())).site.like(self.base_layer)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What an adapter adds to the base's weight, in the layout of that weight and the adapter's dtype.
@@ -244,7 +251,10 @@ class BaseTunerLayer(nn.Module):
         entry, leaves = self._entries[adapter_name], self.leaves(adapter_name)
         weight, bias = self.originals.base(self.base_layer, entry.site).dense()
         delta = entry.merge(dict(leaves), weight.double(), None if bias is None else bias.double())[0] - weight
-        return entry.site.canonical(delta).to(next(iter(leaves.values())).dtype)
+        delta = (
+            torch.block_diag(*stored) if len(stored := [*entry.site.stored(delta, None).values()]) > 1 else stored[0]
+        )
+        return delta.to(next(iter(leaves.values())).dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make adapters part of the base's weights; the sum is taken in float32 or wider and rounded once.
@@ -370,11 +380,16 @@ class BaseTunerLayer(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Numbers by adapter (`scaling`, `r`); else what the wrapped module has."""
+        """Weight and bias, numbers by adapter (`scaling`, `r`); else what the wrapped module has."""
+        entries = self.__dict__.get("_entries")
+        if entries and name in next(iter(entries.values())).site.names:
+            return self._held(name)
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+            if (name.startswith("_") and name != "_qkv_same_embed_dim") or "base_layer" not in self.__dict__.get(
+                "_modules", {}
+            ):
                 raise
         configs: list[Any] = [entry.config for entry in self._entries.values()]
         if any(name in config.form.values for config in configs):
@@ -388,7 +403,7 @@ class BaseTunerLayer(nn.Module):
 
 def _refuse_while_merged(layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     assert isinstance(layer, BaseTunerLayer)
-    if layer.merged and f"{prefix}base_layer.weight" in state_dict:
+    if layer.merged and any(f"{prefix}base_layer.{name}" in state_dict for name in layer.originals.tensors):
         raise RuntimeError(
             f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
             "mix the two; call unmerge_adapter(model) first"

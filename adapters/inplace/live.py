@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
+from torchgraft.functional.layers import plain_class
 from torchgraft.functional.method import Entry
-from torchgraft.functional.site import plain_class
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer
@@ -44,12 +44,14 @@ class Live:
 
     def __init__(self, layer: BaseTunerLayer, names: Iterable[str]):
         self.names = list(names)
-        self.entries = [placed(layer.entries[name], layer.base_layer.weight.device) for name in self.names]
+        own = [layer.entries[name] for name in self.names]
+        self.entries = [placed(entry, entry.site.like(layer.base_layer).device) for entry in own]
         self.held = [layer.held(name) for name in self.names]
         base: Any = layer.base_layer
         plain: Any = plain_class(base)
-        own = type(base).forward is not plain.forward
-        self.shell = Shell(base, plain, self.entries) if own and self.names else None
+        attention = plain is nn.MultiheadAttention
+        inherited = type(base).forward is plain.forward and not attention
+        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries)
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -94,7 +96,7 @@ class Shell:
         self.cell = Cell()
         cls: Any = type(base)
         self.inner: Any = object.__new__(inner_class(cls, plain))
-        self.module: Any = object.__new__(adapted_class(cls, plain))
+        self.module: Any = object.__new__(adapted_class(cls, plain, entries[0].site))
         state: dict[str, Any] = {}
         for one in (self.inner, self.module):
             object.__setattr__(one, "__dict__", state)

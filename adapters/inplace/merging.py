@@ -134,7 +134,8 @@ def _check_tied(model: nn.Module, found: dict[str, BaseTunerLayer]) -> None:
             if parameter is not None:
                 owners.setdefault(id(parameter), {})[id(module)] = f"{name}.{leaf}"
     for path, layer in found.items():
-        for leaf in ("weight", "bias"):
+        site = next(iter(layer.entries.values())).site
+        for leaf in site.names:
             tied = owners.get(id(layer.base_layer._parameters.get(leaf)), {})
             others = [name for key, name in tied.items() if key != id(layer.base_layer)]
             if others:

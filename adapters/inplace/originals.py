@@ -11,6 +11,26 @@ from torch import Tensor, nn
 from torchgraft.functional import Site
 from torchgraft.functional.adapted import Adapted
 from torchgraft.functional.replaced import Given
+from torchgraft.functional.site import quantised_form
+
+
+def check_mergeable(site: Site, module: nn.Module) -> None:
+    """Refuse a module whose weight no merged one can take the place of.
+
+    Raises:
+        ValueError: A weight that is computed, packed or quantised.
+    """
+    forms = [quantised_form(getattr(module, name)) for name in site.weight_names] or ["packed"]
+    if (form := next(filter(None, forms), None)) is not None:
+        raise ValueError(
+            f"{site.path}: its weight is {form}, so no adapter can be merged into it; leave the adapter unmerged, "
+            "merge it into the model as it was before quantisation, or dequantise this module first"
+        )
+    if any(module._parameters.get(name) is None for name in site.weight_names):
+        raise ValueError(
+            f"{site.path}: weight is computed (a parametrization or weight norm), so no adapter can be merged into it; "
+            "remove it first, or leave the adapter unmerged"
+        )
 
 
 class Originals:
@@ -35,26 +55,16 @@ class Originals:
             ValueError: A weight that is computed, or one that is not finite where `safe`.
             RuntimeError: Something else wrote to the weights while adapters were merged.
         """
-        site, module_weight = layer.entry.site, module._parameters.get("weight")
-        if module_weight is None:
-            raise ValueError(
-                f"{site.path}: weight is computed (a parametrization or weight norm), so no adapter can be merged into "
-                "it; remove it first, or leave the adapter unmerged"
-            )
-        if not module_weight.is_floating_point():
-            raise ValueError(
-                f"{site.path}: weight has dtype {module_weight.dtype}, so no adapter can be merged into it; leave the "
-                "adapter unmerged, or dequantise the module first"
-            )
+        site = layer.entry.site
+        check_mergeable(site, module)
         self.check_unwritten(module, site.path)
-        weight, bias = layer.dense()
-        merged = {"weight": site.canonical(weight), "bias": bias}
+        merged = site.stored(*layer.dense())
         for leaf, value in merged.items():
-            if value is not None and safe and not torch.isfinite(value).all():
+            if safe and not torch.isfinite(value).all():
                 raise ValueError(f"{site.path}: {leaf} with {list(names)} merged has values that are not finite")
         for leaf, value in merged.items():
             own = module._parameters.get(leaf)
-            if own is None or value is None:
+            if own is None:
                 continue
             self.tensors.setdefault(leaf, own.data)
             own.data = value.to(own.dtype).contiguous()

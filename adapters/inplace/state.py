@@ -15,7 +15,7 @@ from torchgraft.functional.method import Tree
 from torchgraft.functional.trees import sort
 
 from ..config import AdapterConfig
-from ..keys import PREFIX, SHARED, join, names_of, replaced_key
+from ..keys import PREFIX, SHARED, held_at, join, names_of, replaced_key
 from ..targets import exact
 from ..tokens import LEAF as TOKENS
 from .biases import biases_of, put_bias
@@ -171,16 +171,17 @@ def _given(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
 def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
     """Each tensor of an adapter by its key in files, with its key in the model."""
     found: dict[str, tuple[str, Tensor]] = {}
-    for path, layer in layers(model).items():
+    carriers = layers(model)
+    adapted = [path for path, layer in carriers.items() if adapter_name in layer.entries]
+    for path, layer in carriers.items():
         if adapter_name in layer.entries:
             for leaf, parameter in layer.leaves(adapter_name).items():
                 attribute, name = config.form.place(leaf)
-                own = f"{path}.{attribute}.{adapter_name}"
-                found[join(config, path, leaf)] = (own if name is None else f"{own}.{name}", parameter)
+                own = f"{held_at(path, carriers)}.{attribute}.{adapter_name}"
+                found[join(config, held_at(path, adapted), leaf)] = (own if name is None else f"{own}.{name}", parameter)
     for path, bias in _biases(model, adapter_name).items():
-        key = f"{path}.base_layer.bias" if path in layers(model) else f"{path}.bias"
-        adapted = path in layers(model) and adapter_name in layers(model)[path].entries
-        found[replaced_key(path, "bias", adapted)] = (key, bias)
+        key = replaced_key(held_at(path, carriers), "bias", path in carriers)
+        found[replaced_key(held_at(path, adapted), "bias", path in adapted)] = (key, bias)
     for path, tokens in named(model, TrainableTokensWrapper).items():
         if adapter_name in tokens.token_adapter.trainable_tokens_delta:
             key = replaced_key(path, TOKENS)
@@ -245,8 +246,12 @@ def set_peft_model_state_dict(
     found = layers(model)
     for layer in found.values():
         layer.check_unwritten()
-    bases = {path: layer.base_layer for path, layer in found.items()}
-    biases = {f"{path}{end}": path for path in _biases(model, adapter_name) for end in (".bias", ".base_layer.bias")}
+    bases = {held_at(path, found): _like(layer) for path, layer in found.items()}
+    biases = {
+        f"{held_at(path, found)}{end}": path
+        for path in _biases(model, adapter_name)
+        for end in (".bias", ".base_layer.bias")
+    }
     for key in [key for key in expected if key in given and key not in wrong]:
         if key in own:
             if key in biases:
@@ -266,13 +271,13 @@ def set_peft_model_state_dict(
 def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
     return {
-        f"{path}.base_layer.weight": layer.base_layer.weight
+        f"{path}.base_layer.{layer.entries[adapter_name].site.weight_names[0]}": layer.like
         for path, layer in layers(model).items()
         if adapter_name in layer.entries and layer.entries[adapter_name].site.kind == "embedding"
     }
 
 
-def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Any]) -> None:
+def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Tensor]) -> None:
     """Copy into a tensor of the model, or take its place with the device and dtype of the base."""
     path, _, name = key.rpartition(".")
     owner = model.get_submodule(path)
@@ -282,8 +287,8 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping
             old.copy_(value)
         return
     base = next((bases[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in bases), None)
-    like = old if base is None or not base.weight.is_floating_point() else base.weight
-    new = value.detach().to(like.device, like.dtype)
+    like = old if base is None else base
+    new = value.detach().to(like.device, like.dtype if like.is_floating_point() else old.dtype)
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 

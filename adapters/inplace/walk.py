@@ -93,7 +93,7 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         adapter_name: The adapter whose copies of `modules_to_save` are to be in it, instead of the user's modules.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for layer in layers(model).values():
+    for layer in reversed(layers(model).values()):  # those within others first
         memo[id(layer)] = copy.deepcopy(layer.base_layer, memo)
     for wrapper in named(model, ModulesToSaveWrapper).values():
         saved = wrapper.modules_to_save._modules.get(adapter_name or "", wrapper.original_module)
