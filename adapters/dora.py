@@ -64,7 +64,7 @@ def norms(site: Site, a: Tensor, b: Tensor, weight: Tensor, scaling: Scaling | P
     Returns:
         `"... out"`.
 
-    >>> from torchgraft.functional.site import describe
+    >>> from torchgraft.functional.layers import describe
     >>> norms(describe("", nn.Linear(2, 1)), torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[2.0, 3.0]]), 1.0)
     tensor([5.])
     """

@@ -163,8 +163,8 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
         require(
             site.kind != "attention" or (kind_of(config.init_lora_weights) is None and not config.use_dora),
             config,
-            f"init_lora_weights is {config.init_lora_weights!r} and use_dora is {config.use_dora}, and at {site.path}, a "
-            "MultiheadAttention, they can be True, False or 'gaussian' and False; leave it out of target_modules",
+            f"init_lora_weights is {config.init_lora_weights!r} and use_dora is {config.use_dora}; at {site.path}, a "
+            "MultiheadAttention, only True, False or 'gaussian' work, without DoRA; leave it out of target_modules",
         )
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}

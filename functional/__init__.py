@@ -9,6 +9,7 @@ from .grads import grad as grad
 from .grads import value_and_grad as value_and_grad
 from .graft import Graft as Graft
 from .graft import bind as bind
+from .layers import register_layer as register_layer
 from .merge import merge as merge
 from .method import Config as Config
 from .method import Layer as Layer

@@ -90,6 +90,7 @@ def register_layer(
         TypeError: Something else than a class of modules, or a name that is no string.
         ValueError: An unknown kind, a transposed convolution, or a class that is known already as something else.
 
+    >>> import torch
     >>> class Dense(nn.Module):
     ...     def __init__(self, inputs, outputs):
     ...         super().__init__()
@@ -211,7 +212,7 @@ def _own(kind: str, weight: str, bias: str | None, transposed: bool, path: str, 
     flip = transposed != (kind == "embedding")
     outputs, inputs = tuple(held.mT.shape if flip else held.shape)[:2]
     if shift is not None and (kind == "embedding" or not isinstance(shift, Tensor) or shift.shape != (outputs,)):
-        given = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
+        given = str(tuple(shift.shape)) if isinstance(shift, Tensor) else type(shift).__name__
         expected = "none" if kind == "embedding" else f"shape {(outputs,)}"
         raise ValueError(f"{what}, and its {bias!r} is {given}, expected {expected}")
     names: dict[str, Any] = {"weight_names": (weight,), "bias_name": bias or "bias"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 from .adapted import Adapted, Base
 from .graft import Graft
 from .method import Tree
 from .replaced import Given, merged
+from .site import own_tensor
 
 
 def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
@@ -47,14 +50,15 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     given = merged(modules, graft.replaced, active)
     state.update(given)
     names: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in itertools.chain(*tensors):
         names.setdefault(id(tensor), []).append(name)
     layers: dict[int, Base | Adapted] = {}
     paths: dict[int, str] = {}
     for adapter, tree in active.items():
         for path, entry in graft.entries(adapter).items():
             module = modules[path]
-            own = {leaf: given[name] for leaf in ("weight", "bias") if (name := f"{path}.{leaf}".lstrip(".")) in given}
+            own = {leaf: given[name] for leaf in entry.site.names if (name := f"{path}.{leaf}".lstrip(".")) in given}
             below = layers.get(id(module)) or Given(module, entry.site, own)
             layers[id(module)] = Adapted(below, entry, tree[path])
             paths.setdefault(id(module), path)
@@ -75,7 +79,7 @@ def _write(
     value: Tensor,
 ) -> None:
     module = modules[path]
-    own = module._parameters.get(leaf)
+    own = own_tensor(module, leaf)
     if own is None:
         raise ValueError(
             f"{path}: {leaf} is computed (a parametrization or weight norm), so no entry of the state dict is the "

@@ -107,7 +107,8 @@ class Site:
         Raises:
             TypeError: A weight that no adapter can be added to: packed, or quantised.
 
-        >>> module = torch.nn.ParameterDict({"kernel": torch.zeros(2, 3)})
+        >>> module = torch.nn.Module()
+        >>> module.kernel = torch.zeros(2, 3)
         >>> Site("", "linear", 2, 3, transposed=True, weight_names=("kernel",)).read(module)[0].shape
         torch.Size([3, 2])
         """
@@ -149,7 +150,7 @@ class Site:
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run the module's function with another canonical weight and bias.
 
-        >>> site = describe("", torch.nn.Linear(2, 2))
+        >>> site = Site("", "linear", in_features=2, out_features=2)
         >>> site.call(torch.ones(1, 2), torch.eye(2))
         tensor([[1., 1.]])
         """
@@ -171,6 +172,16 @@ class Site:
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve with a kernel of ones: a linear map of the channels, in the module's groups."""
         return _CONVOLVE[self.kind](x, weight, groups=self.groups)
+
+
+def own_tensor(module: Any, name: str) -> Tensor | None:
+    """The parameter or buffer that a module itself has under a name; `None` for what it computes.
+
+    >>> own_tensor(torch.nn.Linear(2, 1), "weight").shape
+    torch.Size([1, 2])
+    """
+    held = module._parameters.get(name)
+    return module._buffers.get(name) if held is None else held
 
 
 def quantised_form(weight: Any) -> str | None:

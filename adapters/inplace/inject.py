@@ -309,7 +309,7 @@ def _leaves(
 
 def _fixed(config: AdapterConfig, site: Site, module: nn.Module, meta: bool) -> dict[str, nn.Parameter]:
     """The leaves of a site that are not trained."""
-    weight: Any = module.weight
+    weight = site.like(module)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     device = "meta" if meta else weight.device
     tensors = config.form.fixed_tensors(config, site)

@@ -16,7 +16,7 @@ from torchgraft.functional.method import Entry
 
 from .containers import Modules, Parameters
 from .live import Live
-from .originals import Originals
+from .originals import Originals, refuse_while_merged
 from .values import Values
 
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -50,7 +50,7 @@ class BaseTunerLayer(nn.Module):
         self._dense_weight = any(isinstance(parent, _READS_WEIGHTS) for parent in parents)
         self._live = Live(self, [])
         self._argument = next(iter(list(inspect.signature(type(base_layer).forward).parameters)[1:]), "input")
-        self.register_load_state_dict_pre_hook(_refuse_while_merged)
+        self.register_load_state_dict_pre_hook(refuse_while_merged)
         self.register_load_state_dict_post_hook(_refresh_after_loading)
 
     # -- adapters ------------------------------------------------------------------------------------------------
@@ -229,16 +229,8 @@ class BaseTunerLayer(nn.Module):
         return self._held("bias")
 
     def _held(self, name: str) -> Tensor | None:
-        if not (self._dense_weight and self._adapted()):
-            return getattr(self.base_layer, name)
-        site = self._live.entries[0].site
-        value = site.stored(*self._live.over(self.base_layer).dense()).get(name)
-        return None if value is None else value.to(site.like(self.base_layer).dtype)
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the device and dtype that adapters on this layer go by."""
-        return next(iter(self._entries.values())).site.like(self.base_layer)
+        adapted = self._dense_weight and self._adapted()
+        return self._live.dense(self.base_layer, name) if adapted else getattr(self.base_layer, name)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What an adapter adds to the base's weight, in the layout of that weight and the adapter's dtype.
@@ -251,10 +243,8 @@ class BaseTunerLayer(nn.Module):
         entry, leaves = self._entries[adapter_name], self.leaves(adapter_name)
         weight, bias = self.originals.base(self.base_layer, entry.site).dense()
         delta = entry.merge(dict(leaves), weight.double(), None if bias is None else bias.double())[0] - weight
-        delta = (
-            torch.block_diag(*stored) if len(stored := [*entry.site.stored(delta, None).values()]) > 1 else stored[0]
-        )
-        return delta.to(next(iter(leaves.values())).dtype)
+        parts = [*entry.site.stored(delta, None).values()]
+        return (torch.block_diag(*parts) if len(parts) > 1 else parts[0]).to(next(iter(leaves.values())).dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make adapters part of the base's weights; the sum is taken in float32 or wider and rounded once.
@@ -381,9 +371,6 @@ class BaseTunerLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Weight and bias, numbers by adapter (`scaling`, `r`); else what the wrapped module has."""
-        entries = self.__dict__.get("_entries")
-        if entries and name in next(iter(entries.values())).site.names:
-            return self._held(name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -394,20 +381,13 @@ class BaseTunerLayer(nn.Module):
         configs: list[Any] = [entry.config for entry in self._entries.values()]
         if any(name in config.form.values for config in configs):
             return Values(self, name)
+        if any(name in entry.site.names for entry in self._entries.values()):
+            return self._held(name)
         return getattr(self.base_layer, name)
 
     def _get_name(self) -> str:
         methods = sorted({entry.config.method.name.lower() for entry in self._entries.values()})
         return ".".join([*methods, type(self.base_layer).__name__])
-
-
-def _refuse_while_merged(layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    assert isinstance(layer, BaseTunerLayer)
-    if layer.merged and any(f"{prefix}base_layer.{name}" in state_dict for name in layer.originals.tensors):
-        raise RuntimeError(
-            f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
-            "mix the two; call unmerge_adapter(model) first"
-        )
 
 
 def _refresh_after_loading(layer: nn.Module, _: Any) -> None:

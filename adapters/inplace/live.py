@@ -49,7 +49,7 @@ class Live:
         self.held = [layer.held(name) for name in self.names]
         base: Any = layer.base_layer
         plain: Any = plain_class(base)
-        attention = plain is nn.MultiheadAttention
+        attention = any(entry.site.kind == "attention" for entry in self.entries)
         inherited = type(base).forward is plain.forward and not attention
         self.shell = None if inherited or not self.names else Shell(base, plain, self.entries)
 
@@ -68,6 +68,12 @@ class Live:
         for entry, leaves in zip(self.entries, self.leaves(), strict=True):
             layer = Adapted(layer, entry, leaves)
         return layer
+
+    def dense(self, base: Any, name: str) -> Tensor | None:
+        """The weight or bias that a wrapped module stores under a name, with the adapters in, in the base's dtype."""
+        site = self.entries[0].site
+        value = site.stored(*self.over(base).dense()).get(name)
+        return None if value is None else value.to(site.like(base).dtype)
 
     def run(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The adapted output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Site
 from torchgraft.functional.adapted import Adapted
 from torchgraft.functional.replaced import Given
-from torchgraft.functional.site import quantised_form
+from torchgraft.functional.site import own_tensor, quantised_form
 
 
 def check_mergeable(site: Site, module: nn.Module) -> None:
@@ -26,7 +26,7 @@ def check_mergeable(site: Site, module: nn.Module) -> None:
             f"{site.path}: its weight is {form}, so no adapter can be merged into it; leave the adapter unmerged, "
             "merge it into the model as it was before quantisation, or dequantise this module first"
         )
-    if any(module._parameters.get(name) is None for name in site.weight_names):
+    if any(own_tensor(module, name) is None for name in site.weight_names):
         raise ValueError(
             f"{site.path}: weight is computed (a parametrization or weight norm), so no adapter can be merged into it; "
             "remove it first, or leave the adapter unmerged"
@@ -63,7 +63,7 @@ class Originals:
             if safe and not torch.isfinite(value).all():
                 raise ValueError(f"{site.path}: {leaf} with {list(names)} merged has values that are not finite")
         for leaf, value in merged.items():
-            own = module._parameters.get(leaf)
+            own = own_tensor(module, leaf)
             if own is None:
                 continue
             self.tensors.setdefault(leaf, own.data)
@@ -78,7 +78,7 @@ class Originals:
         """
         self.check_unwritten(module, path)
         for leaf, tensor in self.tensors.items():
-            module.get_parameter(leaf).data = tensor
+            _own(module, leaf).data = tensor
         self.tensors, self._written = {}, {}
 
     def apply(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -87,7 +87,7 @@ class Originals:
         self._note(module)
 
     def _note(self, module: nn.Module) -> None:
-        owned = {leaf: module.get_parameter(leaf) for leaf in self.tensors}
+        owned = {leaf: _own(module, leaf) for leaf in self.tensors}
         self._written = {leaf: (own.data_ptr(), own._version) for leaf, own in owned.items()}
 
     def check_unwritten(self, module: nn.Module, path: str) -> None:
@@ -97,9 +97,24 @@ class Originals:
             RuntimeError: Something did.
         """
         for leaf, written in self._written.items():
-            own = module.get_parameter(leaf)
+            own = _own(module, leaf)
             if (own.data_ptr(), own._version) != written:
                 raise RuntimeError(
                     f"{path}: something wrote to {leaf} while adapters were merged into it, so the original is not "
                     "what it was; unmerge before changing the base's weights"
                 )
+
+
+def _own(module: nn.Module, leaf: str) -> Tensor:
+    own = own_tensor(module, leaf)
+    assert own is not None
+    return own
+
+
+def refuse_while_merged(layer: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse to load the base's weights into a layer while adapters are merged into them."""
+    if layer.merged and any(f"{prefix}base_layer.{name}" in state_dict for name in layer.originals.tensors):
+        raise RuntimeError(
+            f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
+            "mix the two; call unmerge_adapter(model) first"
+        )

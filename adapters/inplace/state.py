@@ -178,7 +178,10 @@ def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict
             for leaf, parameter in layer.leaves(adapter_name).items():
                 attribute, name = config.form.place(leaf)
                 own = f"{held_at(path, carriers)}.{attribute}.{adapter_name}"
-                found[join(config, held_at(path, adapted), leaf)] = (own if name is None else f"{own}.{name}", parameter)
+                found[join(config, held_at(path, adapted), leaf)] = (
+                    own if name is None else f"{own}.{name}",
+                    parameter,
+                )
     for path, bias in _biases(model, adapter_name).items():
         key = replaced_key(held_at(path, carriers), "bias", path in carriers)
         found[replaced_key(held_at(path, adapted), "bias", path in adapted)] = (key, bias)
@@ -247,10 +250,9 @@ def set_peft_model_state_dict(
     for layer in found.values():
         layer.check_unwritten()
     bases = {held_at(path, found): _like(layer) for path, layer in found.items()}
+    adapted = [path for path, layer in found.items() if adapter_name in layer.entries]
     biases = {
-        f"{held_at(path, found)}{end}": path
-        for path in _biases(model, adapter_name)
-        for end in (".bias", ".base_layer.bias")
+        replaced_key(held_at(path, adapted), "bias", path in adapted): path for path in _biases(model, adapter_name)
     }
     for key in [key for key in expected if key in given and key not in wrong]:
         if key in own:
@@ -271,10 +273,15 @@ def set_peft_model_state_dict(
 def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
     return {
-        f"{path}.base_layer.{layer.entries[adapter_name].site.weight_names[0]}": layer.like
+        f"{path}.base_layer.{layer.entries[adapter_name].site.weight_names[0]}": _like(layer)
         for path, layer in layers(model).items()
         if adapter_name in layer.entries and layer.entries[adapter_name].site.kind == "embedding"
     }
+
+
+def _like(layer: BaseTunerLayer) -> Tensor:
+    """A tensor of the device and dtype that adapters on a layer go by."""
+    return next(iter(layer.entries.values())).site.like(layer.base_layer)
 
 
 def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Tensor]) -> None:

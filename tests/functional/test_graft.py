@@ -266,7 +266,12 @@ def test_unknown_adapter_name():
             TypeError,
             "bind: an adapter's name is a non-empty string, got ''",
         ),
-        (mlp(), LoraConfig(target_modules=["1"]), ValueError, "1: LORA does not support Tanh; it supports conv1d"),
+        (
+            mlp(),
+            LoraConfig(target_modules=["1"]),
+            ValueError,
+            "1: LORA does not support Tanh; it supports attention, conv1d",
+        ),
         (
             mlp(),
             LoraConfig(r=0, target_modules=["0"]),
