@@ -37,6 +37,9 @@ from .inplace import set_requires_grad as set_requires_grad
 from .inplace import unload as unload
 from .inplace import unmerge_adapter as unmerge_adapter
 from .lora import LoraConfig as LoraConfig
+from .lora_fa import LoraFA as LoraFA
+from .lora_fa import lora_fa_gradients as lora_fa_gradients
+from .lora_plus import lora_plus_groups as lora_plus_groups
 from .oft import OFTConfig as OFTConfig
 from .peft_type import PeftType as PeftType
 from .summaries import Row as Row
