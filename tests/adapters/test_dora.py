@@ -371,3 +371,24 @@ def test_what_cannot_be_says_so():
     _, graft, params, _ = built("conv2d grouped")
     with pytest.raises(ValueError, match="layer: LoRA on a convolution with 2 groups sees all channels"):
         merge(graft, params)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
+def test_starts_from_the_weight_as_in_peft(start):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(3, 6)
+    fields = {"r": 2, "lora_alpha": 3, "use_dora": True, "init_lora_weights": start, "target_modules": ["0"]}
+    graft = bind(model, LoraConfig(**fields))
+    torch.manual_seed(1)
+    params = graft.init()
+    torch.manual_seed(1)
+    injected = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(model))
+    torch.testing.assert_close(params["0"][MAGNITUDE], injected[0].lora_magnitude_vector["default"].weight)
+    for leaf in ("lora_A", "lora_B"):
+        torch.testing.assert_close(params["0"][leaf], getattr(injected[0], leaf)["default"].weight)
+    torch.testing.assert_close(graft(params, x), injected(x), rtol=1e-5, atol=1e-5)
+    params = {"0": {leaf: t + 0.3 * torch.randn_like(t) for leaf, t in params["0"].items()}}
+    with torch.no_grad():
+        for leaf in ("lora_A", "lora_B", MAGNITUDE):
+            getattr(injected[0], leaf)["default"].weight.copy_(params["0"][leaf])
+    torch.testing.assert_close(graft(params, x), injected(x), rtol=1e-5, atol=1e-5)
