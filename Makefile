@@ -30,9 +30,6 @@ serve: $(VENV)/.demo
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
 
-sweep: $(VENV)/.demo
-	$(BIN)/python examples/sweep.py --out sweep-out
-
 test: lint
 	$(BIN)/python -m pytest -n 2
 

@@ -24,7 +24,7 @@ from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 from .config import require
 from .form import Form, Value
 from .lora_fields import LoraFields
-from .low_rank import add_product, add_routed, add_scaled
+from .low_rank import add_routed, add_scaled, add_to_linear
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -173,16 +173,16 @@ def _init_site(config: AdaLoraConfig, site: Site, generator: torch.Generator | N
 def apply(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + s B diag(E) A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
     scaling = site.constants["scaling"]
+    if site.kind == "linear":
+        a, e, b = widen(leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
+        return add_to_linear(base, x, a * e, b, scaling, config.lora_dropout)
     y = base(x)
     if config.lora_dropout:
         x = F.dropout(x, config.lora_dropout, training=base.training)
     x, a, e, b = widen(x, leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
-    a = a * e
-    if site.kernel_size:
-        kernels = a.unflatten(1, site.weight_shape[1:]).repeat(site.groups, *(1 for _ in site.weight_shape[1:]))
-        down = site.convolve(x, kernels, groups=site.groups)
-        return add_scaled(y, site.pointwise(down, b[(...,) + (None,) * len(site.kernel_size)]), scaling)
-    return add_product(y, F.linear(x, a), b, scaling)
+    kernels = (a * e).unflatten(1, site.weight_shape[1:]).repeat(site.groups, *(1 for _ in site.weight_shape[1:]))
+    down = site.convolve(x, kernels, groups=site.groups)
+    return add_scaled(y, site.pointwise(down, b[(...,) + (None,) * len(site.kernel_size)]), scaling)
 
 
 def routed(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:

@@ -13,7 +13,7 @@ from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
 
 from . import dora
 from .initial.quantised import base_of
-from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups
+from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear
 
 if TYPE_CHECKING:
     from .lora import LoraConfig
@@ -26,6 +26,8 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
     (a, b), scaling = factors(site, leaves), site.constants["scaling"]
     base = base_of(site, base)
+    if site.kind == "linear" and not config.use_dora and not config.lora_bias:
+        return add_to_linear(base, x, a, b, scaling, config.lora_dropout)
     y = base(x)
     dtype, dropped = y.dtype, _dropped(config, site, base, x)
     if config.use_dora:

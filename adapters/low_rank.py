@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import PerAdapter, Rows, widen
+from torchgraft.functional import Layer, PerAdapter, Rows, widen
+
+from . import fused
 
 _MANY_TOKENS = 16
 """Tokens of one adapter from which copying its matrices costs less than sorting the tokens."""
@@ -43,6 +45,28 @@ def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: Scaling) -> Tensor
     if y.dtype == down.dtype and y.ndim > 1:
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), up.mT, alpha=scaling).view(y.shape)
     return add_scaled(y, F.linear(down, up), scaling)
+
+
+def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling, p: float) -> Tensor:
+    """`base(x) + s b a dropout(x)` for a linear layer, the sum in the wider dtype and rounded once to the base's.
+
+    Args:
+        base: The layer.
+        x: Its input, `"... in"`.
+        a: `"r in"`.
+        b: `"out r"`.
+        scaling: `s`.
+        p: Probability of dropout, in training mode.
+    """
+    p = p if base.training else 0.0
+    plain = None if torch.compiler.is_compiling() else base.plain
+    if plain is not None and not isinstance(scaling, Tensor) and fused.fits(x, plain[0], a, b):
+        return fused.linear(x, *plain, a, b, scaling, p)
+    y = base(x)
+    if p:
+        x = F.dropout(x, p)
+    x, a, b = widen(x, a, b)
+    return add_product(y, F.linear(x, a), b, scaling)
 
 
 def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AdaptedAttention, Part, Projection
+from .layers import is_plain_linear
 from .layout import Finder
 from .method import Entry, Leaves, Weighted
 from .routed import RoutedLayer, stand_in
@@ -33,6 +34,13 @@ class Base(Weighted):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
         return self.site.read(self.module)
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
+        """Weight and bias where a call is just `F.linear` of them, else `None`."""
+        if self.args or self.kwargs or not is_plain_linear(self.module):
+            return None
+        return self.site.canonical(self.module.weight), self.module.bias
 
     @property
     def training(self) -> bool:

@@ -125,6 +125,18 @@ def register_layer(
     _DESCRIBE[cls] = new
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module's forward is that of `nn.Linear` or `Conv1D` itself.
+
+    >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
+    (True, False)
+    """
+    forward = type(module).forward
+    return forward is nn.Linear.forward or (
+        forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward"
+    )
+
+
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is `transformers`' `Conv1D`, a linear map that stores `"in out"`, without importing it."""
     return any(_known(cls) is _conv1d_of_transformers for cls in type(module).__mro__)

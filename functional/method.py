@@ -32,6 +32,11 @@ class Layer(Protocol):
     @property
     def training(self) -> bool: ...
 
+    @property
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias where a call is just `F.linear` of them, else `None`."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
@@ -39,6 +44,8 @@ class Weighted(abc.ABC):
     """A layer whose weight and bias are those of its dense meaning."""
 
     __slots__ = ()
+
+    plain: tuple[Tensor, Tensor | None] | None = None
 
     @abc.abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Watch:
         self._empty = [registry for registry in registries if not registry]
         self._views = [vars(module).values() for module in modules]
         self._views += [registry.values() for registry in registries if registry]
-        self._state = list(map(tuple, self._views))
+        self._state = list(chain.from_iterable(self._views))
         tensors = {id(t): t for view in self._views for t in view if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
@@ -40,7 +41,7 @@ class Watch:
         try:
             return (
                 not any(self._empty)  # truth is cheaper to ask for than values
-                and list(map(tuple, self._views)) == self._state
+                and list(chain.from_iterable(self._views)) == self._state
                 and self.same_tensors()
             )
         except Exception:

@@ -146,6 +146,10 @@ class _Moved:
         return self.base.bias
 
     @property
+    def plain(self) -> None:
+        return None
+
+    @property
     def training(self) -> bool:
         return self.base.training
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _COPIES: Any = WeakIdKeyDictionary()
 """Constants on other devices, so that layers that share one keep sharing it."""
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class CalledBase(Base):
     """The wrapped module, called as a module, so that its own hooks run."""
@@ -28,6 +31,12 @@ class CalledBase(Base):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x, *self.args, **self.kwargs)
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
+        """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
+        own = vars(self.module)
+        return None if "forward" in own or any(own[name] for name in _HOOKS) or has_global_hooks() else super().plain
 
 
 class Live:

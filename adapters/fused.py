@@ -1,0 +1,129 @@
+"""The adapted linear layer as one step of autograd: what training and inference outside of transforms run.
+
+    y = x W^T + bias + s ((m * x) A^T) B^T
+
+Composed of torch's own functions, the same sum costs passes over fresh memory: a second output, a second gradient of
+the input, and with dropout a copy of the input and a mask in floating point, both kept for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_MANY = 2**15
+"""Elements from which the mask of a dropout is worth a way of its own to draw it."""
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether the adapted layer may run as one step.
+
+    Transforms, autocast and tensors of other classes see torch's own functions instead.
+    """
+    return (
+        x.ndim > 1
+        and x.dtype == weight.dtype == a.dtype == b.dtype
+        and type(weight) in _PLAIN
+        and type(x) is Tensor
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float = 0.0
+) -> Tensor:
+    """`x W^T + bias + s B A dropout(x)`.
+
+    Args:
+        x: `"... in"`.
+        weight: `"out in"`.
+        bias: `"out"`.
+        a: `"r in"`.
+        b: `"out r"`.
+        scaling: `s`.
+        p: Probability of dropout.
+
+    >>> x, w = torch.ones(1, 2), torch.ones(1, 2)
+    >>> linear(x, w, None, torch.ones(1, 2), torch.ones(1, 1), 0.5)
+    tensor([[3.]])
+    """
+    keep = None
+    if p:
+        keep, kept = draw(x, p)
+        scaling = scaling / kept
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias, a, b, scaling, keep)
+    return _forward(x, weight, bias, a, b, scaling, keep)[0]
+
+
+def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Which elements of an input dropout keeps, 0 or 1 like `x`, and the probability of that.
+
+    Large inputs on a CPU take 16 random bits for each, five times as fast as torch's own dropout, so there `p` is
+    rounded to a multiple of 2^-16. For the others the mask is the one of `F.dropout`, of the same random numbers.
+
+    >>> keep, kept = draw(torch.ones(1000), 0.25)
+    >>> keep.dtype, kept
+    (torch.uint8, 0.75)
+    """
+    if not x.is_cpu or x.numel() < _MANY:
+        return torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1 - p), 1 - p
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    return keep.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, weight, _, a, b, scaling, keep = args
+        y, down = _forward(*args)
+        ctx.save_for_backward(x, weight, a, b, down, keep)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, a, b, down, keep = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_a, for_b, _, _ = ctx.needs_input_grad
+        g = g.view(-1, g.shape[-1]) if g.is_contiguous() else g.flatten(0, -2)
+        gx = gw = gb = ga = g_bias = None
+        kept = x.reshape(-1, x.shape[-1]) if keep is None else (x * keep).view(-1, x.shape[-1])
+        up = (g @ b).mul_(ctx.scaling)
+        if for_a:
+            ga = up.t() @ kept
+        if for_b:
+            if torch.is_grad_enabled():  # what was kept is no function of `x` and `a` to a second derivative
+                down = kept @ a.t()
+            gb = (down.t() @ g).mul_(ctx.scaling).t()
+        if for_x:
+            gx = g @ weight
+            gx = gx.addmm_(up, a) if keep is None else gx.add_((up @ a).mul_(keep.view(gx.shape)))
+            gx = gx.view(x.shape)
+        if for_weight:
+            gw = g.t() @ x.reshape(-1, x.shape[-1])
+        if for_bias:
+            g_bias = g.sum(0)
+        return gx, gw, g_bias, ga, gb, None, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and the input on `r` coordinates."""
+    flat = x.reshape(-1, x.shape[-1])
+    down = F.linear(flat if keep is None else flat * keep.view(flat.shape), a)
+    y = F.linear(flat, weight, bias).addmm_(down, b.t(), alpha=scaling)
+    if x.ndim > 2:  # in another shape, but no view to autograd: users may write to it
+        y = _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return y, down

@@ -1,0 +1,191 @@
+"""The adapted linear layer as one step: the same numbers as torch's own functions, wherever it may run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from torchgraft.adapters import LoraConfig, fused
+from torchgraft.functional import bind, functional_call
+
+
+def composed(x, weight, bias, a, b, scaling, keep=None, kept=1.0):
+    dropped = x if keep is None else x * keep / kept
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, a), b)
+
+
+def tensors(*batch, sizes=(5, 7, 3), bias=True):
+    i, o, r = sizes
+    shapes = [(*batch, i), (o, i), (o,), (r, i), (o, r)]
+    made = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return made if bias else [*made[:2], None, *made[3:]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    sizes=st.tuples(*[st.integers(1, 6)] * 3),
+    bias=st.booleans(),
+    p=st.sampled_from([0.0, 0.4]),
+    wanted=st.sets(st.integers(0, 4), min_size=1),
+)
+def test_value_and_gradients_are_those_of_the_composed_functions(batch, sizes, bias, p, wanted):
+    torch.manual_seed(0)
+    made = tensors(*batch, sizes=sizes, bias=bias)
+    wanted = [i for i in wanted if made[i] is not None]
+    for index, tensor in enumerate(made):
+        if tensor is not None:
+            tensor.requires_grad_(index in wanted)
+    torch.manual_seed(1)
+    y = fused.linear(*made, 0.7, p)
+    torch.manual_seed(1)
+    expected = composed(*made, 0.7, *(fused.draw(made[0], p) if p else ()))
+    torch.testing.assert_close(y, expected)
+    if wanted:
+        g = torch.randn_like(y)
+        asked = [made[i] for i in wanted]
+        torch.testing.assert_close(torch.autograd.grad(y, asked, g), torch.autograd.grad(expected, asked, g))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_second_derivatives(p):
+    made = tensors(2, 3)
+
+    def f(*made):
+        torch.manual_seed(2)
+        return fused.linear(*made, 0.7, p)
+
+    assert torch.autograd.gradcheck(f, made)
+    assert torch.autograd.gradgradcheck(f, made)
+
+
+def test_strided_inputs_and_gradients():
+    x = torch.randn(4, 3, 5, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    made = [x, *tensors(1)[1:]]
+    y, expected = fused.linear(*made, 0.7), composed(*made, 0.7)
+    g = torch.randn(7, dtype=torch.float64).expand_as(y)
+    torch.testing.assert_close(torch.autograd.grad(y, made, g), torch.autograd.grad(expected, made, g))
+
+
+def test_output_may_be_written_to_in_place():
+    made = tensors(2, 3)
+    y, expected = fused.linear(*made, 0.7), composed(*made, 0.7)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.relu_().square().sum(), made), torch.autograd.grad(expected.relu().square().sum(), made)
+    )
+
+
+@pytest.mark.parametrize("elements", [1000, 2**16 + 3])
+@pytest.mark.parametrize("p", [0.1, 0.75, 1 - 1e-9, 1e-9])
+def test_mask_keeps_what_it_says(elements, p):
+    torch.manual_seed(0)
+    keep, kept = fused.draw(torch.empty(elements), p)
+    assert keep.shape == (elements,) and set(keep.unique().tolist()) <= {0, 1}
+    assert abs(kept - (1 - p)) <= 2**-16 and kept > 0
+    assert abs(keep.double().mean() - kept) < 4 * (kept * (1 - kept) / elements) ** 0.5 + 1e-4
+    torch.manual_seed(0)
+    assert torch.equal(fused.draw(torch.empty(elements), p)[0], keep)
+
+
+def test_large_masks_are_independent_between_neighbours():
+    torch.manual_seed(0)
+    keep = fused.draw(torch.empty(2**20), 0.5)[0].double() - 0.5
+    for lag in (1, 2, 3, 4, 8):
+        assert abs((keep[lag:] * keep[:-lag]).mean()) < 0.002
+    assert keep.view(-1, 4).mean(0).abs().max() < 0.004
+
+
+def test_small_masks_are_those_of_torch():
+    x = torch.ones(40, 50)
+    torch.manual_seed(3)
+    keep, kept = fused.draw(x, 0.3)
+    torch.manual_seed(3)
+    torch.testing.assert_close(F.dropout(x, 0.3), keep / kept)
+
+
+def test_keeps_the_input_once_and_no_mask_in_floating_point():
+    q, k = nn.Linear(64, 64), nn.Linear(64, 64)
+    model = nn.ModuleDict({"q": q, "k": k}).requires_grad_(False)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model["q"](x) + self.model["k"](x)
+
+    graft = bind(Both(), LoraConfig(r=2, lora_dropout=0.1, target_modules=["q", "k"]))
+    params = graft.init()
+    leaves = [leaf.requires_grad_() for site in params.values() for leaf in site.values()]
+    x, kept = torch.randn(1024, 64), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *leaves)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        graft(params, x)
+    sizes = [size for key, size in kept.items() if key not in known]
+    assert sum(sizes) == x.nbytes + 2 * x.numel() + 2 * 1024 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w, a, b: (x[0], w, a, b),
+        lambda x, w, a, b: (x, w.double(), a, b),
+        lambda x, w, a, b: (x, w, a.bfloat16(), b.bfloat16()),
+    ],
+    ids=["one axis", "wider base", "narrow adapter"],
+)
+def test_other_inputs_take_the_composed_functions(change):
+    given = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
+    assert fused.fits(*given)
+    assert not fused.fits(*change(*given))
+
+
+def test_transforms_and_autocast_take_the_composed_functions():
+    given = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
+    found = []
+    torch.vmap(lambda x: found.append(fused.fits(x, *given[1:])) or x)(given[0][None])
+    with torch.autocast("cpu"):
+        found.append(fused.fits(*given))
+    with torch.autograd.forward_ad.dual_level():
+        found.append(fused.fits(*given))
+    assert found == [False] * 3
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Replaced(nn.Linear):
+    def forward(self, x):
+        return x.sum(-1, keepdim=True) * self.weight[:, 0]
+
+
+@pytest.mark.parametrize("cls", [Doubled, Replaced])
+def test_layers_with_a_forward_of_their_own_keep_it(cls):
+    model = nn.Sequential(cls(3, 4)).double()
+    graft = bind(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    params, x = graft.init(torch.Generator().manual_seed(0)), torch.randn(5, 3, dtype=torch.float64)
+    weight = model[0].weight + params["0"]["lora_B"] @ params["0"]["lora_A"] * 4
+    twin = nn.Sequential(cls(3, 4)).double()
+    twin.load_state_dict({"0.weight": weight, "0.bias": model[0].bias})
+    torch.testing.assert_close(graft(params, x), twin(x))
+
+
+def test_base_as_data_gets_its_gradients():
+    model = nn.Sequential(nn.Linear(3, 4)).double()
+    graft = bind(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    params, x = graft.init(torch.Generator().manual_seed(0)), torch.randn(5, 3, dtype=torch.float64)
+    base = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    y = functional_call(graft, (base, params), (x,))
+    weight, bias = torch.autograd.grad(y.sum(), list(base.values()))
+    torch.testing.assert_close(weight, x.sum(0).expand(4, 3))
+    torch.testing.assert_close(bias, torch.full((4,), 5.0, dtype=torch.float64))
