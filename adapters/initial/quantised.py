@@ -42,6 +42,10 @@ class Quantised:
         return self.base.bias
 
     @property
+    def plain(self) -> None:
+        return None
+
+    @property
     def training(self) -> bool:
         return self.base.training
 
