@@ -32,6 +32,7 @@ from torchgraft.adapters import (
     save_adapter,
 )
 from torchgraft.functional import bind, stack, unstack
+from torchgraft.functional.adapted import Base
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BOTH = {"target_modules": ["first", "second"]}
@@ -619,7 +620,7 @@ def test_fields_that_outputs_depend_on_are_those_that_a_graft_compares(config):
     for path, site in graft.sites[""].items():
         x = torch.randn(2, site.in_features)
         weight = model.get_submodule(path).weight
-        config.method.apply(recording, site, params[path], model.get_submodule(path), x)
+        config.method.apply(recording, site, params[path], Base(model.get_submodule(path), site), x)
         config.method.merge(recording, site, params[path], weight, None)
     training_alone = {"lora_dropout", "vera_dropout", "module_dropout"}
     shaped = {"block_share"}
