@@ -19,7 +19,8 @@ def remembered(
 ) -> tuple[Tensor, ...]:
     """`compute()`, or what it returned the last time where nothing that it depends on has changed since.
 
-    Only what is constant is remembered: no source requires a gradient, and nothing is compiled, traced or transformed.
+    Only what is constant is remembered: no source requires a gradient, and nothing is compiled, traced, transformed or
+    captured in a CUDA graph. Another stream computes its own.
     A source has changed if it is another tensor, has other memory or was written to. That is what PyTorch's version
     counters say, which do not see writes through `.data`; trained parameters, to which such writes are common, are
     never remembered.
@@ -40,7 +41,10 @@ def remembered(
     """
     if torch.compiler.is_compiling() or not _are_plain(sources):
         return compute()
-    state = (facts, *map(_state, sources))
+    stream = _stream(owner)
+    if stream is None:
+        return compute()
+    state = (stream, facts, *map(_state, sources))
     known = _KNOWN.get(owner)
     if known is None or known[0] != state:
         with torch.inference_mode(False), torch.no_grad():
@@ -60,6 +64,15 @@ def _are_plain(sources: Sequence[Tensor]) -> bool:
         source.requires_grad or source.is_meta or source.is_inference() or type(source) not in (Tensor, nn.Parameter)
         for source in sources
     )
+
+
+def _stream(tensor: Tensor) -> int | None:
+    """The stream that work on a tensor goes to now; `None` where what it computes must not be kept."""
+    if tensor.device.type in ("cpu", "mps"):
+        return 0
+    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
 def _state(tensor: Tensor) -> tuple[Hashable, ...]:

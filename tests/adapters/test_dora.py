@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ from torch.func import grad, hessian, vmap
 from transformers.pytorch_utils import Conv1D
 
 from torchgraft import adapters
-from torchgraft.adapters import LoraConfig, dora, inject_adapter_in_model
+from torchgraft.adapters import LoraConfig, dora, inject_adapter_in_model, remembered
 from torchgraft.functional import Site, bind, functional_call, merge, route, stack
 
 LAYERS = {
@@ -392,3 +393,48 @@ def test_starts_from_the_weight_as_in_peft(start):
         for leaf in ("lora_A", "lora_B", MAGNITUDE):
             getattr(injected[0], leaf)["default"].weight.copy_(params["0"][leaf])
     torch.testing.assert_close(graft(params, x), injected(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_trees_empty_weights_and_copies(options):
+    model, _, _, x = built("linear", use_dora=False)
+    config = LoraConfig(r=2, target_modules=["layer"], **options)
+    graft = bind(copy.deepcopy(model), config)
+    params = moved(graft.init())
+    expected = graft(params, x)
+    injected = inject_adapter_in_model(config, copy.deepcopy(model), params=params)
+    torch.testing.assert_close(injected(x), expected)
+    extracted = adapters.extract_params(injected)
+    assert all(extracted["layer"][leaf].data_ptr() == t.data_ptr() for leaf, t in params["layer"].items())
+    torch.testing.assert_close(adapters.extract_graft(injected)(extracted, x), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(injected))(x), expected)
+    torch.testing.assert_close(copy.deepcopy(injected)(x), expected)
+    state = adapters.get_peft_model_state_dict(injected)
+    empty = inject_adapter_in_model(config, copy.deepcopy(model), low_cpu_mem_usage=True, state_dict=state)
+    assert all(p.is_meta for name, p in empty.named_parameters() if "lora_" in name)
+    assert adapters.set_peft_model_state_dict(empty, state, low_cpu_mem_usage=True) == ([], [])
+    torch.testing.assert_close(empty(x), expected)
+    trained = [name for name, p in injected.named_parameters() if p.requires_grad]
+    assert len(trained) == len(params["layer"]) == 3
+    adapters.set_adapter(injected, [])
+    assert not any(p.requires_grad for p in injected.parameters())
+    assert torch.equal(injected(x), model(x))
+    adapters.delete_adapter(injected, "default")
+    assert not any("lora_" in name for name, _ in injected.named_parameters())
+
+
+def test_a_quantised_weight_is_refused_with_words():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="0: its weight is torch.int8"):
+        bind(model, LoraConfig(r=2, use_dora=True, target_modules=["0"])).init()
+
+
+def test_norms_are_computed_where_they_must_not_be_kept(computed, monkeypatch):
+    _, graft, params, x = built("linear")
+    expected = graft(params, x)
+    computed.clear()
+    for stream in (None, 1, 1, 2, 2, None):
+        monkeypatch.setattr(remembered, "_stream", lambda _, stream=stream: stream)
+        torch.testing.assert_close(graft(params, x), expected)
+    assert len(computed) == 4
