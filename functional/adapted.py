@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AdaptedAttention, Part, Projection
@@ -29,7 +30,19 @@ class Base(Weighted):
         self.module, self.site, self.args, self.kwargs = module, site, args, kwargs or {}
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x) if self.site.weight_names else self._packed(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The module's own output."""
         return type(self.module).forward(self.module, x, *self.args, **self.kwargs)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """The output with the gradient of the dequantised weight, where the kernel for a packed one has none."""
+        y = self.run(x.detach())
+        if not x.requires_grad:
+            return y
+        linear = F.linear(x, self.module.weight().dequantize())
+        return y + (linear - linear.detach())
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""

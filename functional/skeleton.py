@@ -144,8 +144,9 @@ class Skeleton:
             return x
         if isinstance(x, types.MethodType):
             owner = self._copy(x.__self__)
-            named = getattr(type(x.__self__), x.__func__.__name__, None) is x.__func__
-            func = getattr(type(owner), x.__func__.__name__) if named else self._copy(x.__func__)
+            name = getattr(x.__func__, "__name__", "")  # a partial has none
+            named = getattr(type(x.__self__), name, None) is x.__func__
+            func = getattr(type(owner), name) if named else self._copy(x.__func__)
             return types.MethodType(func, owner)
         if isinstance(x, types.FunctionType):
             return self._function(x)

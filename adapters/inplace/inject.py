@@ -369,7 +369,7 @@ def _check_plain(module: nn.Module, targeted: Mapping[int, str]) -> None:
         items = list(held) if isinstance(value, (dict, list, tuple, set)) else [value]
         for item in items:
             owner = getattr(item, "__self__", item)
-            if id(owner) in targeted:
+            if id(owner) in targeted and owner is not module:
                 raise ValueError(
                     f"{targeted[id(owner)]}: {type(module).__name__}.{attribute} keeps this module too, outside of the "
                     "module tree, and would go on with the one without adapter; keep it in a submodule or a "

@@ -29,7 +29,7 @@ class CalledBase(Base):
 
     __slots__ = ()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         return self.module(x, *self.args, **self.kwargs)
 
     @property
