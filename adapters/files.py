@@ -24,7 +24,7 @@ from .headers import open_weights
 from .inplace import get_peft_model_state_dict
 from .inplace.state import config_of, shared_tensors
 from .inplace.walk import layers, unwrap
-from .keys import PREFIX, SHARED, replaced_key, to_keys
+from .keys import PREFIX, SHARED, join, replaced_key, to_keys
 from .loading import Stored, load_into_graft, load_into_model
 from .replaced import other_names, saved_buffers
 from .strict_json import parse_object
@@ -231,6 +231,9 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
         owner = other.rpartition(".")[0]
         if modules[owner] is not modules[at]:
             state[PREFIX + replaced_key(owner, other.rpartition(".")[2], owner in graft.sites[name])] = tree[at][leaf]
+    for at, follow in graft.follows[name].items():
+        turned = follow.turned(tree[follow.source])
+        state |= {join(config, at, leaf, PREFIX): tensor for leaf, tensor in turned.items()}
     if config.form.saves_shared(config):
         constants = next(iter(graft.sites[name].values())).constants
         state |= {f"{SHARED}{shared}": constants[shared] for shared in config.form.shared}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from torchgraft.functional.follow import Follows
 from torchgraft.functional.replaced import Plan, each
 from torchgraft.functional.site import Site
 
@@ -30,14 +31,14 @@ class Parts:
         saved: Of buffers of `modules_to_save`, by their name in the model.
         shared: Of shared constants, by name.
         base: Of tensors of the base model, by their name there.
-        tied: Of further copies of a leaf, by key; the leaf is given by `(path, leaf)`.
+        tied: Of further copies of a leaf, by key: its path and name, and whether it is transposed.
     """
 
     leaves: dict[tuple[str, str], str]
     saved: dict[str, str]
     shared: dict[str, str]
     base: dict[str, str]
-    tied: dict[str, tuple[str, str]]
+    tied: dict[str, tuple[str, str, bool]]
 
 
 def found_leaves(config: AdapterConfig, weights: Weights) -> dict[str, dict[str, Tensor]]:
@@ -54,6 +55,7 @@ def fit(
     weights: Weights,
     sites: Mapping[str, Site],
     replaced: Plan,
+    follows: Follows,
     saved: Mapping[str, Tensor],
     base: Callable[[], Mapping[str, Tensor]],
 ) -> Parts:
@@ -64,6 +66,7 @@ def fit(
         weights: The opened file.
         sites: The modules that it adapts, by path.
         replaced: The tensors of the base that it has copies of.
+        follows: The modules that have the parameters of one of these sites.
         saved: The buffers of `modules_to_save`, by name.
         base: `() -> {name: tensor}` of the base model, asked for only where the file has more than the adapter.
 
@@ -77,7 +80,9 @@ def fit(
         for adapted in (path not in sites, path in sites):  # PEFT writes either; the last is the one to ask for
             leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf
         shapes[path, leaf] = one.shape
-    tied = other_names(replaced)
+    tied = {name: (*where, False) for name, where in other_names(replaced).items()}
+    for path, follow in follows.items():
+        tied |= {join(config, path, own): (follow.source, leaf, True) for own, leaf in follow.leaves.items()}
     shared = {f"{SHARED}{name}": name for name in config.form.shared}
     parts, rest = Parts({}, {}, {}, {}, {}), []
     for key, name in _stripped(weights).items():
@@ -88,7 +93,8 @@ def fit(
             _check(weights, key, shapes[leaves[name]], torch.float32)
         elif (other := name.replace(".base_layer.", ".")) in tied:
             parts.tied[key] = tied[other]
-            _check(weights, key, shapes[tied[other]], torch.float32)
+            shape = shapes[tied[other][:2]]
+            _check(weights, key, shape[::-1] if tied[other][2] else shape, torch.float32)
         elif name in saved:
             parts.saved[name] = key
             _check(weights, key, tuple(saved[name].shape), saved[name].dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
+from torchgraft.functional.follow import plan_follows
 from torchgraft.functional.method import Tree
 from torchgraft.functional.plan import plan_sites
 from torchgraft.functional.replaced import Plan, each, plan_replaced, tensor_at
@@ -70,8 +71,10 @@ class Stored:
         Raises:
             ValueError: Names both keys.
         """
-        for key, where in parts.tied.items():
-            if where in parts.leaves and not torch.equal(tensors[key], tensors[parts.leaves[where]]):
+        for key, (*at, transposed) in parts.tied.items():
+            where = (at[0], at[1])
+            given = tensors[key].mT if transposed else tensors[key]
+            if where in parts.leaves and not torch.equal(given, tensors[parts.leaves[where]]):
                 raise ValueError(
                     f"{self.weights.file}: {key!r} differs from {parts.leaves[where]!r}, and the two are one tensor of "
                     "the model; untie them, or set ensure_weight_tying to false"
@@ -111,7 +114,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     planned, replaced = stored.plan(modules, graft.model), graft.replaced[name]
     _check_same(stored, config, sites, planned)
     _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
-    parts = fit(stored.config, stored.weights, sites, replaced, {}, graft.model.state_dict)
+    parts = fit(stored.config, stored.weights, sites, replaced, graft.follows[name], {}, graft.model.state_dict)
     tensors = stored.read()
     stored.check_tied(parts, tensors)
     for shared in _other_shared(sites, parts, tensors):
@@ -245,7 +248,10 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     sites = stored.plan(modules, model)
     replaced = plan_replaced(stored.config, modules, model, sites)
     saved = saved_buffers(stored.config, modules)
-    parts = fit(stored.config, stored.weights, sites, replaced, saved, lambda: get_base_model_state_dict(model))
+    follows = plan_follows(stored.config, modules, sites)
+    parts = fit(
+        stored.config, stored.weights, sites, replaced, follows, saved, lambda: get_base_model_state_dict(model)
+    )
     tensors = stored.read()
     stored.check_tied(parts, tensors)
     others = _other_shared(sites, parts, tensors)

@@ -10,6 +10,7 @@ import optree
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
+from torchgraft.functional.follow import Follower
 from torchgraft.functional.method import Entry, Tree
 
 from .inplace.biases import biases_of
@@ -153,7 +154,10 @@ def _row(name: str, entries: list[Entry], tensors: Sequence[Tensor], state: str,
 
 def _injected(model: nn.Module, name: str) -> list[Tensor]:
     own: list[Tensor] = [
-        p for layer in layers(model).values() if name in layer.entries for p in layer.leaves(name).values()
+        p
+        for layer in layers(model).values()
+        if name in layer.entries and not isinstance(layer.entries[name], Follower)
+        for p in layer.leaves(name).values()
     ]
     if (biases := biases_of(model)) is not None and biases.adapter == name:
         own += biases.tensors().values()

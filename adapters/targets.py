@@ -12,6 +12,8 @@ from torch import nn
 
 from torchgraft.functional.layers import is_linear
 
+from .ties import embedding_for
+
 C = TypeVar("C", bound=Any)
 
 
@@ -49,6 +51,9 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     else:
         matched = [name for name in names if _matches(config, name)]
     found = [name for name in matched if not _excluded(config, name)]
+    if getattr(config, "ensure_weight_tying", False):
+        sources = {embedding_for(name, modules) for name in found}
+        found = [name for name in names if name in sources]
     if not isinstance(targets, str):
         _warn_partial_miss(config, names, found)
     if not found:

@@ -43,3 +43,29 @@ def input_embeddings(modules: Modules, model: nn.Module) -> str | None:
 def source(names: list[str], modules: Modules) -> str:
     """Of the names of a tied tensor, the one that it is trained under: an embedding's, or else the first."""
     return next((name for name in names if isinstance(modules[name.rpartition(".")[0]], nn.Embedding)), names[0])
+
+
+def tied_to(path: str, modules: Modules) -> list[str]:
+    """Other modules that have an embedding's matrix as their weight, each under one of its names.
+
+    >>> embed, head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+    >>> head.weight = embed.weight
+    >>> tied_to("embed", {"embed": embed, "head": head})
+    ['head']
+    """
+    module = modules[path]
+    weight = module._parameters.get("weight")
+    if weight is None or not isinstance(module, nn.Embedding):
+        return []
+    found = {id(one): name for name, one in reversed(list(modules.items())) if one._parameters.get("weight") is weight}
+    found.pop(id(module))
+    return sorted(found.values())
+
+
+def embedding_for(path: str, modules: Modules) -> str:
+    """The embedding whose matrix a module has as its weight, or the module itself."""
+    weight = modules[path]._parameters.get("weight")
+    if weight is None or isinstance(modules[path], nn.Embedding):
+        return path
+    same = [name for name, one in modules.items() if one._parameters.get("weight") is weight]
+    return next((name for name in same if isinstance(modules[name], nn.Embedding)), path)

@@ -134,7 +134,7 @@ class Socket:
             if tree is not None:
                 below = layer or self._base(entry.site, args, kwargs, part)
                 if type(tree) is dict:
-                    layer = Adapted(below, entry, tree[entry.site.path])
+                    layer = Adapted(below, entry, entry.leaves(tree))
                 else:
                     layer = tree.layer(below, entry, self.cell.finder)
                 if part is not None and not part.whole:

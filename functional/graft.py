@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import trees
 from .adapted import AdaptedModule, Cell
+from .follow import Follows, follower, plan_follows
 from .layers import describe
 from .layout import Finder, Found
 from .leaves import initialise, shapes_of
@@ -44,6 +45,7 @@ class Graft:
         configs: The configs, by adapter name (`""` for an unnamed one).
         sites: The adapted modules, by adapter name and path.
         replaced: The tensors of the base that each adapter replaces, by adapter name, path and leaf.
+        follows: The modules that have the parameters of a site, by adapter name and path.
     """
 
     def __init__(
@@ -64,6 +66,9 @@ class Graft:
         }
         self.replaced: dict[str, Plan] = {
             name: plan_replaced(config, modules, model, self.sites[name]) for name, config in self.configs.items()
+        }
+        self.follows: dict[str, Follows] = {
+            name: plan_follows(config, modules, self.sites[name]) for name, config in self.configs.items()
         }
         self._conflicts = conflicts(self.replaced)
         self._shapes = self.expected()
@@ -246,6 +251,8 @@ class Graft:
             assert module is not None
             site = dataclasses.replace(site, constants=_to(site.constants, site.like(module).device, moved))
             found[path] = Entry(self.configs[name], site)
+        for path, follow in self.follows[name].items():
+            found[path] = follower(self.configs[name], path, modules[path], follow, found[follow.source].site)
         return found
 
     def __getstate__(self) -> dict[str, Any]:

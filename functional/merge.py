@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 from torch import Tensor, nn
 
 from .adapted import Adapted, Base
+from .follow import Follower
 from .graft import Graft
 from .method import Tree
 from .replaced import Given, merged
@@ -55,18 +57,23 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
         names.setdefault(id(tensor), []).append(name)
     layers: dict[int, Base | Adapted] = {}
     paths: dict[int, str] = {}
+    followers: dict[str, set[int]] = {}
     for adapter, tree in active.items():
         for path, entry in graft.entries(adapter).items():
             module = modules[path]
+            if isinstance(entry, Follower):
+                followers.setdefault(entry.follow.source, set()).add(id(module))
+                continue
             own = {leaf: given[name] for leaf in entry.site.names if (name := f"{path}.{leaf}".lstrip(".")) in given}
             below = layers.get(id(module)) or Given(module, entry.site, own)
-            layers[id(module)] = Adapted(below, entry, tree[path])
+            layers[id(module)] = Adapted(below, entry, entry.leaves(tree))
             paths.setdefault(id(module), path)
     for key, layer in layers.items():
         path = paths[key]
         assert isinstance(layer, Adapted)
+        following = followers.get(path, set()) - layers.keys()
         for leaf, value in layer.entry.site.stored(*layer.dense()).items():
-            _write(state, names, modules, path, leaf, value)
+            _write(state, names, modules, path, leaf, value, following)
     return state
 
 
@@ -77,6 +84,7 @@ def _write(
     path: str,
     leaf: str,
     value: Tensor,
+    following: Collection[int] = (),
 ) -> None:
     module = modules[path]
     own = own_tensor(module, leaf)
@@ -87,7 +95,7 @@ def _write(
         )
     for name in names[id(own)]:
         parent = name.rpartition(".")[0]
-        if modules[parent] is not module:
+        if modules[parent] is not module and id(modules[parent]) not in following:
             raise ValueError(
                 f"{path}: its {leaf} is tied to {name}, which would change with it; untie the two, "
                 "or use graft.view(params), which keeps them apart"

@@ -116,6 +116,11 @@ class Entry:
     config: Config
     site: Site
 
+    def leaves(self, tree: Tree) -> Leaves:
+        """This part's leaves in its adapter's tree."""
+        own: Leaves = tree[self.site.path]
+        return own
+
     def along(self, members: Tensor | None, rows: Rows) -> tuple[Entry, Rows]:
         """This part for a stack: constants as the stack's members have them, and rows that have this site."""
         return self, rows

@@ -40,7 +40,7 @@ class Routed:
     def layer(self, below: Any, entry: Entry, finder: Finder | None) -> RoutedLayer:
         """The layer that a site gets."""
         entry, rows = entry.along(self.members, self.rows)
-        return RoutedLayer(below, entry, self.tree[entry.site.path], rows, finder)
+        return RoutedLayer(below, entry, entry.leaves(self.tree), rows, finder)
 
     def tensors(self) -> Any:
         """Everything that a call depends on."""

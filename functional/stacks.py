@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import trees
+from .follow import Follower
 from .graft import Graft
 from .layout import Finder
 from .leaves import initialise, shapes_of
@@ -183,6 +184,11 @@ class StackedGraft(Graft):
         return {path: self._entry(path, entry) for path, entry in super().entries(name).items()}
 
     def _entry(self, path: str, entry: Entry) -> Entry:
+        if isinstance(entry, Follower):
+            raise ValueError(
+                f"bind: {path} is tied to {entry.follow.source} (ensure_weight_tying), and a stack of several configs "
+                "has no such ties; bind them apart, or stack trees of one config"
+            )
         known = tuple(path in plan for plan in self._plans)
         module: Any = self.model.get_submodule(path)
         return StackedEntry(entry.config, entry.site, torch.tensor(known, device=entry.site.like(module).device), known)
@@ -230,7 +236,7 @@ class Padded:
     def layer(self, below: Any, entry: Entry, finder: Finder | None) -> Chosen:
         assert isinstance(entry, StackedEntry)
         own, on = entry.at(self.index)
-        return Chosen(below, own, self.tree[entry.site.path], on)
+        return Chosen(below, own, entry.leaves(self.tree), on)
 
     def tensors(self) -> Any:
         return self.tree, self.index

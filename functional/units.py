@@ -134,7 +134,7 @@ def _pick(
         together = alone and own is rows
         groups, of_method = (rows.groups() if together else rows.each()), (own.groups() if together else own.each())
         replaced = {f"{one.path}.{one.leaf}": groups.pick(tree.tree[one.path][one.leaf]) for one in mine}
-        at_site: Leaves = {} if entry is None else tree.tree[entry.site.path]
+        at_site: Leaves = {} if entry is None else entry.leaves(tree.tree)
         on = {"replaced": groups.active(1)} if groups.base else {}
         if of_method.base:
             on["leaves"] = of_method.active(1)

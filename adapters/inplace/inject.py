@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Weights, trees
+from torchgraft.functional.follow import follower, plan_follows
 from torchgraft.functional.leaves import shapes_of
 from torchgraft.functional.method import Entry, Tree
 from torchgraft.functional.plan import plan_sites, weights_of, with_parts
@@ -98,24 +99,29 @@ def inject_adapter_in_model(
         trees.check(params, shapes_of(config, sites, replaced))
     leaves = _leaves(config, sites, modules, weights_of(sites, modules, base), low_cpu_mem_usage, params)
     sites = {path: _started(config, site, leaves[path]) for path, site in sites.items()}
+    entries: dict[str, Entry] = {path: Entry(config, site) for path, site in sites.items()}
+    for path, follow in plan_follows(config, modules, sites).items():
+        entries[path] = follower(config, path, modules[path], follow, sites[follow.source])
+        turned = follow.turned({leaf: parameter.detach() for leaf, parameter in leaves[follow.source].items()})
+        leaves[path] = {leaf: nn.Parameter(tensor) for leaf, tensor in turned.items()}  # of one memory, as in PEFT
     saved = saved_modules(config, modules)
     followers = _followers(replaced, modules, saved)
     beside = {one.names[0].rpartition(".")[0] for _, leaf, one in each(replaced) if leaf == TOKENS}
     beside |= {path for path, (_, leaf, _) in followers.items() if leaf == TOKENS}
     copied = saved | {path: modules[path] for path, (_, leaf, _) in followers.items() if leaf != TOKENS}
-    _check_overlap(model, modules, sites, copied)
-    _check_tokens(model, modules, sites, copied, beside)
-    parents = _parents(modules, {path: modules[path] for path in (*sites, *beside)} | copied)
+    _check_overlap(model, modules, entries, copied)
+    _check_tokens(model, modules, entries, copied, beside)
+    parents = _parents(modules, {path: modules[path] for path in (*entries, *beside)} | copied)
     old = list(layers(model).values())
     carriers = {id(layer.base_layer): layer for layer in old}
     wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
     take_out(old)
 
     disabled = bool(old) and all(layer.disable_adapters for layer in old)
-    for path, site in sites.items():
+    for path, entry in entries.items():
         module = modules[path]
         layer = carriers.get(id(module)) or BaseTunerLayer(module, [parent for parent, _ in parents[id(module)]])
-        layer.add(adapter_name, Entry(config, site), leaves[path])
+        layer.add(adapter_name, entry, leaves[path])
         _hang(layer, parents[id(module)], disabled)
     for path, module in saved.items():
         wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)

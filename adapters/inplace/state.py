@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft, bind
+from torchgraft.functional.follow import Follower
 from torchgraft.functional.method import Tree
 from torchgraft.functional.trees import sort
 
@@ -54,7 +55,7 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
             if leaf not in layer.fixed(adapter_name)
         }
         for path, layer in layers(model).items()
-        if adapter_name in layer.entries
+        if _is_source(layer, adapter_name)
     }
     for path, wrapper in named(model, ModulesToSaveWrapper).items():
         for inner, leaves in wrapper.leaves(adapter_name).items():
@@ -87,7 +88,9 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     if merged:
         raise ValueError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
     sites = {
-        path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
+        path: layer.entries[adapter_name].site
+        for path, layer in layers(model).items()
+        if _is_source(layer, adapter_name)
     }
     base = bare_copy(model, adapter_name)
     fixed = exact(config, list(sites), dict(base.named_modules(remove_duplicate=False)))
@@ -99,6 +102,11 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     }
     vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites, weights: planned)
     return bind(base, fixed, allow_unreached=True)
+
+
+def _is_source(layer: BaseTunerLayer, adapter_name: str) -> bool:
+    """Whether an adapter has parameters of its own on a layer."""
+    return adapter_name in layer.entries and not isinstance(layer.entries[adapter_name], Follower)
 
 
 def _fixed(layer: BaseTunerLayer, adapter_name: str) -> dict[str, Tensor]:

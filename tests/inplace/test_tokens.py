@@ -36,6 +36,8 @@ CASES = {
     "tokens, tied and ensured": (True, {"trainable_token_indices": [1, 3], "ensure_weight_tying": True}),
     "copy, tied": (True, {"modules_to_save": ["embed_tokens"]}),
     "copy, ensured": (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "lora, ensured": (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "lora of the head, ensured": (True, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
     "copy of the head, ensured": (True, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
 }
 
@@ -50,7 +52,7 @@ def llama(tied):
         num_key_value_heads=2,
         vocab_size=11,
         tie_word_embeddings=tied,
-        pad_token_id=0,
+        pad_token_id=10,
         attn_implementation="eager",
     )
     return transformers.LlamaForCausalLM(config).double().eval()
@@ -83,6 +85,7 @@ def test_in_place_as_in_peft(name):
     mine, theirs = pair(name)
     assert trained(mine) == trained(theirs)
     state = peft.get_peft_model_state_dict(numbers(theirs))
+    state = {key: tensor for key, tensor in state.items() if "base_layer" not in key}  # the base's own
     own = adapters.get_peft_model_state_dict(mine)
     assert own.keys() == state.keys()
     assert torch.equal(mine(IDS).logits, llama(CASES[name][0])(IDS).logits)
@@ -120,7 +123,8 @@ def test_the_functional_style_and_files_both_ways(name, tmp_path):
     theirs = peft.PeftModel.from_pretrained(llama(tied), first).eval()
     torch.testing.assert_close(theirs(IDS).logits, y, **CLOSE)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys() == ours.keys()
+    written = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert [key for key in written if "base_layer" not in key] == list(ours)
     torch.testing.assert_close(load_adapter(llama(tied), tmp_path / "theirs")(IDS).logits, y, **CLOSE)
     made = numbers(peft.get_peft_model(llama(tied), theirs_config))
     made.eval().save_pretrained(tmp_path / "made")
@@ -141,6 +145,10 @@ def test_merged(name):
     twin = llama(tied)
     twin.load_state_dict(merge(graft, params))
     torch.testing.assert_close(twin(IDS).logits, y, **CLOSE)
+    if name.startswith("lora"):
+        with pytest.raises(ValueError, match="model.embed_tokens: its weight is tied to lm_head.weight"):
+            adapters.merge_adapter(mine)
+        return
     merged = adapters.merge_and_unload(copy.deepcopy(mine))
     torch.testing.assert_close(merged(IDS).logits, y, **CLOSE)
     assert not any("token_adapter" in key or "modules_to_save" in key for key in merged.state_dict())
@@ -282,3 +290,28 @@ def test_compiles_without_recompiling_for_other_numbers():
         torch.testing.assert_close(compiled(params, x), mine(x), **CLOSE)
         torch.testing.assert_close(inside(x), mine(x), **CLOSE)
     assert counter.frame_count == 2
+
+
+def test_a_tied_lora_has_one_pair_of_matrices():
+    config = configs(CASES["lora, ensured"][1])[0]
+    graft = bind(llama(True), config)
+    params = graft.init()
+    assert "lm_head" not in params and "lora_embedding_A" in params["model.embed_tokens"]
+    model = adapters.inject_adapter_in_model(config, llama(True))
+    embed, head = model.model.embed_tokens, model.lm_head
+    assert head.lora_A["default"].weight.data_ptr() == embed.lora_embedding_B["default"].data_ptr()
+    moved = numbers(adapters.inject_adapter_in_model(config, llama(True)))
+    params = extract_params(moved)
+    delta = 4 * (params["model.embed_tokens"]["lora_embedding_B"] @ params["model.embed_tokens"]["lora_embedding_A"]).mT
+    state = merge(graft, params)
+    expected = llama(True).lm_head.weight + delta
+    torch.testing.assert_close(state["lm_head.weight"], expected, **CLOSE)
+    torch.testing.assert_close(state["model.embed_tokens.weight"], expected, **CLOSE)
+    row = adapters.summary(model).rows[0]
+    assert row.parameters == adapters.summary(graft, graft.init()).rows[0].parameters
+    with pytest.raises(ValueError, match="which is for plain LoRA; leave out use_dora"):
+        bind(llama(True), configs({**CASES["lora, ensured"][1], "use_dora": True})[0])
+    with pytest.raises(ValueError, match="lm_head is tied to model.embed_tokens .*, and a stack of several configs"):
+        bind(llama(True), [config, config])
+    with pytest.warns(UserWarning, match="ensure_weight_tying is True, and nothing that is trained is tied"):
+        bind(llama(True), configs({"ensure_weight_tying": True})[0])

@@ -1,0 +1,72 @@
+"""Followers: sites that have the parameters of another site, for a weight that two modules share.
+
+An embedding's matrix may be an output layer's too. Adapting it in both places is one adapter: what is added to the
+tensor as the one has it is added as the other has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .layers import describe
+from .method import Entry, Leaves, Tree
+from .site import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """What a site follows.
+
+    Attributes:
+        source: Path of the other site.
+        leaves: Its leaves, each transposed, by the names that they have here.
+    """
+
+    source: str
+    leaves: Mapping[str, str]
+
+    def turned(self, leaves: Leaves) -> Leaves:
+        """The other site's leaves as this site has them.
+
+        >>> import torch
+        >>> Follow("embed", {"a": "b"}).turned({"b": torch.zeros(2, 3)})["a"].shape
+        torch.Size([3, 2])
+        """
+        return {own: leaves[theirs].mT for own, theirs in self.leaves.items()}
+
+
+Follows = Mapping[str, Follow]
+"""Followers by path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower(Entry):
+    """One adapter's part at a site that follows another."""
+
+    follow: Follow
+
+    def leaves(self, tree: Tree) -> Leaves:
+        return self.follow.turned(tree[self.follow.source])
+
+
+def plan_follows(config: Any, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> Follows:
+    """Which modules follow a config's sites; none, for configs that do not speak of it."""
+    find = getattr(config, "follows", None)
+    found: Follows = {} if find is None else find(modules, list(sites))
+    return found
+
+
+def follower(config: Any, path: str, module: nn.Module, follow: Follow, source: Site) -> Follower:
+    """The entry of a module that follows a site, with that site's constants.
+
+    Raises:
+        ValueError: A module that carries no adapter.
+    """
+    site = describe(path, module)
+    if site is None:
+        raise ValueError(f"{path}: is tied to {follow.source}, and a {type(module).__name__} carries no adapter")
+    return Follower(config, dataclasses.replace(site, constants=source.constants), follow)
