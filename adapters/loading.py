@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft
 from torchgraft.functional.follow import plan_follows
 from torchgraft.functional.method import Tree
-from torchgraft.functional.plan import plan_sites
+from torchgraft.functional.plan import plan_sites, structure_for
 from torchgraft.functional.replaced import Plan, each, plan_replaced, tensor_at
 from torchgraft.functional.site import Site
 from torchgraft.functional.trees import sort
@@ -173,9 +173,16 @@ def _check_method(config: AdapterConfig, own: Any) -> None:
         )
 
 
+def _ranges(config: Any) -> list[tuple[int, ...]]:
+    return [tuple(one) for one in getattr(config, "layer_replication", None) or ()]
+
+
 def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Mapping[str, Site]) -> None:
     """Refuse a config that computes something else with the same tensors."""
     remedy = "; bind the model with the file's config: AdapterConfig.from_pretrained(path)"
+    given, expected = (_ranges(config) for config in (stored.config, own))
+    if given != expected:
+        raise ValueError(f"layer_replication is {given} in the file and {expected} in the graft{remedy}")
     if sites.keys() != planned.keys():
         only = sorted(sites.keys() ^ planned.keys())
         where = "graft" if only[0] in sites else "file"
@@ -244,13 +251,14 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
             f"the model has an adapter {adapter_name!r} already (it has {taken}); choose another adapter_name, or call "
             "delete_adapter first"
         )
-    modules = bare_modules(model)
-    sites = stored.plan(modules, model)
+    shape = structure_for([stored.config], model)
+    modules = bare_modules(shape)
+    sites = stored.plan(modules, shape)
     replaced = plan_replaced(stored.config, modules, model, sites)
     saved = saved_buffers(stored.config, modules)
     follows = plan_follows(stored.config, modules, sites)
     parts = fit(
-        stored.config, stored.weights, sites, replaced, follows, saved, lambda: get_base_model_state_dict(model)
+        stored.config, stored.weights, sites, replaced, follows, saved, lambda: get_base_model_state_dict(shape)
     )
     tensors = stored.read()
     stored.check_tied(parts, tensors)

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from .config import require
 from .initial.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .token_fields import TokenFields
+from .replication import ReplicationFields
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoraFields(TokenFields):
+class LoraFields(ReplicationFields):
     """What PEFT's `LoraConfig` and its `AdaLoraConfig` share.
 
     Any value but the default is an error when the config is made, unless the config's class acts on the field.
@@ -32,7 +32,6 @@ class LoraFields(TokenFields):
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: dict[str, Any] | None = None
-    layer_replication: list[tuple[int, int]] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = None
@@ -41,7 +40,7 @@ class LoraFields(TokenFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherited = {field.name for field in dataclasses.fields(TokenFields)}
+        inherited = {field.name for field in dataclasses.fields(ReplicationFields)}
         for field in dataclasses.fields(LoraFields):
             if field.name in inherited | self.acted_on:
                 continue

@@ -18,7 +18,7 @@ from .layers import describe
 from .layout import Finder, Found
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
-from .plan import plan_sites
+from .plan import plan_sites, structure_for
 from .pool import Pool
 from .references import check_references
 from .replaced import Plan, conflicts, exchange, exchanges, plan_replaced
@@ -41,7 +41,7 @@ class Graft:
     Holds no parameters: `graft(params, *inputs)` is a pure function. The user's model is only read.
 
     Attributes:
-        model: The user's model.
+        model: The user's model, or one that shares its tensors and has more layers (`layer_replication`).
         configs: The configs, by adapter name (`""` for an unnamed one).
         sites: The adapted modules, by adapter name and path.
         replaced: The tensors of the base that each adapter replaces, by adapter name, path and leaf.
@@ -56,7 +56,7 @@ class Graft:
         allow_unreached: bool,
         sites: dict[str, dict[str, Site]] | None = None,
     ):
-        self.model = model
+        self.model = model = structure_for(configs.values(), model)
         self.configs = copy.deepcopy(dict(configs))
         self.named = named
         self.allow_unreached = allow_unreached

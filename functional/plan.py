@@ -13,6 +13,14 @@ from .method import Config, Weights
 from .site import Site
 
 
+def structure_for(configs: Iterable[Config], model: nn.Module) -> nn.Module:
+    """The model that configs are for: one that shares all tensors with this, where they ask for more layers."""
+    for config in configs:
+        change = getattr(config, "structure", None)
+        model = model if change is None else change(model)
+    return model
+
+
 def plan_sites(
     config: Config,
     modules: Mapping[str, nn.Module],

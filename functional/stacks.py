@@ -16,7 +16,7 @@ from .graft import Graft
 from .layout import Finder
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
-from .plan import plan_sites
+from .plan import plan_sites, structure_for
 from .replaced import plan_replaced
 from .routed import Chosen, with_constants
 from .rows import PerAdapter, Rows, is_readable
@@ -39,6 +39,7 @@ class StackedGraft(Graft):
     def __init__(self, model: nn.Module, members: Sequence[Config], allow_unreached: bool):
         self.members = list(members)
         check_configs(self.members)
+        model = structure_for(self.members, model)
         modules = dict(model.named_modules(remove_duplicate=False))
         self._plans = [plan_sites(config, modules, config.targets(model)) for config in self.members]
         each_replaces = [

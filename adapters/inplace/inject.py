@@ -24,6 +24,7 @@ from ..architectures import with_targets
 from ..config import AdapterConfig
 from ..keys import names_of, split_key
 from ..replaced import saved_modules
+from ..replication import replicating
 from ..targets import exact, find_targets
 from ..tokens import LEAF as TOKENS
 from .biases import ATTRIBUTE, Biases, biases_of
@@ -83,6 +84,18 @@ def inject_adapter_in_model(
     """
     model = unwrap(model)
     _check(peft_config, model, adapter_name, state_dict, params)
+    with replicating(model, peft_config, adapter_names(model)):
+        return _inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, params)
+
+
+def _inject(
+    peft_config: AdapterConfig,
+    model: nn.Module,
+    adapter_name: str,
+    low_cpu_mem_usage: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    params: Tree | None,
+) -> nn.Module:
     config, modules = copy.deepcopy(peft_config), bare_modules(model)
     if state_dict is None:
         config = with_targets(config, model)
