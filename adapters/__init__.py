@@ -15,6 +15,10 @@ from .files import load_config as load_config
 from .files import save_adapter as save_adapter
 from .files import save_config as save_config
 from .ia3 import IA3Config as IA3Config
+from .initial import CordaConfig as CordaConfig
+from .initial import EvaConfig as EvaConfig
+from .initial import LoftQConfig as LoftQConfig
+from .initial import LoraGAConfig as LoraGAConfig
 from .inplace import BaseTunerLayer as BaseTunerLayer
 from .inplace import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .inplace import adapter_names as adapter_names
@@ -42,6 +46,7 @@ from .lora_fa import lora_fa_gradients as lora_fa_gradients
 from .lora_plus import lora_plus_groups as lora_plus_groups
 from .oft import OFTConfig as OFTConfig
 from .peft_type import PeftType as PeftType
+from .plain import to_plain as to_plain
 from .summaries import Row as Row
 from .summaries import Summary as Summary
 from .summaries import summary as summary

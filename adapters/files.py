@@ -26,6 +26,8 @@ from .inplace.state import config_of, shared_tensors
 from .inplace.walk import layers, unwrap
 from .keys import PREFIX, SHARED, join, replaced_key, to_keys
 from .loading import Stored, load_into_graft, load_into_model
+from .plain import plain as to_plain
+from .plain import warn_of_raw
 from .replaced import other_names, saved_buffers
 from .strict_json import parse_object
 
@@ -36,6 +38,7 @@ def save_adapter(
     adapter_name: str = "default",
     *,
     params: Tree | None = None,
+    plain: bool = False,
 ) -> Path:
     """Write an adapter into a directory, as PEFT's `save_pretrained` does.
 
@@ -48,6 +51,8 @@ def save_adapter(
         path: The directory; made if it is not there.
         adapter_name: Name of the adapter; of a graft with named adapters, the one to save.
         params: The graft's parameters: the adapter's tree, or `{name: tree}`.
+        plain: Write a LoRA that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA as a plain one, see `to_plain`;
+            PEFT's `path_initial_model_for_weight_conversion`.
 
     Returns:
         The directory that holds the two files.
@@ -67,9 +72,9 @@ def save_adapter(
     """
     check_name(adapter_name)
     if isinstance(target, Graft):
-        model, config, sites, state = _of_graft(target, adapter_name, params)
+        model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
-        model, config, sites, state = _of_model(target, adapter_name, params)
+        model, config, sites, state = _of_model(target, adapter_name, params, plain)
     weights = safetensors.torch.save(
         {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
     )
@@ -211,7 +216,7 @@ def _made(path: str | os.PathLike[str], adapter_name: str) -> Path:
 _Saved = tuple[nn.Module, AdapterConfig, Mapping[str, Site], dict[str, Tensor]]
 
 
-def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
+def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
     """A graft's model, and one adapter's config, sites and tensors."""
     name = adapter_name if graft.named else ""
     if params is None:
@@ -222,7 +227,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
     by_name = graft.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
     tree = params[name] if by_name else params
     graft.active({name: tree} if graft.named else tree)
-    config: Any = graft.configs[name]
+    config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
     state = to_keys(config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX)
     modules = dict(graft.model.named_modules(remove_duplicate=False))
@@ -240,7 +245,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None) -> _Saved:
     return graft.model, config, graft.sites[name], state
 
 
-def _of_model(target: nn.Module, adapter_name: str, params: Tree | None) -> _Saved:
+def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
     """A model, and one of its adapters' config, sites and tensors."""
     if params is not None:
         raise TypeError("params go with a graft; a model's parameters are those injected in it")
@@ -251,7 +256,20 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None) -> _Sav
     sites = {
         path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
     }
+    if plain:
+        leaves = {path: dict(layer.leaves(adapter_name)) for path, layer in layers(model).items() if path in sites}
+        config, tree = to_plain(config, sites, leaves)
+        state |= to_keys(config, tree)
+    else:
+        warn_of_raw(config)
     return model, config, sites, {key if key in shared else f"{PREFIX}{key}": t for key, t in state.items()}
+
+
+def _formed(config: Any, sites: Mapping[str, Site], tree: Tree, plain: bool) -> tuple[Any, Tree]:
+    if plain:
+        return to_plain(config, sites, tree)
+    warn_of_raw(config)
+    return config, tree
 
 
 def _snapshot(key: str, tensor: Tensor) -> Tensor:
