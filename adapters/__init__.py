@@ -47,6 +47,9 @@ from .lora_plus import lora_plus_groups as lora_plus_groups
 from .oft import OFTConfig as OFTConfig
 from .peft_type import PeftType as PeftType
 from .plain import to_plain as to_plain
+from .statistics import fit_corda as fit_corda
+from .statistics import fit_eva as fit_eva
+from .statistics import fit_lora_ga as fit_lora_ga
 from .summaries import Row as Row
 from .summaries import Summary as Summary
 from .summaries import summary as summary

@@ -23,7 +23,7 @@ from torchgraft.functional.trees import sort
 
 from .config import AdapterConfig
 from .initial import FROM_DATA, REMOVING, kind_of
-from .initial.configs import CONFIGS
+from .initial.configs import PLAIN
 from .lora import LoraConfig, names
 
 
@@ -94,7 +94,7 @@ def _joined(site: Site, leaves: Mapping[str, Tensor], removing: bool) -> dict[st
 
 
 def _config(config: LoraConfig, removing: bool) -> LoraConfig:
-    fields: dict[str, Any] = {"init_lora_weights": True, "statistics": None, **dict.fromkeys(CONFIGS)}
+    fields: dict[str, Any] = dict(PLAIN)
     if removing:
         factor = math.sqrt(2) if config.use_rslora else 2
         fields |= {
@@ -103,7 +103,7 @@ def _config(config: LoraConfig, removing: bool) -> LoraConfig:
             "rank_pattern": {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
             "alpha_pattern": {pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()},
         }
-    return dataclasses.replace(config, **{**fields, "loftq_config": {}})
+    return dataclasses.replace(config, **fields)
 
 
 def warn_of_raw(config: AdapterConfig) -> None:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -91,18 +91,18 @@ class Cell:
     Attributes:
         trees: The active trees by adapter name, or what stands for one (`Active`).
         finder: Finds where the rows of a routed call are in a site's input.
-        seen: Collects each site's input where somebody wants to look.
+        see: Told the path and the input of each site that runs, where somebody wants to look.
         reached: Collects the paths of the sites that ran.
         lease: Keeps the skeleton from being used by another call.
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
     """
 
-    __slots__ = ("__weakref__", "finder", "kept", "lease", "reached", "seen", "trees")
+    __slots__ = ("__weakref__", "finder", "kept", "lease", "reached", "see", "trees")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
         self.finder: Finder | None = None
-        self.seen: list[tuple[str, Tensor]] | None = None
+        self.see: Callable[[str, Tensor], None] | None = None
         self.reached: set[str] | None = None
         self.lease: Any = None
         self.kept: dict[int, Tensor] | None = None
@@ -153,8 +153,8 @@ class Socket:
 
     def look(self, x: Tensor) -> None:
         """Show an input to whoever wants to see."""
-        if self.cell.seen is not None:
-            self.cell.seen.append((self.path, x))
+        if self.cell.see is not None:
+            self.cell.see(self.path, x)
 
     def pin(self, y: Tensor) -> Tensor:
         """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.

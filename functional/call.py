@@ -131,7 +131,7 @@ def _fill(
     With `current`, the model's tensors as they are now, modes may have changed too: then every buffer is copied.
     """
     skeleton.cell.trees, skeleton.cell.reached = active, set()
-    named = _named(skeleton, base) if base else {}
+    named = named_base(skeleton, base) if base else {}
     given = {**current, **named}
     own = list(skeleton.volatile if current else skeleton.written)
     if own:
@@ -167,7 +167,7 @@ def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any
     return y, {name: buffer.clone() if id(buffer) in own else buffer for name, buffer in buffers.items()}
 
 
-def _named(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """The tensors of `base` by the id of the model's tensor that each stands for, held against it."""
     found: dict[int, Tensor] = {}
     names: dict[int, str] = {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -189,21 +190,41 @@ class Graft:
 
     def inputs_of_sites(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         """Run the base alone, in evaluation mode, and collect what reaches each site, in the order of the calls."""
+        found: list[tuple[str, Tensor]] = []
+        with self.looking(lambda path, x: found.append((path, x))) as base:
+            base(*args, **kwargs)
+        return found
+
+    @contextlib.contextmanager
+    def looking(self, see: Callable[[str, Tensor], None]) -> Iterator[nn.Module]:
+        """The base alone, in evaluation mode and without autograd, with somebody told what reaches each site.
+
+        Args:
+            see: `(path, input)`, called at each call of a site's module.
+
+        Yields:
+            A module like the user's, to be called within the `with` block.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> graft = bind(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
+        >>> with graft.looking(lambda path, x: print(path, tuple(x.shape))) as base:
+        ...     _ = base(torch.ones(2, 4))
+        0 (2, 4)
+        """
         lease = self.pool().lease()
         skeleton = lease.skeleton
         skeleton.own_buffers()
         cell, modes = skeleton.cell, [module.training for _, module in skeleton.modules]
-        cell.trees, cell.seen = {}, []
+        cell.trees, cell.see = {}, see
         devices = {t.device for t in skeleton.aliases.values() if t.device.type not in ("cpu", "meta")}
         try:
             for _, module in skeleton.modules:
                 module.training = False
             kind = next(iter(devices)).type if devices else "cuda"
             with torch.no_grad(), torch.random.fork_rng(list(devices), device_type=kind):
-                skeleton.root(*args, **kwargs)
-            return cell.seen
+                yield skeleton.root
         finally:
-            cell.seen = None
+            cell.see = None
             for (_, module), mode in zip(skeleton.modules, modes, strict=True):
                 module.training = mode
 

@@ -157,8 +157,8 @@ class UnitModule:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if unit.cell.reached is not None:
             unit.cell.reached.add(unit.path)
-        if unit.cell.seen is not None and not isinstance(self, AdaptedModule) and isinstance(x, Tensor):
-            unit.cell.seen.append((unit.path, x))
+        if unit.cell.see is not None and not isinstance(self, AdaptedModule) and isinstance(x, Tensor):
+            unit.cell.see(unit.path, x)
         stacks = unit.routed()
         if not stacks:
             return inherited(*args, **kwargs)

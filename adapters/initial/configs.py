@@ -126,6 +126,14 @@ CONFIGS: Mapping[str, type] = {
 }
 """The fields of a LoRA config that hold one."""
 
+PLAIN: Mapping[str, Any] = {
+    "init_lora_weights": True,
+    "statistics": None,
+    **dict.fromkeys(CONFIGS),
+    "loftq_config": {},
+}
+"""Fields of a LoRA config that starts as plain LoRA does."""
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
