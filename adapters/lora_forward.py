@@ -12,7 +12,7 @@ from torch import Tensor
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
 
 from . import dora
-from .initial.quantised import base_of
+from .initial.bases import Lessened, base_of
 from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear
 
 if TYPE_CHECKING:
@@ -24,8 +24,11 @@ BIAS = "lora_B_bias"
 
 def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
-    (a, b), scaling = factors(site, leaves), site.constants["scaling"]
-    base = base_of(site, base)
+    base, scaling = base_of(site, base), site.constants["scaling"]
+    if "initial_A" in site.constants and config.lora_dropout and base.training:
+        base, (a, b) = Lessened(base, site), own_factors(site, leaves)  # what the base lost sees the whole input
+    else:
+        a, b = factors(site, leaves)
     if site.kind == "linear" and not config.use_dora and not config.lora_bias:
         return add_to_linear(base, x, a, b, scaling, config.lora_dropout)
     y = base(x)
@@ -45,8 +48,13 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
 
 
 def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
-    """`apply` with an `A` and a `B` for each row; convolutions and LoftQ's base take the general way."""
+    """`apply` with an `A` and a `B` for each row.
+
+    Convolutions, LoftQ's base, and dropout where the base lost a part take the general way.
+    """
     if site.kernel_size or "rounding" in site.constants:
+        return NotImplemented
+    if "initial_A" in site.constants and config.lora_dropout and base.training:
         return NotImplemented
     (a, b), scaling = factors(site, leaves), site.constants["scaling"]
     y = base(x)
@@ -105,14 +113,19 @@ def factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         site: The site; its constants may be a stack's.
         leaves: One adapter's, or a stack's.
     """
-    a_name, b_name = names(site)
-    a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
-    b = b.expand(*a.shape[: a.ndim - b.ndim], *b.shape)
+    a, b = own_factors(site, leaves)
     if "initial_A" not in site.constants:
         return a, b
     a, a0 = widen(a, _of_all(site, "initial_A"))
     b, b0 = widen(b, _of_all(site, "initial_B"))
     return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
+
+
+def own_factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`A` and `B` themselves; one that is not trained is a constant."""
+    a_name, b_name = names(site)
+    a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
+    return a, b.expand(*a.shape[: a.ndim - b.ndim], *b.shape)
 
 
 def _of_all(site: Site, name: str) -> Tensor:

@@ -24,7 +24,8 @@ from torchgraft.functional.trees import sort
 from .config import AdapterConfig
 from .initial import FROM_DATA, REMOVING, kind_of
 from .initial.configs import PLAIN
-from .lora import LoraConfig, names
+from .lora import LoraConfig
+from .lora_forward import names
 
 
 def to_plain(graft: Graft, params: Tree, adapter_name: str = "default") -> tuple[LoraConfig, Tree]:

@@ -42,6 +42,7 @@ class StackedGraft(Graft):
         model = structure_for(self.members, model)
         modules = dict(model.named_modules(remove_duplicate=False))
         self._plans = [plan_sites(config, modules, config.targets(model)) for config in self.members]
+        _check_leaves(self.members, self._plans)
         each_replaces = [
             plan_replaced(config, modules, model, plan) for config, plan in zip(members, self._plans, strict=True)
         ]
@@ -277,6 +278,18 @@ def check_configs(configs: Sequence[Config]) -> None:
                 )
 
 
+def _check_leaves(configs: Sequence[Config], plans: Sequence[Mapping[str, Site]]) -> None:
+    """Refuse configs that train different leaves of one site."""
+    found: dict[str, tuple[str, ...]] = {}
+    for config, plan in zip(configs, plans, strict=True):
+        for path, site in plan.items():
+            own = tuple(sorted(config.method.shapes(config, site)))
+            if found.setdefault(path, own) != own:
+                raise ValueError(
+                    f"{path}: the configs train different leaves: {list(found[path])} and {list(own)}; bind them apart"
+                )
+
+
 def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module) -> dict[str, Site]:
     """Every site that some adapter has, with the constants of all."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -290,11 +303,14 @@ def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module
 
 
 def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
-    first = next(site for site in sites if site is not None)
+    """A site with the constants of all that have it; a tensor that one of them lacks is zero there."""
+    having = [site for site in sites if site is not None]
+    first = having[0]
     constants: dict[str, Any] = {}
-    for name, value in first.constants.items():
-        values = [None if site is None else site.constants[name] for site in sites]
-        if all(other is None or _same(value, other) for other in values):
+    for name in {name: None for site in having for name in site.constants}:
+        values = [None if site is None else site.constants.get(name) for site in sites]
+        value = next(one for one in values if one is not None)
+        if all(name in site.constants and _same(value, site.constants[name]) for site in having):
             constants[name] = value
         elif name in config.method.varying:
             constants[name] = PerAdapter(_padded_stack(values))

@@ -178,6 +178,67 @@ def test_mica_of_an_embedding_is_pefts():
     )
 
 
+# -- together with other options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+@pytest.mark.parametrize(("dora", "dropout"), [(True, 0.0), (False, 0.4), (True, 0.4)])
+def test_dora_and_dropout_are_pefts(name, dora, dropout):
+    fields = {"use_dora": dora, "lora_dropout": dropout}
+    model, x = net(), torch.randn(6, 12)
+    theirs = peft.LoraConfig(r=4, lora_alpha=6, target_modules=SITES, init_lora_weights=name, **fields)
+    graft = bind(model, config(name, **fields))
+    other = peft.inject_adapter_in_model(theirs, copy.deepcopy(model))
+    moved = away(graft.init())
+    with torch.no_grad():
+        for path, leaves in moved.items():
+            for leaf, value in leaves.items():
+                getattr(other.get_submodule(path), leaf)["default"].weight.copy_(value)
+    outputs = []
+    for f in (lambda x: graft(moved, x), other, lambda x: graft(route(stack([moved]), torch.zeros(6, dtype=int)), x)):
+        torch.manual_seed(5)
+        outputs.append(f(x))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
+    if not dropout:
+        torch.testing.assert_close(outputs[2], outputs[1], rtol=1e-3, atol=1e-4)
+    model.eval()
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(merge(graft, moved))
+    torch.testing.assert_close(graft(moved, x), twin(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(graft(graft.init(), x), model(x))
+    rows = torch.tensor([0, -1, 0, -1, 0, 0])
+    model.train()
+    y = graft(route(stack([moved]), rows), x)
+    assert torch.equal(y[rows < 0], model(x)[rows < 0])
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+def test_a_stack_of_adapters_that_start_in_different_ways(fields):
+    model, x = net(dtype=torch.float64), torch.randn(6, 12, dtype=torch.float64)
+    kinds = [("pissa", 4), (True, 2), ("olora", 3), ("orthogonal", 2), ("loftq", 2), ("pissa_niter_2", 1)]
+    members = [config(name, r=r, lora_alpha=r, **fields) for name, r in kinds]
+    graft = bind(model, members)
+    grafts = [bind(model, member) for member in members]
+    trees = [away(one.init()) for one in grafts]
+    many = graft.stack(trees)
+    rows = torch.tensor([3, 1, 0, 2, 4, -1])
+    y = graft(route(many, rows), x)
+    for row, index in enumerate(rows.tolist()):
+        expected = grafts[index](trees[index], x) if index >= 0 else model(x)
+        torch.testing.assert_close(y[row], expected[row])
+    alone = torch.vmap(lambda i, params: graft.at(i)(params, x))(torch.arange(len(kinds)), many)
+    for own, one, tree in zip(alone, grafts, trees, strict=True):
+        torch.testing.assert_close(own, one(tree, x))
+
+
+def test_adapters_that_train_other_leaves_do_not_stack():
+    words = "first: the configs train different leaves: ['lora_A'] and ['lora_A', 'lora_B']; bind them apart"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        bind(net(), [config("mica"), config(True)])
+    graft = bind(net(), [config("mica", r=r) for r in (2, 4)])
+    assert {leaf: tuple(t.shape) for leaf, t in graft.init()["first"].items()} == {"lora_A": (2, 4, 12)}
+
+
 # -- LoftQ -------------------------------------------------------------------------------------------------------------
 
 

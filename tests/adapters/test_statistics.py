@@ -56,7 +56,7 @@ def test_directions_are_those_of_all_rows_at_once():
     for batch in batches:
         directions.update(batch)
     rows = torch.cat(batches).double()
-    u, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    _, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     assert (directions.components[:3].double() * vh[:3]).sum(1).abs().min() > 0.999
     torch.testing.assert_close(directions.ratio[:3].double(), s[:3].square() / s.square().sum(), rtol=0.01, atol=1e-3)
 

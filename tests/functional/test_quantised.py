@@ -150,9 +150,7 @@ def test_in_place(case, tmp_path):
     close(graft(adapters.load_adapter(graft, tmp_path), x), expected)
     with adapters.disable_adapter(injected):
         assert torch.equal(injected(x), plain)
-    with pytest.raises(
-        ValueError, match=r"0: its weight is .*, so no adapter can be merged into it; leave"
-    ):
+    with pytest.raises(ValueError, match=r"0: its weight is .*, so no adapter can be merged into it; leave"):
         adapters.merge_adapter(injected)
     close(injected(x), expected)
     bare = adapters.unload(injected)

@@ -1,4 +1,4 @@
-"""The base of LoftQ: a layer with its weight rounded to what a quantised one can hold."""
+"""Bases that are not the model's own: LoftQ's with a quantised weight, and PiSSA's without its principal part."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from torchgraft.functional import Layer, Site, widen
+
+from ..low_rank import add_product, add_scaled
 
 
 class Quantised:
@@ -36,6 +38,46 @@ class Quantised:
     @property
     def weight(self) -> Tensor:
         return self.base.weight + self._rounding
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def plain(self) -> None:
+        return None
+
+    @property
+    def training(self) -> bool:
+        return self.base.training
+
+
+class Lessened:
+    """A layer that lost `s B0 A0`.
+
+    Attributes:
+        base: The layer.
+        site: Its site, with the constants `initial_A`, `initial_B` and `scaling`.
+    """
+
+    __slots__ = ("base", "site")
+
+    def __init__(self, base: Layer, site: Site):
+        self.base, self.site = base, site
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        x, a, b = widen(x, *self._factors)
+        return add_product(y, torch.nn.functional.linear(x, a), -b, self.site.constants["scaling"])
+
+    @property
+    def _factors(self) -> tuple[Any, Any]:
+        return self.site.constants["initial_A"], self.site.constants["initial_B"]
+
+    @property
+    def weight(self) -> Tensor:
+        a, b = self._factors
+        return add_scaled(self.base.weight, -(b @ a), self.site.constants["scaling"])
 
     @property
     def bias(self) -> Tensor | None:
