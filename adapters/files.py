@@ -24,7 +24,7 @@ from .headers import open_weights
 from .inplace import get_peft_model_state_dict
 from .inplace.state import config_of, shared_tensors
 from .inplace.walk import layers, unwrap
-from .keys import PREFIX, SHARED, join, replaced_key, to_keys
+from .keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from .loading import Stored, load_into_graft, load_into_model
 from .plain import plain as to_plain
 from .plain import warn_of_raw
@@ -229,7 +229,9 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     graft.active({name: tree} if graft.named else tree)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
-    state = to_keys(config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX)
+    state = to_keys(
+        config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX, places(graft.sites[name])
+    )
     modules = dict(graft.model.named_modules(remove_duplicate=False))
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
     for other, (at, leaf) in other_names(graft.replaced[name]).items():

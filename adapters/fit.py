@@ -18,7 +18,7 @@ from torchgraft.functional.site import Site
 
 from .config import AdapterConfig
 from .headers import Spec, Weights
-from .keys import PREFIX, SHARED, held_at, join, names_of, replaced_key, split_key
+from .keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key, split_key
 from .replaced import other_names
 
 
@@ -42,7 +42,7 @@ class Parts:
 
 
 def found_leaves(config: AdapterConfig, weights: Weights) -> dict[str, dict[str, Tensor]]:
-    """The leaves that a file has, as tensors without values."""
+    """The leaves that a file has at each place, as tensors without values."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, spec in weights.specs.items():
         if (split := split_key(config, key)) is not None:
@@ -74,8 +74,9 @@ def fit(
         KeyError: A key that is missing, or one that nothing has a use for.
         ValueError: Another shape, or another kind of dtype.
     """
+    at = places(sites)
     shapes = {(path, leaf): shape for path, site in sites.items() for leaf, shape in _shapes(config, site).items()}
-    leaves = {join(config, held_at(path, sites), leaf): (path, leaf) for path, leaf in shapes}
+    leaves = {join(config, at[path], leaf): (path, leaf) for path, leaf in shapes}
     for path, leaf, one in each(replaced):
         for adapted in (path not in sites, path in sites):  # PEFT writes either; the last is the one to ask for
             leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf

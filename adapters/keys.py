@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import Tensor
 
 from torchgraft.functional.method import Tree
+from torchgraft.functional.site import PARAMETERS, Site
 
 from .config import AdapterConfig
 from .tokens import LEAF as TOKENS
@@ -19,20 +20,42 @@ SHARED = "base_model."
 """What they put before the name of a tensor that all modules share."""
 
 
-def to_keys(config: AdapterConfig, tree: Tree, prefix: str = "") -> dict[str, Tensor]:
-    """The leaves of a tree under PEFT's keys.
+def places(sites: Mapping[str, Site]) -> dict[str, str]:
+    """Where PEFT's keys have each site: a module by its name, a parameter by that of the layer around its module.
+
+    Layers of several parameters of a module are nested, the last parameter's outermost.
+
+    Args:
+        sites: By path; parameters of one module as it registered them.
+
+    >>> expert = Site("mlp.up", "experts", 2, 2, experts=4), Site("mlp.down", "experts", 2, 2, experts=4)
+    >>> places({site.path: site for site in expert})
+    {'mlp.up': 'mlp.base_layer', 'mlp.down': 'mlp'}
+    """
+    found, outer = {}, dict[str, str]()
+    for path, site in reversed(list(sites.items())):
+        found[path] = outer.get(site.owner, site.owner) if site.kind in PARAMETERS else held_at(path, sites)
+        outer[site.owner] = f"{found[path]}.base_layer"
+    return {path: found[path] for path in sites}
+
+
+def to_keys(
+    config: AdapterConfig, tree: Tree, prefix: str = "", at: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The leaves of a tree under PEFT's keys, with each site `at` its place, by default its path.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> list(to_keys(LoraConfig(), {"head": {"weight": None}, "layers.0": {"lora_A": None, "lora_B": None}}))
     ['head.weight', 'layers.0.lora_A.weight', 'layers.0.lora_B.weight']
     """
+    at = at or {}
     own = set(config.form.leaves)
     adapted = [path for path, leaves in tree.items() if not own.isdisjoint(leaves)]
     keys = {}
     for path, leaves in tree.items():
         place = held_at(path, adapted)
         for leaf, tensor in leaves.items():
-            key = join(config, place, leaf) if leaf in own else replaced_key(place, leaf, path in adapted)
+            key = join(config, at.get(path, place), leaf) if leaf in own else replaced_key(place, leaf, path in adapted)
             keys[prefix + key] = tensor
     return keys
 
@@ -63,12 +86,12 @@ def held_at(path: str, paths: Collection[str]) -> str:
 
 
 def join(config: AdapterConfig, path: str, leaf: str, prefix: str = "") -> str:
-    """PEFT's key of one leaf."""
+    """PEFT's key of one leaf of a site at a place."""
     return f"{prefix}{path}.{config.form.key(leaf)}"
 
 
 def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
-    """Module and leaf that a key speaks of, with or without PEFT's prefix; `None` for other keys.
+    """Place and leaf that a key speaks of, with or without PEFT's prefix; `None` for other keys.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> split_key(LoraConfig(), "base_model.model.layers.0.lora_A.weight")

@@ -150,7 +150,7 @@ def _base_of(
     """The tensor of the base that says where a leaf belongs."""
     if leaf in replaced.get(path, {}):
         return tensor_at(modules, replaced[path][leaf].names[0])
-    return sites[path].like(modules[path])
+    return sites[path].like(modules[sites[path].owner])
 
 
 def _check_same_replaced(own: Plan, given: Plan) -> None:

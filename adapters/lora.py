@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Method, Site, Weights
+from torchgraft.functional.site import PARAMETERS
 
 from . import dora, lora_forward
 from .config import AdapterConfig, by_pattern, require
@@ -30,6 +31,7 @@ from .initial import FROM_DATA, NAMES, Statistics, constants, factors, kind_of, 
 from .initial.configs import CONFIGS, made
 from .lora_fields import LoraFields
 from .lora_forward import BIAS, names
+from .lora_parameters import check_parameter, factors_of_parameter
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,7 +42,8 @@ class LoraConfig(LoraFields):
     `nn.MultiheadAttention`. A grouped convolution gets an `A` that sees all channels, as in PEFT, so it runs but has no
     merged weight. An attention gets one adapter on its input projections and one on its output projection, which is
     added once (PEFT 0.21.2 adds it twice); where keys or values have sizes of their own, which PEFT refuses, `A` is
-    `"r query+key+value"` and each projection has its part.
+    `"r query+key+value"` and each projection has its part. Bare parameters have two axes, or three of which the first counts
+    experts; all experts of one have their `A` and `B` in two matrices.
 
     Attributes:
         r: Rank.
@@ -54,6 +57,8 @@ class LoraConfig(LoraFields):
             and `"lora_ga"`, see `fit_eva`, `fit_corda` and `fit_lora_ga`. `torchgraft.adapters.initial` has them.
         rank_pattern: Ranks by pattern of the end of a module's name; the first that matches counts.
         alpha_pattern: The same for `lora_alpha`.
+        target_parameters: Parameters to adapt, such as the stacked weights of experts, `"mlp.experts.down_proj"`: whole
+            names, or ends of names after a dot. Together with `target_modules`, or alone.
         use_dora: Learn the magnitude of each output apart from the direction of its weights.
         lora_bias: Give `B` a bias; embeddings cannot have it, and modules without a bias have no merged form then.
         loftq_config, eva_config, corda_config, lora_ga_config: More about the initialisation of that name; a dict will
@@ -71,12 +76,12 @@ class LoraConfig(LoraFields):
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
     statistics: Statistics | None = dataclasses.field(default=None, repr=False)
 
     method: ClassVar[Method]
-    acted_on: ClassVar[frozenset[str]] = frozenset({"use_dora", "lora_bias", *CONFIGS})
+    acted_on: ClassVar[frozenset[str]] = frozenset({"use_dora", "lora_bias", "target_parameters", *CONFIGS})
     in_memory: ClassVar[frozenset[str]] = frozenset({"statistics"})
+    site_fields: ClassVar[frozenset[str]] = LoraFields.site_fields | {"target_parameters"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +106,16 @@ class LoraConfig(LoraFields):
         if not isinstance(other, LoraConfig) or other.init_lora_weights != self.init_lora_weights:
             return self
         return dataclasses.replace(self, statistics=other.statistics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as files have them; `target_modules` is `[]` where only parameters are adapted.
+
+        PEFT would else choose modules by the type of the model.
+        """
+        fields = super().to_dict()
+        if fields["target_parameters"] and fields["target_modules"] is None:
+            fields["target_modules"] = []
+        return fields
 
 
 def _fill_in(config: LoraConfig, kind: str | None) -> None:
@@ -160,6 +175,8 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             config,
             f"lora_bias is True, which {site.path}, an embedding, cannot have; leave it out of target_modules",
         )
+        if site.kind in PARAMETERS:
+            check_parameter(config, site)
         require(
             site.kind != "attention" or (kind_of(config.init_lora_weights) is None and not config.use_dora),
             config,
@@ -175,7 +192,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
 def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """`A` is `"r in *kernel"`, `B` is `"out r/groups *ones"`; an embedding's are `"r vocab"` and `"dim r"`.
 
-    The bias of `B` is `"out"`; the magnitude of DoRA is `"out"`, for a convolution `"1 out *ones"`.
+    Those of experts are `"experts*r in"`, expert by expert, and `"out r*experts"`, rank by rank, as in PEFT. The bias of `B` is `"out"`; the magnitude of DoRA is `"out"`, for a convolution `"1 out *ones"`.
     """
     found = {leaf: shape for leaf, shape in _drawn_shapes(config, site).items() if leaf not in _fixed(config, site)}
     if config.use_dora:
@@ -184,7 +201,7 @@ def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
 
 
 def _drawn_shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
-    r = site.constants["r"]
+    r = site.constants["r"] * max(site.experts, 1)
     a, b = names(site)
     found: dict[str, tuple[int, ...]] = {
         a: (r, site.in_features, *site.kernel_size),
@@ -265,7 +282,7 @@ def part(config: LoraConfig, site: Site, leaves: dict[str, Tensor], rows: slice,
 
 LoraConfig.method = Method(
     name="LORA",
-    kinds=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "attention"}),
+    kinds=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "attention", *PARAMETERS}),
     plan=plan,
     shapes=shapes,
     init=init,
@@ -274,6 +291,7 @@ LoraConfig.method = Method(
     routed=lora_forward.routed,
     part=part,
     own_dtype=frozenset({dora.MAGNITUDE}),
+    factors=factors_of_parameter,
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
         | {"initial_A", "initial_B", "rounding", "lora_B", "lora_embedding_B", "statistics", *CONFIGS}
@@ -283,7 +301,7 @@ LoraConfig.method = Method(
 
 def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
     """The layer that PEFT keeps a leaf in: a linear one, or a convolution like the base's around one of ones."""
-    r = site.constants["r"]
+    r = site.constants["r"] * max(site.experts, 1)
     if leaf == dora.MAGNITUDE:
         return dora.Magnitude(site)
     how: dict[str, Any] = {"bias": config.lora_bias and leaf == "lora_B", "device": "meta"}

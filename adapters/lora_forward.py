@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
+from torchgraft.functional.site import PARAMETERS
 
 from . import dora
 from .initial.bases import Lessened, base_of
+from .lora_parameters import factors_of_parameter
 from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear
 
 if TYPE_CHECKING:
@@ -84,6 +86,9 @@ def merge(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
             "weight is its merged form; call the graft instead, or leave this module out of target_modules"
         )
+    if site.kind in PARAMETERS:
+        up, down, scaling = factors_of_parameter(config, site, leaves)
+        return add_scaled(weight, up @ down, scaling), bias
     if "rounding" in site.constants:
         weight = weight + site.constants["rounding"]
     (a, b), scaling = factors(site, leaves), site.constants["scaling"]

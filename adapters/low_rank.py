@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, widen
+from torchgraft.functional.site import add_scaled
 
 from . import fused
 
@@ -14,18 +15,6 @@ _MANY_TOKENS = 16
 """Tokens of one adapter from which copying its matrices costs less than sorting the tokens."""
 
 Scaling = float | Tensor
-
-
-def add_scaled(y: Tensor, delta: Tensor, scaling: Scaling) -> Tensor:
-    """`y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
-
-    >>> add_scaled(torch.ones(2), torch.ones(2), 2.0)
-    tensor([3., 3.])
-    """
-    if isinstance(scaling, Tensor):
-        delta, scaling = delta * scaling.to(delta.dtype), 1.0
-    wide, delta = widen(y, delta)
-    return torch.add(wide, delta, alpha=scaling).to(y.dtype)
 
 
 def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: Scaling) -> Tensor:

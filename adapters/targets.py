@@ -12,13 +12,14 @@ from torch import nn
 
 from torchgraft.functional.layers import is_linear
 
+from .target_parameters import find_parameters
 from .ties import embedding_for
 
 C = TypeVar("C", bound=Any)
 
 
 def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    """Names of the modules that `config` targets, in the order of `modules`.
+    """Names of the modules that `config` targets, in the order of `modules`, and of the parameters after them.
 
     A string is a regular expression for the whole name (`"all-linear"` means every linear layer but the output
     layer); names in a list match a whole name or its end after a dot. `exclude_modules` goes first, then
@@ -37,7 +38,16 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     >>> model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> find_targets(LoraConfig(target_modules=["b"]), dict(model.named_modules()), model)
     ['b']
+    >>> find_targets(LoraConfig(target_parameters=["a.weight"]), dict(model.named_modules()), model)
+    ['a.weight']
     """
+    parameters = find_parameters(config, modules)
+    if parameters and not config.target_modules:
+        return parameters
+    return _find_modules(config, modules, model) + parameters
+
+
+def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
     targets = config.target_modules
     if targets is None or (not isinstance(targets, str) and not targets):
         raise ValueError(
@@ -68,12 +78,15 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
 
 
 def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
-    """A copy of a config that targets just these modules, whatever else their names may end.
+    """A copy of a config that targets just these modules and parameters, whatever else their names may end.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> exact(LoraConfig(), ["q"], ["q", "k"]).target_modules, exact(LoraConfig(), ["q"], ["q", "a.q"]).target_modules
     (['q'], 'q')
     """
+    if parameters := [path for path in paths if path not in modules]:
+        config = dataclasses.replace(config, target_parameters=parameters)
+        paths = [path for path in paths if path in modules]
     endings = tuple(f".{path}" for path in paths)
     unclear = any(name.endswith(endings) for name in modules if name not in set(paths))
     targets = "|".join(map(re.escape, paths)) if unclear else list(paths)

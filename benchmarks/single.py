@@ -17,6 +17,7 @@ import optree
 import peft
 import torch
 import torch.nn.functional as F
+from _memory import saved_bytes
 from _models import LINEARS, lively, llama, tokens, trained
 from _picture import bars
 from _results import apart, write
@@ -97,24 +98,6 @@ def inference(model: Any, ids: Tensor) -> Cases:
         "PEFT": lambda: theirs(ids),
     }
     return {name: torch.no_grad()(run) for name, run in cases.items()}
-
-
-def saved_bytes(forward: Callable[[], Tensor], own: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward, each storage once, without parameters and buffers."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-        total = sum(kept.values())
-    del loss
-    return total
 
 
 def memory(model: Any, ids: Tensor, dropout: float) -> dict[str, float]:

@@ -107,6 +107,32 @@ class Cell:
         self.lease: Any = None
         self.kept: dict[int, Tensor] | None = None
 
+    def active(self, path: str) -> Mapping[str, Any]:
+        """The active trees, for the site at a path.
+
+        Raises:
+            RuntimeError: No call is in progress.
+        """
+        if self.trees is None:
+            raise RuntimeError(
+                f"{path}: this adapted module ran outside any call of its graft. If the model checkpoints "
+                "activations, use use_reentrant=False; to keep an adapted module, take it from graft.view(params)"
+            )
+        return self.trees
+
+    def pin(self, y: Tensor) -> Tensor:
+        """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
+
+        Activation checkpointing runs the forward once more during backward and must find the same adapter.
+        """
+        lease = self.lease
+        if lease is None or not y.requires_grad or torch.compiler.is_compiling() or y.grad_fn is None:
+            return y
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            metadata: Any = y.grad_fn.metadata
+            metadata[id(self)] = lease
+        return y
+
 
 @dataclasses.dataclass(eq=False)
 class Socket:
@@ -122,12 +148,7 @@ class Socket:
 
     def layer(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None, part: Part | None = None) -> Any:
         """The base under the active adapters, the first innermost; or a part of an attention's projection."""
-        trees = self.cell.trees
-        if trees is None:
-            raise RuntimeError(
-                f"{self.path}: this adapted module ran outside any call of its graft. If the model checkpoints "
-                "activations, use use_reentrant=False; to keep an adapted module, take it from graft.view(params)"
-            )
+        trees = self.cell.active(self.path)
         layer: Any = None
         for name, entry in self.entries.items():
             tree = trees.get(name)
@@ -155,19 +176,6 @@ class Socket:
         """Show an input to whoever wants to see."""
         if self.cell.see is not None:
             self.cell.see(self.path, x)
-
-    def pin(self, y: Tensor) -> Tensor:
-        """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
-
-        Activation checkpointing runs the forward once more during backward and must find the same adapter.
-        """
-        lease = self.cell.lease
-        if lease is None or not y.requires_grad or torch.compiler.is_compiling() or y.grad_fn is None:
-            return y
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            metadata: Any = y.grad_fn.metadata
-            metadata[id(self.cell)] = lease
-        return y
 
     def reach(self) -> None:
         """Note that a forward came by: it ran the module or read its weight."""
@@ -211,7 +219,7 @@ class AdaptedForward:
             raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
         socket.reach()
         socket.look(x)
-        return socket.pin(socket.layer(args, kwargs)(x))
+        return socket.cell.pin(socket.layer(args, kwargs)(x))
 
 
 class AdaptedModule:

@@ -19,6 +19,7 @@ from .layers import describe
 from .layout import Finder, Found
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
+from .parameters import AdaptedParameters, Key, describe_parameter, find, key_of
 from .plan import plan_sites, structure_for
 from .pool import Pool
 from .references import check_references
@@ -236,8 +237,8 @@ class Graft:
     def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
         """Of these sites, those whose module no forward reached under any of its names."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        seen = {id(modules[path]) for path in reached}
-        return sorted({path for path in paths if id(modules[path]) not in seen})
+        seen = {key_of(modules, path) for path in reached}
+        return sorted({path for path in paths if key_of(modules, path) not in seen})
 
     def build(self) -> Skeleton:
         """A new skeleton of the model as it is now.
@@ -246,12 +247,14 @@ class Graft:
             ValueError: A module at a site was replaced by one that the site's parameters do not fit.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        entries: dict[int, dict[str, Entry]] = {}
-        paths: dict[int, str] = {}
+        entries: dict[Key, dict[str, Entry]] = {}
+        paths: dict[Key, str] = {}
         for name in self.configs:
             for path, entry in self.entries(name).items():
-                entries.setdefault(id(modules[path]), {})[name] = entry
-                paths.setdefault(id(modules[path]), path)
+                key = key_of(modules, path)
+                entries.setdefault(key, {})[name] = entry
+                paths.setdefault(key, path)
+        _check_apart(entries, paths)
         skeleton = Skeleton(self.model, entries, paths)
         skeleton.exchanges = exchanges(skeleton, modules, self.replaced)
         make_units(skeleton.cell, skeleton.modules, skeleton.exchanges, {id(m): name for name, m in modules.items()})
@@ -267,10 +270,9 @@ class Graft:
         moved: dict[tuple[int, torch.device], Tensor] = {}
         found: dict[str, Entry] = {}
         for path, site in self.sites[name].items():
-            module = modules.get(path)
-            _check_unchanged(path, site, module)
-            assert module is not None
-            site = dataclasses.replace(site, constants=_to(site.constants, site.like(module).device, moved))
+            _check_unchanged(path, site, modules)
+            device = site.like(modules[site.owner]).device
+            site = dataclasses.replace(site, constants=_to(site.constants, device, moved))
             found[path] = Entry(self.configs[name], site)
         for path, follow in self.follows[name].items():
             found[path] = follower(self.configs[name], path, modules[path], follow, found[follow.source].site)
@@ -341,7 +343,7 @@ def bind(
             given = f"the class {one.__name__}" if isinstance(one, type) else f"of type {type(one).__name__}"
             raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedModule):
+        if isinstance(module, (AdaptedModule, AdaptedParameters)):
             raise TypeError(
                 f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "
                 "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
@@ -353,10 +355,21 @@ def bind(
     return Graft(model, configs, named, allow_unreached)
 
 
-def _check_unchanged(path: str, site: Site, module: nn.Module | None) -> None:
+def _check_apart(entries: Mapping[Key, Mapping[str, Entry]], paths: Mapping[Key, str]) -> None:
+    """Refuse adapters on a module and on one of its parameters."""
+    for key in entries:
+        if key[1] and (key[0], "") in entries:
+            raise ValueError(
+                f"{paths[key]}: one adapter is on this parameter and another on its module as a whole; target the one "
+                "or the other"
+            )
+
+
+def _check_unchanged(path: str, site: Site, modules: Mapping[str, nn.Module]) -> None:
+    module, leaf = find(modules, path)
     if module is None:
         raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
-    now = describe(path, module)
+    now = describe_parameter(path, module, leaf) if leaf else describe(path, module)
     if now is None or dataclasses.replace(now, constants=site.constants, within=site.within) != site:
         raise ValueError(
             f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "

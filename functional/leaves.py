@@ -34,7 +34,7 @@ def initialise(
     fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
     made: Tree = copies(modules, replaced, dtype, device)
     for path, site in sites.items():
-        weight = site.like(modules[path])
+        weight = site.like(modules[site.owner])
         for leaf, value in fresh[path].items():
             made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or _wide(weight.dtype))
     return trees.sort(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from .adapted import Adapted, Base
 from .follow import Follower
 from .graft import Graft
 from .method import Tree
+from .parameters import Key, find
 from .replaced import Given, merged
 from .site import own_tensor
 
@@ -55,23 +57,25 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in itertools.chain(*tensors):
         names.setdefault(id(tensor), []).append(name)
-    layers: dict[int, Base | Adapted] = {}
-    paths: dict[int, str] = {}
+    layers: dict[Key, Base | Adapted] = {}
+    paths: dict[Key, str] = {}
     followers: dict[str, set[int]] = {}
     for adapter, tree in active.items():
         for path, entry in graft.entries(adapter).items():
-            module = modules[path]
+            module, leaf = find(modules, path)
+            key, owner = (id(module), leaf), entry.site.owner
             if isinstance(entry, Follower):
                 followers.setdefault(entry.follow.source, set()).add(id(module))
                 continue
-            own = {leaf: given[name] for leaf in entry.site.names if (name := f"{path}.{leaf}".lstrip(".")) in given}
-            below = layers.get(id(module)) or Given(module, entry.site, own)
-            layers[id(module)] = Adapted(below, entry, entry.leaves(tree))
-            paths.setdefault(id(module), path)
+            own = {leaf: given[name] for leaf in entry.site.names if (name := f"{owner}.{leaf}".lstrip(".")) in given}
+            below = layers.get(key) or Given(module, entry.site, own)
+            layers[key] = Adapted(below, entry, entry.leaves(tree))
+            paths.setdefault(key, path)
+    carriers = {module for module, _ in layers}
     for key, layer in layers.items():
         path = paths[key]
         assert isinstance(layer, Adapted)
-        following = followers.get(path, set()) - layers.keys()
+        following = followers.get(path, set()) - carriers
         for leaf, value in layer.entry.site.stored(*layer.dense()).items():
             _write(state, names, modules, path, leaf, value, following)
     return state
@@ -86,7 +90,7 @@ def _write(
     value: Tensor,
     following: Collection[int] = (),
 ) -> None:
-    module = modules[path]
+    module: Any = find(modules, path)[0]
     own = own_tensor(module, leaf)
     if own is None:
         raise ValueError(

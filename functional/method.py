@@ -84,6 +84,9 @@ class Method:
         varying: Names of the config's fields and of the constants that may differ between the adapters of a stack;
             a constant that varies may be a tensor in `apply`.
         own_dtype: Leaves that `merge` gets as they are, because what they were rounded to counts.
+        factors: `(config, site, leaves) -> (up, down, scaling)`, for methods that add `scaling * up @ down` to a bare
+            parameter, `"[experts] out r"` and `"[experts] r in"`: it is multiplied out only where the model does more
+            with the parameter than to multiply with it. `None` for methods whose parameters are always dense.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Method:
     part: Callable[[Any, Site, Leaves, slice, slice], Leaves] | None = None
     varying: frozenset[str] = frozenset()
     own_dtype: frozenset[str] = frozenset()
+    factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]] | None = None
 
 
 class Config(Protocol):
@@ -105,7 +109,7 @@ class Config(Protocol):
     method: ClassVar[Method]
 
     def targets(self, model: nn.Module) -> list[str]:
-        """Names of the modules of `model` to adapt, in the order of `named_modules`."""
+        """Names of the modules of `model` to adapt, in the order of `named_modules`, then of bare parameters."""
         ...
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from .adapted import Base
 from .layers import describe
 from .method import Config, Weights
+from .parameters import describe_parameter, find
 from .site import Site
 
 
@@ -32,33 +33,39 @@ def plan_sites(
     Args:
         config: An adapter's config.
         modules: The model's modules by name.
-        paths: Names of the targeted ones; a module under two names is one site, under the first.
+        paths: Names of the targeted ones and of targeted parameters; what has two names is one site, under the first.
         base: How a module's original weight is read.
 
     Returns:
         `{path: site}`, in the order of `paths`.
 
     Raises:
-        ValueError: A module that the method does not support.
+        ValueError: A module or a parameter that the method does not support; a parameter of a targeted module.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> list(plan_sites(LoraConfig(), {"a": nn.Linear(2, 2)}, ["a"]))
     ['a']
     """
     sites: dict[str, Site] = {}
-    seen: set[int] = set()
+    seen: set[tuple[int, str]] = set()
     method = config.method
     for path, within in with_parts(modules, paths):
-        module = modules[path]
-        if id(module) in seen:
+        module, leaf = find(modules, path)
+        assert module is not None
+        if (id(module), leaf) in seen:
             continue
-        seen.add(id(module))
-        site = describe(path, module)
+        seen.add((id(module), leaf))
+        site = describe_parameter(path, module, leaf) if leaf else describe(path, module)
         if site is None or site.kind not in method.kinds:
             kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
             raise ValueError(
                 f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
                 f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
+            )
+        if leaf and (id(module), "") in seen:
+            raise ValueError(
+                f"{path}: target_parameters names a parameter of a module that is adapted as a whole; leave one of the "
+                "two out"
             )
         sites[path] = dataclasses.replace(site, within=within)
     constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
@@ -83,12 +90,12 @@ def weights_of(
     >>> weights_of({"head": site}, {"head": module})("head").shape
     torch.Size([2, 3])
     """
-    return lambda path: base(modules[path], sites[path]).weight.detach()
+    return lambda path: base(modules[sites[path].owner], sites[path]).weight.detach()
 
 
 def with_parts(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[tuple[str, str | None]]:
     """Each path, an attention with its output projection, and what that is a part of."""
     for path in paths:
         yield path, None
-        if isinstance(modules[path], nn.MultiheadAttention):
+        if isinstance(modules.get(path), nn.MultiheadAttention):
             yield f"{path}.out_proj" if path else "out_proj", path

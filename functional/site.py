@@ -13,6 +13,9 @@ from torch import Tensor
 
 _CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
+PARAMETERS = ("parameter", "experts")
+"""Kinds of sites that are bare parameters of a module."""
+
 _QUANTISERS = frozenset({"torchao", "bitsandbytes", "optimum", "quanto", "hqq"})
 """Packages whose tensors say that they are of floating point and hold something else."""
 
@@ -42,10 +45,12 @@ class Site:
     linear map, `"dim vocab"` for an embedding (a linear map of one-hot rows) and `"out in/groups *kernel"`
     for a convolution. The input projections of an attention are one linear map, `"3*dim in"`; where queries, keys and
     values have sizes of their own, `in` is the sum of these, and only the blocks on the diagonal count.
+    A site may also be a bare parameter: a matrix, `"out in"`, or one for each expert, `"experts out in"`.
 
     Attributes:
-        path: Dotted name of the module in the user's model.
-        kind: `"linear"`, `"embedding"`, `"conv1d"`, `"conv2d"`, `"conv3d"` or `"attention"`.
+        path: Dotted name of the module, or of the parameter, in the user's model.
+        kind: `"linear"`, `"embedding"`, `"conv1d"`, `"conv2d"`, `"conv3d"` or `"attention"`; of a parameter
+            `"parameter"` or `"experts"`.
         in_features: Size of the input axis (vocabulary for an embedding, channels for a convolution).
         out_features: Size of the output axis.
         has_bias: Whether the module adds a bias.
@@ -57,6 +62,7 @@ class Site:
         bias_name: Attribute that holds its bias.
         blocks: Sizes of the input axes of an attention's query, key and value, where they differ.
         within: Path of the site whose module this one is a part of, for the output projection of an attention.
+        experts: Number of matrices in a parameter of kind `"experts"`, else 0.
         constants: What the method planned for this site: scaling factors, ranks, frozen tensors.
 
     >>> site = Site("head", "linear", in_features=4, out_features=3)
@@ -76,6 +82,7 @@ class Site:
     bias_name: str = "bias"
     blocks: tuple[int, ...] = ()
     within: str | None = None
+    experts: int = 0
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -91,7 +98,18 @@ class Site:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight in canonical orientation."""
-        return (self.out_features, self.in_features // self.groups, *self.kernel_size)
+        shape = (self.out_features, self.in_features // self.groups, *self.kernel_size)
+        return (self.experts, *shape) if self.experts else shape
+
+    @property
+    def leaf(self) -> str:
+        """Name of a bare parameter on its module; `""` for a module."""
+        return self.weight_names[0] if self.kind in PARAMETERS else ""
+
+    @property
+    def owner(self) -> str:
+        """Dotted name of the module that has the weight."""
+        return self.path.rpartition(".")[0] if self.kind in PARAMETERS else self.path
 
     def canonical(self, weight: Tensor) -> Tensor:
         """Turn a stored weight into canonical orientation; its own inverse."""
@@ -194,6 +212,18 @@ def quantised_form(weight: Any) -> str | None:
         return str(weight.dtype)
     library = type(weight).__module__.partition(".")[0]
     return f"quantised (a {type(weight).__name__} of {library})" if library in _QUANTISERS else None
+
+
+def add_scaled(y: Tensor, delta: Tensor, scaling: float | Tensor) -> Tensor:
+    """`y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
+
+    >>> add_scaled(torch.ones(2), torch.ones(2), 2.0)
+    tensor([3., 3.])
+    """
+    if isinstance(scaling, Tensor):
+        delta, scaling = delta * scaling.to(delta.dtype), 1.0
+    wide, delta = widen(y, delta)
+    return torch.add(wide, delta, alpha=scaling).to(y.dtype)
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .adapted import Cell, adapt
 from .layers import plain_class
 from .method import Entry
+from .parameters import Key, ParameterSocket, adapt_parameters, names_grouped
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
@@ -42,8 +43,8 @@ class Skeleton:
 
     Args:
         model: The user's model; only read.
-        entries: Adapter entries by name, for each targeted module's id.
-        paths: The path of each targeted module, by id.
+        entries: Adapter entries by name, for each targeted module or parameter.
+        paths: The path of each of these.
 
     Attributes:
         root: The copy.
@@ -57,7 +58,7 @@ class Skeleton:
         exchanges: Where the tensors hang that adapters replace.
     """
 
-    def __init__(self, model: nn.Module, entries: Mapping[int, Mapping[str, Entry]], paths: Mapping[int, str]):
+    def __init__(self, model: nn.Module, entries: Mapping[Key, Mapping[str, Entry]], paths: Mapping[Key, str]):
         self.cell = Cell()
         self._entries, self._paths = entries, paths
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -193,8 +194,10 @@ class Skeleton:
         cls = type(x)
         new = self._remember(x, object.__new__(cls))
         self.modules.append((x, new))
-        if id(x) in self._entries:
-            adapt(new, cls, plain_class(x), self._paths[id(x)], self.cell, self._entries[id(x)])
+        whole = (id(x), "")
+        if whole in self._entries:
+            adapt(new, cls, plain_class(x), self._paths[whole], self.cell, self._entries[whole])
+        self._adapt_parameters(x, new)
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
         for key, value in vars(x).items():
             if key in ("_parameters", "_buffers"):
@@ -212,6 +215,16 @@ class Skeleton:
             self._touchable.append(new.__dict__)
         self._where = where
         return new
+
+    def _adapt_parameters(self, x: nn.Module, new: nn.Module) -> None:
+        keys = [key for name in x._parameters if (key := (id(x), name)) in self._entries]
+        if keys:
+            grouped = names_grouped(type(x))
+            sockets = {
+                key[1]: ParameterSocket(self._paths[key], key[1], self.cell, self._entries[key], grouped)
+                for key in keys
+            }
+            adapt_parameters(new, type(x), sockets)
 
     def _container(self, x: Any) -> Any:
         new = self._remember(x, copy.copy(x))

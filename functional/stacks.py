@@ -16,6 +16,7 @@ from .graft import Graft
 from .layout import Finder
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
+from .parameters import Key, key_of
 from .plan import plan_sites, structure_for
 from .replaced import plan_replaced
 from .routed import Chosen, with_constants
@@ -192,8 +193,8 @@ class StackedGraft(Graft):
                 "has no such ties; bind them apart, or stack trees of one config"
             )
         known = tuple(path in plan for plan in self._plans)
-        module: Any = self.model.get_submodule(path)
-        return StackedEntry(entry.config, entry.site, torch.tensor(known, device=entry.site.like(module).device), known)
+        device = entry.site.like(self.model.get_submodule(entry.site.owner)).device
+        return StackedEntry(entry.config, entry.site, torch.tensor(known, device=device), known)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,9 +295,9 @@ def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module
     """Every site that some adapter has, with the constants of all."""
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = {path: None for plan in plans for path in plan}
-    names: dict[int, str] = {}
+    names: dict[Key, str] = {}
     for path in paths:
-        other = names.setdefault(id(modules[path]), path)
+        other = names.setdefault(key_of(modules, path), path)
         if other != path:
             raise ValueError(f"bind: {other} and {path} are one module under two names; target it by one of them")
     return {path: _merged(path, config, [plan.get(path) for plan in plans]) for path in paths}
@@ -346,6 +347,11 @@ def _largest(path: str, site: Site | None, own: Sequence[Shapes]) -> dict[str, t
         if site is not None and site.groups > 1 and len(set(sizes)) > 1:
             raise ValueError(
                 f"{path}: a convolution with {site.groups} groups has parameters group by group, which padding would "
+                f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"
+            )
+        if site is not None and site.experts and len(set(sizes)) > 1:
+            raise ValueError(
+                f"{path}: a parameter of {site.experts} experts has leaves of all experts in one, which padding would "
                 f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"
             )
     return largest

@@ -18,7 +18,7 @@ from torchgraft.functional.leaves import shapes_of
 from torchgraft.functional.method import Entry, Tree
 from torchgraft.functional.plan import plan_sites, weights_of, with_parts
 from torchgraft.functional.replaced import Plan, each, plan_replaced
-from torchgraft.functional.site import Site
+from torchgraft.functional.site import PARAMETERS, Site
 
 from ..architectures import with_targets
 from ..config import AdapterConfig
@@ -30,9 +30,10 @@ from ..tokens import LEAF as TOKENS
 from .biases import ATTRIBUTE, Biases, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .parameters import ParameterLayer, key_of
 from .switch import adapter_names, take_out
 from .tokens import TrainableTokensWrapper
-from .walk import bare_modules, layers, named, original_base, parts, unwrap
+from .walk import bare_modules, layers, named, original_base, outermost, parts, unwrap
 
 
 def inject_adapter_in_model(
@@ -102,8 +103,10 @@ def _inject(
         paths = find_targets(config, modules, model)
     else:
         config, paths = _from_keys(config, state_dict, modules, model)
-    if "" in paths:
-        raise ValueError(f"{type(config).__name__}: the model itself is targeted, which cannot be replaced in place")
+    for path in paths:
+        if not (path if path in modules else path.rpartition(".")[0]):
+            what = f"{path}, a parameter of the model itself, is" if path else "the model itself is"
+            raise ValueError(f"{type(config).__name__}: {what} targeted, which cannot be replaced in place")
     base = original_base(model)
     sites = plan_sites(config, modules, paths, base)
     _check_biases(model, config)
@@ -122,20 +125,28 @@ def _inject(
     beside = {one.names[0].rpartition(".")[0] for _, leaf, one in each(replaced) if leaf == TOKENS}
     beside |= {path for path, (_, leaf, _) in followers.items() if leaf == TOKENS}
     copied = saved | {path: modules[path] for path, (_, leaf, _) in followers.items() if leaf != TOKENS}
-    _check_overlap(model, modules, entries, copied)
-    _check_tokens(model, modules, entries, copied, beside)
-    parents = _parents(modules, {path: modules[path] for path in (*entries, *beside)} | copied)
+    targets = {path: modules[entry.site.owner] for path, entry in entries.items()}
+    owners = [entry.site.owner for entry in entries.values()]
+    _check_overlap(model, modules, owners, copied)
+    _check_tokens(model, modules, owners, copied, beside)
+    _check_apart(model, modules, sites)
+    tops = outermost(model)
+    parents = _parents(modules, targets | {path: modules[path] for path in beside} | copied, tops)
     old = list(layers(model).values())
-    carriers = {id(layer.base_layer): layer for layer in old}
+    carriers = {key_of(layer): layer for layer in old}
     wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
     take_out(old)
 
     disabled = bool(old) and all(layer.disable_adapters for layer in old)
     for path, entry in entries.items():
-        module = modules[path]
-        layer = carriers.get(id(module)) or BaseTunerLayer(module, [parent for parent, _ in parents[id(module)]])
+        module, site = targets[path], entry.site
+        layer = carriers.get((id(module), site.leaf))
+        if layer is None and site.kind in PARAMETERS:
+            layer = tops[id(module)] = ParameterLayer(tops.get(id(module), module), site.leaf)
+        elif layer is None:
+            layer = BaseTunerLayer(module, [parent for parent, _ in parents[id(module)]])
         layer.add(adapter_name, entry, leaves[path])
-        _hang(layer, parents[id(module)], disabled)
+        _hang(layer, parents[id(module)], disabled, tops.get(id(module)))
     for path, module in saved.items():
         wrapper = wrappers.get(id(module)) or ModulesToSaveWrapper(module)
         wrapper.add(adapter_name, _inside(path, replaced, params))
@@ -211,7 +222,7 @@ def _check_tokens(
     tokens = {id(one.token_adapter.base_layer): path for path, one in named(model, TrainableTokensWrapper).items()}
     tokens |= {id(modules[path]): path for path in beside}
     others: dict[int, str] = {id(modules[path]): "carries an adapter" for path in sites}
-    others |= {id(layer.base_layer): "carries an adapter" for layer in layers(model).values()}
+    others |= {id(layer.get_base_layer()): "carries an adapter" for layer in layers(model).values()}
     whole = [*copied.values(), *(one.original_module for one in named(model, ModulesToSaveWrapper).values())]
     others |= {id(inner): "is one of modules_to_save" for module in whole for inner in module.modules()}
     for key, path in tokens.items():
@@ -239,9 +250,10 @@ def _inside(path: str, replaced: Plan, params: Tree | None) -> dict[str, Tensor]
     }
 
 
-def _hang(part: Any, places: list[tuple[nn.Module, str]], disabled: bool) -> None:
+def _hang(part: Any, places: list[tuple[nn.Module, str]], disabled: bool, top: nn.Module | None = None) -> None:
+    """Put a part, or the layer at the top of those around its module, where the module hangs."""
     for parent, name in places:
-        parent._modules[name] = part
+        parent._modules[name] = top or part
     if disabled and not part.disable_adapters:
         part.enable_adapters(False)
 
@@ -269,6 +281,11 @@ def _from_keys(
     config: AdapterConfig, state_dict: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module
 ) -> tuple[AdapterConfig, list[str]]:
     """The config that fits these keys, and the modules they name in the model's order."""
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"{type(config).__name__}: state_dict is given with target_parameters, whose keys do not say which "
+            "parameter they are of; inject without it, then set_peft_model_state_dict, or load_adapter"
+        )
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         if (split := split_key(config, key)) is not None:
@@ -310,7 +327,7 @@ def _leaves(
     shapes = {path: config.method.shapes(config, site) for path, site in sites.items()}
     if params is not None:
         planted = {path: {leaf: nn.Parameter(params[path][leaf].detach()) for leaf in shapes[path]} for path in sites}
-        return {path: planted[path] | _fixed(config, site, modules[path], meta) for path, site in sites.items()}
+        return {path: planted[path] | _fixed(config, site, modules, meta) for path, site in sites.items()}
     if meta:
         with torch.device("meta"):
             drawn = {path: {leaf: torch.empty(shape) for leaf, shape in shapes[path].items()} for path in sites}
@@ -318,17 +335,17 @@ def _leaves(
         drawn = config.method.init(config, list(sites.values()), None, weights)
     made = {}
     for path in sites:
-        weight = sites[path].like(modules[path])
+        weight = sites[path].like(modules[sites[path].owner])
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         device = "meta" if meta else weight.device
         made[path] = {leaf: nn.Parameter(tensor.to(device, dtype)) for leaf, tensor in drawn[path].items()}
-        made[path] |= _fixed(config, sites[path], modules[path], meta)
+        made[path] |= _fixed(config, sites[path], modules, meta)
     return made
 
 
-def _fixed(config: AdapterConfig, site: Site, module: nn.Module, meta: bool) -> dict[str, nn.Parameter]:
+def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:
     """The leaves of a site that are not trained."""
-    weight = site.like(module)
+    weight = site.like(modules[site.owner])
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     device = "meta" if meta else weight.device
     tensors = config.form.fixed_tensors(config, site)
@@ -346,7 +363,7 @@ def _check_overlap(
     model: nn.Module, modules: Mapping[str, nn.Module], paths: Iterable[str], saved: Mapping[str, nn.Module]
 ) -> None:
     """Refuse an adapter on a module that another adapter, or this one, has a copy of, and copies within copies."""
-    adapted = {id(layer.base_layer): path for path, layer in layers(model).items()}
+    adapted = {id(layer.get_base_layer()): path for path, layer in layers(model).items()}
     adapted |= {id(modules[path]): path for path in paths}
     copied = {path: wrapper.original_module for path, wrapper in named(model, ModulesToSaveWrapper).items()}
     copied |= saved
@@ -365,16 +382,33 @@ def _check_overlap(
                 )
 
 
+def _check_apart(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> None:
+    """Refuse an adapter on a module of which a parameter is adapted, or the reverse."""
+    whole = {id(layer.get_base_layer()): not isinstance(layer, ParameterLayer) for layer in layers(model).values()}
+    for path, site in sites.items():
+        parameter = site.kind in PARAMETERS
+        if whole.get(id(modules[site.owner]), not parameter) is parameter:
+            what = "this module as a whole" if parameter else "a parameter of this module"
+            raise ValueError(
+                f"{path}: another adapter is on {what}, and the two cannot be nested; target the one or the other, or "
+                "unload(model) first"
+            )
+
+
 def _parents(
-    modules: Mapping[str, nn.Module], wanted: Mapping[str, nn.Module]
+    modules: Mapping[str, nn.Module], wanted: Mapping[str, nn.Module], tops: Mapping[int, nn.Module]
 ) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each wanted module hangs, by its id; nowhere, if something of ours hangs in its place already."""
+    """Where each wanted module hangs, or the layer of its parameters does, by its id.
+
+    Nowhere, if something else of ours hangs in its place already.
+    """
     paths = {id(module): path for path, module in wanted.items()}
+    bare = {id(top): key for key, top in tops.items()}
     parents: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in paths}
     for module in dict.fromkeys(modules.values()):
         for name, child in module._modules.items():
-            if id(child) in paths:
-                parents[id(child)].append((module, name))
+            if (key := bare.get(id(child), id(child))) in paths:
+                parents[key].append((module, name))
         _check_plain(module, paths)
     return parents
 

@@ -48,7 +48,7 @@ class BaseTunerLayer(nn.Module):
         self._active: list[str] = []
         self._disabled = False
         self._dense_weight = any(isinstance(parent, _READS_WEIGHTS) for parent in parents)
-        self._live = Live(self, [])
+        self._live = self._collect([])
         self._argument = next(iter(list(inspect.signature(type(base_layer).forward).parameters)[1:]), "input")
         self.register_load_state_dict_pre_hook(refuse_while_merged)
         self.register_load_state_dict_post_hook(_refresh_after_loading)
@@ -214,9 +214,14 @@ class BaseTunerLayer(nn.Module):
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:
         """The wrapped module."""
         return self.base_layer
+
+    @property
+    def base_prefix(self) -> str:
+        """What the names of the wrapped module's tensors start with in this layer."""
+        return "base_layer."
 
     @property
     def weight(self) -> Tensor:
@@ -241,7 +246,7 @@ class BaseTunerLayer(nn.Module):
             KeyError: No such adapter on this layer.
         """
         entry, leaves = self._entries[adapter_name], self.leaves(adapter_name)
-        weight, bias = self.originals.base(self.base_layer, entry.site).dense()
+        weight, bias = self.originals.base(self.get_base_layer(), entry.site).dense()
         delta = entry.merge(dict(leaves), weight.double(), None if bias is None else bias.double())[0] - weight
         parts = [*entry.site.stored(delta, None).values()]
         return (torch.block_diag(*parts) if len(parts) > 1 else parts[0]).to(next(iter(leaves.values())).dtype)
@@ -290,19 +295,20 @@ class BaseTunerLayer(nn.Module):
             RuntimeError: Something did.
         """
         if self.merged:
-            self.originals.check_unwritten(self.base_layer, self._entries[self.merged_adapters[0]].site.path)
+            self.originals.check_unwritten(self.get_base_layer(), self._entries[self.merged_adapters[0]].site.path)
 
     @torch.no_grad()
     def _bake(self, names: list[str], safe: bool) -> None:
         layer: Base | Adapted | None = None
+        module = self.get_base_layer()
         for name in names:
             entry = self._entries[name]
-            layer = layer or self.originals.base(self.base_layer, entry.site)
+            layer = layer or self.originals.base(module, entry.site)
             layer = Adapted(layer, entry, dict(self.leaves(name)))
         if isinstance(layer, Adapted):
-            self.originals.replace(self.base_layer, layer, names, safe)
+            self.originals.replace(module, layer, names, safe)
         else:
-            self.originals.restore(self.base_layer, self._entries[self.merged_adapters[0]].site.path)
+            self.originals.restore(module, self._entries[self.merged_adapters[0]].site.path)
         self.merged_adapters = names
         self.refresh()
 
@@ -329,7 +335,10 @@ class BaseTunerLayer(nn.Module):
     def refresh(self) -> None:
         """Collect anew what the forward needs."""
         names = [] if self._disabled else [name for name in self._active if name in self._entries]
-        self._live = Live(self, self._inside_out(name for name in names if name not in self.merged_adapters))
+        self._live = self._collect(self._inside_out(name for name in names if name not in self.merged_adapters))
+
+    def _collect(self, names: Iterable[str]) -> Live:
+        return Live(self, names)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
         """Set the mode of this layer, its module and its adapters."""
@@ -365,7 +374,7 @@ class BaseTunerLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
         super()._apply(fn, recurse)
-        self.originals.apply(self.base_layer, fn)
+        self.originals.apply(self.get_base_layer(), fn)
         self.refresh()
         return self
 
@@ -383,7 +392,7 @@ class BaseTunerLayer(nn.Module):
             return Values(self, name)
         if any(name in entry.site.names for entry in self._entries.values()):
             return self._held(name)
-        return getattr(self.base_layer, name)
+        return getattr(self.get_base_layer(), name)
 
     def _get_name(self) -> str:
         methods = sorted({entry.config.method.name.lower() for entry in self._entries.values()})

@@ -108,7 +108,7 @@ def _strip(model: nn.Module, trained: bool) -> None:
                     child.bake()
                 child = child.token_adapter.base_layer
             if isinstance(child, BaseTunerLayer):
-                child = child.base_layer
+                child = child.get_base_layer()
             module._modules[name] = child
     biases = biases_of(model)
     if biases is not None and not trained:
@@ -135,9 +135,10 @@ def _check_tied(model: nn.Module, found: dict[str, BaseTunerLayer]) -> None:
                 owners.setdefault(id(parameter), {})[id(module)] = f"{name}.{leaf}"
     for path, layer in found.items():
         site = next(iter(layer.entries.values())).site
-        for leaf in site.names:
-            tied = owners.get(id(layer.base_layer._parameters.get(leaf)), {})
-            others = [name for key, name in tied.items() if key != id(layer.base_layer)]
+        module = layer.get_base_layer()
+        for leaf in site.names if site.has_bias else site.weight_names:
+            tied = owners.get(id(module._parameters.get(leaf)), {})
+            others = [name for key, name in tied.items() if key != id(module)]
             if others:
                 raise ValueError(
                     f"{path}: its {leaf} is tied to {others[0]}, which would change with it; untie the two, or leave "

@@ -113,7 +113,7 @@ def _own(module: nn.Module, leaf: str) -> Tensor:
 
 def refuse_while_merged(layer: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse to load the base's weights into a layer while adapters are merged into them."""
-    if layer.merged and any(f"{prefix}base_layer.{name}" in state_dict for name in layer.originals.tensors):
+    if layer.merged and any(f"{prefix}{layer.base_prefix}{name}" in state_dict for name in layer.originals.tensors):
         raise RuntimeError(
             f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
             "mix the two; call unmerge_adapter(model) first"

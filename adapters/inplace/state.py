@@ -16,12 +16,13 @@ from torchgraft.functional.method import Tree
 from torchgraft.functional.trees import sort
 
 from ..config import AdapterConfig
-from ..keys import PREFIX, SHARED, held_at, join, names_of, replaced_key
+from ..keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key
 from ..targets import exact
 from ..tokens import LEAF as TOKENS
 from .biases import biases_of, put_bias
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .parameters import ParameterLayer
 from .tokens import TrainableTokensWrapper
 from .walk import bare_copy, layers, named, unwrap
 
@@ -180,19 +181,16 @@ def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict
     """Each tensor of an adapter by its key in files, with its key in the model."""
     found: dict[str, tuple[str, Tensor]] = {}
     carriers = layers(model)
-    adapted = [path for path, layer in carriers.items() if adapter_name in layer.entries]
-    for path, layer in carriers.items():
-        if adapter_name in layer.entries:
-            for leaf, parameter in layer.leaves(adapter_name).items():
-                attribute, name = config.form.place(leaf)
-                own = f"{held_at(path, carriers)}.{attribute}.{adapter_name}"
-                found[join(config, held_at(path, adapted), leaf)] = (
-                    own if name is None else f"{own}.{name}",
-                    parameter,
-                )
+    mine = {path: layer for path, layer in carriers.items() if adapter_name in layer.entries}
+    at = places({path: layer.entries[adapter_name].site for path, layer in mine.items()})
+    for path, layer in mine.items():
+        for leaf, parameter in layer.leaves(adapter_name).items():
+            attribute, name = config.form.place(leaf)
+            own = f"{_place(path, carriers)}.{attribute}.{adapter_name}"
+            found[join(config, at[path], leaf)] = (own if name is None else f"{own}.{name}", parameter)
     for path, bias in _biases(model, adapter_name).items():
         key = replaced_key(held_at(path, carriers), "bias", path in carriers)
-        found[replaced_key(held_at(path, adapted), "bias", path in adapted)] = (key, bias)
+        found[replaced_key(held_at(path, mine), "bias", path in mine)] = (key, bias)
     for path, tokens in named(model, TrainableTokensWrapper).items():
         if adapter_name in tokens.token_adapter.trainable_tokens_delta:
             key = replaced_key(path, TOKENS)
@@ -257,7 +255,7 @@ def set_peft_model_state_dict(
     found = layers(model)
     for layer in found.values():
         layer.check_unwritten()
-    bases = {held_at(path, found): _like(layer) for path, layer in found.items()}
+    bases = {_place(path, found): _like(layer) for path, layer in found.items()}
     adapted = [path for path, layer in found.items() if adapter_name in layer.entries]
     biases = {
         replaced_key(held_at(path, adapted), "bias", path in adapted): path for path in _biases(model, adapter_name)
@@ -289,7 +287,13 @@ def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _like(layer: BaseTunerLayer) -> Tensor:
     """A tensor of the device and dtype that adapters on a layer go by."""
-    return next(iter(layer.entries.values())).site.like(layer.base_layer)
+    return next(iter(layer.entries.values())).site.like(layer.get_base_layer())
+
+
+def _place(path: str, carriers: Mapping[str, BaseTunerLayer]) -> str:
+    """Where the layer of this name hangs in the model."""
+    layer = carriers[path]
+    return layer.place(path) if isinstance(layer, ParameterLayer) else held_at(path, carriers)
 
 
 def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Tensor]) -> None:
@@ -339,10 +343,15 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model = unwrap(model)
     original = {
         f"{path}.{leaf}" if path else leaf: tensor
-        for path, layer in layers(model).items()
+        for path, layer in ((_owner(path, layer), layer) for path, layer in layers(model).items())
         for leaf, tensor in layer.originals.tensors.items()
     }
     return {name: original.get(name, tensor) for name, tensor in bare_copy(model).state_dict().items()}
+
+
+def _owner(path: str, layer: BaseTunerLayer) -> str:
+    """The name of the module that a layer wraps."""
+    return path.rpartition(".")[0] if isinstance(layer, ParameterLayer) else path
 
 
 def set_base_model_state_dict(

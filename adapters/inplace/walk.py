@@ -14,6 +14,7 @@ from torchgraft.functional.adapted import Base
 from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .parameters import ParameterLayer, key_of
 from .tokens import TrainableTokensWrapper
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,11 +40,14 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     >>> [(name, type(module).__name__) for name, module in bare_modules(model).items()]
     [('', 'Sequential'), ('0', 'Linear')]
     """
-    return {name: bare for name, bare, _ in _walk(model, "")}
+    return {name: bare for name, bare, module in _walk(model, "") if not isinstance(module, ParameterLayer)}
 
 
 def named(model: nn.Module, kind: type[M]) -> dict[str, M]:
-    """Tuner layers, or wrappers of modules to save, by their names in the model; one of several names is enough."""
+    """Tuner layers, or wrappers of modules to save, by their names in the model; one of several names is enough.
+
+    A layer of a parameter has the parameter's name.
+    """
     found = {
         id(module): (name, module) for name, _, module in reversed(list(_walk(model, ""))) if isinstance(module, kind)
     }
@@ -64,16 +68,32 @@ def parts(model: nn.Module) -> Iterator[Any]:
         yield biases
 
 
+def outermost(model: nn.Module) -> dict[int, nn.Module]:
+    """The outermost layer around each module with adapted parameters, by the module's id."""
+    found = (layer for layer in layers(model).values() if isinstance(layer, ParameterLayer))
+    return {id(layer.get_base_layer()): layer for layer in found if layer.depth == 0}
+
+
 def original_base(model: nn.Module) -> Callable[[nn.Module, Site], Base]:
     """How methods see the bare modules of a model: with the weights that they have without merged adapters."""
-    merged = {id(layer.base_layer): layer.originals for layer in layers(model).values() if layer.merged}
-    return lambda module, site: merged[id(module)].base(module, site) if id(module) in merged else Base(module, site)
+    merged = {key_of(layer): layer.originals for layer in layers(model).values() if layer.merged}
+
+    def base(module: nn.Module, site: Site) -> Base:
+        originals = merged.get((id(module), site.leaf))
+        return Base(module, site) if originals is None else originals.base(module, site)
+
+    return base
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Name, bare module, and what stands in its place."""
     bare = module
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, ParameterLayer):
+        bare = module.get_base_layer()
+        for layer in module.chain():
+            yield f"{name}.{layer.parameter_name}", bare, layer
+        module = bare
+    elif isinstance(module, BaseTunerLayer):
         bare = module.base_layer
     elif isinstance(module, ModulesToSaveWrapper):
         bare = module.original_module
@@ -94,7 +114,7 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for layer in reversed(layers(model).values()):  # those within others first
-        memo[id(layer)] = copy.deepcopy(layer.base_layer, memo)
+        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
     for wrapper in named(model, ModulesToSaveWrapper).values():
         saved = wrapper.modules_to_save._modules.get(adapter_name or "", wrapper.original_module)
         memo[id(wrapper)] = copy.deepcopy(saved, memo)
