@@ -42,8 +42,8 @@ class LoraConfig(LoraFields):
     `nn.MultiheadAttention`. A grouped convolution gets an `A` that sees all channels, as in PEFT, so it runs but has no
     merged weight. An attention gets one adapter on its input projections and one on its output projection, which is
     added once (PEFT 0.21.2 adds it twice); where keys or values have sizes of their own, which PEFT refuses, `A` is
-    `"r query+key+value"` and each projection has its part. Bare parameters have two axes, or three of which the first counts
-    experts; all experts of one have their `A` and `B` in two matrices.
+    `"r query+key+value"` and each projection has its part. Bare parameters have two axes, or three of
+    which the first counts experts; all experts of one have their `A` and `B` in two matrices.
 
     Attributes:
         r: Rank.
@@ -151,6 +151,9 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             RuntimeWarning,
             stacklevel=2,
         )
+    for site in sites:
+        if site.kind in PARAMETERS:
+            check_parameter(config, site)
     bare = [site.path for site in sites if not site.has_bias and site.kind != "embedding"]
     if config.lora_bias and bare:
         warnings.warn(
@@ -175,8 +178,6 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             config,
             f"lora_bias is True, which {site.path}, an embedding, cannot have; leave it out of target_modules",
         )
-        if site.kind in PARAMETERS:
-            check_parameter(config, site)
         require(
             site.kind != "attention" or (kind_of(config.init_lora_weights) is None and not config.use_dora),
             config,
@@ -192,7 +193,8 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
 def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """`A` is `"r in *kernel"`, `B` is `"out r/groups *ones"`; an embedding's are `"r vocab"` and `"dim r"`.
 
-    Those of experts are `"experts*r in"`, expert by expert, and `"out r*experts"`, rank by rank, as in PEFT. The bias of `B` is `"out"`; the magnitude of DoRA is `"out"`, for a convolution `"1 out *ones"`.
+    Those of experts are `"experts*r in"`, expert by expert, and `"out r*experts"`, rank by rank, as in PEFT. The bias
+    of `B` is `"out"`; the magnitude of DoRA is `"out"`, for a convolution `"1 out *ones"`.
     """
     found = {leaf: shape for leaf, shape in _drawn_shapes(config, site).items() if leaf not in _fixed(config, site)}
     if config.use_dora:

@@ -30,6 +30,7 @@ from ..tokens import LEAF as TOKENS
 from .biases import ATTRIBUTE, Biases, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .overlaps import check_apart, check_overlap, check_tokens
 from .parameters import ParameterLayer, key_of
 from .switch import adapter_names, take_out
 from .tokens import TrainableTokensWrapper
@@ -127,9 +128,9 @@ def _inject(
     copied = saved | {path: modules[path] for path, (_, leaf, _) in followers.items() if leaf != TOKENS}
     targets = {path: modules[entry.site.owner] for path, entry in entries.items()}
     owners = [entry.site.owner for entry in entries.values()]
-    _check_overlap(model, modules, owners, copied)
-    _check_tokens(model, modules, owners, copied, beside)
-    _check_apart(model, modules, sites)
+    check_overlap(model, modules, owners, copied)
+    check_tokens(model, modules, owners, copied, beside)
+    check_apart(model, modules, sites)
     tops = outermost(model)
     parents = _parents(modules, targets | {path: modules[path] for path in beside} | copied, tops)
     old = list(layers(model).values())
@@ -209,28 +210,6 @@ def _followers(
                 seen.add(id(modules[owner]))
                 found[owner] = path, leaf, own
     return found
-
-
-def _check_tokens(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    sites: Iterable[str],
-    copied: Mapping[str, nn.Module],
-    beside: Iterable[str],
-) -> None:
-    """Refuse an adapter, or a copy, on a module of which tokens are trained."""
-    tokens = {id(one.token_adapter.base_layer): path for path, one in named(model, TrainableTokensWrapper).items()}
-    tokens |= {id(modules[path]): path for path in beside}
-    others: dict[int, str] = {id(modules[path]): "carries an adapter" for path in sites}
-    others |= {id(layer.get_base_layer()): "carries an adapter" for layer in layers(model).values()}
-    whole = [*copied.values(), *(one.original_module for one in named(model, ModulesToSaveWrapper).values())]
-    others |= {id(inner): "is one of modules_to_save" for module in whole for inner in module.modules()}
-    for key, path in tokens.items():
-        if key in others:
-            raise ValueError(
-                f"{path}: {others[key]}, and tokens of it are trained (trainable_token_indices, or a tie to such a "
-                "module), which cannot both be done in place; leave one out, or use bind(model, config)"
-            )
 
 
 def _within(path: str, saved: Iterable[str]) -> bool:
@@ -357,42 +336,6 @@ def _started(config: AdapterConfig, site: Site, leaves: Mapping[str, Tensor]) ->
     names = {name: leaf for leaf, name in config.form.starts.items() if name in site.constants}
     rounded = {name: site.constants[name].to(leaves[leaf].dtype) for name, leaf in names.items()}
     return dataclasses.replace(site, constants={**site.constants, **rounded}) if rounded else site
-
-
-def _check_overlap(
-    model: nn.Module, modules: Mapping[str, nn.Module], paths: Iterable[str], saved: Mapping[str, nn.Module]
-) -> None:
-    """Refuse an adapter on a module that another adapter, or this one, has a copy of, and copies within copies."""
-    adapted = {id(layer.get_base_layer()): path for path, layer in layers(model).items()}
-    adapted |= {id(modules[path]): path for path in paths}
-    copied = {path: wrapper.original_module for path, wrapper in named(model, ModulesToSaveWrapper).items()}
-    copied |= saved
-    names = {id(module): path for path, module in copied.items()}
-    for path, module in copied.items():
-        for inner in module.modules():
-            if id(inner) in adapted:
-                raise ValueError(
-                    f"{adapted[id(inner)]}: {path} is one of modules_to_save, of which adapters train copies, so "
-                    "nothing in it can carry an adapter; leave the one out of target_modules or the other out of "
-                    "modules_to_save"
-                )
-            if inner is not module and id(inner) in names:
-                raise ValueError(
-                    f"modules_to_save names {names[id(inner)]}, which is a part of {path}; name one of them"
-                )
-
-
-def _check_apart(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> None:
-    """Refuse an adapter on a module of which a parameter is adapted, or the reverse."""
-    whole = {id(layer.get_base_layer()): not isinstance(layer, ParameterLayer) for layer in layers(model).values()}
-    for path, site in sites.items():
-        parameter = site.kind in PARAMETERS
-        if whole.get(id(modules[site.owner]), not parameter) is parameter:
-            what = "this module as a whole" if parameter else "a parameter of this module"
-            raise ValueError(
-                f"{path}: another adapter is on {what}, and the two cannot be nested; target the one or the other, or "
-                "unload(model) first"
-            )
 
 
 def _parents(

@@ -16,7 +16,7 @@ from torchgraft.functional.method import Entry
 
 from .containers import Modules, Parameters
 from .live import Live
-from .originals import Originals, refuse_while_merged
+from .originals import Originals, refresh_after_loading, refuse_while_merged
 from .values import Values
 
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -51,7 +51,7 @@ class BaseTunerLayer(nn.Module):
         self._live = self._collect([])
         self._argument = next(iter(list(inspect.signature(type(base_layer).forward).parameters)[1:]), "input")
         self.register_load_state_dict_pre_hook(refuse_while_merged)
-        self.register_load_state_dict_post_hook(_refresh_after_loading)
+        self.register_load_state_dict_post_hook(refresh_after_loading)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -397,8 +397,3 @@ class BaseTunerLayer(nn.Module):
     def _get_name(self) -> str:
         methods = sorted({entry.config.method.name.lower() for entry in self._entries.values()})
         return ".".join([*methods, type(self.base_layer).__name__])
-
-
-def _refresh_after_loading(layer: nn.Module, _: Any) -> None:
-    assert isinstance(layer, BaseTunerLayer)
-    layer.remerge(layer.merged_adapters)

@@ -118,3 +118,8 @@ def refuse_while_merged(layer: Any, state_dict: Mapping[str, Tensor], prefix: st
             f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
             "mix the two; call unmerge_adapter(model) first"
         )
+
+
+def refresh_after_loading(layer: Any, _: Any) -> None:
+    """Have what is merged into a layer be what it just loaded."""
+    layer.remerge(layer.merged_adapters)
