@@ -57,7 +57,7 @@ class TokenFields(AdapterConfig):
         paths = list(paths)
         if not self.ensure_weight_tying:
             return {}
-        found = {other: path for path in paths for other in tied_to(path, modules)}
+        found = {other: path for path in paths if path in modules for other in tied_to(path, modules)}
         plain = getattr(self, "use_dora", False) is False and getattr(self, "init_lora_weights", True) in (True, False)
         require(
             plain or not found,

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import optree
 import peft
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from torchgraft import adapters
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model
+from torchgraft.functional import bind
 from torchgraft.functional.lazy import Factored
 
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
@@ -270,6 +272,31 @@ def test_errors_leave_the_model_as_it_was():
     model = ours(tied, target_parameters=["first.weight"])
     with pytest.raises(ValueError, match=r"first.weight: its weight is tied to gate.weight"):
         adapters.merge_adapter(model)
+
+
+def test_beside_layers_that_run_several_times_and_tied_weights():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Net(), Net()])
+            self.embed, self.head = nn.Embedding(4, 4, dtype=torch.float64), nn.Linear(4, 4, False, dtype=torch.float64)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x + self.embed(torch.arange(len(x)) % 4))
+
+    torch.manual_seed(0)
+    model = Stack().eval()
+    fields = {"layer_replication": [(0, 2), (1, 2)], "target_modules": ["embed"], "ensure_weight_tying": True}
+    config = LoraConfig(**{**FIELDS, **fields})
+    graft = bind(model, config)
+    params = optree.tree_map(torch.randn_like, graft.init(dtype=torch.float64))
+    assert "layers.2.experts.up" in params and "head" not in params
+    injected = inject_adapter_in_model(config, copy.deepcopy(model), params=params)
+    torch.testing.assert_close(injected(X), graft(params, X))
+    assert not torch.allclose(injected.layers[2](X), injected.layers[1](X))
 
 
 def test_loading_the_base_while_merged_is_an_error():
