@@ -261,7 +261,7 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: 
     if plain:
         leaves = {path: dict(layer.leaves(adapter_name)) for path, layer in layers(model).items() if path in sites}
         config, tree = to_plain(config, sites, leaves)
-        state |= to_keys(config, tree)
+        state |= to_keys(config, tree, at=places(sites))
     else:
         warn_of_raw(config)
     return model, config, sites, {key if key in shared else f"{PREFIX}{key}": t for key, t in state.items()}

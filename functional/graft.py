@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from . import trees
 from .adapted import AdaptedModule, Cell
 from .follow import Follows, follower, plan_follows
-from .layers import describe
 from .layout import Finder, Found
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
-from .parameters import AdaptedParameters, Key, describe_parameter, find, key_of
-from .plan import plan_sites, structure_for
+from .parameters import AdaptedParameters, Key, check_apart, key_of
+from .plan import check_unchanged, plan_sites, structure_for
 from .pool import Pool
 from .references import check_references
 from .replaced import Plan, conflicts, exchange, exchanges, plan_replaced
@@ -254,7 +253,7 @@ class Graft:
                 key = key_of(modules, path)
                 entries.setdefault(key, {})[name] = entry
                 paths.setdefault(key, path)
-        _check_apart(entries, paths)
+        check_apart(entries, paths)
         skeleton = Skeleton(self.model, entries, paths)
         skeleton.exchanges = exchanges(skeleton, modules, self.replaced)
         make_units(skeleton.cell, skeleton.modules, skeleton.exchanges, {id(m): name for name, m in modules.items()})
@@ -270,7 +269,7 @@ class Graft:
         moved: dict[tuple[int, torch.device], Tensor] = {}
         found: dict[str, Entry] = {}
         for path, site in self.sites[name].items():
-            _check_unchanged(path, site, modules)
+            check_unchanged(path, site, modules)
             device = site.like(modules[site.owner]).device
             site = dataclasses.replace(site, constants=_to(site.constants, device, moved))
             found[path] = Entry(self.configs[name], site)
@@ -353,28 +352,6 @@ def bind(
 
         return StackedGraft(model, list(configs.values()), allow_unreached)
     return Graft(model, configs, named, allow_unreached)
-
-
-def _check_apart(entries: Mapping[Key, Mapping[str, Entry]], paths: Mapping[Key, str]) -> None:
-    """Refuse adapters on a module and on one of its parameters."""
-    for key in entries:
-        if key[1] and (key[0], "") in entries:
-            raise ValueError(
-                f"{paths[key]}: one adapter is on this parameter and another on its module as a whole; target the one "
-                "or the other"
-            )
-
-
-def _check_unchanged(path: str, site: Site, modules: Mapping[str, nn.Module]) -> None:
-    module, leaf = find(modules, path)
-    if module is None:
-        raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
-    now = describe_parameter(path, module, leaf) if leaf else describe(path, module)
-    if now is None or dataclasses.replace(now, constants=site.constants, within=site.within) != site:
-        raise ValueError(
-            f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
-            f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"
-        )
 
 
 def _to(

@@ -81,6 +81,16 @@ def describe_parameter(path: str, module: nn.Module, leaf: str) -> Site:
     return Site(path, "experts", *sizes, transposed=transposed, weight_names=(leaf,), experts=shape[0])
 
 
+def check_apart(entries: Mapping[Key, Mapping[str, Entry]], paths: Mapping[Key, str]) -> None:
+    """Refuse adapters on a module and on one of its parameters."""
+    for key in entries:
+        if key[1] and (key[0], "") in entries:
+            raise ValueError(
+                f"{paths[key]}: one adapter is on this parameter and another on its module as a whole; target the one "
+                "or the other"
+            )
+
+
 @dataclasses.dataclass(eq=False)
 class ParameterSocket:
     """Everything that an adapted parameter knows.

@@ -99,3 +99,20 @@ def with_parts(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterat
         yield path, None
         if isinstance(modules.get(path), nn.MultiheadAttention):
             yield f"{path}.out_proj" if path else "out_proj", path
+
+
+def check_unchanged(path: str, site: Site, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a module, or a parameter, that parameters made for this site do not fit any more.
+
+    Raises:
+        ValueError: It was removed, or replaced by another kind or size.
+    """
+    module, leaf = find(modules, path)
+    if module is None:
+        raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
+    now = describe_parameter(path, module, leaf) if leaf else describe(path, module)
+    if now is None or dataclasses.replace(now, constants=site.constants, within=site.within) != site:
+        raise ValueError(
+            f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
+            f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"
+        )

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from torchgraft.adapters import LoraConfig, load_adapter, save_adapter
+from torchgraft.adapters import LoraConfig, inject_adapter_in_model, load_adapter, save_adapter
 from torchgraft.functional import bind, merge
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -178,6 +178,13 @@ def test_one_parameter_alone_has_pefts_keys(tmp_path):
     save_adapter(graft, tmp_path, params=params)
     wrapped = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
     torch.testing.assert_close(wrapped(IDS).logits, graft(params, IDS).logits)
+
+
+def test_plain_files_are_the_same_files(tmp_path):
+    model = inject_adapter_in_model(lora(init_lora_weights=False)[0], build())
+    y = model(IDS).logits
+    save_adapter(model, tmp_path, plain=True)
+    assert torch.equal(load_adapter(build(), tmp_path)(IDS).logits, y)
 
 
 def test_files_of_other_parameters_are_refused(tmp_path):
