@@ -126,6 +126,7 @@ MODELS = {
 }
 METHODS = {
     "lora": lambda targets: LoraConfig(r=2, target_modules=targets),
+    "dora": lambda targets: LoraConfig(r=2, use_dora=True, target_modules=targets),
     "ia3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=targets[-1:]),
     "adalora": lambda targets: AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=targets),
     "oft": lambda targets: OFTConfig(oft_block_size=2, target_modules=targets),

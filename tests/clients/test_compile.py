@@ -24,6 +24,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 FIELDS = {"r": 2, "target_modules": TARGETS, "init_lora_weights": False}
 CONFIGS = {
     "lora": LoraConfig(**FIELDS),
+    "dora": LoraConfig(use_dora=True, **FIELDS),
     "ia3": IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=TARGETS),
     "oft": OFTConfig(oft_block_size=2, target_modules=TARGETS),

@@ -22,6 +22,7 @@ from torchgraft.adapters import (
 STEPS = 3
 CONFIGS = {
     "lora": LoraConfig(r=2, target_modules=["0", "2"], modules_to_save=["3"]),
+    "dora": LoraConfig(r=2, use_dora=True, target_modules=["0", "2"], modules_to_save=["3"]),
     "ia3": IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]),
 }
 X = torch.linspace(-1, 1, 32).view(8, 4)

@@ -39,14 +39,18 @@ def run(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adalora"])
 def test_models_of_transformers(name, method):
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
-    where = [target for target in TARGETS[name] if method == "lora" or "embeddings" not in target]
+    where = [target for target in TARGETS[name] if method in ("lora", "dora") or "embeddings" not in target]
     fields = {"target_modules": where, "fan_in_fan_out": name == "gpt2"}
-    classes = {"lora": "LoraConfig", "ia3": "IA3Config", "adalora": "AdaLoraConfig"}
-    fields |= {"ia3": {"feedforward_modules": where[-1:]}, "adalora": {"total_step": 9}}.get(method, {})
+    classes = {"lora": "LoraConfig", "dora": "LoraConfig", "ia3": "IA3Config", "adalora": "AdaLoraConfig"}
+    fields |= {
+        "dora": {"use_dora": True},
+        "ia3": {"feedforward_modules": where[-1:]},
+        "adalora": {"total_step": 9},
+    }.get(method, {})
     pair = []
     for lib in (adapters, peft):
         torch.manual_seed(1)
