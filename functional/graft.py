@@ -257,6 +257,7 @@ class Graft:
         skeleton = Skeleton(self.model, entries, paths)
         skeleton.exchanges = exchanges(skeleton, modules, self.replaced)
         make_units(skeleton.cell, skeleton.modules, skeleton.exchanges, {id(m): name for name, m in modules.items()})
+        skeleton.remember()
         return skeleton
 
     def entries(self, name: str) -> dict[str, Entry]:

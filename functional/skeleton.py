@@ -85,8 +85,12 @@ class Skeleton:
         self.written = [key for key, active in self.volatile.items() if active]
         self.filled: Iterable[int] = ()
         self.exchanges: list[Any] = []
-        self._saved = [copy.copy(container) for container in self._touchable]
+        self.remember()
         del self._memo, self._keep, self._plain
+
+    def remember(self) -> None:
+        """Take attributes and plain containers as they are now for what a call begins with."""
+        self._saved = [copy.copy(container) for container in self._touchable]
 
     def restore(self) -> None:
         """Undo whatever a forward wrote to attributes and plain containers of the skeleton."""

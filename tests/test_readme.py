@@ -1,4 +1,4 @@
-"""The README: its Python runs, its table of methods is what the code says, and it stays short."""
+"""The README and the page on LoRA: their Python runs; the README's tables are what is so, and it stays short."""
 
 import json
 import re
@@ -23,10 +23,19 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     assert set(namespace["state"]) == set(namespace["peft"].get_base_model_state_dict(namespace["model"]))
 
 
+def test_every_python_block_of_the_page_on_lora_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "adapters" / "LORA.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 5
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "LORA.md", "exec"), namespace)
+
+
 def test_the_table_of_methods_is_true():
     rows = re.findall(r"^\| `(\w+Config)` \| .* \| (\w+) \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", README, flags=re.M)
     kinds = ["linear", "embedding", "conv1d", "conv2d", "conv3d"]
-    configs = {name for name in vars(torchgraft.adapters) if name.endswith("Config")} - {"AdapterConfig"}
+    configs = {name for name, one in vars(torchgraft.adapters).items() if hasattr(one, "method")}
     assert {name for name, *_ in rows} == configs
     for name, *cells in rows:
         supported = getattr(torchgraft.adapters, name).method.kinds

@@ -453,3 +453,22 @@ def test_adaloras_budget_leaves_replaced_tensors_alone(model, x):
     torch.testing.assert_close(params["head.0"], moved(graft.init())["head.0"])
     small, pruned = prune(config, params, state)
     torch.testing.assert_close(bind(model, small)(pruned, x), graft(params, x), **CLOSE)
+
+
+def test_a_class_of_the_users_may_be_called_again_and_again():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+        def forward(self, x):
+            return x * self.by
+
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 4).double())
+    model.add_module("head", Scale())
+    graft = bind(model, LoraConfig(**HEAD))
+    params, x = graft.init(), torch.randn(2, 4, dtype=torch.float64)
+    params["head"]["by"] = torch.full((4,), 2.0, dtype=torch.float64)
+    for _ in range(3):
+        torch.testing.assert_close(graft(params, x), 2 * model(x))
