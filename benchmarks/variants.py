@@ -92,15 +92,22 @@ def dora(model: Any, ids: Tensor, dropout: float) -> Cases:
     """Training steps of DoRA, and of LoRA beside it."""
     fields = {**FIELDS, "lora_dropout": dropout}
     both = {"DoRA": {**fields, "use_dora": True}, "LoRA": fields}
-    cases: Cases = {"frozen base": frozen(model, ids)}
+    cases = {"frozen base": frozen(model, ids)}
     for name, one in both.items():
-        graft = bind(model, LoraConfig(**one))
-        params = lively(graft.init())
-        cases[f"torchgraft, {name}"] = step(lambda g=graft, p=params: g(p, ids).logits, trained(params), ids)
-        theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**one), copy.deepcopy(model))
-        own = [p for p in theirs.parameters() if p.requires_grad]
-        cases[f"PEFT, {name}"] = step(lambda m=theirs: m(ids).logits, own, ids)
+        cases[f"torchgraft, {name}"] = _ours(model, ids, one)
+        cases[f"PEFT, {name}"] = _theirs(model, ids, one)
     return cases
+
+
+def _ours(model: Any, ids: Tensor, fields: dict[str, Any]) -> Any:
+    graft = bind(model, LoraConfig(**fields))
+    params = lively(graft.init())
+    return step(lambda: graft(params, ids).logits, trained(params), ids)
+
+
+def _theirs(model: Any, ids: Tensor, fields: dict[str, Any]) -> Any:
+    theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(model))
+    return step(lambda: theirs(ids).logits, [p for p in theirs.parameters() if p.requires_grad], ids)
 
 
 def main() -> None:

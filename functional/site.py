@@ -210,6 +210,8 @@ def quantised_form(weight: Any) -> str | None:
     """
     if not weight.is_floating_point():
         return str(weight.dtype)
+    if type(weight) in (Tensor, torch.nn.Parameter):
+        return None
     library = type(weight).__module__.partition(".")[0]
     return f"quantised (a {type(weight).__name__} of {library})" if library in _QUANTISERS else None
 
