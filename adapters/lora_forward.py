@@ -14,6 +14,7 @@ from torchgraft.functional.site import PARAMETERS
 
 from . import dora
 from .initial.bases import Lessened, base_of
+from .lookup import as_embedding
 from .lora_parameters import factors_of_parameter
 from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear
 
@@ -42,7 +43,7 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     if dropped is not None:
         x = dropped
     if site.kind == "embedding":
-        return add_product(y, F.embedding(x, a.mT), b, scaling).to(dtype)
+        return add_product(y, as_embedding(site, x, F.embedding(x, a.mT)), b, scaling).to(dtype)
     x, a, b = widen(x, a, b)
     if site.kernel_size:
         return add_scaled(y, site.pointwise(site.convolve(x, a), b), scaling).to(dtype)
@@ -71,7 +72,8 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
         groups = rows.groups()
         index = torch.arange(groups.size, device=x.device) if groups.index is None else groups.index.clamp(min=0)
         a, b = widen(a, b)
-        down = a.mT[index.view(-1, 1), x.reshape(groups.size, -1)]
+        ids, adapter = x.reshape(groups.size, -1), index.view(-1, 1)
+        down = as_embedding(site, ids, a.mT[adapter, ids], adapter, len(a))
         return add_to_groups(y, down, b, scaling, rows).to(dtype)
     x, a, b = widen(x, a, b)
     return add_routed(y, x, a, b, scaling, rows).to(dtype)

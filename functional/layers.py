@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .site import Geometry, Site, quantised_form
+from .site import Geometry, Lookup, Site, quantised_form
 
 Describe = Callable[[str, Any], Site]
 
@@ -160,12 +160,9 @@ def _packed_linear(path: str, module: Any) -> Site:
 
 
 def _embedding(path: str, module: nn.Embedding) -> Site:
-    if module.max_norm is not None:
-        raise ValueError(
-            f"{path}: an Embedding with max_norm={module.max_norm} rewrites its weight in each forward, so an "
-            "adapter on it has no fixed meaning; set max_norm=None or leave this module out of target_modules"
-        )
-    return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True)
+    how = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
+    lookup = None if how == Lookup(None, False, None) else how
+    return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True, lookup=lookup)
 
 
 def _conv(path: str, module: nn.Conv2d) -> Site:

@@ -54,7 +54,9 @@ class RoutedLayer(Weighted):
             return self._build(iter(parts), outermost=True)(x)
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
-        y = torch.vmap(one, randomness="different")(parts, x.unflatten(0, (groups[0].size, -1)))
+        wide, narrow = _under_autocast(x)  # which does not reach into vmap
+        y = torch.vmap(one, randomness="different")(parts, wide.unflatten(0, (groups[0].size, -1)))
+        y = y if narrow is None else y.to(narrow)
         if groups[0].base:
             y = torch.where(groups[0].active(y.ndim), y, base(x).view(y.shape))
         return y.flatten(0, 1)
@@ -91,6 +93,15 @@ class RoutedLayer(Weighted):
     @property
     def training(self) -> bool:
         return self.base.training
+
+
+def _under_autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+    """The input in a precision that suits parameters, and that of the output if autocast is on."""
+    if not torch._C._is_any_autocast_enabled() or not x.is_floating_point():
+        return x, None
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, None
+    return x.to(torch.promote_types(x.dtype, torch.float32)), torch.get_autocast_dtype(x.device.type)
 
 
 def _rebuilt(layer: Any, parts: Iterator[Any]) -> Any:

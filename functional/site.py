@@ -38,6 +38,15 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lookup:
+    """How an embedding looks up rows: its module's own settings."""
+
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+    max_norm: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One adapted module: where it is, what it computes, and a method's constants for it.
 
@@ -57,6 +66,7 @@ class Site:
         transposed: Whether the module stores its weight as `"in out"` (`transformers`' `Conv1D`, embeddings).
         kernel_size: Spatial extent of a convolution's kernel, else `()`.
         geometry: Stride, padding, dilation, groups and padding mode of a convolution.
+        lookup: Settings of an embedding, where it has any.
         weight_names: Attributes of the module that hold its weight: several are the blocks of a diagonal; none means
             that it is packed and cannot be read.
         bias_name: Attribute that holds its bias.
@@ -78,6 +88,7 @@ class Site:
     transposed: bool = False
     kernel_size: tuple[int, ...] = ()
     geometry: Geometry | None = None
+    lookup: Lookup | None = None
     weight_names: tuple[str, ...] = ("weight",)
     bias_name: str = "bias"
     blocks: tuple[int, ...] = ()
@@ -124,6 +135,7 @@ class Site:
 
         Raises:
             TypeError: A weight that no adapter can be added to: packed, or quantised.
+            ValueError: One that each forward of its module rewrites.
 
         >>> module = torch.nn.Module()
         >>> module.kernel = torch.zeros(2, 3)
@@ -138,6 +150,12 @@ class Site:
             raise TypeError(
                 f"{self.path}: its weight is {form}, so an adapter cannot be added to it. Call the module instead of "
                 "reading its weight; merge into the model as it was before quantisation, or dequantise this one first"
+            )
+        if self.lookup is not None and self.lookup.max_norm is not None:
+            raise ValueError(
+                f"{self.path}: an Embedding with max_norm={self.lookup.max_norm} rewrites its weight in each forward, "
+                "so there is no fixed weight to merge into or to start from; call the module instead, or set "
+                "max_norm=None"
             )
         weight = self.canonical(stored[0]) if len(stored) == 1 else torch.block_diag(*stored)
         return weight, held[self.bias_name] if self.has_bias else None
