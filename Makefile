@@ -8,13 +8,13 @@ SOURCES := $(wildcard functional adapters examples benchmarks tests)
 SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep test lint format bench clean
+.PHONY: help demo serve sweep text test lint format bench clean
 
 help:
 	@echo 'make demo    run examples/digits.py; results in demo-out/'
 	@echo 'make serve   run examples/serve.py; results in serve-out/'
 	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
-	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
+	@echo 'make text    run examples/text.py; results in text-out/'
 	@echo 'make test    lint, types and all tests, as CI does'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite what it can'
@@ -29,6 +29,9 @@ serve: $(VENV)/.demo
 
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
+
+text: $(VENV)/.demo
+	$(BIN)/python examples/text.py --out text-out
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -47,7 +50,7 @@ bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out serve-out sweep-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out serve-out sweep-out text-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

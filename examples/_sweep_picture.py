@@ -10,12 +10,12 @@ from statistics import mean
 from typing import Any
 
 import torch
+from _panels import FAINT, INK, MUTED, PANEL, PAPER, finish
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-PAPER, PANEL, FAINT, MUTED, INK = "#0d1117", "#161b22", "#30363d", "#9aa4b0", "#f0f6fc"
 COLORS = ["#58b7ff", "#4fd6be", "#f2cc60", "#ff7b72"]
 BEST = "#4fd6be"
 
@@ -76,7 +76,7 @@ def _draw_curves(axes: Any, rates: Sequence[float], curves: dict[int, Tensor], a
     names = [(_color(rate, rates), f"{rate:g}") for rate in sorted(set(rates), reverse=True)]
     for place, (color, name) in enumerate([*names, (MUTED, "learning rate")]):
         axes.text(1 - 0.085 * place, 1.03, name, color=color, fontsize=13, transform=axes.transAxes, ha="right")
-    _finish(axes, "Held-out bits per character")
+    finish(axes, "Held-out bits per character")
 
 
 def _draw_table(axes: Any, ranks: Sequence[int], rates: Sequence[float], base: float, after: Sequence[float]) -> None:
@@ -94,13 +94,6 @@ def _draw_table(axes: Any, ranks: Sequence[int], rates: Sequence[float], base: f
         axes.text(j, i, label, color=color, fontsize=17, weight="bold", ha="center", va="center")
     axes.set_yticks(range(len(rows)), [f"rank {rank}" for rank in rows])
     axes.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
-    _finish(axes, "Mean by rank and learning rate")
+    finish(axes, "Mean by rank and learning rate")
     for label, rate in zip(axes.get_xticklabels(), columns, strict=True):
         label.set_color(_color(rate, rates))
-
-
-def _finish(axes: Any, title: str) -> None:
-    axes.set_facecolor(PANEL)
-    axes.set_title(title, color=INK, fontsize=16, loc="left", pad=12)
-    axes.tick_params(colors=MUTED, length=0, labelsize=13)
-    axes.spines[:].set_visible(False)

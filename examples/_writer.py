@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pydoc_data.topics
 from collections.abc import Callable
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 CONTEXT, SYMBOLS = 64, 96
+BITS = 1 / math.log(2)
+LEARN = "argparse ast configparser difflib inspect optparse pdb subprocess tarfile threading typing"
+HOLD_OUT = "dataclasses functools shutil statistics textwrap"
 
 
 class Block(nn.Module):
@@ -97,6 +101,13 @@ def write(run: Callable[[Tensor], Tensor], prompt: str, seed: int, length: int =
 
 def loss_by_row(logits: Tensor, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
+
+
+@torch.no_grad()
+def bits_per_character(run: Callable[[Tensor], Tensor], rows: Tensor) -> float:
+    """The mean over rows of text, `"count time+1"`."""
+    losses = [loss_by_row(run(few[:, :-1]), few) for few in rows.split(64)]
+    return float(torch.cat(losses).mean()) * BITS
 
 
 def train_base(model: nn.Module, text: Tensor, steps: int) -> None:

@@ -34,24 +34,26 @@ from torchgraft.functional import Graft, StackedGraft, Tree, bind, clip_by_norm,
 
 try:
     from _sweep_picture import draw
-    from _writer import Writer, draw_rows, loss_by_row, reference, source, spread_rows, train_base, write
+    from _writer import (
+        BITS,
+        HOLD_OUT,
+        LEARN,
+        Writer,
+        bits_per_character,
+        draw_rows,
+        loss_by_row,
+        reference,
+        source,
+        spread_rows,
+        train_base,
+        write,
+    )
     from tqdm import tqdm
 except ImportError as error:
     raise SystemExit(f"This example needs {error.name}, which is not installed: pip install torchgraft[demo]") from None
 
 RANKS, RATIOS, RATES, SEEDS = (1, 4, 8, 16), (1, 4), (1e-3, 3e-3, 1e-2, 3e-2), (0, 1)
-BITS = 1 / math.log(2)
-LEARN = "argparse ast configparser difflib inspect optparse pdb subprocess tarfile threading typing"
-HOLD_OUT = "dataclasses functools shutil statistics textwrap"
-PROMPTS = [
-    "from ",
-    "def _",
-    "    self.",
-    "    if not ",
-    "    for name in ",
-    "    return self.",
-    "    raise ValueError(",
-]
+STARTS = ["from ", "def _", "    self.", "    if not ", "    for name in ", "    return self.", "    raise ValueError("]
 
 
 @dataclass(frozen=True)
@@ -338,10 +340,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # What it saved, and whether an adapter of the stack is what it would have been alone.
     alone, together, difference = compare(graft, settings, state, code, rates, min(args.rounds, args.steps))
     speedup, seconds = alone * len(settings) / together, float(state["seconds"])
-    with torch.no_grad():
-        before = float(loss_by_row(model(rows[:, :-1]), rows).mean()) * BITS
-        known = spread_rows(docs_held_out, args.rows)
-        on_docs = float(loss_by_row(model(known[:, :-1]), known).mean()) * BITS
+    before = bits_per_character(model, rows)
+    on_docs = bits_per_character(model, spread_rows(docs_held_out, args.rows))
 
     print(f"\n    {'rank':>6}{'alpha':>7}{'rate':>8}{'seed':>6}{'before':>9}{'after':>8}   held-out bits per character")
     for place, i in enumerate(ranked, start=1):
@@ -358,13 +358,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dict(zip(marks, state["curves"], strict=True)),
         after,
         {
-            "What the base writes": [write(model, prompt, i) for i, prompt in enumerate(PROMPTS)],
+            "What the base writes": [write(model, prompt, i) for i, prompt in enumerate(STARTS)],
             f"What the best writes: rank {settings[best].rank}, alpha {settings[best].alpha}, "
             f"rate {settings[best].rate:g}": [
-                write(lambda x: chosen(loaded, x), prompt, i) for i, prompt in enumerate(PROMPTS)
+                write(lambda x: chosen(loaded, x), prompt, i) for i, prompt in enumerate(STARTS)
             ],
         },
-        PROMPTS,
+        STARTS,
     )
     print(f"\nbase model    {on_docs:.3f} bits per character on held-out topics of the reference, {before:.3f} on code")
     print(f"training      {seconds:.0f} s at once; one by one: {seconds * speedup:.0f} s, {speedup:.1f} times as much")
