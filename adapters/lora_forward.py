@@ -132,7 +132,7 @@ def own_factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     """`A` and `B` themselves; one that is not trained is a constant."""
     a_name, b_name = names(site)
     a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
-    return a, b.expand(*a.shape[: a.ndim - b.ndim], *b.shape)
+    return a, b.expand(*a.shape[: a.ndim - b.ndim], *b.shape) if b.ndim < a.ndim else b
 
 
 def _of_all(site: Site, name: str) -> Tensor:

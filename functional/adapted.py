@@ -53,7 +53,9 @@ class Base(Weighted):
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
         if self.args or self.kwargs or not is_plain_linear(self.module):
             return None
-        return self.site.canonical(self.module.weight), self.module.bias
+        held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
+        weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))
+        return self.site.canonical(weight), bias
 
     @property
     def training(self) -> bool:

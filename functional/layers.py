@@ -131,7 +131,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
     (True, False)
     """
-    forward = type(module).forward
+    return _has_plain_forward(type(module))
+
+
+@functools.lru_cache(maxsize=256)
+def _has_plain_forward(cls: Any) -> bool:
+    forward = cls.forward
     return forward is nn.Linear.forward or (
         forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward"
     )

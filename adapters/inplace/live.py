@@ -39,6 +39,12 @@ class CalledBase(Base):
         return None if "forward" in own or any(own[name] for name in _HOOKS) or has_global_hooks() else super().plain
 
 
+def own_or_computed(module: Any, name: str) -> Tensor:
+    """What a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
+    own = module._parameters.get(name)
+    return getattr(module, name) if own is None else own
+
+
 class Live:
     """The adapters that run, the innermost first, under names that stay the same when others become active.
 
@@ -68,7 +74,8 @@ class Live:
     def leaves(self) -> list[dict[str, Tensor]]:
         """The parameters of each adapter, as they are now."""
         return [
-            {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in held} for held in self.held
+            {leaf: one if part is None else own_or_computed(one, part) for leaf, one, _, part in held}
+            for held in self.held
         ]
 
     def over(self, base: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
