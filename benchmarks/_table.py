@@ -16,16 +16,25 @@ def lines() -> list[str]:
     single = _read("single")["ratios_to_frozen_base"]
     many = _read("many")["ratios_to_peft"]
     mixed = _read("mixed")["ratios_to_peft_with_one_adapter"]
+    variants = _read("variants")["ratios_to_frozen_base"]
+    experts = _read("experts")["ratios_to_frozen_base"]
     rows = ["| time | torchgraft | PEFT 0.21.2 | frozen base |", "|---|---|---|---|"]
-    for setting, cases in list(single.items())[:3]:
+    for setting, cases in [*single.items()][:3] + [one for one in experts.items() if _is_training(one[0])]:
         rows.append(_row(f"{setting} (base = 1)", cases, "torchgraft, functional", "PEFT", "frozen base"))
-    for setting, cases in many.items():
+    for setting, method in (("DoRA: training step", ", DoRA"), ("MultiheadAttention: training step", "")):
+        ours = f"torchgraft{method or ', functional'}"
+        rows.append(_row(f"{setting} (base = 1)", variants[setting], ours, f"PEFT{method}", "frozen base"))
+    for setting, cases in [*many.items()][::2] + [*many.items()][3:]:
         names = ("torchgraft, route", "PEFT, one by one", "frozen base, combined batch")
         rows.append(_row(f"training step, {setting} (PEFT one by one = 1)", cases, *names))
-    for setting, cases in mixed.items():
+    for setting, cases in [*mixed.items()][::2]:
         names = ("torchgraft, mixed", "PEFT, mixed (adapter_names)", "bare base")
         rows.append(_row(f"inference, {setting} (PEFT with one adapter = 1)", cases, *names))
     return rows
+
+
+def _is_training(setting: str) -> bool:
+    return setting.startswith("training step, one expert")
 
 
 def _row(setting: str, cases: Cases, *names: str) -> str:

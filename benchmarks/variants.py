@@ -77,7 +77,8 @@ def passes(model: nn.Module, x: Tensor, fields: dict[str, Any]) -> Cases:
     params = lively(graft.init())
     view: Any = graft.view(params)
     theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(model)).eval()
-    ours: Any = inject_adapter_in_model(LoraConfig(**fields), copy.deepcopy(model))
+    config = LoraConfig(**fields, inference_mode=True)  # frozen, as for inference, so that DoRA's norms are constant
+    ours: Any = inject_adapter_in_model(config, copy.deepcopy(model))
     cases = {
         "frozen base": lambda: model(x),
         "torchgraft, functional": lambda: graft(params, x),
