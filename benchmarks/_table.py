@@ -34,7 +34,7 @@ def lines() -> list[str]:
 
 
 def _is_training(setting: str) -> bool:
-    return setting.startswith("training step, one expert")
+    return setting.startswith("training step, grouped product")
 
 
 def _row(setting: str, cases: Cases, *names: str) -> str:
