@@ -24,7 +24,7 @@ from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 from .config import require
 from .form import Form, Value
 from .lora_fields import LoraFields
-from .low_rank import add_routed, add_scaled, add_to_linear
+from .low_rank import add_scaled, add_to_linear, route_to_linear
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -189,11 +189,8 @@ def routed(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: L
     """`apply` with triplets for each row; convolutions take the general way."""
     if site.kernel_size:
         return NotImplemented
-    y = base(x)
-    if config.lora_dropout:
-        x = F.dropout(x, config.lora_dropout, training=base.training)
-    x, a, e, b = widen(x, leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
-    return add_routed(y, x, a * e, b, site.constants["scaling"], rows)
+    a, e, b = widen(leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
+    return route_to_linear(base, x, a * e, b, site.constants["scaling"], config.lora_dropout, rows)
 
 
 def merge(

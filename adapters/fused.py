@@ -41,14 +41,14 @@ def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float = 0.0
 ) -> Tensor:
-    """`x W^T + bias + s B A dropout(x)`.
+    """`x W^T + bias + s B A dropout(x)`, also with an `A` and a `B` for each of several equal parts of the batch.
 
     Args:
         x: `"... in"`.
         weight: `"out in"`.
         bias: `"out"`.
-        a: `"r in"`.
-        b: `"out r"`.
+        a: `"r in"`, or `"parts r in"`.
+        b: `"out r"`, or `"parts out r"`.
         scaling: `s`.
         p: Probability of dropout.
 
@@ -96,24 +96,27 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, a, b, down, keep = ctx.saved_tensors
         for_x, for_weight, for_bias, for_a, for_b, _, _ = ctx.needs_input_grad
-        g = g.view(-1, g.shape[-1]) if g.is_contiguous() else g.flatten(0, -2)
+        flat, g = g.reshape(-1, g.shape[-1]), _parts(g, b)
         gx = gw = gb = ga = g_bias = None
-        kept = x.reshape(-1, x.shape[-1]) if keep is None else (x * keep).view(-1, x.shape[-1])
+        kept = _parts(x if keep is None else x * keep, a)
         up = (g @ b).mul_(ctx.scaling)
         if for_a:
-            ga = up.t() @ kept
+            ga = up.mT @ kept
         if for_b:
             if torch.is_grad_enabled():  # what was kept is no function of `x` and `a` to a second derivative
-                down = kept @ a.t()
-            gb = (down.t() @ g).mul_(ctx.scaling).t()
+                down = kept @ a.mT
+            gb = (down.mT @ g).mul_(ctx.scaling).mT
         if for_x:
-            gx = g @ weight
-            gx = gx.addmm_(up, a) if keep is None else gx.add_((up @ a).mul_(keep.view(gx.shape)))
+            gx = flat @ weight
+            if keep is None:
+                _add_product_(gx, up, a, 1.0)
+            else:
+                gx.add_((up @ a).view(gx.shape).mul_(keep.view(gx.shape)))
             gx = gx.view(x.shape)
         if for_weight:
-            gw = g.t() @ x.reshape(-1, x.shape[-1])
+            gw = flat.mT @ x.reshape(-1, x.shape[-1])
         if for_bias:
-            g_bias = g.sum(0)
+            g_bias = flat.sum(0)
         return gx, gw, g_bias, ga, gb, None, None
 
 
@@ -121,9 +124,22 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The output, and the input on `r` coordinates."""
-    flat = x.reshape(-1, x.shape[-1])
-    down = F.linear(flat if keep is None else flat * keep.view(flat.shape), a)
-    y = F.linear(flat, weight, bias).addmm_(down, b.t(), alpha=scaling)
+    down = _parts(x if keep is None else x * keep, a) @ a.mT
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    _add_product_(y, down, b.mT, scaling)
     if x.ndim > 2:  # in another shape, but no view to autograd: users may write to it
         y = _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return y, down
+
+
+def _parts(x: Tensor, like: Tensor) -> Tensor:
+    """`"tokens n"`, or `"parts tokens n"` where there is a matrix for each part."""
+    return x.reshape(-1, x.shape[-1]) if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
+
+
+def _add_product_(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """Add `s left right` to `"tokens n"` where it is."""
+    if left.ndim == 2:
+        y.addmm_(left, right, alpha=scaling)
+    else:
+        y.view(len(left), -1, y.shape[-1]).baddbmm_(left, right, alpha=scaling)

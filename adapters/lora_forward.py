@@ -16,7 +16,7 @@ from . import dora
 from .initial.bases import Lessened, base_of
 from .lookup import as_embedding
 from .lora_parameters import factors_of_parameter
-from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear
+from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear, route_to_linear
 
 if TYPE_CHECKING:
     from .lora import LoraConfig
@@ -60,6 +60,8 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
     if "initial_A" in site.constants and config.lora_dropout and base.training:
         return NotImplemented
     (a, b), scaling = factors(site, leaves), site.constants["scaling"]
+    if site.kind == "linear" and not config.use_dora and not config.lora_bias:
+        return route_to_linear(base, x, a, b, scaling, config.lora_dropout, rows)
     y = base(x)
     dtype, dropped = y.dtype, _dropped(config, site, base, x)
     if config.use_dora:

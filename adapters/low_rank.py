@@ -58,6 +58,35 @@ def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling
     return add_product(y, F.linear(x, a), b, scaling)
 
 
+def route_to_linear(
+    base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerAdapter, p: float, rows: Rows
+) -> Tensor:
+    """`base(x) + s b a dropout(x)` for a linear layer, each row with its own `s`, `a` and `b`.
+
+    Args:
+        base: The layer.
+        x: Its input, `"rows*k ... in"`.
+        a: `"N r in"`.
+        b: `"N out r"`.
+        scaling: `s`, of all adapters or of each.
+        p: Probability of dropout, in training mode.
+        rows: The adapter of each row.
+    """
+    p = p if base.training else 0.0
+    plain = None if torch.compiler.is_compiling() else base.plain
+    if plain is not None and choose(rows, x, a, b) == "equal groups" and fused.fits(x, plain[0], a, b):
+        groups = rows.groups()
+        if isinstance(scaling, PerAdapter):
+            b, scaling = b * scaling.values.to(b.dtype).view(-1, 1, 1), 1.0
+        a, b = groups.mask(groups.pick(a)), groups.mask(groups.pick(b))
+        return fused.linear(x, *plain, a, b, scaling, p)
+    y = base(x)
+    if p:
+        x = F.dropout(x, p)
+    x, a, b = widen(x, a, b)
+    return add_routed(y, x, a, b, scaling, rows)
+
+
 def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
     """`y + s b a x`, each row with its own `s`, `a` and `b`, all of the rows at once.
 

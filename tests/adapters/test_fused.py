@@ -189,3 +189,38 @@ def test_base_as_data_gets_its_gradients():
     weight, bias = torch.autograd.grad(y.sum(), list(base.values()))
     torch.testing.assert_close(weight, x.sum(0).expand(4, 3))
     torch.testing.assert_close(bias, torch.full((4,), 5.0, dtype=torch.float64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    parts=st.integers(1, 3),
+    each=st.integers(1, 3),
+    length=st.sampled_from([None, 1, 4]),
+    p=st.sampled_from([0.0, 0.4]),
+    wanted=st.sets(st.integers(0, 4), min_size=1),
+)
+def test_parts_of_a_batch_are_each_alone(parts, each, length, p, wanted):
+    torch.manual_seed(0)
+    shape = (parts * each, *(() if length is None else (length,)), 5)
+    shapes = [shape, (7, 5), (7,), (parts, 3, 5), (parts, 7, 3)]
+    made = [torch.randn(one, dtype=torch.float64, requires_grad=i in wanted) for i, one in enumerate(shapes)]
+    x, weight, bias, a, b = made
+    torch.manual_seed(1)
+    y = fused.linear(*made, 0.7, p)
+    torch.manual_seed(1)
+    keep, kept = fused.draw(x, p) if p else (torch.ones_like(x), 1.0)
+    expected = torch.cat(
+        [
+            composed(x_, weight, bias, a_, b_, 0.7, keep_, kept)
+            for x_, keep_, a_, b_ in zip(x.chunk(parts), keep.chunk(parts), a, b, strict=True)
+        ]
+    )
+    torch.testing.assert_close(y, expected)
+    asked, g = [made[i] for i in wanted], torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, asked, g), torch.autograd.grad(expected, asked, g))
+
+
+def test_second_derivatives_of_parts():
+    shapes = [(4, 2, 5), (7, 5), (7,), (2, 3, 5), (2, 7, 3)]
+    made = [torch.randn(one, dtype=torch.float64, requires_grad=True) for one in shapes]
+    assert torch.autograd.gradgradcheck(lambda *made: fused.linear(*made, 0.7), made)
