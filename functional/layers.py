@@ -131,7 +131,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
     (True, False)
     """
-    return _has_plain_forward(type(module))
+    cls: Any = type(module)
+    return _has_plain_forward(cls)
 
 
 @functools.lru_cache(maxsize=256)
