@@ -165,10 +165,11 @@ def main() -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for adapters in (1, 2) if args.quick else (1, 2, 4, 8, 16, 32, 64, 128, 256):
         setting = Setting(adapters, 1, 32, 64 if args.quick else 128, 2 if args.quick else 4)
-        seconds = ratios(
-            measure(cases(setting, peers=False), 1 if args.quick or adapters > 32 else 5, label=f"{adapters} adapters"),
-            "PEFT, one by one",
+        few = args.quick or adapters > 32
+        times = measure(
+            cases(setting, peers=False), 1 if few else 5, label=f"{adapters} adapters", warmup=1 if few else 2
         )
+        seconds = ratios(times, "PEFT, one by one")
         del seconds["frozen base and AdamW"]  # in the picture it lies on the base's own line
         for name, row in seconds.items():
             lines.setdefault(name, []).append((adapters, row["median_s"]))
