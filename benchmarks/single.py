@@ -1,7 +1,8 @@
 """The cost of one adapter over the frozen base: training, with dropout, inference, memory, calls, binding.
 
 A Llama with random weights, LoRA of rank 16 on all linear layers. Peers in the same rounds: the frozen base (forward,
-and backward to the embeddings), PEFT, full fine-tuning, `torch.func.functional_call` with a materialised `W + s B A`.
+and backward to the embeddings), PEFT, adapted layers written by hand (the limit: nothing but their kernels), full
+fine-tuning, `torch.func.functional_call` with a materialised `W + s B A`.
 
     python benchmarks/single.py [--quick]
 """
@@ -18,6 +19,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from _memory import saved_bytes
+from _by_hand import by_hand
 from _models import LINEARS, lively, llama, tokens, trained
 from _picture import bars
 from _results import apart, write
@@ -63,11 +65,13 @@ def training(model: Any, ids: Tensor, dropout: float, peers: bool) -> Cases:
     params = lively(graft.init())
     theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(model))
     ours: Any = inject_adapter_in_model(LoraConfig(**fields), copy.deepcopy(model))
+    hand = by_hand(model, LINEARS, RANK, 2.0, dropout)
     cases = {
         "frozen base": frozen(model, ids),
         "torchgraft, functional": step(lambda: graft(params, ids).logits, trained(params), ids),
         "torchgraft, in place": step(lambda: ours(ids).logits, [p for p in ours.parameters() if p.requires_grad], ids),
         "PEFT": step(lambda: theirs(ids).logits, [p for p in theirs.parameters() if p.requires_grad], ids),
+        "written by hand": step(lambda: hand(ids).logits, [p for p in hand.parameters() if p.requires_grad], ids),
     }
     if peers:
         full: Any = copy.deepcopy(model).requires_grad_(True)
@@ -87,6 +91,7 @@ def inference(model: Any, ids: Tensor) -> Cases:
     view: Any = graft.view(params)
     theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**FIELDS), copy.deepcopy(model))
     ours: Any = inject_adapter_in_model(LoraConfig(**FIELDS), copy.deepcopy(model))
+    hand = by_hand(model, LINEARS, RANK, 2.0)
     merged: Any = copy.deepcopy(model)
     merged.load_state_dict(merge(graft, params))
     cases = {
@@ -96,6 +101,7 @@ def inference(model: Any, ids: Tensor) -> Cases:
         "torchgraft, in place": lambda: ours(ids),
         "torchgraft, merged": lambda: merged(ids),
         "PEFT": lambda: theirs(ids),
+        "written by hand": lambda: hand(ids),
     }
     return {name: torch.no_grad()(run) for name, run in cases.items()}
 
