@@ -18,8 +18,8 @@ import optree
 import peft
 import torch
 import torch.nn.functional as F
-from _memory import saved_bytes
 from _by_hand import by_hand
+from _memory import saved_bytes
 from _models import LINEARS, lively, llama, tokens, trained
 from _picture import bars
 from _results import apart, write

@@ -316,15 +316,16 @@ class BaseTunerLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base with the active adapters."""
+        base: Any = self._modules["base_layer"]  # attributes of modules take long to find
         if not self._adapted():
-            return self.base_layer(*args, **kwargs)
+            return base(*args, **kwargs)
         if args:
             x, args = args[0], args[1:]
         elif self._argument in kwargs:
             x = kwargs.pop(self._argument)
         else:
             raise TypeError(f"{self._live.entries[0].site.path}: forward() got no {self._argument!r}")
-        return self._live.run(self.base_layer, x, args, kwargs)
+        return self._live.run(base, x, args, kwargs)
 
     def _adapted(self) -> bool:
         """Whether any adapter runs; looks for replaced parameters first."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _COPIES: Any = WeakIdKeyDictionary()
 """Constants on other devices, so that layers that share one keep sharing it."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_REGISTRY = ("_modules", "_parameters")
 
 
 class CalledBase(Base):
@@ -36,7 +37,9 @@ class CalledBase(Base):
     def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
         """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
         own = vars(self.module)
-        return None if "forward" in own or any(own[name] for name in _HOOKS) or has_global_hooks() else super().plain
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        return None if "forward" in own or has_global_hooks() else super().plain
 
 
 def own_or_computed(module: Any, name: str) -> Tensor:
@@ -62,6 +65,12 @@ class Live:
         own = [layer.entries[name] for name in self.names]
         self.entries = [placed(entry, entry.site.like(layer.base_layer).device) for entry in own]
         self.held = [layer.held(name) for name in self.names]
+        containers: Any = layer._modules
+        self._watched = [
+            (attribute, containers[attribute], vars(containers[attribute])[_REGISTRY[part is None]], name, one)
+            for name, held in zip(self.names, self.held, strict=True)
+            for _, one, attribute, part in held
+        ]
         base: Any = layer.base_layer
         plain: Any = plain_class(base)
         attention = any(entry.site.kind == "attention" for entry in self.entries)
@@ -100,11 +109,9 @@ class Live:
     def stale(self, layer: BaseTunerLayer) -> bool:
         """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""
         containers: Any = layer._modules
-        for name, held in zip(self.names, self.held, strict=True):
-            for _, one, attribute, part in held:
-                container = containers[attribute]
-                if (container._parameters if part is None else container._modules).get(name) is not one:
-                    return True
+        for attribute, container, registry, name, one in self._watched:
+            if registry.get(name) is not one or containers[attribute] is not container:
+                return True
         return False
 
 
