@@ -64,6 +64,15 @@ class Live:
         self.names = list(names)
         own = [layer.entries[name] for name in self.names]
         self.entries = [placed(entry, entry.site.like(layer.base_layer).device) for entry in own]
+        self._hold(layer)
+        base: Any = layer.base_layer
+        plain: Any = plain_class(base)
+        attention = any(entry.site.kind == "attention" for entry in self.entries)
+        inherited = type(base).forward is plain.forward and not attention
+        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries)
+
+    def _hold(self, layer: BaseTunerLayer) -> None:
+        """Take the leaves as they are, and where they hang."""
         self.held = [layer.held(name) for name in self.names]
         containers: Any = layer._modules
         self._watched = [
@@ -71,11 +80,6 @@ class Live:
             for name, held in zip(self.names, self.held, strict=True)
             for _, one, attribute, part in held
         ]
-        base: Any = layer.base_layer
-        plain: Any = plain_class(base)
-        attention = any(entry.site.kind == "attention" for entry in self.entries)
-        inherited = type(base).forward is plain.forward and not attention
-        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries)
 
     def __bool__(self) -> bool:
         return bool(self.entries)

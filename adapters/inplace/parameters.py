@@ -116,7 +116,7 @@ class ParameterLive(Live):
         self.names = list(names)
         device = layer.get_param().device
         self.entries = [placed(layer.entries[name], device) for name in self.names]
-        self.held = [layer.held(name) for name in self.names]
+        self._hold(layer)
         self.shell = None
         leaf, grouped = layer.parameter_name, names_grouped(type(layer.get_base_layer()))
         path = self.entries[0].site.path if self.entries else leaf
