@@ -12,6 +12,7 @@ from . import inplace
 from .adalora import AdaLoraConfig
 from .config import AdapterConfig, config_types
 from .ia3 import IA3Config
+from .initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .keys import PREFIX, split_key
 from .lora import LoraConfig
@@ -135,6 +136,7 @@ _CONFIGS: dict[str, type[AdapterConfig]] = {
     "OFTConfig": OFTConfig,
     "VeraConfig": VeraConfig,
 }
+_STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
 _MODELS = {"PeftMixedModel": PeftMixedModel, "PeftModel": PeftModel}
 _STATE = {
     "get_peft_model_state_dict": inplace.get_peft_model_state_dict,
@@ -164,6 +166,7 @@ _LORA = {"LoraConfig": LoraConfig, "LoraLayer": _layer_class("LoraLayer", PeftTy
 MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft": {
         **_CONFIGS,
+        **_STARTS,
         **_MODELS,
         **_TYPES,
         **_STATE,
@@ -176,10 +179,11 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {"PeftModel": PeftModel},
-    "peft.tuners": _CONFIGS,
+    "peft.tuners": {**_CONFIGS, **_STARTS},
     "peft.tuners.adalora": {"AdaLoraConfig": AdaLoraConfig},
     "peft.tuners.ia3": {"IA3Config": IA3Config, "IA3Layer": _layer_class("IA3Layer", PeftType.IA3)},
-    "peft.tuners.lora": _LORA,
+    "peft.tuners.lora": {**_LORA, **_STARTS},
+    "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     "peft.tuners.lora.layer": {"LoraLayer": _LORA["LoraLayer"]},
     "peft.tuners.oft": {"OFTConfig": OFTConfig, "OFTLayer": _layer_class("OFTLayer", PeftType.OFT)},
     "peft.tuners.tuners_utils": {"BaseTunerLayer": BaseTunerLayer},
