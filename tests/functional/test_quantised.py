@@ -27,6 +27,14 @@ def torchao(model):
     return model
 
 
+def torchao_four_bits(model):
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    # `Int4WeightOnlyConfig` packs for a GPU, or takes a library of kernels that this machine does not have.
+    quantize_(model.bfloat16(), IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)))
+    return model
+
+
 def four_bits(model):
     import bitsandbytes
 
@@ -54,6 +62,7 @@ def missing(library):
 BASES = [
     pytest.param(dynamic, id="torch dynamic int8"),
     pytest.param(torchao, id="torchao int8", marks=missing("torchao")),
+    pytest.param(torchao_four_bits, id="torchao int4", marks=missing("torchao")),
     pytest.param(four_bits, id="bitsandbytes 4 bits", marks=missing("bitsandbytes")),
     pytest.param(eight_bits, id="bitsandbytes 8 bits", marks=missing("bitsandbytes")),
 ]
