@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,18 +94,16 @@ class Cell:
         finder: Finds where the rows of a routed call are in a site's input.
         see: Told the path and the input of each site that runs, where somebody wants to look.
         reached: Collects the paths of the sites that ran.
-        lease: Keeps the skeleton from being used by another call.
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
     """
 
-    __slots__ = ("__weakref__", "finder", "kept", "lease", "reached", "see", "trees")
+    __slots__ = ("__weakref__", "finder", "kept", "reached", "see", "trees")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
         self.finder: Finder | None = None
         self.see: Callable[[str, Tensor], None] | None = None
         self.reached: set[str] | None = None
-        self.lease: Any = None
         self.kept: dict[int, Tensor] | None = None
 
     def active(self, path: str) -> Mapping[str, Any]:
@@ -117,23 +114,14 @@ class Cell:
         """
         if self.trees is None:
             raise RuntimeError(
-                f"{path}: this adapted module ran outside any call of its graft. If the model checkpoints "
-                "activations, use use_reentrant=False; to keep an adapted module, take it from graft.view(params)"
+                f"{path}: this adapted module ran outside any call of its graft; to keep an adapted module, take it "
+                "from graft.view(params)"
             )
         return self.trees
 
-    def pin(self, y: Tensor) -> Tensor:
-        """Tie the call's skeleton to the autograd graph where saved tensors go through hooks.
-
-        Activation checkpointing runs the forward once more during backward and must find the same adapter.
-        """
-        lease = self.lease
-        if lease is None or not y.requires_grad or torch.compiler.is_compiling() or y.grad_fn is None:
-            return y
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            metadata: Any = y.grad_fn.metadata
-            metadata[id(self)] = lease
-        return y
+    def clear(self) -> None:
+        """End the call."""
+        self.trees = self.reached = self.finder = self.kept = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -221,7 +209,7 @@ class AdaptedForward:
             raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
         socket.reach()
         socket.look(x)
-        return socket.cell.pin(socket.layer(args, kwargs)(x))
+        return socket.layer(args, kwargs)(x)
 
 
 class AdaptedModule:

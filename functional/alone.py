@@ -37,10 +37,13 @@ def with_weights(graft: Graft, weights: Mapping[str, Tensor]) -> Iterator[nn.Mod
     """
     lease = graft.pool().lease()
     skeleton = lease.skeleton
-    skeleton.own_buffers()
-    given = named_base(skeleton, weights)
-    skeleton.cell.trees, skeleton.filled = {}, given
-    for key, tensor in given.items():
-        for container, name in skeleton.places[key]:
-            container[name] = tensor
-    yield skeleton.root
+    try:
+        skeleton.own_buffers()
+        given = named_base(skeleton, weights)
+        skeleton.cell.trees, skeleton.filled = {}, given
+        for key, tensor in given.items():
+            for container, name in skeleton.places[key]:
+                container[name] = tensor
+        yield skeleton.root
+    finally:
+        lease.release()

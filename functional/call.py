@@ -70,14 +70,12 @@ def functional_call(
     if torch.compiler.is_compiling():
         return _traced(graft, active, base, args, kwargs, return_buffers)
     lease = graft.pool().lease()
-    cell = lease.skeleton.cell
-    cell.lease = lease
-    cell.finder = _finder(graft, active, args, kwargs)
     try:
+        lease.skeleton.cell.finder = _finder(graft, active, args, kwargs)
         _fill(lease.skeleton, active, base, args, kwargs, {})
         return _run(graft, lease.skeleton, args, kwargs, return_buffers)
     finally:
-        cell.lease = None
+        lease.release()
 
 
 def _traced(

@@ -227,6 +227,7 @@ class Graft:
             cell.see = None
             for (_, module), mode in zip(skeleton.modules, modes, strict=True):
                 module.training = mode
+            lease.release()
 
     @property
     def traced(self) -> Skeleton:

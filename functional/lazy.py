@@ -42,7 +42,6 @@ class Factored:
     Args:
         weight: `"... rows columns"`, at least two axes.
         terms: The products, each with the leading axes of the weight, or fewer where it has fewer experts.
-        keep: Called with each result; ties what the autograd graph needs to it.
 
     >>> w = Factored(torch.ones(2, 3), (Term(torch.ones(2, 1), torch.ones(1, 3), 2.0),))
     >>> torch.ones(1, 2) @ w
@@ -51,26 +50,20 @@ class Factored:
     (torch.Size([3, 2]), torch.Size([2, 3]))
     """
 
-    __slots__ = ("keep", "terms", "weight")
+    __slots__ = ("terms", "weight")
 
-    def __init__(self, weight: Tensor, terms: Sequence[Term], keep: Callable[[Tensor], object] | None = None):
-        self.weight, self.terms, self.keep = weight, tuple(terms), keep
+    def __init__(self, weight: Tensor, terms: Sequence[Term]):
+        self.weight, self.terms = weight, tuple(terms)
 
     def dense(self) -> Tensor:
         """The weight multiplied out, summed in the widest dtype and rounded once."""
         wide, *_ = widen(self.weight, *(term.left for term in self.terms), *(term.right for term in self.terms))
         for left, right, scaling in self.terms:
             wide = add_scaled(wide, torch.matmul(*widen(left, right)), scaling)
-        y = wide.to(self.weight.dtype)
-        self._keep(y)
-        return y
-
-    def _keep(self, y: Any) -> None:
-        if self.keep is not None and isinstance(y, Tensor):
-            self.keep(y)
+        return wide.to(self.weight.dtype)
 
     def _map(self, weight: Tensor, change: Callable[[Term], Term]) -> Factored:
-        return Factored(weight, [change(term) for term in self.terms], self.keep)
+        return Factored(weight, [change(term) for term in self.terms])
 
     # -- what stays factored ---------------------------------------------------------------------------------------
 
@@ -116,7 +109,7 @@ class Factored:
             Term(left.reshape(experts, rows, -1), right.expand(experts, *right.shape), scaling)
             for left, right, scaling in self.terms
         )
-        return Factored(weight, tuple(terms), self.keep)
+        return Factored(weight, tuple(terms))
 
     reshape = view
 
@@ -203,9 +196,6 @@ class Factored:
         if product is not None:
             y = product(func, *args, **kwargs)
             if y is not NotImplemented:
-                for one in args:
-                    if isinstance(one, Factored):
-                        one._keep(y)
                 return y
         if isinstance(kwargs.get("out"), Factored):
             _refuse_writing("out=")

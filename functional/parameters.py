@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,9 +117,7 @@ class ParameterSocket:
             self.cell.reached.add(self.path)
         if not chosen:
             return weight
-        return adapted_weight(
-            weight, chosen, self.cell.pin, torch.compiler.is_compiling() and self._hidden(module, weight)
-        )
+        return adapted_weight(weight, chosen, torch.compiler.is_compiling() and self._hidden(module, weight))
 
     def _chosen(self, trees: Mapping[str, Any]) -> Iterator[Chosen]:
         for name, entry in self.entries.items():
@@ -148,19 +146,16 @@ class ParameterSocket:
         return self.grouped
 
 
-def adapted_weight(
-    weight: Tensor, chosen: Sequence[Chosen], keep: Callable[[Tensor], object] | None = None, dense: bool = False
-) -> Any:
+def adapted_weight(weight: Tensor, chosen: Sequence[Chosen], dense: bool = False) -> Any:
     """A weight with adapters: factored where all their methods have factors, else multiplied out.
 
     Args:
         weight: As it is stored.
         chosen: The adapters, the innermost first.
-        keep: For `Factored`.
         dense: Whether to multiply out in any case.
     """
     if all(entry.config.method.factors is not None for entry, _, _ in chosen):
-        factored = Factored(weight, [_term(*one) for one in chosen], keep)
+        factored = Factored(weight, [_term(*one) for one in chosen])
         return factored.dense() if dense else factored
     site = chosen[0][0].site
     wide: Tensor = site.canonical(weight)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .skeleton import Skeleton
 
+_HELD = 64
+"""Skeletons of calls that are over and that a pool looks after; more of them are left to those who hold them."""
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -56,33 +59,59 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 class Lease:
-    """Holds a skeleton for one call, and for as long afterwards as the call's autograd graph may run it again."""
+    """Holds a skeleton for one call."""
 
-    __slots__ = ("_free", "skeleton")
+    __slots__ = ("_pool", "skeleton")
 
-    def __init__(self, skeleton: Skeleton, free: deque[Skeleton]):
-        self.skeleton, self._free = skeleton, free
+    def __init__(self, skeleton: Skeleton, pool: Pool):
+        self.skeleton, self._pool = skeleton, pool
 
-    def __del__(self) -> None:
-        cell = self.skeleton.cell
-        cell.trees = cell.reached = cell.finder = None
-        self.skeleton.restore()
-        self._free.append(self.skeleton)
+    def release(self) -> None:
+        """End the call."""
+        self._pool.take_back(self.skeleton)
 
 
 class Pool:
-    """Skeletons for one state of the model: as many as are in use at once, and one for compiled calls."""
+    """Skeletons for one state of the model: as many as are in use at once, and one for compiled calls.
+
+    A call may be over and its skeleton still in use: what the autograd graph holds may run it again, and finds the
+    call's adapters and tensors as long as it does.
+    """
 
     def __init__(self, build: Callable[[], Skeleton]):
         self.traced = build()
         self.watch = Watch(module for module, _ in self.traced.modules)
         self._build = build
         self._free: deque[Skeleton] = deque()
+        self._held: deque[tuple[Skeleton, list[int]]] = deque(maxlen=_HELD)
 
     def lease(self) -> Lease:
         """Take a free skeleton, or make one."""
+        self.sweep()
         try:
             skeleton = self._free.pop()
         except IndexError:
             skeleton = self._build()
-        return Lease(skeleton, self._free)
+            skeleton.recorded.settle()
+        return Lease(skeleton, self)
+
+    def take_back(self, skeleton: Skeleton) -> None:
+        """Free a skeleton whose call is over, now or when nobody refers to it any more."""
+        own = skeleton.end()
+        if own is None:
+            self._free.append(skeleton)
+        else:
+            self._held.append((skeleton, own))
+
+    def sweep(self) -> None:
+        """Free the skeletons that nobody refers to any more."""
+        for _ in range(len(self._held)):
+            try:
+                skeleton, own = self._held.popleft()
+            except IndexError:  # another thread took it
+                return
+            if skeleton.recorded.counts() == own:
+                skeleton.restore()
+                self._free.append(skeleton)
+            else:
+                self._held.append((skeleton, own))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import operator
 import types
 import weakref
 from collections import deque
@@ -21,6 +20,7 @@ from .adapted import Cell, adapt
 from .layers import plain_class
 from .method import Entry
 from .parameters import Key, ParameterSocket, adapt_parameters, names_grouped
+from .recorded import Recorded, slots_of
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
@@ -70,7 +70,7 @@ class Skeleton:
         self.places: dict[int, list[Place]] = {}
         self.frozen: set[int] = set()
         self.aliases: dict[int, Tensor] = {}
-        self._touchable: list[Any] = []
+        self._copies: list[Any] = []
         self.modules: list[tuple[nn.Module, Any]] = []
         self.root: nn.Module = self._copy(model)
         self.children = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
@@ -89,24 +89,44 @@ class Skeleton:
         del self._memo, self._keep, self._plain
 
     def remember(self) -> None:
-        """Take attributes and plain containers as they are now for what a call begins with."""
-        self._saved = [copy.copy(container) for container in self._touchable]
+        """Take everything in the skeleton as it is now for what a call begins with."""
+        self.recorded = Recorded(self._copies)
+
+    def end(self) -> list[int] | None:
+        """End a call: undo whatever it and the model's forward wrote to the skeleton.
+
+        Returns:
+            `None`; or, if somebody outside still refers to a part of the skeleton and may run it again, the reference
+            counts at which nobody does any more. The skeleton is then left as the call's forward left it.
+        """
+        recorded = self.recorded
+        left = [(*place, _at(*place)) for key in self.filled for place in self.places[key]]
+        self._put_back()
+        changed = recorded.changed()
+        own = recorded.own_counts() if changed else recorded.own
+        if recorded.counts() != own:
+            for container, name, tensor in left:
+                if tensor is not None:
+                    container[name] = tensor
+            return own
+        self.filled = ()
+        self.cell.clear()
+        if changed:
+            recorded.restore()
+        return None
 
     def restore(self) -> None:
-        """Undo whatever a forward wrote to attributes and plain containers of the skeleton."""
+        """Undo whatever a call and the model's forward wrote to the skeleton."""
+        self._put_back()
+        self.filled = ()
+        self.cell.clear()
+        self.recorded.restore()
+
+    def _put_back(self) -> None:
         for key in self.filled:
             for container, name in self.places[key]:
-                container[name] = self.aliases[key]
-        self.filled, self.cell.kept = (), None
-        try:
-            if all(map(operator.eq, self._touchable, self._saved)):
-                return
-        except Exception:  # tensors that were exchanged may refuse to be compared
-            pass
-        for container, saved in zip(self._touchable, self._saved, strict=True):
-            if not _identical(container, saved):
-                container.clear()
-                container.update(saved) if isinstance(container, (dict, set)) else container.extend(saved)
+                if isinstance(container, dict) or name < len(container):
+                    container[name] = self.aliases[key]
 
     def own_buffers(self) -> None:
         """Give the skeleton its own copy of every tensor that a forward may write to."""
@@ -168,6 +188,8 @@ class Skeleton:
     def _remember(self, old: Any, new: Any) -> Any:
         self._memo[id(old)] = new
         self._keep.append(old)
+        if new is not old and not isinstance(new, Tensor):
+            self._copies.append(new)
         return new
 
     def _alias(self, x: Tensor) -> Tensor:
@@ -208,15 +230,10 @@ class Skeleton:
                 new.__dict__[key] = registry = type(value)()
                 for name, tensor in value.items():
                     self._put(registry, name, tensor)
-                if registry:
-                    self._touchable.append(registry)
             elif key in _INTERNAL and not value:
                 new.__dict__[key] = copy.copy(value)
             else:
                 self._put(new.__dict__, key, value)
-        bare = any(isinstance(value, Tensor) for value in vars(x).values())
-        if bare or not cls.__module__.startswith("torch.nn.modules."):
-            self._touchable.append(new.__dict__)
         self._where = where
         return new
 
@@ -242,8 +259,6 @@ class Skeleton:
         else:
             for index, value in enumerate(x):
                 self._put(new, index, value)
-        if type(x) in _CONTAINERS:
-            self._touchable.append(new)
         for key, value in getattr(x, "__dict__", {}).items():
             self._put(new.__dict__, key, value)
         return new
@@ -280,8 +295,6 @@ class Skeleton:
             ) from None
         for key, value in _attributes(x):
             object.__setattr__(new, key, self._copy(value))
-        if hasattr(new, "__dict__"):
-            self._touchable.append(new.__dict__)
         return new
 
     # -- does an object lead to the model? --------------------------------------------------------------------
@@ -341,11 +354,7 @@ def _target(proxy: Any) -> Any:
 
 def _attributes(x: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(x, "__dict__", {}).items()
-    for cls in type(x).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(x, name):
-                yield name, getattr(x, name)
+    yield from ((name, getattr(x, name)) for name in slots_of(x) if hasattr(x, name))
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -356,9 +365,9 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-def _identical(a: Any, b: Any) -> bool:
-    """Equality that answers False where elements refuse to be compared (tensors)."""
+def _at(container: Any, key: Any) -> Any:
+    """What hangs at a place, if anything does."""
     try:
-        return bool(a == b)
-    except Exception:
-        return False
+        return container[key]
+    except LookupError:
+        return None
