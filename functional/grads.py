@@ -26,8 +26,9 @@ def value_and_grad(
     """Make a function that returns `f`'s value and its gradient, from one forward and one backward.
 
     The numbers are those of `torch.func.grad_and_value`; a leaf that the value does not depend on has a zero
-    gradient. Plain autograd does the work, which costs less where kernels are small. Inside `torch.func`
-    transforms and `torch.compile` the functional transform takes over, so that nesting keeps working.
+    gradient, and a value that depends on no leaf is an error. Plain autograd does the work, which costs less where
+    kernels are small. Inside `torch.func` transforms and `torch.compile` the functional transform takes over, so that
+    nesting keeps working; there, as with `torch.func.grad`, all gradients may be zero without a word.
 
     With `stacked`, `f` takes a stacked tree and returns one loss for each adapter; each adapter's gradient is that of
     its own loss, all from one backward. With `chunk_size`, `f` sees that many adapters at a time, so that memory
@@ -53,6 +54,7 @@ def value_and_grad(
         ValueError: `f` returned a tensor that is no scalar, or not one loss for each adapter; an argument that cannot
             be split.
         TypeError: `f` returned no tensor, or a leaf is no floating-point tensor.
+        RuntimeError: No gradient reaches any of the leaves.
 
     >>> value_and_grad(lambda p, x: (p["w"] * x).sum())({"w": torch.tensor([1.0, 2.0])}, 3.0)
     (tensor(9.), {'w': tensor([3., 3.])})
@@ -136,13 +138,50 @@ def _once(
         inputs = [leaf if keep and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
         tree = optree.tree_unflatten(treedef, inputs)
         total, (value, *aux) = _total(f, has_aux, count, *args[:argnums], tree, *args[argnums + 1 :], **kwargs)
-        if total.requires_grad:
-            grads = torch.autograd.grad(total, inputs, create_graph=keep, materialize_grads=True)
-        else:
-            grads = tuple(map(torch.zeros_like, inputs))
+        grads = _gradients(total, inputs, keep)
     if not keep:
         value, aux = value.detach(), _detach(aux)
     return (value, *aux) if has_aux else value, optree.tree_unflatten(treedef, grads)
+
+
+def _gradients(total: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> list[Tensor]:
+    """The gradient of a total, zero at inputs that it does not depend on.
+
+    Raises:
+        RuntimeError: It depends on none of them, or reentrant checkpointing hides whether it does.
+    """
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
+    if total.requires_grad and inputs:
+        grads = torch.autograd.grad(total, inputs, create_graph=create_graph, allow_unused=True)
+    missing = sum(g is None for g in grads)
+    if missing and _checkpoints_reentrantly(total):
+        raise RuntimeError(
+            f"value_and_grad: no gradient reaches {missing} of the {len(inputs)} leaves, and the model checkpoints "
+            "activations reentrantly, where torch.autograd.grad reaches no leaf; use use_reentrant=False, or call "
+            ".backward() on the loss"
+        )
+    if missing and missing == len(inputs):
+        found = "requires grad, but through other tensors" if total.requires_grad else "does not require grad"
+        raise RuntimeError(
+            f"value_and_grad: no gradient reaches the {len(inputs)} leaves: the function's value {found}. Does the "
+            "model run its adapted modules under torch.no_grad, torch.inference_mode or .detach(), or in reentrant "
+            "checkpointing of inputs that do not require grad (use use_reentrant=False)? Does the function use the "
+            "tree that it is given? torch.func.grad returns zeros here"
+        )
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+
+def _checkpoints_reentrantly(total: Tensor) -> bool:
+    """Return whether a graph has nodes of `torch.utils.checkpoint` that run a backward of their own."""
+    stack, seen = [total.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _total(f: Callable[..., Any], has_aux: bool, count: int | None, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple]:

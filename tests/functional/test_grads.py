@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from torchgraft.adapters import LoraConfig
 from torchgraft.functional import bind, clip_by_norm, grad, norms, route, stack, unstack, value_and_grad
@@ -163,3 +164,64 @@ def test_what_errors_say():
         value_and_grad(lambda p: p["a"], stacked=True)({"a": torch.ones(2), "b": torch.ones(3)})
     with pytest.raises(ValueError, match=r"norms: leaf \[b\] has shape \(3,\)"):
         clip_by_norm({"a": torch.ones(2), "b": torch.ones(3)}, 1.0)
+
+
+@pytest.mark.parametrize("make", [value_and_grad, grad])
+@pytest.mark.parametrize("options", [{}, {"stacked": True}, {"chunk_size": 1}, {"create_graph": True}])
+def test_a_value_that_no_leaf_has_a_part_in(make, options):
+    many, x = {"b": torch.ones(2, requires_grad=True), "w": torch.ones(2)}, torch.ones(2)
+    reduce = (lambda y: y) if len({"stacked", "chunk_size"} & set(options)) else torch.sum
+
+    def in_no_grad(p, x):
+        with torch.no_grad():
+            return reduce(p["w"] * x)
+
+    def elsewhere(p, x):
+        return reduce(x * p["w"].detach())
+
+    with pytest.raises(RuntimeError, match=r"no gradient reaches the 2 leaves: .* does not require grad\. .*no_grad"):
+        make(in_no_grad, **options)(many, x)
+    with pytest.raises(RuntimeError, match=r"the 2 leaves: .* requires grad, but through other tensors"):
+        make(elsewhere, **options)(many, x.requires_grad_())
+    grads = make(lambda p, x: reduce(p["w"] * x), **options)(many, x)
+    grads = grads[1] if make is value_and_grad else grads
+    assert grads["b"].tolist() == [0, 0] and grads["w"].tolist() == [1, 1], (
+        "one leaf that it does not depend on is zero"
+    )
+
+
+def test_a_value_that_depends_on_nothing_within_torch_func_and_without_leaves():
+    p = {"w": torch.ones(2)}
+    expected = torch.func.grad(lambda p: torch.ones(()))(p)
+    inside = torch.vmap(lambda p: grad(lambda q: torch.ones(()))(p))({"w": torch.ones(1, 2)})
+    torch.testing.assert_close(inside["w"][0], expected["w"])
+    value, grads = value_and_grad(lambda p: torch.ones(()))({})
+    assert value == 1 and grads == {}
+
+
+def test_reentrant_checkpointing_warns_or_raises():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(checkpoint(self.a, x, use_reentrant=True))
+
+    model, x = Model().requires_grad_(False), torch.randn(3, 4)
+    whole = bind(model, LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
+    only = bind(model, LoraConfig(r=2, target_modules=["a"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        grads = grad(lambda p: whole(p, x).sum())(whole.init())
+    assert grads["a"]["lora_A"].abs().sum() == 0 and grads["b"]["lora_A"].abs().sum() > 0
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
+        pytest.raises(RuntimeError, match="no gradient reaches the 2 leaves.*use_reentrant=False"),
+    ):
+        grad(lambda p: only(p, x).sum())(only.init())
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient reaches 2 of the 4 leaves.* reentrantly.*use_reentrant=False"):
+        grad(lambda p: whole(p, x).sum())(whole.init())
+    leaves = optree.tree_map(lambda t: t.requires_grad_(), whole.init())
+    whole(leaves, x).sum().backward()
+    assert leaves["a"]["lora_A"].grad.abs().sum() > 0
