@@ -160,5 +160,5 @@ def _with_bias_of_rows(y: Tensor, bias: Tensor, scaling: float | PerAdapter, row
     if isinstance(scaling, PerAdapter):
         bias, scaling = bias * scaling.values.to(bias.dtype).unsqueeze(-1), 1.0
     groups = rows.groups()
-    each = groups.mask(groups.pick(bias).unsqueeze(1))
+    each = groups.pick(bias).unsqueeze(1)
     return _with_bias(y.reshape(groups.size, -1, y.shape[-1]), each, scaling).view(y.shape)

@@ -78,7 +78,7 @@ def route_to_linear(
         groups = rows.groups()
         if isinstance(scaling, PerAdapter):
             b, scaling = b * scaling.values.to(b.dtype).view(-1, 1, 1), 1.0
-        a, b = groups.mask(groups.pick(a)), groups.mask(groups.pick(b))
+        a, b = groups.pick(a), groups.pick(b)
         return fused.linear(x, *plain, a, b, scaling, p)
     y = base(x)
     if p:
@@ -132,11 +132,11 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | PerA
 def _in_slots(per_row: Tensor, a: Tensor, b: Tensor, scaling: float | PerAdapter, rows: Rows) -> Tensor:
     """`b a x` by rows, times each adapter's own scaling; zero for rows without adapter."""
     slots = rows.slots()
-    sorted_x = per_row.index_select(0, slots.take).view(slots.groups, -1, per_row.shape[-1])
+    sorted_x = slots.fill(per_row).view(slots.groups, -1, per_row.shape[-1])
     down = sorted_x @ slots.pick(a).mT
     if isinstance(scaling, PerAdapter):
         down = down * slots.pick(scaling.values).to(down.dtype).view(-1, 1, 1)
-    up = (down @ slots.pick(b).mT).view(len(slots.take), per_row.shape[1], -1).index_select(0, slots.place)
+    up = (down @ slots.pick(b).mT).view(slots.groups * slots.width, per_row.shape[1], -1).index_select(0, slots.place)
     return up if slots.active is None else torch.where(slots.active, up, 0)
 
 
@@ -157,7 +157,7 @@ def add_to_groups(y: Tensor, down: Tensor, b: Tensor, scaling: float | PerAdapte
     groups = rows.groups()
     if isinstance(scaling, PerAdapter):
         down, scaling = down * groups.pick(scaling.values).to(down.dtype).view(-1, 1, 1), 1.0
-    down, up = groups.mask(down), groups.mask(groups.pick(b))
+    down, up = groups.mask(down), groups.pick(b)
     if y.dtype == down.dtype:
         per_group = y.reshape(groups.size, -1, y.shape[-1])
         return torch.baddbmm(per_group, down, up.mT, alpha=scaling).view(y.shape)

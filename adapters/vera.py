@@ -113,7 +113,7 @@ def routed(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
     x, lambda_b, lambda_d = widen(x, leaves["vera_lambda_b"], leaves["vera_lambda_d"])
     a, b = _projections(site, x.dtype)
     groups = rows.groups()
-    lambda_b, lambda_d = (groups.mask(groups.pick(vector)).unsqueeze(1) for vector in (lambda_b, lambda_d))
+    lambda_b, lambda_d = (groups.pick(vector).unsqueeze(1) for vector in (lambda_b, lambda_d))
     per_group = F.linear(x, a).reshape(groups.size, -1, a.shape[0])
     wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * per_group, b))
     return torch.addcmul(wide.reshape(up.shape), lambda_b, up).view(y.shape).to(y.dtype)

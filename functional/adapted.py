@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AdaptedAttention, Part, Projection
+from .finder import Finder
 from .layers import is_plain_linear
-from .layout import Finder
 from .method import Entry, Leaves, Weighted
 from .routed import RoutedLayer, stand_in
 from .site import Site

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .graft import Graft
-from .layout import Finder
 from .method import Tree
 from .replaced import exchange
 from .route import Routed
 from .skeleton import Skeleton
+from .trial import Entered, finder_of, modes_of
 
 
 def functional_call(
@@ -65,17 +65,27 @@ def functional_call(
                 f"base_params is of type {type(base).__name__}, expected a dict from names of the model's parameters "
                 "or buffers to tensors, such as dict(model.named_parameters())"
             )
-    active = graft.active(params)
+    active = now(graft.active(params))
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     if torch.compiler.is_compiling():
         return _traced(graft, active, base, args, kwargs, return_buffers)
-    lease = graft.pool().lease()
+    pool = graft.pool()
+    finder = finder_of(graft, pool, active, base, args, kwargs, Entered("", modes_of(pool)))
+    lease = pool.lease()
     try:
-        lease.skeleton.cell.finder = _finder(graft, active, args, kwargs)
-        _fill(lease.skeleton, active, base, args, kwargs, {})
-        return _run(graft, lease.skeleton, args, kwargs, return_buffers)
+        lease.skeleton.cell.finder = finder
+        fill(lease.skeleton, active, base, args, kwargs, {})
+        y = _run(graft, lease.skeleton, args, kwargs, return_buffers)
+        if finder is not None:
+            finder.finish()
+        return y
     finally:
         lease.release()
+
+
+def now(active: Mapping[str, Any]) -> dict[str, Any]:
+    """The trees of a call, routed stacks with the rows that they have now."""
+    return {name: tree.now() if isinstance(tree, Routed) else tree for name, tree in active.items()}
 
 
 def _traced(
@@ -100,10 +110,11 @@ def _traced(
     for theirs, own in skeleton.modules:
         if own.training != theirs.training:
             own.training = theirs.training
-    skeleton.cell.finder = _finder(graft, active, args, kwargs)
+    entered = Entered("", tuple(own.training for _, own in skeleton.modules))
+    skeleton.cell.finder = finder_of(graft, graft.pools[0], active, base, args, kwargs, entered)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
-        _fill(skeleton, active, base, args, kwargs, current)
+        fill(skeleton, active, base, args, kwargs, current)
         return _run(graft, skeleton, args, kwargs, return_buffers)
     finally:
         skeleton.cell.trees = skeleton.cell.reached = skeleton.cell.finder = skeleton.cell.kept = None
@@ -112,11 +123,7 @@ def _traced(
                 container[name] = skeleton.aliases[key]
 
 
-def _finder(graft: Graft, active: Mapping[str, Any], args: tuple, kwargs: Mapping[str, Any]) -> Finder | None:
-    return graft.finder(args, kwargs) if any(isinstance(tree, Routed) for tree in active.values()) else None
-
-
-def _fill(
+def fill(
     skeleton: Skeleton,
     active: dict[str, Any],
     base: Mapping[str, Tensor],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import trees
-from .adapted import AdaptedModule, Cell
+from .adapted import AdaptedModule
 from .follow import Follows, follower, plan_follows
-from .layout import Finder, Found
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
 from .parameters import AdaptedParameters, Key, check_apart, key_of
@@ -73,8 +71,7 @@ class Graft:
         }
         self._conflicts = conflicts(self.replaced)
         self._shapes = self.expected()
-        self._pools: list[Pool] = []
-        self._layouts: Found = {}
+        self.pools: list[Pool] = []
         check_references(model, {path for plan in (*self.sites.values(), *self.replaced.values()) for path in plan})
         self.pool()
 
@@ -141,7 +138,9 @@ class Graft:
         skeleton.own_buffers()
         exchange(skeleton, active)
         if any(isinstance(tree, Routed) for tree in active.values()):
-            _watch_inputs(skeleton.root, skeleton.cell, self.finder)
+            from .entered import watch
+
+            watch(self, skeleton, active)
         return skeleton.root
 
     def active(self, params: Any) -> dict[str, Any]:
@@ -177,23 +176,44 @@ class Graft:
 
     def pool(self) -> Pool:
         """The skeletons that fit the model as it is now."""
-        for pool in self._pools:
+        for pool in self.pools:
             if pool.watch.same():
                 return pool
         pool = Pool(self.build)
-        self._pools = [pool, *(old for old in self._pools if old.watch.same_tensors())][:_RECENT]
+        self.pools = [pool, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
         return pool
 
-    def finder(self, args: tuple, kwargs: Mapping[str, Any]) -> Finder:
-        """What finds the rows of a routed call in the inputs of sites."""
-        return Finder(self._layouts, args, kwargs, self.inputs_of_sites)
+    def look(
+        self,
+        *args: Any,
+        rows: int | None = None,
+        batch_dim: int | Mapping[str, int] | None = None,
+        mixed: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Find out where the rows of a kind of call are before it is made; calls of that kind then know it.
 
-    def inputs_of_sites(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-        """Run the base alone, in evaluation mode, and collect what reaches each site, in the order of the calls."""
-        found: list[tuple[str, Tensor]] = []
-        with self.looking(lambda path, x: found.append((path, x))) as base:
-            base(*args, **kwargs)
-        return found
+        A routed call does so by itself. It cannot under `torch.compile`, `torch.vmap` and export, nor where its inputs
+        cannot be cut by rows or copied; a small sample of the same kind (arguments given, numbers of axes, modes) can.
+
+        Args:
+            *args: Positional arguments of the model's forward, with at least two rows.
+            rows: Number of rows in them; by default the length of the first tensor.
+            batch_dim: As for `route`.
+            mixed: As for `route`.
+            **kwargs: Keyword arguments of the forward.
+
+        Raises:
+            ValueError: The rows cannot be followed; names the first site or output that does not.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> graft = bind(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
+        >>> graft.look(torch.randn(3, 4))
+        """
+        from .look import Declared
+        from .trial import remember
+
+        remember(self, args, kwargs, rows, Declared(batch_dim, tuple(mixed)))
 
     @contextlib.contextmanager
     def looking(self, see: Callable[[str, Tensor], None]) -> Iterator[nn.Module]:
@@ -232,7 +252,7 @@ class Graft:
     @property
     def traced(self) -> Skeleton:
         """The skeleton that compiled calls run through."""
-        return self._pools[0].traced
+        return self.pools[0].traced
 
     def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
         """Of these sites, those whose module no forward reached under any of its names."""
@@ -280,7 +300,7 @@ class Graft:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_pools": []}
+        return {**vars(self), "pools": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -375,18 +395,3 @@ def _check(tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what:
         tree.check(shapes, what)
     else:
         trees.check(tree, shapes, what)
-
-
-def _watch_inputs(root: nn.Module, cell: Cell, finder: Callable[[tuple, Mapping[str, Any]], Finder]) -> None:
-    """Let the forward of a view's root tell the sites what it was given."""
-    cls: Any = type(root)
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cell.finder = finder(args, kwargs)
-        try:
-            return cls.forward(self, *args, **kwargs)
-        finally:
-            cell.finder = None
-
-    root.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})

@@ -129,6 +129,10 @@ class Entry:
         """This part for a stack: constants as the stack's members have them, and rows that have this site."""
         return self, rows
 
+    def several(self, count: int) -> Entry:
+        """This part for `count` adapters that have this site, whatever the members of a stack are."""
+        return self
+
     def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Dense meaning in float32 or wider; `weight` is canonical."""
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .layout import Record
 from .skeleton import Skeleton
 
 _HELD = 64
@@ -76,11 +78,19 @@ class Pool:
 
     A call may be over and its skeleton still in use: what the autograd graph holds may run it again, and finds the
     call's adapters and tensors as long as it does.
+
+    Attributes:
+        traced: The skeleton of compiled calls.
+        watch: Notices that the model has changed.
+        seen: Where rows are, by kind of routed call.
+        known: The same by what can be told of a kind under `torch.compile`.
     """
 
     def __init__(self, build: Callable[[], Skeleton]):
         self.traced = build()
         self.watch = Watch(module for module, _ in self.traced.modules)
+        self.seen: dict[Any, Record] = {}
+        self.known: dict[Any, Record] = {}
         self._build = build
         self._free: deque[Skeleton] = deque()
         self._held: deque[tuple[Skeleton, list[int]]] = deque(maxlen=_HELD)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import LEADING, Finder, Layout, locate
+from .finder import BatchDim, Finder, locate
+from .layout import LEADING, Layout
 from .method import Entry, Layer, Leaves, Weighted
 from .rows import Groups, PerAdapter, Rows
 
@@ -17,14 +18,24 @@ from .rows import Groups, PerAdapter, Rows
 class RoutedLayer(Weighted):
     """A layer with a stack of adapters on it, one for each row."""
 
-    __slots__ = ("base", "entry", "finder", "leaves", "rows")
+    __slots__ = ("base", "batch_dim", "entry", "finder", "leaves", "owner", "rows")
 
-    def __init__(self, base: Any, entry: Entry, leaves: Leaves, rows: Rows, finder: Finder | None):
+    def __init__(
+        self,
+        base: Any,
+        entry: Entry,
+        leaves: Leaves,
+        rows: Rows,
+        finder: Finder | None,
+        owner: Any = None,
+        batch_dim: BatchDim = None,
+    ):
         self.base, self.entry, self.leaves, self.rows, self.finder = base, entry, leaves, rows, finder
+        self.owner, self.batch_dim = owner, batch_dim
 
     def __call__(self, x: Tensor) -> Tensor:
         entry, size = self.entry, self.rows.size
-        layout = locate(entry.site, x, size, self.rows.batch_dim, self.finder)
+        layout = locate(entry.site, x, size, self.batch_dim, self.finder, self.owner)
         method = entry.config.method
         base: Layer = self.base
         if layout != LEADING:
@@ -55,7 +66,8 @@ class RoutedLayer(Weighted):
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
-        y = torch.vmap(one, randomness="different")(parts, wide.unflatten(0, (groups[0].size, -1)))
+        wide = groups[0].mask(wide.unflatten(0, (groups[0].size, -1)), 0)
+        y = torch.vmap(one, randomness="different")(parts, wide)
         y = y if narrow is None else y.to(narrow)
         if groups[0].base:
             y = torch.where(groups[0].active(y.ndim), y, base(x).view(y.shape))
@@ -120,14 +132,16 @@ class Chosen(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry = self.entry
-        y = entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
+        own = x if self.on is None else torch.where(self.on, x, 0)  # no gradient from where it is not
+        y = entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, own)
         return y if self.on is None else torch.where(self.on, y, self.base(x))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.dense()
-        merged, added = self.entry.merge(self.leaves, weight, bias)
         if self.on is None:
-            return merged, added
+            return self.entry.merge(self.leaves, weight, bias)
+        below = [t if t is None else torch.where(self.on, t, t.detach()) for t in (weight, bias)]
+        merged, added = self.entry.merge(self.leaves, *below)
         return torch.where(self.on, merged, weight), None if added is None else torch.where(self.on, added, bias)
 
     @property

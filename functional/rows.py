@@ -36,14 +36,14 @@ class Groups:
     base: bool
 
     def pick(self, leaf: Tensor) -> Tensor:
-        """Each group's own part of a stacked leaf, `"groups ..."`; any adapter's where the group has none.
+        """Each group's own part of a stacked leaf, `"groups ..."`; zeros, without gradient, where it has none.
 
-        >>> Groups(3, torch.tensor([1, 1, 0]), base=False).pick(torch.tensor([5.0, 6.0]))
-        tensor([6., 6., 5.])
+        >>> Groups(3, torch.tensor([1, -1, 0]), base=True).pick(torch.tensor([5.0, 6.0]))
+        tensor([6., 0., 5.])
         """
         if self.index is None:
             return leaf
-        return leaf.index_select(0, self.index.clamp(min=0) if self.base else self.index)
+        return self.mask(leaf.index_select(0, self.index.clamp(min=0) if self.base else self.index), 0)
 
     def mask(self, picked: Tensor, identity: float = 0.0) -> Tensor:
         """`picked`, with `identity` in the groups that have no adapter.
@@ -76,17 +76,28 @@ class Slots:
 
     Attributes:
         adapters: The adapters that have rows, `"groups"`; `None` for all of the stack.
-        take: The row in each slot, `"groups*width"`; any row in an empty one.
+        order: The rows that have an adapter, sorted by adapter.
+        slot: The slot of each of these.
         place: The slot of each row, `"rows"`; any slot for a row without adapter.
         groups: Number of adapters that have rows.
+        width: Number of slots of each.
         active: Whether each row has an adapter, `"rows 1 1"`; `None` where all have.
     """
 
     adapters: Tensor | None
-    take: Tensor
+    order: Tensor
+    slot: Tensor
     place: Tensor
     groups: int
+    width: int
     active: Tensor | None
+
+    def fill(self, x: Tensor) -> Tensor:
+        """The rows of `x` in their slots, `"groups*width ..."`; zeros in those that stay empty."""
+        rows = x.index_select(0, self.order)
+        if len(self.order) == self.groups * self.width:
+            return rows
+        return x.new_zeros(self.groups * self.width, *x.shape[1:]).index_copy(0, self.slot, rows)
 
     def pick(self, leaf: Tensor) -> Tensor:
         """The part of a stacked leaf that belongs to the adapters that have rows."""
@@ -94,53 +105,43 @@ class Slots:
 
 
 class Rows:
-    """Which adapter of a stack each row uses.
+    """Which adapter of a stack each row uses; what is known of it does not change.
 
     Args:
         index: `"rows"`, long, `-1` for the base alone; `None` for as many equal parts as there are adapters, in order.
         count: Number of adapters.
         values: The values of `index`, where they are known without looking.
-        batch_dim: The axis of each site's input that has the rows, where the user says so.
+
+    Attributes:
+        values: The values of `index`, where they can be read.
 
     >>> rows = Rows(torch.tensor([1, 1, 0, 0]), 2)
     >>> rows.groups().size, rows.known().counts
     (2, (2, 2))
     """
 
-    def __init__(
-        self, index: Tensor | None, count: int, values: Sequence[int] | None = None, batch_dim: int | None = None
-    ):
-        self.index, self.count, self.batch_dim = index, count, batch_dim
+    def __init__(self, index: Tensor | None, count: int, values: Sequence[int] | None = None):
+        self.index, self.count = index, count
         self.size = count if index is None else len(index)
         self._static = index is None or values is not None
+        self.values: Sequence[int] | None = values
         self._known: Known | None = None
-        self._version: int | None = None
         self._parts: dict[tuple[bool, ...], Rows] = {}
         self._order: Tensor | None = None
         self._ends: dict[int, Tensor] = {}
         self._slots: Slots | None = None
         if index is None:
             self._known = Known(Groups(count, None, base=False), (1,) * count)
-        elif values is not None:
-            self._known = _read(values, index, count)
+        elif values is not None or (not torch.compiler.is_compiling() and is_readable(index)):
+            self.values = index.tolist() if values is None else values
+            self._known = _read(self.values, index, count)
 
     def __len__(self) -> int:
         return self.size
 
     def known(self) -> Known | None:
         """What the values say; `None` under `torch.compile`, `torch.vmap` and export, where they cannot be read."""
-        if self._static:
-            return self._known
-        if torch.compiler.is_compiling():
-            return None
-        index = self.index
-        assert index is not None
-        if not is_readable(index):
-            return None
-        if self._known is None or self._version != index._version:  # rows may be written to between calls
-            self._known, self._version = _read(index.tolist(), index, self.count), index._version
-            self._order, self._parts, self._ends, self._slots = None, {}, {}, None
-        return self._known
+        return self._known if self._static or not torch.compiler.is_compiling() else None
 
     def groups(self) -> Groups:
         """The largest equal groups that are known: runs of one adapter, or single rows."""
@@ -162,41 +163,50 @@ class Rows:
         known = self.known()
         assert known is not None and self.index is not None
         if self._order is None:
-            order = self.index.argsort(stable=True)
-            self._order = order[self.size - sum(known.counts) :]
+            with torch.inference_mode(False):  # calls that are differentiated use it too
+                order = self.index.argsort(stable=True)
+                self._order = order[self.size - sum(known.counts) :]
         return self._order
 
     def slots(self) -> Slots:
         """The rows in equal groups of one adapter each.
 
-        >>> Rows(torch.tensor([1, 0, 1]), 2).slots().take.tolist()
-        [1, 0, 0, 2]
+        >>> Rows(torch.tensor([1, 0, 1]), 2).slots().fill(torch.tensor([5, 6, 7])).tolist()
+        [6, 0, 5, 7]
         """
         known = self.known()
         assert known is not None and self.index is not None
         if self._slots is None:
-            order, device = self.order(), self.index.device
-            present = [adapter for adapter, count in enumerate(known.counts) if count]
-            counts = torch.tensor([known.counts[adapter] for adapter in present], device=device)
-            width = max(known.counts)
-            shifts = torch.arange(len(present), device=device) * width - (counts.cumsum(0) - counts)
-            slot = torch.arange(len(order), device=device) + shifts.repeat_interleave(counts)
-            self._slots = Slots(
-                adapters=None if len(present) == self.count else torch.tensor(present, device=device),
-                take=order.new_zeros(len(present) * width).index_put((slot,), order),
-                place=order.new_zeros(self.size).index_put((order,), slot),
-                groups=len(present),
-                active=None if len(order) == self.size else (self.index >= 0).view(-1, 1, 1),
-            )
+            with torch.inference_mode(False):
+                self._slots = self._in_slots(known)
         return self._slots
+
+    def _in_slots(self, known: Known) -> Slots:
+        assert self.index is not None
+        order, device = self.order(), self.index.device
+        present = [adapter for adapter, count in enumerate(known.counts) if count]
+        counts = torch.tensor([known.counts[adapter] for adapter in present], device=device)
+        width = max(known.counts)
+        shifts = torch.arange(len(present), device=device) * width - (counts.cumsum(0) - counts)
+        slot = torch.arange(len(order), device=device) + shifts.repeat_interleave(counts)
+        return Slots(
+            adapters=None if len(present) == self.count else torch.tensor(present, device=device),
+            order=order,
+            slot=slot,
+            place=order.new_zeros(self.size).index_put((order,), slot),
+            groups=len(present),
+            width=width,
+            active=None if len(order) == self.size else (self.index >= 0).view(-1, 1, 1),
+        )
 
     def ends(self, tokens: int) -> Tensor:
         """Where each adapter's tokens end when rows of `tokens` tokens are in `order`, `"adapters"`, int32."""
         known = self.known()
         assert known is not None and self.index is not None
         if tokens not in self._ends:
-            counts = torch.tensor(known.counts, device=self.index.device)
-            self._ends[tokens] = (counts.cumsum(0) * tokens).to(torch.int32)
+            with torch.inference_mode(False):
+                counts = torch.tensor(known.counts, device=self.index.device)
+                self._ends[tokens] = (counts.cumsum(0) * tokens).to(torch.int32)
         return self._ends[tokens]
 
     def only(self, present: Tensor, values: tuple[bool, ...] | None) -> Rows:
@@ -207,14 +217,13 @@ class Rows:
             index = torch.where(present, torch.arange(self.count, device=present.device), -1)
             own = None if values is None else [i if values[i] else -1 for i in range(self.count)]
             return Rows(index, self.count, own)
-        known = self.known()
-        if values is not None and known is not None and values in self._parts:
-            return self._parts[values]
-        index = torch.where((self.index >= 0) & present[self.index.clamp(min=0)], self.index, -1)
-        part = Rows(index, self.count)
-        if values is not None and known is not None:
-            self._parts[values] = part
-        return part
+        if values is None or self.known() is None or self.values is None:
+            index = torch.where((self.index >= 0) & present[self.index.clamp(min=0)], self.index, -1)
+            return Rows(index, self.count)
+        if values not in self._parts:
+            own = [row if row >= 0 and values[row] else -1 for row in self.values]
+            self._parts[values] = rows_of(own, self.count, self.index.device)
+        return self._parts[values]
 
     def expanded(self, size: int) -> Rows:
         """The same rows, each repeated so that there are `size`."""
@@ -222,6 +231,12 @@ class Rows:
             return self
         index = torch.arange(self.count) if self.index is None else self.index
         return Rows(index.repeat_interleave(size // self.size), self.count)
+
+
+def rows_of(values: Sequence[int], count: int, device: torch.device) -> Rows:
+    """Rows with these values, in memory of their own, that any later call may use."""
+    with torch.inference_mode(False):
+        return Rows(torch.tensor(values, dtype=torch.long, device=device), count)
 
 
 def is_readable(index: Tensor) -> bool:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import trees
+from .finder import Finder
 from .follow import Follower
 from .graft import Graft
-from .layout import Finder
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
 from .parameters import Key, key_of
@@ -215,6 +215,11 @@ class StackedEntry(Entry):
         readable = not torch.compiler.is_compiling() and is_readable(members)
         known = tuple(self.known[i] for i in members.tolist()) if readable else None
         return with_constants(self, constants), rows.only(self.present[members], known)
+
+    def several(self, count: int) -> Entry:
+        having = [i for i, known in enumerate(self.known) if known]
+        members = torch.tensor([having[i % len(having)] for i in range(count)], device=self.present.device)
+        return self.along(members, Rows(None, count))[0]
 
     def at(self, index: int | Tensor) -> tuple[Entry, Tensor | None]:
         """One adapter's part, and whether it has the site (`None` for yes)."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .adapted import AdaptedModule, Cell
+from .finder import locate
 from .layers import describe
-from .layout import locate
 from .method import Entry, Leaves
 from .replaced import Exchange, over
 from .route import Routed
@@ -58,8 +58,8 @@ class Unit:
                 f"and {sorted(tree.rows.size for tree in stacks.values())} rows in one call; routing it needs a tensor "
                 "and one number of rows. Use torch.vmap over the stack, or one adapter at a time"
             )
-        declared = next(iter(stacks.values())).rows.batch_dim
-        layout = locate(self.site, x, size, declared, self.cell.finder)
+        declared = next(iter(stacks.values())).declared.batch_dim
+        layout = locate(self.site, x, size, declared, self.cell.finder, self)
         rows = layout.to_rows(x, size)
         picked, groups = _pick(stacks, self.path, self.exchanges, entries, size)
 
@@ -129,7 +129,7 @@ def _pick(
         entry = entries.get(name)
         own = rows
         if entry is not None:
-            entry, own = entry.along(tree.members, rows)
+            entry, own = tree.along(entry, rows)
             constants = {key: c for key, c in entry.site.constants.items() if isinstance(c, PerAdapter)}
         together = alone and own is rows
         groups, of_method = (rows.groups() if together else rows.each()), (own.groups() if together else own.each())

@@ -1,0 +1,273 @@
+"""Looks: finding out where a model has the rows of a batch, and proving it, on a few of them.
+
+A routed call is right if each row's output is that of a call with its own adapter alone. A look runs the base on
+rows (a, b, c) and on (b, a, c, c), which tells where rows are in the input of each site. Then it routes random
+adapters over (a, b, c), in two orders, and holds every site's input and every output, row by row, against calls with
+one adapter for all. What reorders, selects or mixes rows does not pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from .finder import BatchDim, Finder, declared_axis
+from .inputs import Axis, Inputs, Sample, choose_rows, length_of, readings
+from .layout import LEADING, SHARED, Layout, Place, Record, compare, finite, numbers
+from .observed import Observed, Seen
+
+ADAPTERS = 3
+"""Adapters of a proof."""
+
+
+class Trial(Protocol):
+    """Runs a model for a look."""
+
+    floor: float
+    """The part of a number that rounding may change."""
+
+    def base(self, inputs: Inputs, seed: int) -> Observed:
+        """Run without adapters."""
+        ...
+
+    def alone(self, adapter: int, inputs: Inputs) -> Observed:
+        """Run with one random adapter for all rows."""
+        ...
+
+    def routed(self, rows: Sequence[int], finder: Finder, inputs: Inputs) -> Observed:
+        """Run with a random adapter for each row."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What the user says of a call beside its rows.
+
+    Attributes:
+        batch_dim: The axis that has the batch, everywhere or by path.
+        mixed: Names of outputs in which rows meet by design.
+    """
+
+    batch_dim: BatchDim = None
+    mixed: tuple[str, ...] = ()
+
+    def lets_pass(self, output: str) -> bool:
+        """Whether an output, or what it is a part of, is declared as mixed."""
+        return any(output == name or output.startswith((f"{name}.", f"{name}[")) for name in self.mixed)
+
+
+def look(trial: Trial, inputs: Inputs, size: int, declared: Declared, full: bool = False) -> Record:
+    """Find out where a call has its rows, and prove it.
+
+    Args:
+        trial: Runs the model.
+        inputs: A call's arguments.
+        size: Number of rows in them.
+        declared: What the user said.
+        full: Whether to take all rows, not just three.
+
+    Raises:
+        ValueError: Inputs without rows, or that cannot be cut or run; a site or an output that does not follow them.
+    """
+    failures: list[Exception] = []
+    for axis in readings(inputs, size):
+        for sample in _samples(inputs, axis, size, full):
+            order = _rearranged(len(sample.picks))
+            try:
+                first = trial.base(sample.copy(range(len(sample.picks))), seed=1)
+                second = trial.base(sample.copy(order), seed=2)
+            except Exception as error:
+                failures.append(error)
+                continue
+            try:
+                record, outputs = _propose(first, second, order, declared, _step(inputs, size))
+            except ValueError as error:
+                failures.insert(0, error)
+                break
+            _prove(trial, sample, record, outputs, length=_step(inputs, size) * len(sample.picks))
+            return record
+    _give_up(failures, inputs, size)
+
+
+def _give_up(failures: Sequence[Exception], inputs: Inputs, size: int) -> NoReturn:
+    advice = (
+        "give a sample that can be cut by rows to graft.look(*small_inputs, rows=...), or declare where the rows are: "
+        "route(stacked, rows, batch_dim=0)"
+    )
+    if not failures:
+        raise ValueError(
+            f"route: the call has {size} rows, and no tensor of its inputs has {size} rows, or a multiple, along axis "
+            "0, so it is not known which row is whose. Give rows one index for each row of the inputs; or " + advice
+        )
+    if isinstance(failures[0], Unproved):
+        raise failures[0]
+    raise ValueError(
+        f"route: a first call of this kind runs the model on a few of its {size} rows to see where they go, and that "
+        f"failed with {type(failures[0]).__name__}: {str(failures[0])[:500]}. If the whole batch runs, {advice}"
+    ) from failures[0]
+
+
+class Unproved(ValueError):
+    """A site or an output that does not follow the rows of a batch."""
+
+
+def _samples(inputs: Inputs, axis: Axis, size: int, full: bool) -> list[Sample]:
+    """What to run: rolled rows first; as they are, for models that refuse these."""
+    if full:
+        return [Sample(inputs, axis, size, [(row, 0) for row in range(size)])]
+    picks = choose_rows(inputs, axis, size)
+    plain = [(row, 0) for row, _ in picks]
+    return [Sample(inputs, axis, size, one) for one in ([picks] if picks == plain else [picks, plain])]
+
+
+def _rearranged(count: int) -> list[int]:
+    return [1, 0, 2, 2] if count == 3 else [*reversed(range(count)), count - 1]
+
+
+def _step(inputs: Inputs, size: int) -> int:
+    return (length_of(inputs, size) or size) // size
+
+
+# -- where the rows are ---------------------------------------------------------------------------------------------
+
+
+def _propose(
+    first: Observed, second: Observed, order: Sequence[int], declared: Declared, step: int
+) -> tuple[Record, dict[str, Layout]]:
+    """Where rows are at each site and in each output."""
+    count, places = len(set(order)), {}
+    for i, (a, b) in enumerate(zip(first.sites, second.sites, strict=False)):
+        if a.path != b.path:
+            raise Unproved(_uneven(a.path, count, len(order)))
+        layout = _layout_of(a, b, order, declared.batch_dim)
+        if layout is None or (layout == SHARED and not (a.ndim and a.shape[0] == 1)):
+            raise Unproved(_astray(a, "its input does not follow them", i))
+        even = layout.axis is not None and a.shape[layout.axis] == count * step
+        places.setdefault(a.path, []).append(Place(a.ndim, layout, even))
+    longer, shorter = sorted((first.sites, second.sites), key=len, reverse=True)
+    if len(longer) > len(shorter):
+        raise Unproved(_uneven(longer[len(shorter)].path, count, len(order)))
+    outputs: dict[str, Layout] = {}
+    for name in dict.fromkeys((*first.outputs, *second.outputs)):
+        if declared.lets_pass(name):
+            continue
+        given = first.outputs.get(name), second.outputs.get(name)
+        layout = None if given[0] is None or given[1] is None else compare(*given, order, given[0].ndim)
+        if layout is None:
+            raise Unproved(_mixed(name))
+        outputs[name] = layout
+    return Record(places), outputs
+
+
+def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> Layout | None:
+    axis = declared_axis(declared, a.path)
+    if axis is not None:
+        return Layout(axis + a.ndim if axis < 0 else axis)
+    return compare(a.x, b.x, order, a.axes) if a.ndim == b.ndim else None
+
+
+# -- the proof ------------------------------------------------------------------------------------------------------
+
+
+def _prove(trial: Trial, sample: Sample, record: Record, outputs: Mapping[str, Layout], length: int) -> None:
+    """Hold routed runs against runs with one adapter for all rows."""
+    count = len(sample.picks)
+    alone = [trial.alone(adapter, sample.copy(range(count))) for adapter in range(ADAPTERS)]
+    for shift in (0, 2):
+        rows = [(row + shift) % ADAPTERS for row in range(count)]
+        finder = Finder(record, length)
+        routed = trial.routed(rows, finder, sample.copy(range(count)))
+        _prove_sites(trial.floor, record, routed, alone, rows)
+        for name, layout in outputs.items():
+            parts = [one.outputs.get(name) for one in alone]
+            own = routed.outputs.get(name)
+            if own is None or not _agree(trial.floor, own, parts, layout, rows):
+                raise Unproved(_mixed(name))
+
+
+def _prove_sites(
+    floor: float, record: Record, routed: Observed, alone: Sequence[Observed], rows: Sequence[int]
+) -> None:
+    counts: dict[str, int] = {}
+    for i, own in enumerate(routed.sites):
+        index = counts[own.path] = counts.get(own.path, -1) + 1
+        places = record.places.get(own.path, ())
+        parts = [one.sites[i].x if i < len(one.sites) and one.sites[i].path == own.path else None for one in alone]
+        if index >= len(places) or not _agree(floor, own.x, parts, places[index].layout, rows):
+            raise Unproved(_astray(own, "with an adapter for each row its input is not what it is with one alone", i))
+    for one in alone:
+        if len(one.sites) > len(routed.sites):
+            raise Unproved(_uneven(one.sites[len(routed.sites)].path, len(rows), len(rows)))
+
+
+def _agree(floor: float, own: Tensor, alone: Sequence[Tensor | None], layout: Layout, rows: Sequence[int]) -> bool:
+    """Whether each row is that of its own adapter, to one per cent of the difference between the adapters."""
+    size = len(rows)
+    if any(part is None or part.ndim != own.ndim for part in alone):
+        return False
+    grown = (
+        layout == SHARED
+        and own.ndim
+        and own.shape[0] == size
+        and all(len(part) == 1 for part in alone if part is not None)
+    )
+    try:
+        each = [_by_rows(part, layout, size) for part in alone if part is not None]
+        given = _by_rows(own, LEADING if grown else layout, size)
+    except RuntimeError:  # axes that do not split into the rows
+        return False
+    if any(part.shape != given.shape for part in each):
+        return False
+    expected = torch.stack([each[adapter][row] for row, adapter in enumerate(rows)])
+    if not torch.equal(expected.isfinite(), given.isfinite()):
+        return False
+    given, expected, *each = map(finite, (given, expected, *each))
+    if not given.numel():
+        return True
+    spread = torch.stack([(a - b).abs().amax(1) for a in each for b in each]).amax(0)
+    bound = 0.01 * spread + floor * expected.abs().amax()
+    return bool(((given - expected).abs().amax(1) <= bound).all())
+
+
+def _by_rows(x: Tensor, layout: Layout, size: int) -> Tensor:
+    """`"size numbers"`."""
+    x = numbers(x)
+    if layout == SHARED:
+        return x.expand(size, *x.shape).reshape(size, -1)
+    return layout.each(x, size).flatten(1)
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+_ADVICE = (
+    "Use torch.vmap over the stack, call the graft with one adapter at a time, or leave such modules out of "
+    "target_modules; if rows do keep apart, declare where they are: route(stacked, rows, batch_dim=0)"
+)
+
+
+def _astray(seen: Seen, what: str, call: int) -> str:
+    return (
+        f"{seen.path}: its input has shape {seen.shape} where the rows of a routed call were looked for, and {what} "
+        f"(call {call} of an adapted module): before it the model reorders, selects, mixes or shares rows, so that it "
+        f"is not known which row is whose. {_ADVICE}"
+    )
+
+
+def _uneven(path: str, few: int, more: int) -> str:
+    return (
+        f"{path}: is not called alike for {few} and for {more} rows, so it is not known which row is whose: the model "
+        f"runs it row by row, or for some of the rows. {_ADVICE}"
+    )
+
+
+def _mixed(name: str) -> str:
+    return (
+        f"route: rows meet in {name if name == 'the output' else f'the output {name!r}'}: with an adapter for each row "
+        "it is not, row by row, what it is with one alone (a loss over the batch, similarities between rows, batch "
+        "statistics, rows in another order). If that is meant, say so: route(stacked, rows, mixed="
+        f"[{name!r}]); the inputs of the adapted modules are proved all the same. {_ADVICE}"
+    )

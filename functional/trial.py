@@ -1,0 +1,289 @@
+"""Trials: watched runs of a bound model with random adapters, and what they found out about kinds of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from .finder import Finder
+from .inputs import Inputs, kind_of, length_of, tensors_in, unwrapped
+from .layout import Record
+from .look import ADAPTERS, Declared, look
+from .method import Entry, Tree
+from .observed import Observed, Recorder, calm, outputs_of
+from .route import Routed
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from .graft import Graft
+    from .pool import Pool
+
+_COARSE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""What rounding may change of a number, of a model that computes in half precision."""
+
+Base = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entered:
+    """The module through which a call came into a model.
+
+    Attributes:
+        path: Its path.
+        modes: Whether each module of the skeleton is in training mode.
+    """
+
+    path: str
+    modes: tuple[bool, ...]
+
+
+class Random(Routed):
+    """Random adapters for the rows of a trial; each has every site."""
+
+    def along(self, entry: Entry, rows: Rows) -> tuple[Entry, Rows]:
+        return entry.several(ADAPTERS), rows
+
+
+class ModelTrial:
+    """Runs a bound model for a look.
+
+    Args:
+        graft: What `bind` returned.
+        pool: Skeletons of the state that the model is looked at in.
+        active: The trees of the call; plain ones stay, routed ones give way to random adapters.
+        base: Tensors of the base that the call was given.
+        entered: The module that is run.
+    """
+
+    def __init__(self, graft: Graft, pool: Pool, active: Mapping[str, Any], base: Base, entered: Entered):
+        self._graft, self._pool, self._entered = graft, pool, entered
+        self._base = {name: unwrapped(tensor) for name, tensor in base.items()}
+        self._plain = {name: _unwrapped_tree(tree) for name, tree in active.items() if not isinstance(tree, Routed)}
+        self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
+        sites = {path: entry.site for name in graft.configs for path, entry in graft.entries(name).items()}
+        self._recorder = Recorder(
+            {path: -1 if site.kind == "embedding" else len(site.kernel_size) for path, site in sites.items()}
+        )
+        self._sites = set(sites)
+        tensors = [t for t in pool.traced.aliases.values() if t.device.type != "meta"]
+        self._devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
+        self.floor = _floor(tensors)
+
+    def base(self, inputs: Inputs, seed: int) -> Observed:
+        """Run without adapters."""
+        return self._run({}, None, inputs, seed)
+
+    def alone(self, adapter: int, inputs: Inputs) -> Observed:
+        """Run with one random adapter for all rows."""
+        if getattr(self._graft, "members", None) is not None:
+            return self.routed([adapter], Finder(None), inputs)
+        trees = {name: _nested(lambda leaf: leaf[adapter], tree) for name, tree in self._random.items()}
+        return self._run({**self._plain, **trees}, None, inputs, 3)
+
+    def routed(self, rows: Sequence[int], finder: Finder, inputs: Inputs) -> Observed:
+        """Run with a random adapter for each row."""
+        trees = {}
+        for name, tree in self._random.items():
+            device = next(iter(next(iter(tree.values())).values())).device
+            trees[name] = Random(tree, Rows(torch.tensor(rows, device=device), ADAPTERS))
+        return self._run({**self._plain, **trees}, finder, inputs, 3)
+
+    def _run(self, trees: Mapping[str, Any], finder: Finder | None, inputs: Inputs, seed: int) -> Observed:
+        from .call import fill
+
+        args, kwargs = inputs
+        lease = self._pool.lease()
+        skeleton = lease.skeleton
+        modes = [module.training for _, module in skeleton.modules]
+        generators = [(g, g.get_state()) for g in _generators(module for _, module in skeleton.modules)]
+        try:
+            self._recorder.start()
+            self._set_modes(skeleton)
+            order = {name: trees[name] for name in self._graft.configs if name in trees}
+            fill(skeleton, order, self._base, args, kwargs, {})
+            skeleton.cell.finder, skeleton.cell.see = finder, self._recorder
+            with calm(seed, self._devices):
+                result = skeleton.root.get_submodule(self._entered.path)(*args, **kwargs)
+            return Observed(self._recorder.seen, outputs_of(result))
+        finally:
+            skeleton.cell.see = None
+            for (_, module), mode in zip(skeleton.modules, modes, strict=True):
+                module.training = mode
+            for generator, state in generators:
+                generator.set_state(state)
+            lease.release()
+
+    def _set_modes(self, skeleton: Any) -> None:
+        """The call's modes, without dropout."""
+        for (_, module), mode in zip(skeleton.modules, self._entered.modes, strict=True):
+            still = isinstance(module, (_DropoutNd, nn.RNNBase)) or "_socket" in vars(module)
+            module.training = mode and (not still or isinstance(module, (_NormBase, nn.MultiheadAttention)))
+
+
+def finder_of(
+    graft: Graft,
+    pool: Pool,
+    active: Mapping[str, Any],
+    base: Base,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    entered: Entered,
+) -> Finder | None:
+    """What a call knows of where its rows are; looks, where nothing is known and it can. `None` without routed stacks.
+
+    Raises:
+        ValueError: A look that shows no way to give each row its own adapter.
+    """
+    stacks = [tree for tree in active.values() if isinstance(tree, Routed)]
+    if not stacks:
+        return None
+    size, declared = max(stack.rows.size for stack in stacks), stacks[0].declared
+    if size == 1 or _is_declared(graft, active, declared):
+        return Finder(None)
+    inputs: Inputs = args, dict(kwargs)
+    key = _kind(active, declared, inputs, entered)
+    if not may_look(inputs, base, active):
+        return Finder(_known(graft, key))
+    exact = (*key, torch.is_grad_enabled(), kind_of(inputs))
+
+    def again() -> Record:
+        trial = ModelTrial(graft, pool, active, base, entered)
+        # A forward of the user's may change what it is given, so that only the first look has the call's own inputs.
+        with temporarily_clear_interpreter_stack():
+            record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
+        pool.seen[exact] = record
+        pool.known[key] = _common(pool.known.get(key), record)
+        return record
+
+    known = None if any(stack.check_all for stack in stacks) else pool.seen.get(exact)
+    paths = {path for stack in stacks for path in stack.tree}
+    if known is not None:
+        return Finder(known, length_of(inputs, size), again, paths)
+    return Finder(again(), length_of(inputs, size), None, paths)
+
+
+def remember(graft: Graft, args: tuple, kwargs: Mapping[str, Any], size: int | None, declared: Declared) -> None:
+    """Look at a kind of call before it is made, with all adapters of a graft."""
+    pool, inputs = graft.pool(), (args, dict(kwargs))
+    entered = Entered("", modes_of(pool))
+    size = next((len(x) for x in tensors_in(inputs) if x.ndim), 0) if size is None else size
+    if size < 2:
+        raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
+    stacks = {name: Random(_like(graft, name), Rows(None, ADAPTERS)) for name in graft.configs}
+    record = look(ModelTrial(graft, pool, stacks, {}, entered), inputs, size, declared)
+    key = _kind(stacks, declared, inputs, entered)
+    pool.known[key] = _common(pool.known.get(key), record)
+    for mode in (False, True):
+        pool.seen[(*key, mode, kind_of(inputs))] = record
+
+
+def _like(graft: Graft, name: str) -> Tree:
+    """Leaves of a stack that has the shapes of one adapter."""
+    modules = dict(graft.model.named_modules(remove_duplicate=False))
+    made: Tree = {}
+    for path, leaves in graft.expected()[name].items():
+        site = graft.sites[name].get(path)
+        like = None if site is None else site.like(modules[site.owner])
+        device = next(iter(graft.model.parameters())).device if like is None else like.device
+        wide = like is not None and like.dtype.is_floating_point and like.dtype.itemsize > 4
+        dtype = torch.float64 if wide else torch.float32
+        made[path] = {leaf: torch.empty((1, *shape), dtype=dtype, device=device) for leaf, shape in leaves.items()}
+    return made
+
+
+def modes_of(pool: Pool) -> tuple[bool, ...]:
+    """Whether each module is in training mode, in the state of the model that a pool is for."""
+    return tuple(own.training for _, own in pool.traced.modules)
+
+
+def may_look(inputs: Inputs, base: Base, active: Mapping[str, Any]) -> bool:
+    """Whether the model can be run aside now: not while anything compiles, traces, transforms or captures the call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() if functorch.maybe_current_level() is not None else None
+    kinds = {level.key() for level in stack or ()}
+    return kinds <= {functorch.TransformType.Grad}
+
+
+def _kind(active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered) -> tuple[Hashable, ...]:
+    """What decides how a model arranges its rows, as far as it can be told under `torch.compile`."""
+    batch_dim = declared.batch_dim
+    axes = tuple(batch_dim.items()) if isinstance(batch_dim, Mapping) else batch_dim
+    names = tuple((name, isinstance(tree, Routed)) for name, tree in active.items())
+    return entered.path, entered.modes, names, axes, declared.mixed, kind_of(inputs, inside=False)
+
+
+def _known(graft: Graft, key: tuple[Hashable, ...]) -> Record | None:
+    for pool in graft.pools:
+        if key in pool.known:
+            return pool.known[key]
+    return None
+
+
+def _common(before: Record | None, after: Record) -> Record:
+    """What two looks agree on: places that differ are not known."""
+    if before is None or before.places == after.places:
+        return after
+    paths = [*before.places, *(path for path in after.places if path not in before.places)]
+    return Record({path: (*before.places.get(path, ()), *after.places.get(path, ())) for path in paths})
+
+
+def _is_declared(graft: Graft, active: Mapping[str, Any], declared: Declared) -> bool:
+    """Whether the user said where the rows are at every site."""
+    if not isinstance(declared.batch_dim, Mapping):
+        return declared.batch_dim is not None
+    paths = {path for name in active for path in (*graft.sites[name], *graft.follows[name], *graft.replaced[name])}
+    unknown = [path for path in declared.batch_dim if path not in paths]
+    if unknown:
+        raise KeyError(
+            f"route: batch_dim names {unknown[0]!r}, which is no adapted module of this call; there are "
+            f"{', '.join(sorted(paths)[:6])}{', ...' if len(paths) > 6 else ''}"
+        )
+    return paths <= set(declared.batch_dim)
+
+
+def _random(tree: Tree) -> Tree:
+    """Random adapters like those of a stack, of a size that shows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(leaf: Tensor) -> Tensor:
+        shape = (ADAPTERS, *leaf.shape[1:])
+        dtype = leaf.dtype if leaf.dtype.is_floating_point or leaf.dtype.is_complex else torch.float32
+        values = torch.randn(shape, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+        scale = 0.5 if len(shape) < 3 else 0.7 * max(1, shape[-1]) ** -0.5
+        values = (values * scale).to(leaf.device, dtype)
+        return values.requires_grad_(leaf.requires_grad)
+
+    return _nested(drawn, tree)
+
+
+def _nested(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return {key: _nested(change, value) for key, value in tree.items()} if isinstance(tree, dict) else change(tree)
+
+
+def _unwrapped_tree(tree: Any) -> Any:
+    return _nested(unwrapped, tree) if isinstance(tree, dict) else tree
+
+
+def _floor(tensors: Iterable[Tensor]) -> float:
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    if torch._C._is_any_autocast_enabled():
+        dtypes |= {torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+    if any(dtype.itemsize <= 2 for dtype in dtypes):
+        return max(_COARSE.get(dtype, 2e-2 if dtype.itemsize == 2 else 6e-2) for dtype in dtypes if dtype.itemsize <= 2)
+    fast = torch.get_float32_matmul_precision() != "highest"
+    return 3e-3 if fast else 1e-9 if dtypes == {torch.float64} else 3e-5
+
+
+def _generators(modules: Iterable[nn.Module]) -> list[torch.Generator]:
+    return [value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)]
