@@ -85,7 +85,8 @@ class EnteredModule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         entrance: Entrance = self.__dict__["_entrance"]
-        make, args, state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, state, *rest = reduced
         state = {key: value for key, value in state.items() if key != "_entrance"}
         args = tuple(entrance.cls if one is type(self) else one for one in args)
         return _revive, (make, args, entrance), state, *rest
@@ -98,7 +99,8 @@ def _revive(make: Any, args: tuple[Any, ...], entrance: Entrance) -> Any:
 
 
 def _mark(module: Any, entrance: Entrance) -> None:
-    module.__class__ = _entered_class(type(module))
+    cls: Any = type(module)
+    module.__class__ = _entered_class(cls)
     module.__dict__["_entrance"] = entrance
 
 

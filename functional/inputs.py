@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Axis = Callable[[Tensor], int | None]
 _DEPTH = 6
 
 
-def kind_of(x: Any, inside: bool = True) -> Hashable:
+def kind_of(x: Any, inside: bool = True) -> Any:
     """What may decide which way a model takes: types, numbers of axes, flags, and whether a cache is filled.
 
     Args:

@@ -139,15 +139,16 @@ def _propose(
     first: Observed, second: Observed, order: Sequence[int], declared: Declared, step: int
 ) -> tuple[Record, dict[str, Layout]]:
     """Where rows are at each site and in each output."""
-    count, places = len(set(order)), {}
-    for i, (a, b) in enumerate(zip(first.sites, second.sites, strict=False)):
-        if a.path != b.path:
-            raise Unproved(_uneven(a.path, count, len(order)))
-        layout = _layout_of(a, b, order, declared.batch_dim)
-        if layout is None or (layout == SHARED and not (a.ndim and a.shape[0] == 1)):
-            raise Unproved(_astray(a, "its input does not follow them", i))
-        even = layout.axis is not None and a.shape[layout.axis] == count * step
-        places.setdefault(a.path, []).append(Place(a.ndim, layout, even))
+    count = len(set(order))
+    places: dict[str, list[Place]] = {}
+    for i, (one, other) in enumerate(zip(first.sites, second.sites, strict=False)):
+        if one.path != other.path:
+            raise Unproved(_uneven(one.path, count, len(order)))
+        layout = _layout_of(one, other, order, declared.batch_dim)
+        if layout is None or (layout == SHARED and not (one.ndim and one.shape[0] == 1)):
+            raise Unproved(_astray(one, "its input does not follow them", i))
+        even = layout.axis is not None and one.shape[layout.axis] == count * step
+        places.setdefault(one.path, []).append(Place(one.ndim, layout, even))
     longer, shorter = sorted((first.sites, second.sites), key=len, reverse=True)
     if len(longer) > len(shorter):
         raise Unproved(_uneven(longer[len(shorter)].path, count, len(order)))
@@ -155,8 +156,8 @@ def _propose(
     for name in dict.fromkeys((*first.outputs, *second.outputs)):
         if declared.lets_pass(name):
             continue
-        given = first.outputs.get(name), second.outputs.get(name)
-        layout = None if given[0] is None or given[1] is None else compare(*given, order, given[0].ndim)
+        a, b = first.outputs.get(name), second.outputs.get(name)
+        layout = None if a is None or b is None else compare(a, b, order, a.ndim)
         if layout is None:
             raise Unproved(_mixed(name))
         outputs[name] = layout
@@ -251,7 +252,7 @@ _ADVICE = (
 
 def _astray(seen: Seen, what: str, call: int) -> str:
     return (
-        f"{seen.path}: its input has shape {seen.shape} where the rows of a routed call were looked for, and {what} "
+        f"{seen.path or 'the model'}: its input has shape {seen.shape} where the rows of a routed call were looked for, and {what} "
         f"(call {call} of an adapted module): before it the model reorders, selects, mixes or shares rows, so that it "
         f"is not known which row is whose. {_ADVICE}"
     )
@@ -259,7 +260,7 @@ def _astray(seen: Seen, what: str, call: int) -> str:
 
 def _uneven(path: str, few: int, more: int) -> str:
     return (
-        f"{path}: is not called alike for {few} and for {more} rows, so it is not known which row is whose: the model "
+        f"{path or 'the model'}: is not called alike for {few} and for {more} rows, so it is not known which row is whose: the model "
         f"runs it row by row, or for some of the rows. {_ADVICE}"
     )
 

@@ -140,8 +140,9 @@ class Chosen(Weighted):
         weight, bias = self.base.dense()
         if self.on is None:
             return self.entry.merge(self.leaves, weight, bias)
-        below = [t if t is None else torch.where(self.on, t, t.detach()) for t in (weight, bias)]
-        merged, added = self.entry.merge(self.leaves, *below)
+        below = torch.where(self.on, weight, weight.detach())
+        beside = None if bias is None else torch.where(self.on, bias, bias.detach())
+        merged, added = self.entry.merge(self.leaves, below, beside)
         return torch.where(self.on, merged, weight), None if added is None else torch.where(self.on, added, bias)
 
     @property
