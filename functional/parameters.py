@@ -127,11 +127,7 @@ class ParameterSocket:
             elif tree is not None:
                 layer = tree.layer(None, entry, self.cell.finder)
                 if isinstance(layer, RoutedLayer):
-                    raise RuntimeError(
-                        f"{self.path}: this parameter is adapted in a call that routes rows, and a parameter cannot "
-                        "tell whose row it is multiplied with (experts mix the rows of a batch); use torch.vmap over "
-                        "the stack, call the graft with one adapter at a time, or leave it out of target_parameters"
-                    )
+                    raise RuntimeError(no_rows(self.path))
                 yield layer.entry, layer.leaves, layer.on
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
@@ -144,6 +140,15 @@ class ParameterSocket:
         if getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm":
             return weight.dtype == torch.bfloat16
         return self.grouped
+
+
+def no_rows(path: str) -> str:
+    """Why an adapted parameter cannot be routed."""
+    return (
+        f"{path}: this parameter is adapted in a call that routes rows, and a parameter cannot tell whose row it is "
+        "multiplied with (experts mix the rows of a batch); use torch.vmap over the stack, call the graft with one "
+        "adapter at a time, or leave it out of target_parameters"
+    )
 
 
 def adapted_weight(weight: Tensor, chosen: Sequence[Chosen], dense: bool = False) -> Any:

@@ -18,8 +18,10 @@ from .layout import Record
 from .look import ADAPTERS, Declared, look
 from .method import Entry, Tree
 from .observed import Observed, Recorder, calm, outputs_of
+from .parameters import no_rows
 from .route import Routed
 from .rows import Rows
+from .site import PARAMETERS
 
 if TYPE_CHECKING:
     from .graft import Graft
@@ -154,9 +156,12 @@ def finder_of(
     exact = (*key, torch.is_grad_enabled(), kind_of(inputs))
 
     def again() -> Record:
-        trial = ModelTrial(graft, pool, active, base, entered)
-        # A forward of the user's may change what it is given, so that only the first look has the call's own inputs.
+        for name, tree in active.items():
+            bare = [path for path, site in graft.sites[name].items() if site.kind in PARAMETERS]
+            if bare and isinstance(tree, Routed):
+                raise RuntimeError(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
+            trial = ModelTrial(graft, pool, active, base, entered)
             record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
         pool.seen[exact] = record
         pool.known[key] = _common(pool.known.get(key), record)
@@ -262,7 +267,7 @@ def _random(tree: Tree) -> Tree:
         values = torch.randn(shape, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
         scale = 0.5 if len(shape) < 3 else 0.7 * max(1, shape[-1]) ** -0.5
         values = (values * scale).to(leaf.device, dtype)
-        return values.requires_grad_(leaf.requires_grad)
+        return values.requires_grad_(leaf.requires_grad or torch._C._functorch.is_gradtrackingtensor(leaf))
 
     return _nested(drawn, tree)
 

@@ -157,9 +157,9 @@ class UnitModule:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if unit.cell.reached is not None:
             unit.cell.reached.add(unit.path)
-        if unit.cell.see is not None and not isinstance(self, AdaptedModule) and isinstance(x, Tensor):
-            unit.cell.see(unit.path, x)
         stacks = unit.routed()
+        if unit.cell.see is not None and (stacks or not isinstance(self, AdaptedModule)) and isinstance(x, Tensor):
+            unit.cell.see(unit.path, x)
         if not stacks:
             return inherited(*args, **kwargs)
         count = sum(isinstance(one, Tensor) for one in (*args, *kwargs.values()))

@@ -310,6 +310,8 @@ def test_a_module_that_cannot_run_in_groups_says_so():
     graft = bind(model, config)
     many, x = stack([graft.init(), graft.init()]), torch.randn(2, 4)
     with pytest.raises(ValueError, match=r"1: an adapter replaces tensors of this BatchNorm1d, which normalises over"):
+        graft(route(many, batch_dim=0), x)
+    with pytest.raises(ValueError, match="route: rows meet in the output.*batch statistics"):
         graft(route(many), x)
     model.eval()
     torch.testing.assert_close(graft(route(many), x), model(x))

@@ -99,6 +99,7 @@ def test_compiles_once(method):
     many, x = graft.stack(trees), X.flatten(0, 1)[:5]
     torch._dynamo.reset()
     f = torch.compile(lambda many, rows: graft(route(many, rows), x), fullgraph=True, backend="aot_eager")
+    graft.look(x)
     f(many, torch.tensor([2, 0, -1, 1, 2]))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in ([0, 1, 2, 2, 2], [-1] * 5):
