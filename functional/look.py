@@ -252,16 +252,16 @@ _ADVICE = (
 
 def _astray(seen: Seen, what: str, call: int) -> str:
     return (
-        f"{seen.path or 'the model'}: its input has shape {seen.shape} where the rows of a routed call were looked for, and {what} "
-        f"(call {call} of an adapted module): before it the model reorders, selects, mixes or shares rows, so that it "
-        f"is not known which row is whose. {_ADVICE}"
+        f"{seen.path or 'the model'}: its input has shape {seen.shape} where the rows of a routed call were looked "
+        f"for, and {what} (call {call} of an adapted module): before it the model reorders, selects, mixes or shares "
+        f"rows, so that it is not known which row is whose. {_ADVICE}"
     )
 
 
 def _uneven(path: str, few: int, more: int) -> str:
     return (
-        f"{path or 'the model'}: is not called alike for {few} and for {more} rows, so it is not known which row is whose: the model "
-        f"runs it row by row, or for some of the rows. {_ADVICE}"
+        f"{path or 'the model'}: is not called alike for {few} and for {more} rows, so it is not known which row is "
+        f"whose: the model runs it row by row, or for some of the rows. {_ADVICE}"
     )
 
 

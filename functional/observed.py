@@ -26,8 +26,15 @@ _DROPOUTS = frozenset(
         torch.dropout_, torch.alpha_dropout_, torch.feature_dropout_, torch.feature_alpha_dropout_,
     }
 )  # fmt: skip
-_DRAWN = frozenset({torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli})
-_DRAWN_IN_PLACE = frozenset({Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_})
+_DRAWN: dict[Any, Any] = {
+    torch.rand: Tensor.uniform_,
+    torch.rand_like: Tensor.uniform_,
+    torch.randn: Tensor.normal_,
+    torch.randn_like: Tensor.normal_,
+    torch.bernoulli: None,
+    **dict.fromkeys((Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_)),
+}
+"""Functions that draw, and what fills a row of theirs; `None` for those that do so themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +140,10 @@ class _Calm(TorchFunctionMode):
     So stochastic depth and noise do not hide where the rows are. Vectors stay random: they shuffle rows.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = 0
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
@@ -142,12 +153,25 @@ class _Calm(TorchFunctionMode):
             kwargs = {key: value for key, value in kwargs.items() if key != "dropout_p" or len(args) < 5}
         if func is F.multi_head_attention_forward and len(args) > 10:
             args = (*args[:10], 0.0, *args[11:])
-        y = func(*args, **kwargs)
-        if func in _DRAWN and isinstance(y, Tensor) and y.ndim > 1:
-            return y[:1].expand_as(y).clone()
-        if func in _DRAWN_IN_PLACE and y.ndim > 1:
-            y.copy_(y[:1].expand_as(y).clone())
-        return y
+        if func not in _DRAWN or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        return self._alike(func, func(*args, **kwargs), args, kwargs)
+
+    def _alike(self, func: Any, y: Tensor, args: tuple, kwargs: Any) -> Tensor:
+        """What was drawn, with one row for all: the same in each run, however many rows it has."""
+        if y.ndim < 2 or not len(y):
+            return y
+        row = torch.empty_like(y[:1])
+        self._drawn += 1
+        with torch.random.fork_rng([y.device] if y.is_cuda else []):
+            torch.manual_seed(self._drawn)
+            if func is torch.bernoulli:
+                row = torch.bernoulli(args[0][:1])
+            elif _DRAWN[func] is None:
+                func(row, *args[1:], **kwargs)
+            else:
+                _DRAWN[func](row)
+        return y.copy_(row.expand_as(y))
 
 
 @contextlib.contextmanager
