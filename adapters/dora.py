@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,12 @@ from torch import Tensor, nn
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
 
 from .low_rank import Scaling
-from .remembered import remembered
 
 MAGNITUDE = "lora_magnitude_vector"
 """The leaf that holds `m`."""
+
+GAINS = "gains"
+"""The constant that holds `m / |W + s B A|`, where leaves and base are said to be constant."""
 
 
 def shape(site: Site) -> tuple[int, ...]:
@@ -158,31 +159,25 @@ class Part:
         share = self._share(y.reshape(groups.size, -1, y.shape[-1]), scale, weight, self.base.bias, dropped)
         return share.view(y.shape), b
 
+    def gains(self, weight: Tensor) -> Tensor:
+        """`g`, `"... out"`: computed, or what a view that is said to be constant keeps."""
+        known: Tensor | None = self.site.constants.get(GAINS)
+        if known is not None:
+            return known
+        magnitude = self.leaves[MAGNITUDE]
+        m = magnitude.reshape(-1) if self.site.kernel_size else magnitude
+        return gain(m, norms(self.site, self.a, self.b, weight, self.site.constants["scaling"]))
+
     def _gains(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`g`, `"... out"`, and `g B`; computed once where leaves and base are constant."""
-        site, a, b = self.site, self.a, self.b
-        magnitude, constants = self.leaves[MAGNITUDE], _tensors(site.constants)
-        scaling = site.constants["scaling"]
-
-        def compute() -> tuple[Tensor, ...]:
-            m = magnitude.reshape(-1) if site.kernel_size else magnitude
-            each = gain(m, norms(site, a, b, weight, scaling))
-            return each, (b * each.view(*each.shape, *(1,) * (b.ndim - each.ndim))).to(b.dtype)
-
-        fact = scaling if isinstance(scaling, (int, float)) else None
-        each, b = remembered(compute, magnitude, [*self.leaves.values(), weight, *constants], fact)
-        return each, b
+        """`g`, `"... out"`, and `g B`."""
+        each, b = self.gains(weight), self.b
+        return each, (b * each.view(*each.shape, *(1,) * (b.ndim - each.ndim))).to(b.dtype)
 
     def _share(self, y: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, dropped: Tensor | None) -> Tensor:
         """`g W x + bias`, or `W x + bias + (g - 1) W d`; exactly `y` where `g` is one."""
         if dropped is not None:
             return torch.addcmul(y, self.site.call(*widen(dropped, weight)), scale - 1)
         return y * scale if bias is None else torch.addcmul(bias * (1 - scale), y, scale)
-
-
-def _tensors(constants: Mapping[str, Any]) -> list[Tensor]:
-    values = (value.values if isinstance(value, PerAdapter) else value for value in constants.values())
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _over_features(site: Site, vector: Tensor) -> Tensor:

@@ -294,6 +294,7 @@ LoraConfig.method = Method(
     part=part,
     own_dtype=frozenset({dora.MAGNITUDE}),
     factors=factors_of_parameter,
+    precompute=lora_forward.precompute,
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
         | {"initial_A", "initial_B", "rounding", "lora_B", "lora_embedding_B", "statistics", *CONFIGS}

@@ -107,6 +107,15 @@ def merge(
     return dora.merge(leaves[dora.MAGNITUDE], weight) if config.use_dora else weight, bias
 
 
+def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer) -> dict[str, Tensor]:
+    """DoRA's share of the base's output, which depends on no input."""
+    if not config.use_dora or site.kind in PARAMETERS:
+        return {}
+    base = base_of(site, base)
+    part = dora.Part(site, leaves, *factors(site, leaves), base)
+    return {dora.GAINS: part.gains(base.weight)}
+
+
 def names(site: Site) -> tuple[str, str]:
     """The leaves that hold `A` and `B`."""
     return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")

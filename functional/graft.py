@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import trees
 from .adapted import AdaptedModule
+from .constant import check_constant, precompute
 from .follow import Follows, follower, plan_follows
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
@@ -112,7 +113,7 @@ class Graft:
 
         return functional_call(self, params, args, kwargs)
 
-    def view(self, params: Tree | Routed) -> nn.Module:
+    def view(self, params: Tree | Routed, *, constant: bool = False) -> nn.Module:
         """A module like the user's, with the adapter in and the base shared.
 
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
@@ -122,9 +123,13 @@ class Graft:
 
         Args:
             params: A parameter tree, as for a call.
+            constant: Promise that nobody writes to the base or to the leaves as long as the view is used, in whatever
+                way. What a method computes from them alone (DoRA's norms) is then computed here, once; writing to them
+                makes the view wrong, and nothing notices. Without it every call sees what is written.
 
         Raises:
-            KeyError, TypeError, ValueError: As a call does, for a tree that does not fit.
+            KeyError, TypeError, ValueError: As a call does, for a tree that does not fit; with `constant` also for
+                leaves that require gradients.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -133,10 +138,14 @@ class Graft:
         'Sequential'
         """
         active = self.active(params)
+        if constant:
+            check_constant(active)
         skeleton = self.build()
         skeleton.cell.trees = active
         skeleton.own_buffers()
         exchange(skeleton, active)
+        if constant:
+            precompute(skeleton)
         if any(isinstance(tree, Routed) for tree in active.values()):
             from .entered import watch
 

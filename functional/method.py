@@ -87,6 +87,9 @@ class Method:
         factors: `(config, site, leaves) -> (up, down, scaling)`, for methods that add `scaling * up @ down` to a bare
             parameter, `"[experts] out r"` and `"[experts] r in"`: it is multiplied out only where the model does more
             with the parameter than to multiply with it. `None` for methods whose parameters are always dense.
+        precompute: `(config, site, leaves, base) -> constants`, what `apply` computes from the leaves and the base's
+            weight alone, for views that are said to be constant: there it runs once, and `apply` finds what it
+            returned among the site's constants.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Method:
     varying: frozenset[str] = frozenset()
     own_dtype: frozenset[str] = frozenset()
     factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]] | None = None
+    precompute: Callable[[Any, Site, Leaves, Layer], dict[str, Any]] | None = None
 
 
 class Config(Protocol):
