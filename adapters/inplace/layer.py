@@ -105,7 +105,12 @@ class BaseTunerLayer(nn.Module):
         return self._modules[leaf]
 
     def set_constants(self, name: str, constants: Mapping[str, Any]) -> None:
-        """Give an adapter on this layer other constants: a scaling factor, shared tensors."""
+        """Give an adapter on this layer other constants: a scaling factor, shared tensors.
+
+        Raises:
+            RuntimeError: Something else wrote to the weights while adapters were merged.
+        """
+        self.check_unwritten()
         entry = self._entries[name]
         site = dataclasses.replace(entry.site, constants={**entry.site.constants, **constants})
         self._entries[name] = dataclasses.replace(entry, site=site)
@@ -374,8 +379,7 @@ class BaseTunerLayer(nn.Module):
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
-        super()._apply(fn, recurse)
-        self.originals.apply(self.get_base_layer(), fn)
+        self.originals.apply(self.get_base_layer(), fn, lambda: super(BaseTunerLayer, self)._apply(fn, recurse))
         self.refresh()
         return self
 

@@ -13,6 +13,8 @@ from torchgraft.functional.adapted import Adapted
 from torchgraft.functional.replaced import Given
 from torchgraft.functional.site import own_tensor, quantised_form
 
+from .checksum import Content, content, holds
+
 
 def check_mergeable(site: Site, module: nn.Module) -> None:
     """Refuse a module whose weight no merged one can take the place of.
@@ -34,15 +36,15 @@ def check_mergeable(site: Site, module: nn.Module) -> None:
 
 
 class Originals:
-    """Original tensors of one module by name; empty while nothing is merged into it."""
+    """Original tensors of one module by name; empty while nothing is merged into it.
+
+    What a merge left in the module is known by its content, which is compared whenever the merged weights change, and
+    never in a call.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._written: dict[str, tuple[int, int]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the record of who wrote last, which means nothing for a copy."""
-        return {**vars(self), "_written": {}}
+        self._merged: dict[str, Content] = {}
 
     def base(self, module: nn.Module, site: Site) -> Given:
         """The module as methods see it, without what is merged."""
@@ -79,16 +81,33 @@ class Originals:
         self.check_unwritten(module, path)
         for leaf, tensor in self.tensors.items():
             _own(module, leaf).data = tensor
-        self.tensors, self._written = {}, {}
+        self.tensors, self._merged = {}, {}
 
-    def apply(self, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow the module where `to()` and the like take it."""
+    def apply(self, module: nn.Module, fn: Callable[[Tensor], Tensor], move: Callable[[], object]) -> None:
+        """Follow the module where `to()` and the like take it.
+
+        Args:
+            module: The module.
+            fn: What happens to each tensor.
+            move: Does it to the module's own.
+        """
+        written = self._written(module)
+        move()
         self.tensors = {leaf: fn(tensor) for leaf, tensor in self.tensors.items()}
         self._note(module)
+        for leaf in written:  # an error amid `to()` would leave half of a model where it was
+            self._merged[leaf] = self._merged[leaf]._replace(checksum=-1)  # no hash is -1
 
     def _note(self, module: nn.Module) -> None:
-        owned = {leaf: _own(module, leaf) for leaf in self.tensors}
-        self._written = {leaf: (own.data_ptr(), own._version) for leaf, own in owned.items()}
+        self._merged = {leaf: content(_own(module, leaf)) for leaf in self.tensors}
+
+    def _written(self, module: nn.Module) -> list[str]:
+        """The tensors that hold something else than what was merged."""
+        return [
+            leaf
+            for leaf, merged in self._merged.items()
+            if (own := own_tensor(module, leaf)) is None or not holds(own, merged)
+        ]
 
     def check_unwritten(self, module: nn.Module, path: str) -> None:
         """Make sure that nothing but a merge wrote to the weights since they were merged.
@@ -96,13 +115,13 @@ class Originals:
         Raises:
             RuntimeError: Something did.
         """
-        for leaf, written in self._written.items():
-            own = _own(module, leaf)
-            if (own.data_ptr(), own._version) != written:
-                raise RuntimeError(
-                    f"{path}: something wrote to {leaf} while adapters were merged into it, so the original is not "
-                    "what it was; unmerge before changing the base's weights"
-                )
+        written = self._written(module)
+        if written:
+            raise RuntimeError(
+                f"{path}: something wrote to {written[0]} while adapters were merged into it, so the original is not "
+                "what it was; unmerge before changing the base's weights. merge_and_unload(model) keeps the weights as "
+                "they are now and drops the adapters"
+            )
 
 
 def _own(module: nn.Module, leaf: str) -> Tensor:
@@ -112,12 +131,17 @@ def _own(module: nn.Module, leaf: str) -> Tensor:
 
 
 def refuse_while_merged(layer: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse to load the base's weights into a layer while adapters are merged into them."""
+    """Refuse to load the base's weights into a layer while adapters are merged into them.
+
+    Raises:
+        RuntimeError: The base's weights are among what is loaded, or something else wrote to them.
+    """
     if layer.merged and any(f"{prefix}{layer.base_prefix}{name}" in state_dict for name in layer.originals.tensors):
         raise RuntimeError(
             f"{prefix.rstrip('.')}: adapters {layer.merged_adapters} are merged, so loading the base's weights would "
             "mix the two; call unmerge_adapter(model) first"
         )
+    layer.check_unwritten()
 
 
 def refresh_after_loading(layer: Any, _: Any) -> None:

@@ -25,6 +25,7 @@ from torchgraft.adapters import (
     unload,
     unmerge_adapter,
 )
+from torchgraft.adapters.inplace.checksum import content, holds
 
 from .models import SIZES, inject, inputs, layers, net, randomise
 
@@ -273,6 +274,101 @@ def test_writing_to_a_merged_base_is_detected_and_nothing_is_half_unmerged():
         with pytest.raises(RuntimeError, match="second: something wrote to weight while adapters were merged"):
             call(model)
         assert model.first.merged and model.second.merged and repr(model) == before
+
+
+def bits(model):
+    """What a model's parameters hold, as integers."""
+    return {name: p.detach().clone().view(torch.int64) for name, p in model.named_parameters()}
+
+
+def by_numpy(module):
+    module.weight.detach().numpy()[0, 0] += 1
+
+
+def by_average(module):
+    with torch.no_grad():
+        module.weight.lerp_(torch.ones_like(module.weight), 0.1)
+
+
+def by_vector(module):
+    nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(module.parameters()), module.parameters())
+
+
+WRITES = {
+    "data": lambda module: module.weight.data.mul_(2),
+    "one number": lambda module: module.weight.data[0, 0].add_(1),
+    "order": lambda module: module.weight.data.copy_(module.weight.data.flip(0).clone()),
+    "sign": lambda module: module.weight.data[0].neg_(),
+    "numpy": by_numpy,
+    "average": by_average,
+    "vector": by_vector,
+    "inference mode": lambda module: torch.inference_mode()(module.weight.fill_)(1),
+    "storage": lambda module: setattr(module.weight, "data", 2 * module.weight.data),
+    "swap": lambda module: module.weight.set_(2 * module.weight.data),
+    "parameter": lambda module: setattr(module, "weight", nn.Parameter(2 * module.weight.data)),
+    "nan": lambda module: module.weight.data.fill_(float("nan")),
+}
+CHANGES = {
+    "unmerge": unmerge_adapter,
+    "unload": unload,
+    "disable": disable_adapter_layers,
+    "switch": lambda model: set_adapter(model, "other"),
+    "merge another": lambda model: merge_adapter(model, ["other"]),
+    "another scaling": lambda model: model.second.scaling.update({"default": 9.0}),
+    "load": lambda model: model.load_state_dict(
+        {key: tensor for key, tensor in model.state_dict().items() if "base_layer" not in key}, strict=False
+    ),
+    "move and unmerge": lambda model: unmerge_adapter(model.float()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_every_write_to_a_merged_weight_is_noticed(write):
+    model = randomise(inject(inject(net(), "LORA", "other"), "LORA")).requires_grad_(False)
+    merge_adapter(model, ["default"])
+    WRITES[write](model.second.base_layer)
+    written = bits(model)
+    for change in CHANGES.values() if write == "data" else (unmerge_adapter,):
+        with pytest.raises(RuntimeError, match="second: something wrote to weight .* merge_and_unload.model. keeps"):
+            change(model)
+        assert model.first.merged_adapters == model.second.merged_adapters == ["default"]
+    kept = model.double().second.base_layer.weight.clone()
+    assert write == "data" or all(torch.equal(tensor, written[name]) for name, tensor in bits(model).items())
+    assert torch.equal(merge_and_unload(model).second.weight, kept) or write == "nan"
+
+
+@pytest.mark.parametrize("method", SIZES)
+def test_a_write_to_a_merged_bias_is_noticed(method):
+    model = randomise(inject(net(), method)).requires_grad_(False)
+    merge_adapter(model)
+    model.first.base_layer.bias.data.mul_(2)
+    with pytest.raises(RuntimeError, match="first: something wrote to bias"):
+        unmerge_adapter(model)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64], ids=str)
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -0.0])
+def test_equal_content_counts_as_unwritten_wherever_it_lies(dtype, special):
+    module = nn.Linear(300, 301, dtype=dtype)
+    module.weight.data[0, :3] = special
+    held = content(module.weight)
+    for other in (
+        module.weight.data.clone(),
+        module.weight.data.t().contiguous().t(),
+        torch.cat([module.weight.data.new_zeros(1, 300), module.weight.data])[1:],
+    ):
+        assert holds(other, held)
+        other[-1, -1] = 3
+        assert not holds(other, held)
+    assert not holds(module.weight.data.view(301 * 300), held) and not holds(module.weight.data[:, :-1], held)
+    model = randomise(inject(net(dtype=torch.float64), "LORA"))
+    model.first.base_layer.weight.data[0, 0] = special
+    before = bits(model)
+    merge_adapter(model)
+    model.first.base_layer.weight.data = model.first.base_layer.weight.data.clone()
+    model.second.base_layer.weight = nn.Parameter(model.second.base_layer.weight.data.clone(), False)
+    unmerge_adapter(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(model).items())
 
 
 class Tied(nn.Module):
