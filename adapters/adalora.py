@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
+from .called import DROPOUT, dropped
 from .config import require
 from .form import Form, Value
 from .lora_fields import LoraFields
@@ -170,16 +170,14 @@ def _init_site(config: AdaLoraConfig, site: Site, generator: torch.Generator | N
     return {"lora_A": a, "lora_B": b, "lora_E": e}
 
 
-def apply(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
+def apply(config: AdaLoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + s B diag(E) A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
-    scaling = site.constants["scaling"]
+    scaling, dropout = site.constants["scaling"], leaves.get(DROPOUT, config.lora_dropout)
     if site.kind == "linear":
         a, e, b = widen(leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
-        return add_to_linear(base, x, a * e, b, scaling, config.lora_dropout)
+        return add_to_linear(base, x, a * e, b, scaling, dropout)
     y = base(x)
-    if config.lora_dropout:
-        x = F.dropout(x, config.lora_dropout, training=base.training)
-    x, a, e, b = widen(x, leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
+    x, a, e, b = widen(dropped(x, dropout, base.training), leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
     kernels = (a * e).unflatten(1, site.weight_shape[1:]).repeat(site.groups, *(1 for _ in site.weight_shape[1:]))
     down = site.convolve(x, kernels, groups=site.groups)
     return add_scaled(y, site.pointwise(down, b[(...,) + (None,) * len(site.kernel_size)]), scaling)
@@ -235,6 +233,7 @@ def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> 
 
 AdaLoraConfig.form = Form(
     prefix="lora_",
+    dropout="lora_dropout",
     infer=_infer,
     parameters=("lora_A", "lora_B", "lora_E"),
     values={

@@ -10,14 +10,19 @@ makes the factors; this file says what the magnitude does with them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
+from torchgraft.functional.site import add_scaled
 
+from .called import Called, Dropout, Holder
+from .lookup import as_embedding
 from .low_rank import Scaling
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -69,7 +74,7 @@ def norms(site: Site, a: Tensor, b: Tensor, weight: Tensor, scaling: Scaling | P
     >>> norms(describe("", nn.Linear(2, 1)), torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[2.0, 3.0]]), 1.0)
     tensor([5.])
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), torch.promote_types(a.dtype, b.dtype))
+    dtype = _wide(weight, a, b)
     with torch.autocast(weight.device.type, enabled=False):
         weight, a, b = (tensor.detach().to(dtype) for tensor in (weight, a, b))
         if isinstance(scaling, PerAdapter):
@@ -112,15 +117,15 @@ class Part:
     Attributes:
         site: The site, with its scaling factor.
         leaves: Its leaves, of one adapter or of a stack.
-        a: `A` of the product.
+        a: `A` of the product, a tensor or a module.
         b: `B`.
         base: The layer below.
     """
 
     site: Site
-    leaves: Mapping[str, Tensor]
-    a: Tensor
-    b: Tensor
+    leaves: Mapping[str, Any]
+    a: Any
+    b: Any
     base: Layer
 
     def rescale(self, y: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -159,6 +164,61 @@ class Part:
         share = self._share(y.reshape(groups.size, -1, y.shape[-1]), scale, weight, self.base.bias, dropped)
         return share.view(y.shape), b
 
+    def add_called(self, y: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+        """The output where the magnitude is a module, which returns what is added to the base's output.
+
+        That is `(g - 1) W d + g s B(A(d))`; of an embedding it returns `g` and `g s B A d`. So it is in PEFT, and what
+        is attached to the module sees and changes the same.
+
+        Args:
+            y: The base's output.
+            x: The input.
+            dropout: A module; not called where it is known to do nothing.
+        """
+        site, base, magnitude = self.site, self.base, self.leaves[MAGNITUDE]
+        norm, scaling = self._norms_called(base.weight), site.constants["scaling"]
+        if site.kind == "embedding":
+            found = magnitude.with_weight(x, lambda x, m: self._embedded(x, gain(m, norm)))
+            wide, each, added = widen(y, *found)
+            return torch.addcmul(added, wide, each).to(y.dtype)
+        a, b = self.a, self.b
+        d, plain = a.cast(x), True
+        if isinstance(dropout, Called) and base.training and not isinstance(dropout.module, nn.Identity):
+            d, plain = dropout(d), False
+
+        def more(d: Tensor, m: Tensor) -> Tensor:
+            each = _over_features(site, gain(m.reshape(-1), norm))
+            own = y if plain else site.call(*widen(d, base.weight))
+            if plain and base.bias is not None:
+                own = torch.sub(*widen(own, _over_features(site, base.bias)))
+            own, up, each = widen(own, b(a(d)), each)
+            return torch.addcmul((each - 1) * own, each * scaling, up)
+
+        return add_scaled(y, magnitude.with_weight(d, more), 1.0)
+
+    def _embedded(self, ids: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+        """`g`, and `g s B A d` of an embedding."""
+        a, b, each = widen(self.a, self.b, each)
+        down = as_embedding(self.site, ids, F.embedding(ids, a.mT))
+        return each, F.linear(down, b) * (each * self.site.constants["scaling"])
+
+    @torch.no_grad()
+    def _norms_called(self, weight: Tensor) -> Tensor:
+        """`|W + s B A|` where `A` and `B` may be modules.
+
+        Sharded ones are whole only while they are called. So the product of two linear maps is what they make of the
+        identity, as in PEFT.
+        """
+        site, a, b, scaling = self.site, self.a, self.b, self.site.constants["scaling"]
+        if not isinstance(a, Called):
+            return norms(site, a, b, weight, scaling)
+        if site.kernel_size:
+            return norms(site, a.read(), b.read(), weight, scaling)
+        with torch.autocast(weight.device.type, enabled=False):
+            identity = torch.eye(site.in_features, device=weight.device, dtype=weight.dtype)
+            product = b(a(a.cast(identity))).mT
+            return torch.linalg.vector_norm(add_scaled(weight.to(_wide(weight, product)), product, scaling), dim=1)
+
     def gains(self, weight: Tensor) -> Tensor:
         """`g`, `"... out"`: computed, or what a view that is said to be constant keeps."""
         known: Tensor | None = self.site.constants.get(GAINS)
@@ -180,6 +240,11 @@ class Part:
         return y * scale if bias is None else torch.addcmul(bias * (1 - scale), y, scale)
 
 
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """Float32, or the wider dtype of some tensors."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
 def _over_features(site: Site, vector: Tensor) -> Tensor:
     """A vector over the outputs, to be broadcast over an output of the site."""
     return vector.view(-1, *(1 for _ in site.kernel_size))
@@ -199,8 +264,12 @@ def merge(magnitude: Tensor, weight: Tensor) -> Tensor:
     return weight * each.view(-1, *(1,) * (weight.ndim - 1))
 
 
-class Magnitude(nn.Module):
-    """Holds the magnitude of an injected adapter where PEFT has it, as a module's weight."""
+class Magnitude(Holder):
+    """Holds the magnitude of an injected adapter where PEFT has it, as a module's weight.
+
+    Called with the adapter's input, it returns what the adapter adds to the base's output; of an embedding, the gain
+    and what is added then.
+    """
 
     def __init__(self, site: Site):
         super().__init__()

@@ -34,7 +34,9 @@ class Form:
         modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
         bare_modules: The same, but their key in a file is the leaf's name.
         biases: Leaves that are the bias of such a module, by name, with the leaf that is its weight.
+        biased: The field of a config that says whether there are such biases.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
+        dropout: The attribute of dropout modules, and the field that has their probability; `""` for none.
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
         shared: Constants that files hold once for the whole model, `base_model.<name>`.
@@ -58,7 +60,9 @@ class Form:
     modules: tuple[str, ...] = ()
     bare_modules: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    biased: str = ""
     holder: Callable[[Any, Site, str], nn.Module] | None = None
+    dropout: str = ""
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from torchgraft.functional import Method, Site, Weights
 from torchgraft.functional.site import PARAMETERS
 
 from . import dora, lora_forward
+from .called import DROPOUT
 from .config import AdapterConfig, by_pattern, require
 from .form import Form, Value
 from .initial import FROM_DATA, NAMES, Statistics, constants, factors, kind_of, warn_of_plain
@@ -279,6 +280,7 @@ def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) ->
 def part(config: LoraConfig, site: Site, leaves: dict[str, Tensor], rows: slice, columns: slice) -> dict[str, Tensor]:
     """`A` of some inputs and `B`, with its bias, of some outputs."""
     own = {"lora_A": leaves["lora_A"][..., columns], "lora_B": leaves["lora_B"][..., rows, :]}
+    own |= {DROPOUT: leaves[DROPOUT]} if DROPOUT in leaves else {}
     return own | ({BIAS: leaves[BIAS][..., rows]} if BIAS in leaves else {})
 
 
@@ -328,9 +330,11 @@ def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 LoraConfig.form = Form(
     prefix="lora_",
+    dropout="lora_dropout",
     modules=("lora_A", "lora_B"),
     bare_modules=(dora.MAGNITUDE,),
     biases={BIAS: "lora_B"},
+    biased="lora_bias",
     parameters=("lora_embedding_A", "lora_embedding_B"),
     holder=_holder,
     infer=_infer,

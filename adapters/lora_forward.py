@@ -13,10 +13,20 @@ from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
 from torchgraft.functional.site import PARAMETERS
 
 from . import dora
+from .called import DROPOUT, Called, Dropout, dropped
 from .initial.bases import Lessened, base_of
 from .lookup import as_embedding
 from .lora_parameters import factors_of_parameter
-from .low_rank import Scaling, add_product, add_routed, add_scaled, add_to_groups, add_to_linear, route_to_linear
+from .low_rank import (
+    Scaling,
+    add_called,
+    add_product,
+    add_routed,
+    add_scaled,
+    add_to_groups,
+    add_to_linear,
+    route_to_linear,
+)
 
 if TYPE_CHECKING:
     from .lora import LoraConfig
@@ -25,23 +35,32 @@ BIAS = "lora_B_bias"
 """The leaf that holds the bias of `B`."""
 
 
-def apply(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
-    """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
+def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
+    """`base(x) + s B A dropout(x)`, the sum in the wider dtype and rounded once to the base's.
+
+    `A`, `B`, the dropout and DoRA's magnitude may be modules, which are called in PEFT's order.
+    """
     base, scaling = base_of(site, base), site.constants["scaling"]
-    if "initial_A" in site.constants and config.lora_dropout and base.training:
+    dropout: Dropout = leaves.get(DROPOUT, config.lora_dropout)
+    called = isinstance(leaves.get("lora_A"), Called)
+    if "initial_A" in site.constants and (called or (dropout and base.training)):
         base, (a, b) = Lessened(base, site), own_factors(site, leaves)  # what the base lost sees the whole input
     else:
         a, b = factors(site, leaves)
-    if site.kind == "linear" and not config.use_dora and not config.lora_bias:
-        return add_to_linear(base, x, a, b, scaling, config.lora_dropout)
+    if site.kind == "linear" and not (called or config.use_dora or config.lora_bias):
+        return add_to_linear(base, x, a, b, scaling, dropout)
     y = base(x)
-    dtype, dropped = y.dtype, _dropped(config, site, base, x)
+    if config.use_dora and isinstance(leaves[dora.MAGNITUDE], Called):
+        return dora.Part(site, leaves, a, b, base).add_called(y, x, dropout)
+    if called:
+        return add_called(y, x, a, b, scaling, dropout)
+    dtype, d = y.dtype, _dropped(dropout, site, base, x)
     if config.use_dora:
-        y, b = dora.Part(site, leaves, a, b, base).rescale(y, dropped)
+        y, b = dora.Part(site, leaves, a, b, base).rescale(y, d)
     if config.lora_bias:
         y = _with_bias(y, leaves[BIAS].view(-1, *(1 for _ in site.kernel_size)), scaling)
-    if dropped is not None:
-        x = dropped
+    if d is not None:
+        x = d
     if site.kind == "embedding":
         return add_product(y, as_embedding(site, x, F.embedding(x, a.mT)), b, scaling).to(dtype)
     x, a, b = widen(x, a, b)
@@ -63,13 +82,13 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
     if site.kind == "linear" and not config.use_dora and not config.lora_bias:
         return route_to_linear(base, x, a, b, scaling, config.lora_dropout, rows)
     y = base(x)
-    dtype, dropped = y.dtype, _dropped(config, site, base, x)
+    dtype, d = y.dtype, _dropped(config.lora_dropout, site, base, x)
     if config.use_dora:
-        y, b = dora.Part(site, leaves, a, b, base).rescale_rows(y, dropped, rows)
+        y, b = dora.Part(site, leaves, a, b, base).rescale_rows(y, d, rows)
     if config.lora_bias:
         y = _with_bias_of_rows(y, leaves[BIAS], scaling, rows)
-    if dropped is not None:
-        x = dropped
+    if d is not None:
+        x = d
     if site.kind == "embedding":
         groups = rows.groups()
         index = torch.arange(groups.size, device=x.device) if groups.index is None else groups.index.clamp(min=0)
@@ -139,10 +158,12 @@ def factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
 
 
-def own_factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`A` and `B` themselves; one that is not trained is a constant."""
+def own_factors(site: Site, leaves: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`A` and `B` themselves, tensors or modules; one that is not trained is a constant."""
     a_name, b_name = names(site)
     a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
+    if isinstance(a, Called) or isinstance(b, Called):
+        return a, b
     return a, b.expand(*a.shape[: a.ndim - b.ndim], *b.shape) if b.ndim < a.ndim else b
 
 
@@ -151,11 +172,13 @@ def _of_all(site: Site, name: str) -> Tensor:
     return constant.values if isinstance(constant, PerAdapter) else constant
 
 
-def _dropped(config: LoraConfig, site: Site, base: Layer, x: Tensor) -> Tensor | None:
+def _dropped(dropout: Dropout, site: Site, base: Layer, x: Tensor) -> Tensor | None:
     """The input after dropout, where there is any."""
-    if not config.lora_dropout or not base.training or site.kind == "embedding":
+    if site.kind == "embedding":
         return None
-    return F.dropout(x, config.lora_dropout, training=True)
+    if not isinstance(dropout, Called) and not (dropout and base.training):
+        return None
+    return dropped(x, dropout, base.training)
 
 
 def _with_bias(y: Tensor, bias: Tensor, scaling: Scaling) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from torchgraft.functional import Layer, PerAdapter, Rows, widen
 from torchgraft.functional.site import add_scaled
 
 from . import fused
+from .called import Called, Dropout, dropped
 
 _MANY_TOKENS = 16
 """Tokens of one adapter from which copying its matrices costs less than sorting the tokens."""
@@ -36,7 +39,7 @@ def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: Scaling) -> Tensor
     return add_scaled(y, F.linear(down, up), scaling)
 
 
-def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling, p: float) -> Tensor:
+def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling, dropout: Dropout) -> Tensor:
     """`base(x) + s b a dropout(x)` for a linear layer, the sum in the wider dtype and rounded once to the base's.
 
     Args:
@@ -45,17 +48,30 @@ def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling
         a: `"r in"`.
         b: `"out r"`.
         scaling: `s`.
-        p: Probability of dropout, in training mode.
+        dropout: Probability of dropout, in training mode, or a module.
     """
-    p = p if base.training else 0.0
-    plain = None if torch.compiler.is_compiling() else base.plain
-    if plain is not None and not isinstance(scaling, Tensor) and fused.fits(x, plain[0], a, b):
-        return fused.linear(x, *plain, a, b, scaling, p)
+    if not isinstance(dropout, Called):
+        p = dropout if base.training else 0.0
+        plain = None if torch.compiler.is_compiling() else base.plain
+        if plain is not None and not isinstance(scaling, Tensor) and fused.fits(x, plain[0], a, b):
+            return fused.linear(x, *plain, a, b, scaling, p)
     y = base(x)
-    if p:
-        x = F.dropout(x, p)
-    x, a, b = widen(x, a, b)
+    x, a, b = widen(dropped(x, dropout, base.training), a, b)
     return add_product(y, F.linear(x, a), b, scaling)
+
+
+def add_called(y: Tensor, x: Tensor, a: Any, b: Any, scaling: Scaling, dropout: Dropout) -> Tensor:
+    """`y + s b(a(dropout(x)))` with maps that are modules, for every kind of layer.
+
+    Args:
+        y: The base's output.
+        x: The input.
+        a: A module of the input.
+        b: A module of what comes out of `a`; it may add a bias.
+        scaling: `s`.
+        dropout: A module.
+    """
+    return add_scaled(y, b(a(dropped(a.cast(x), dropout, training=True))), scaling)
 
 
 def route_to_linear(

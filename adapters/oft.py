@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Layer, Method, Site, Weights, widen
 
+from .called import Called, Holder
 from .config import AdapterConfig, require
 from .form import Form, Value
 
@@ -159,18 +160,28 @@ def init(
     return made
 
 
-def apply(config: OFTConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
+def apply(config: OFTConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x R)`; an embedding `base(x) R`; a convolution with a kernel, its function with the weight `W R^T`."""
-    turn, drop = _turn(config, site, leaves[_name(site)]), config.module_dropout if base.training else 0.0
+    leaf, drop = leaves[_name(site)], config.module_dropout if base.training else 0.0
+
+    def rotate(x: Tensor, back: bool = False) -> Tensor:
+        def by(x: Tensor, leaf: Tensor) -> Tensor:
+            turn = _turn(config, site, leaf)
+            return _rotate(x, turn.mT if back else turn, site, drop)
+
+        if isinstance(leaf, Called):
+            return leaf.with_weight(x, lambda x, leaf: by(x, leaf).to(x.dtype))
+        return by(x, leaf)
+
     if site.kind == "embedding":
         y = base(x)
-        return _rotate(y, turn, site, drop).to(y.dtype)
+        return rotate(y).to(y.dtype)
     if site.kind == "linear":
-        return base(_rotate(x, turn, site, drop).to(x.dtype))
+        return base(rotate(x).to(x.dtype))
     if math.prod(site.kernel_size) == 1:
-        return base(_rotate(x.movedim(-3, -1), turn, site, drop).movedim(-1, -3).to(x.dtype))
+        return base(rotate(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype))
     weight, bias = base.weight, base.bias
-    rotated = _rotate(weight.flatten(1), turn.mT, site, drop).reshape(weight.shape)
+    rotated = rotate(weight.flatten(1), back=True).reshape(weight.shape)
     return site.call(x, rotated.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -244,8 +255,8 @@ def _infer(config: OFTConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict
     return {"r": 0, "oft_block_size": size} if len(entries) == 1 else {}
 
 
-class Rotation(nn.Module):
-    """Holds the entries of skew-symmetric blocks, `"blocks size*(size-1)/2"`, as `weight`."""
+class Rotation(Holder):
+    """Holds the entries of skew-symmetric blocks, `"blocks size*(size-1)/2"`; called, it rotates its input."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
 
+from .called import DROPOUT, dropped
 from .config import AdapterConfig, require
 from .form import Form, Value
 
@@ -92,11 +93,10 @@ def init(
     return made
 
 
-def apply(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
+def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + b * (B (d * (A dropout(x))))`, the sum in the wider dtype and rounded once to the base's."""
     y = base(x)
-    if config.vera_dropout:
-        x = F.dropout(x, config.vera_dropout, training=base.training)
+    x = dropped(x, leaves.get(DROPOUT, config.vera_dropout), base.training)
     x, lambda_b, lambda_d = widen(x, leaves["vera_lambda_b"], leaves["vera_lambda_d"])
     a, b = _projections(site, x.dtype)
     wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * F.linear(x, a), b))
@@ -158,6 +158,7 @@ def _check(config: VeraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> Non
 
 VeraConfig.form = Form(
     prefix="vera_",
+    dropout="vera_dropout",
     parameters=("vera_lambda_b", "vera_lambda_d"),
     values={
         "r": Value(lambda config, site: config.r),

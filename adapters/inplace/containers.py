@@ -6,6 +6,7 @@ does, `load_state_dict(assign=True)` does) has to reach that collection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -28,12 +29,16 @@ class Parameters(nn.ParameterDict):
         if "_layer" in vars(self):
             self._layer.refresh()
 
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        """`compute()`, amid what offloading or sharding this container makes of a call: they see to its parameters."""
+        return compute()
+
     def _get_name(self) -> str:
         return "ParameterDict"
 
 
 class Modules(nn.ModuleDict):
-    """Modules that hold a parameter, by adapter name."""
+    """Modules that hold a parameter, or do something for an adapter, by its name."""
 
     _layer: BaseTunerLayer
 
@@ -46,5 +51,14 @@ class Modules(nn.ModuleDict):
         super().add_module(name, module)
         self._layer.refresh()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and "_layer" in vars(self):  # FSDP wraps a child by assignment
+            self._layer.refresh()
+
     def _get_name(self) -> str:
         return "ModuleDict"
+
+
+class Dropouts(Modules):
+    """Dropout modules, by adapter name: they hold no parameters."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torchgraft.functional.adapted import Adapted, Base
 from torchgraft.functional.method import Entry
 
-from .containers import Modules, Parameters
+from ..called import make_dropout
+from .containers import Dropouts, Modules, Parameters
+from .holders import Traits, traits
 from .live import Live
 from .originals import Originals, refresh_after_loading, refuse_while_merged
 from .values import Values
@@ -36,6 +38,8 @@ class BaseTunerLayer(nn.Module):
     Attributes:
         base_layer: The wrapped module.
         merged_adapters: Names of the adapters that are part of the base's weights now, the innermost first.
+        originals: The base's weights without them.
+        made: What the modules computed that were made to hold leaves, by attribute and adapter.
     """
 
     def __init__(self, base_layer: nn.Module, parents: Iterable[nn.Module] = ()):
@@ -45,6 +49,7 @@ class BaseTunerLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self.originals = Originals()
         self._entries: dict[str, Entry] = {}
+        self.made: dict[tuple[str, str], Traits | None] = {}
         self._active: list[str] = []
         self._disabled = False
         self._dense_weight = any(isinstance(parent, _READS_WEIGHTS) for parent in parents)
@@ -64,7 +69,11 @@ class BaseTunerLayer(nn.Module):
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names of the attributes that hold parameters."""
         kinds = (nn.ModuleDict, nn.ParameterDict)
-        return tuple(name for name, child in self._modules.items() if isinstance(child, kinds) and name != "base_layer")
+        return tuple(
+            name
+            for name, child in self._modules.items()
+            if isinstance(child, kinds) and name != "base_layer" and not isinstance(child, Dropouts)
+        )
 
     def add(self, name: str, entry: Entry, leaves: Mapping[str, nn.Parameter]) -> None:
         """Put an adapter on this layer; it is not active yet.
@@ -82,13 +91,21 @@ class BaseTunerLayer(nn.Module):
         self._entries[name] = entry
         for leaf in leaves:
             if config.form.place(leaf)[1] == "weight":
-                holder: Any = config.form.holder(config, entry.site, leaf)
-                self._container(leaf)[name] = holder.train(self.training)
+                self._put(leaf, name, config.form.holder(config, entry.site, leaf))
+        if dropout := config.form.dropout:
+            if dropout not in self._modules:
+                self.add_module(dropout, Dropouts(self).train(self.training))
+            self._put(dropout, name, make_dropout(getattr(config, dropout)))
         for leaf, parameter in leaves.items():
             self.set_leaf(name, leaf, parameter)
         for fact, value in config.form.facts(config, entry.site).items():
             setattr(self, fact, value)
         self.refresh()
+
+    def _put(self, attribute: str, name: str, module: nn.Module) -> None:
+        """Hang a module of an adapter in, and note what it computes."""
+        self.made[attribute, name] = traits(module)
+        self._container(attribute)[name] = module.train(self.training)
 
     def set_leaf(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
         """Register another parameter for one of an adapter's leaves."""
@@ -139,7 +156,9 @@ class BaseTunerLayer(nn.Module):
             for name, held in container._modules.items():
                 # Without nn.Module.__getattr__: with many adapters this is most of the time of set_adapter.
                 own = held._parameters.get("weight")
-                yield name, held.weight if own is None else own
+                own = getattr(held, "weight", None) if own is None else own
+                if isinstance(own, nn.Parameter):
+                    yield name, own
                 if (bias := held._parameters.get("bias")) is not None:
                     yield name, bias
 
@@ -151,8 +170,8 @@ class BaseTunerLayer(nn.Module):
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter(model) before deleting it")
-        for container in map(self._container, self.adapter_layer_names):
-            if adapter_name in container:
+        for container in self._modules.values():
+            if isinstance(container, (Modules, Parameters)) and adapter_name in container:
                 del container[adapter_name]
         self._entries.pop(adapter_name, None)
         if adapter_name in self._active:
@@ -369,6 +388,16 @@ class BaseTunerLayer(nn.Module):
             if name in container and (part is None or getattr(container[name], part, None) is not None):
                 found.append((leaf, container[name], attribute, part))
         return found
+
+    def attributes(self, name: str) -> list[str]:
+        """The attributes in which something of an adapter hangs."""
+        return [
+            attribute
+            for attribute, container in self._modules.items()
+            if attribute != "base_layer"
+            and isinstance(container, (nn.ModuleDict, nn.ParameterDict))
+            and name in container
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles need; the rest is collected anew."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,12 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
-from torchgraft.functional.layers import plain_class
+from torchgraft.functional.layers import describe, plain_class
 from torchgraft.functional.method import Entry
+
+from ..called import in_memory
+from .containers import Parameters
+from .holders import Holders, Watch
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer
@@ -23,6 +27,7 @@ _COPIES: Any = WeakIdKeyDictionary()
 
 
 _REGISTRY = ("_modules", "_parameters")
+"""Where a container of modules, and one of bare parameters, has them."""
 
 
 class CalledBase(Base):
@@ -32,6 +37,13 @@ class CalledBase(Base):
 
     def run(self, x: Tensor) -> Tensor:
         return self.module(x, *self.args, **self.kwargs)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias, whole and in memory."""
+        if "_hf_hook" not in vars(self.module):
+            return super().dense()
+        with in_memory(self.module):
+            return super().dense()
 
     @property
     def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
@@ -62,23 +74,27 @@ class Live:
 
     def __init__(self, layer: BaseTunerLayer, names: Iterable[str]):
         self.names = list(names)
-        own = [layer.entries[name] for name in self.names]
-        self.entries = [placed(entry, entry.site.like(layer.base_layer).device) for entry in own]
-        self._hold(layer)
         base: Any = layer.base_layer
-        plain: Any = plain_class(base)
+        own = [layer.entries[name] for name in self.names]
+        self.device = _device(own, base)
+        self.entries = [placed(entry, self.device) for entry in own]
+        self._hold(layer)
         attention = any(entry.site.kind == "attention" for entry in self.entries)
-        inherited = type(base).forward is plain.forward and not attention
+        plain: Any = None if describe("", base) is None else plain_class(base)  # FSDP wraps the base in another module
+        inherited = (plain is None or type(base).forward is plain.forward) and not attention
         self.shell = None if inherited or not self.names else Shell(base, plain, self.entries)
 
     def _hold(self, layer: BaseTunerLayer) -> None:
         """Take the leaves as they are, and where they hang."""
         self.held = [layer.held(name) for name in self.names]
-        containers: Any = layer._modules
-        self._watched = [
-            (attribute, containers[attribute], vars(containers[attribute])[_REGISTRY[part is None]], name, one)
-            for name, held in zip(self.names, self.held, strict=True)
-            for _, one, attribute, part in held
+        self.holders = [Holders(layer, name, layer.entries[name]) for name in self.names]
+        self.watch = Watch(self.holders)
+        modules: Any = layer._modules
+        self._hung = [
+            (attribute, modules[attribute], registry, name, registry[name])
+            for name in self.names
+            for attribute in layer.attributes(name)
+            for registry in [vars(modules[attribute])[_REGISTRY[isinstance(modules[attribute], Parameters)]]]
         ]
 
     def __bool__(self) -> bool:
@@ -91,29 +107,53 @@ class Live:
             for held in self.held
         ]
 
-    def over(self, base: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Base | Adapted:
+    def over(
+        self, base: Any, leaves: Iterable[dict[str, Any]], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Base | Adapted:
         """The adapters around a wrapped module."""
         layer: Base | Adapted = CalledBase(base, self.entries[0].site, args, kwargs)
-        for entry, leaves in zip(self.entries, self.leaves(), strict=True):
-            layer = Adapted(layer, entry, leaves)
+        for entry, own in zip(self.entries, leaves, strict=True):
+            layer = Adapted(layer, entry, own)
         return layer
 
     def dense(self, base: Any, name: str) -> Tensor | None:
         """The weight or bias that a wrapped module stores under a name, with the adapters in, in the base's dtype."""
         site = self.entries[0].site
-        value = site.stored(*self.over(base).dense()).get(name)
+        stored = self.watch.amid(lambda: site.stored(*self.over(base, self.tensors(base.training)).dense()))
+        value = stored.get(name)
         return None if value is None else value.to(site.like(base).dtype)
 
     def run(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The adapted output."""
+        if self.device is None or self.watch.attached(base.training):
+            return self._run_called(base, x, args, kwargs)
         if self.shell is None:
-            return self.over(base, args, kwargs)(x)
-        return self.shell.run(base, self.leaves(), x, args, kwargs)
+            return self.over(base, self.leaves(), args, kwargs)(x)
+        return self.shell.run(base, self.entries, self.leaves(), x, args, kwargs)
+
+    def _run_called(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The adapted output, through the modules that hold leaves."""
+        if self.device is None:
+            self.entries = [placed(entry, x.device) for entry in self.entries]
+
+        def run() -> Tensor:
+            leaves = [holders.maps() for holders in self.holders]
+            if self.shell is None:
+                return self.over(base, leaves, args, kwargs)(x)
+            return self.shell.run(base, self.entries, leaves, x, args, kwargs)
+
+        return self.watch.amid(run)
+
+    def tensors(self, training: bool) -> list[dict[str, Tensor]]:
+        """The parameters of each adapter, as they are now, for whoever computes with their numbers."""
+        if not self.watch.attached(training):
+            return self.leaves()
+        return [holders.maps(called=False) for holders in self.holders]
 
     def stale(self, layer: BaseTunerLayer) -> bool:
         """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""
         containers: Any = layer._modules
-        for attribute, container, registry, name, one in self._watched:
+        for attribute, container, registry, name, one in self._hung:
             if registry.get(name) is not one or containers[attribute] is not container:
                 return True
         return False
@@ -140,18 +180,74 @@ class Shell:
     def follow(self, base: Any) -> None:
         """Take over what the wrapped module has now."""
         vars(self.module).update(vars(base), _socket=self.socket)
+        vars(self.module).pop("forward", None)
 
-    def run(self, base: Any, leaves: list[dict[str, Tensor]], x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def run(
+        self,
+        base: Any,
+        entries: list[Entry],
+        leaves: list[dict[str, Any]],
+        x: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
         """The adapted output."""
-        if not torch.compiler.is_compiling():
-            self.follow(base)
         path = self.socket.path
+        self.socket.entries = {str(index): entry for index, entry in enumerate(entries)}
         self.cell.trees = {str(index): {path: one} for index, one in enumerate(leaves)}
-        return self.module(x, *args, **kwargs)
+        return run_in_place_of(base, self.module, self.follow, path, (x, *args), kwargs)
 
 
-def placed(entry: Entry, device: torch.device) -> Entry:
+def run_in_place_of(
+    base: Any, module: Any, follow: Callable[[Any], None], path: str, args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a module that shares a wrapped one's tensors, as that one would be called.
+
+    Args:
+        base: The wrapped module.
+        module: The other.
+        follow: Has it take over what the wrapped module has now.
+        path: Path of the site.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments.
+
+    Raises:
+        RuntimeError: Somebody has set another forward on the wrapped module.
+    """
+    if torch.compiler.is_compiling():
+        return module(*args, **kwargs)
+    if "forward" not in vars(base):
+        follow(base)
+        return module(*args, **kwargs)
+    hook = vars(base).get("_hf_hook")
+    if hook is None:
+        raise RuntimeError(
+            f"{path}: this {type(base).__name__} has a forward set on itself, which would run without the adapter; "
+            "move it into a subclass, or into hooks"
+        )
+    args, kwargs = hook.pre_forward(base, *args, **kwargs)
+    follow(base)
+    return hook.post_forward(base, module(*args, **kwargs))
+
+
+def _device(entries: Iterable[Entry], base: Any) -> torch.device | None:
+    """Where the constants of some entries have to be; `None` where the base's tensors say so only in a call.
+
+    Offloaded ones rest on the meta device, and a module around the base may have taken them.
+    """
+    for entry in entries:
+        try:
+            device = entry.site.like(base).device
+        except AttributeError:
+            return None
+        return None if device.type == "meta" else device
+    return torch.device("cpu")
+
+
+def placed(entry: Entry, device: torch.device | None) -> Entry:
     """An adapter's entry with its constants on a device."""
+    if device is None:
+        return entry
     here = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}
     if all(value.device == device for value in here.values()):
         return entry

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchgraft.functional.adapted import Cell
@@ -13,7 +12,7 @@ from torchgraft.functional.method import Entry
 from torchgraft.functional.parameters import Key, ParameterSocket, names_grouped, parametrised_class
 
 from .layer import BaseTunerLayer
-from .live import Live, placed
+from .live import Live, placed, run_in_place_of
 
 
 class ParameterLayer(BaseTunerLayer):
@@ -114,8 +113,8 @@ class ParameterLive(Live):
 
     def __init__(self, layer: ParameterLayer, names: Iterable[str]):
         self.names = list(names)
-        device = layer.get_param().device
-        self.entries = [placed(layer.entries[name], device) for name in self.names]
+        self.device = layer.get_param().device
+        self.entries = [placed(layer.entries[name], self.device) for name in self.names]
         self._hold(layer)
         self.shell = None
         leaf, grouped = layer.parameter_name, names_grouped(type(layer.get_base_layer()))
@@ -126,13 +125,13 @@ class ParameterLive(Live):
 
     def read(self, base: nn.Module) -> Any:
         """The adapted parameter."""
-        self.ready()
+        self.ready(base.training)
         return self.socket.read(base)
 
-    def ready(self) -> None:
+    def ready(self, training: bool) -> None:
         """Have the socket know the parameters as they are now."""
         path = self.socket.path
-        self.socket.cell.trees = {str(index): {path: one} for index, one in enumerate(self.leaves())}
+        self.socket.cell.trees = {str(index): {path: one} for index, one in enumerate(self.tensors(training))}
 
 
 class ParameterBody:
@@ -150,14 +149,14 @@ class ParameterBody:
     def follow(self, base: nn.Module) -> None:
         """Take over what the wrapped module has now."""
         vars(self.module).update(vars(base))
+        vars(self.module).pop("forward", None)
 
     def run(self, base: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The adapted output."""
-        if not torch.compiler.is_compiling():
-            self.follow(base)
         for layer in self.layers:
-            layer._live.ready()  # type: ignore[attr-defined]
-        return self.module(*args, **kwargs)
+            layer._live.ready(base.training)  # type: ignore[attr-defined]
+        path = self.layers[0]._live.socket.path  # type: ignore[attr-defined]
+        return run_in_place_of(base, self.module, self.follow, path, args, kwargs)
 
 
 class Sockets(Mapping[str, ParameterSocket]):
