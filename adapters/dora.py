@@ -176,9 +176,9 @@ class Part:
             dropout: A module; not called where it is known to do nothing.
         """
         site, base, magnitude = self.site, self.base, self.leaves[MAGNITUDE]
-        norm, scaling = self._norms_called(base.weight), site.constants["scaling"]
+        weight, bias, scaling = base.weight, base.bias, site.constants["scaling"]
         if site.kind == "embedding":
-            found = magnitude.with_weight(x, lambda x, m: self._embedded(x, gain(m, norm)))
+            found = magnitude.with_weight(x, lambda x, m: self._embedded(x, gain(m, self._norms_called(weight))))
             wide, each, added = widen(y, *found)
             return torch.addcmul(added, wide, each).to(y.dtype)
         a, b = self.a, self.b
@@ -187,10 +187,10 @@ class Part:
             d, plain = dropout(d), False
 
         def more(d: Tensor, m: Tensor) -> Tensor:
-            each = _over_features(site, gain(m.reshape(-1), norm))
-            own = y if plain else site.call(*widen(d, base.weight))
-            if plain and base.bias is not None:
-                own = torch.sub(*widen(own, _over_features(site, base.bias)))
+            each = _over_features(site, gain(m.reshape(-1), self._norms_called(weight)))
+            own = y if plain else site.call(*widen(d, weight))
+            if plain and bias is not None:
+                own = torch.sub(*widen(own, _over_features(site, bias)))
             own, up, each = widen(own, b(a(d)), each)
             return torch.addcmul((each - 1) * own, each * scaling, up)
 

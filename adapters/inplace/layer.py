@@ -16,7 +16,7 @@ from torchgraft.functional.method import Entry
 
 from ..called import make_dropout
 from .containers import Dropouts, Modules, Parameters
-from .holders import Traits, traits
+from .holders import Holders, Traits, Watch, traits
 from .live import Live
 from .originals import Originals, refresh_after_loading, refuse_while_merged
 from .values import Values
@@ -140,6 +140,17 @@ class BaseTunerLayer(nn.Module):
             KeyError: No such adapter on this layer.
         """
         return {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in self.held(name)}
+
+    def numbers(self, name: str) -> dict[str, Tensor]:
+        """An adapter's parameters by leaf, for whoever computes with them instead of calling what holds them.
+
+        Raises:
+            KeyError: No such adapter on this layer.
+            TypeError: A module in the place of one that holds a parameter, without a weight of floating point.
+        """
+        holders = Holders(self, name, self._entries[name])
+        found: dict[str, Tensor] = Watch([holders]).amid(lambda: holders.maps(called=False))
+        return found
 
     def fixed(self, name: str) -> tuple[str, ...]:
         """Those of an adapter's leaves that are never trained."""
@@ -269,9 +280,9 @@ class BaseTunerLayer(nn.Module):
         Raises:
             KeyError: No such adapter on this layer.
         """
-        entry, leaves = self._entries[adapter_name], self.leaves(adapter_name)
+        entry, leaves = self._entries[adapter_name], self.numbers(adapter_name)
         weight, bias = self.originals.base(self.get_base_layer(), entry.site).dense()
-        delta = entry.merge(dict(leaves), weight.double(), None if bias is None else bias.double())[0] - weight
+        delta = entry.merge(leaves, weight.double(), None if bias is None else bias.double())[0] - weight
         parts = [*entry.site.stored(delta, None).values()]
         return (torch.block_diag(*parts) if len(parts) > 1 else parts[0]).to(next(iter(leaves.values())).dtype)
 
@@ -328,7 +339,7 @@ class BaseTunerLayer(nn.Module):
         for name in names:
             entry = self._entries[name]
             layer = layer or self.originals.base(module, entry.site)
-            layer = Adapted(layer, entry, dict(self.leaves(name)))
+            layer = Adapted(layer, entry, self.numbers(name))
         if isinstance(layer, Adapted):
             self.originals.replace(module, layer, names, safe)
         else:
