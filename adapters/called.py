@@ -117,6 +117,11 @@ def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
             f"{path}: the {name} of {leaf}, a {type(module).__name__}, is {form}, and the adapter computes with its "
             "numbers there instead of calling it; put a module with a weight of floating point in its place"
         )
+    return whole(tensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor of which this process may have a part only, gathered from all; differentiable."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

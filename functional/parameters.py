@@ -111,7 +111,9 @@ class ParameterSocket:
 
     def read(self, module: nn.Module) -> Any:
         """What the module's forward gets."""
-        weight: Any = module._parameters[self.leaf]
+        weight: Any = module._parameters.get(self.leaf)
+        if weight is None:  # FSDP exchanges it for a part of a flat one
+            weight = vars(module)[self.leaf]
         chosen = list(self._chosen(self.cell.active(self.path)))
         if self.cell.reached is not None:
             self.cell.reached.add(self.path)

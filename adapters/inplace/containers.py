@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer
@@ -29,9 +29,12 @@ class Parameters(nn.ParameterDict):
         if "_layer" in vars(self):
             self._layer.refresh()
 
+    __call__ = nn.Module.__call__
+
     def forward(self, compute: Callable[[], Any]) -> Any:
         """`compute()`, amid what offloading or sharding this container makes of a call: they see to its parameters."""
-        return compute()
+        y = compute()
+        return y.clone() if isinstance(y, Tensor) and y._is_view() else y  # a view may lose FSDP's hook on it
 
     def _get_name(self) -> str:
         return "ParameterDict"

@@ -58,6 +58,7 @@ class Holders:
     Attributes:
         parts: Each of them.
         containers: The containers of bare parameters.
+        moved: Whether one of these has something else than a parameter, as FSDP exchanges it for parts of a flat one.
         p: The probability of dropout.
     """
 
@@ -76,6 +77,7 @@ class Holders:
             if name in modules.get(attribute, ())
         ]
         self.containers = [modules[leaf] for leaf in form.parameters if name in modules.get(leaf, ())]
+        self.moved = any(name not in box._parameters for box in self.containers)
         self._bare = [leaf for leaf in form.parameters if name in modules.get(leaf, ())]
         self.p = getattr(config, form.dropout) if form.dropout else 0.0
 
@@ -95,7 +97,7 @@ class Holders:
             called: Whether modules will do; else all are tensors, and dropout is left out.
         """
         path = self._entry.site.path
-        found = {leaf: box._parameters[self._name] for leaf, box in zip(self._bare, self.containers, strict=True)}
+        found = {leaf: getattr(box, self._name) for leaf, box in zip(self._bare, self.containers, strict=True)}
         for leaf, module, *_ in self.parts:
             if called and (self._called or leaf == DROPOUT):
                 found[leaf] = Called(module, path, leaf)
@@ -117,6 +119,7 @@ class Watch:
         holders = list(holders)
         self._parts = [part[1:] for one in holders for part in one.parts]
         self._containers = [container for one in holders for container in one.containers]
+        self._moved = any(one.moved for one in holders)
         self._dropouts = [
             (part.own, one.p) for one in holders for part in one.parts if part.leaf == DROPOUT and one.p and part.cls
         ]
@@ -141,7 +144,7 @@ class Watch:
         for own, p in self._dropouts:
             if own["p"] != p or own["training"] is not training:
                 return True
-        return has_global_hooks() or bool(self.overridden())
+        return self._moved or has_global_hooks() or bool(self.overridden())
 
     def amid(self, compute: Callable[[], Any]) -> Any:
         """`compute()`, in the calls of the containers that need one."""

@@ -15,7 +15,7 @@ from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_c
 from torchgraft.functional.layers import describe, plain_class
 from torchgraft.functional.method import Entry
 
-from ..called import in_memory
+from ..called import in_memory, whole
 from .containers import Parameters
 from .holders import Holders, Watch
 
@@ -41,9 +41,11 @@ class CalledBase(Base):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias, whole and in memory."""
         if "_hf_hook" not in vars(self.module):
-            return super().dense()
-        with in_memory(self.module):
-            return super().dense()
+            weight, bias = super().dense()
+        else:
+            with in_memory(self.module):
+                weight, bias = super().dense()
+        return whole(weight), None if bias is None else whole(bias)
 
     @property
     def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
@@ -91,7 +93,7 @@ class Live:
         self.watch = Watch(self.holders)
         modules: Any = layer._modules
         self._hung = [
-            (attribute, modules[attribute], registry, name, registry[name])
+            (attribute, modules[attribute], registry, name, registry.get(name))
             for name in self.names
             for attribute in layer.attributes(name)
             for registry in [vars(modules[attribute])[_REGISTRY[isinstance(modules[attribute], Parameters)]]]
@@ -216,7 +218,8 @@ def run_in_place_of(
     """
     if torch.compiler.is_compiling():
         return module(*args, **kwargs)
-    if "forward" not in vars(base):
+    own = vars(base).get("forward")
+    if own is None or getattr(own, "__func__", None) is type(base).forward:  # accelerate leaves the class's behind
         follow(base)
         return module(*args, **kwargs)
     hook = vars(base).get("_hf_hook")
