@@ -202,7 +202,6 @@ class Part:
         down = as_embedding(self.site, ids, F.embedding(ids, a.mT))
         return each, F.linear(down, b) * (each * self.site.constants["scaling"])
 
-    @torch.no_grad()
     def _norms_called(self, weight: Tensor) -> Tensor:
         """`|W + s B A|` where `A` and `B` may be modules.
 
@@ -210,14 +209,16 @@ class Part:
         identity, as in PEFT.
         """
         site, a, b, scaling = self.site, self.a, self.b, self.site.constants["scaling"]
-        if not isinstance(a, Called):
-            return norms(site, a, b, weight, scaling)
-        if site.kernel_size:
-            return norms(site, a.read(), b.read(), weight, scaling)
-        with torch.autocast(weight.device.type, enabled=False):
-            identity = torch.eye(site.in_features, device=weight.device, dtype=weight.dtype)
-            product = b(a(a.cast(identity))).mT
-            return torch.linalg.vector_norm(add_scaled(weight.to(_wide(weight, product)), product, scaling), dim=1)
+        with torch.no_grad():
+            if not isinstance(a, Called):
+                return norms(site, a, b, weight, scaling)
+            if site.kernel_size:
+                return norms(site, a.read(), b.read(), weight, scaling)
+            with torch.autocast(weight.device.type, enabled=False):
+                identity = torch.eye(site.in_features, device=weight.device, dtype=weight.dtype)
+                product = b(a(a.cast(identity))).mT
+                wide = weight.to(_wide(weight, product))
+                return torch.linalg.vector_norm(add_scaled(wide, product, scaling), dim=1)
 
     def gains(self, weight: Tensor) -> Tensor:
         """`g`, `"... out"`: computed, or what a view that is said to be constant keeps."""

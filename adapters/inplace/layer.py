@@ -138,8 +138,18 @@ class BaseTunerLayer(nn.Module):
 
         Raises:
             KeyError: No such adapter on this layer.
+            TypeError: A module without a tensor as its weight, in the place of one that holds a parameter.
         """
-        return {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in self.held(name)}
+        found = {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in self.held(name)}
+        config: Any = self._entries[name].config
+        for leaf in (*config.form.modules, *config.form.bare_modules):
+            if name in self._modules.get(leaf, ()) and not isinstance(found.get(leaf), Tensor):  # type: ignore[operator]
+                held = self._container(leaf)[name]
+                raise TypeError(
+                    f"{self._entries[name].site.path}: {leaf}[{name!r}] is a {type(held).__name__}, whose weight is no "
+                    "tensor, so it is no parameter of the adapter; put the module that was there back first"
+                )
+        return found
 
     def numbers(self, name: str) -> dict[str, Tensor]:
         """An adapter's parameters by leaf, for whoever computes with them instead of calling what holds them.
@@ -244,8 +254,10 @@ class BaseTunerLayer(nn.Module):
         """Freeze or unfreeze the parameters of these adapters."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
-            for leaf, parameter in self.leaves(name).items() if name in self._entries else ():
-                parameter.requires_grad_(requires_grad and leaf not in self.fixed(name))
+            for leaf, one, _, part in self.held(name) if name in self._entries else ():
+                parameter = one if part is None else getattr(one, part)
+                if isinstance(parameter, Tensor) and parameter.is_floating_point():
+                    parameter.requires_grad_(requires_grad and leaf not in self.fixed(name))
 
     # -- weights -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
 from torchgraft import adapters
-from torchgraft.adapters import set_adapter
+from torchgraft.adapters import IA3Config, LoraConfig, OFTConfig, VeraConfig, inject_adapter_in_model, set_adapter
 
 from .models import both, inject, inputs, layers, net, randomise
 
@@ -186,6 +186,9 @@ def test_a_module_of_another_class_is_called():
     with pytest.raises(TypeError, match="first: the weight of lora_A, a Halves, is NoneType, .* instead of calling it"):
         adapters.merge_adapter(model)
     assert not model.first.merged
+    with pytest.raises(TypeError, match=r"first: lora_A\['default'\] is a Halves, whose weight is no tensor"):
+        adapters.get_peft_model_state_dict(model)
+    set_adapter(model, "default")
     model.first.lora_A["default"] = nn.Linear(8, 3).double()  # with a bias
     with torch.no_grad():
         torch.testing.assert_close(
@@ -238,6 +241,28 @@ def test_compiled_forwards_decide_while_they_are_traced():
         layer.lora_B["default"].register_forward_hook(zeroed)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), net()(x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, use_dora=True, init_lora_weights=False),
+        OFTConfig(oft_block_size=4, init_weights=False),
+        VeraConfig(r=2, vera_dropout=0.5, init_weights=False),
+        IA3Config(feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_compiled_forwards_call_what_has_hooks(config):
+    config.target_modules = ["first", "second"]
+    model, x = inject_adapter_in_model(config, net()).eval(), inputs()
+    before = model(x)
+    for held in holders(model).values():
+        held.register_forward_hook(lambda module, args, y: 2 * y)
+    torch._dynamo.reset()
+    y = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
+    assert torch.allclose(y, before) == (not holders(model))
 
 
 def test_half_precision_maps_get_their_own_precision():
