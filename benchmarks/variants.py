@@ -76,13 +76,14 @@ def passes(model: nn.Module, x: Tensor, fields: dict[str, Any]) -> Cases:
     graft = bind(model, LoraConfig(**fields))
     params = lively(graft.init())
     view: Any = graft.view(params)
+    constant: Any = graft.view(params, constant=True)
     theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(model)).eval()
-    config = LoraConfig(**fields, inference_mode=True)  # frozen, as for inference, so that DoRA's norms are constant
-    ours: Any = inject_adapter_in_model(config, copy.deepcopy(model))
+    ours: Any = inject_adapter_in_model(LoraConfig(**fields, inference_mode=True), copy.deepcopy(model))
     cases = {
         "frozen base": lambda: model(x),
         "torchgraft, functional": lambda: graft(params, x),
         "torchgraft, view": lambda: view(x),
+        "torchgraft, constant view": lambda: constant(x),
         "torchgraft, in place": lambda: ours(x),
         "PEFT": lambda: theirs(x),
     }
