@@ -2,6 +2,11 @@
 
     W' = m (W + s B A) / |W + s B A|,    one magnitude m and one norm for each output
 
+Over other adapters, whose output is `y`, it is `b + g (y - b + s B A x)` with `g = m / |W + s B A|`, where `W` and `b`
+are the base's own: each adapter's norms are those that it was made with, whichever others are active. That is what
+PEFT's forward computes, and what it merges, but for a bias that other adapters add (`lora_bias`), to which its merge
+does not apply `g`.
+
 Liu et al., *DoRA: Weight-Decomposed Low-Rank Adaptation*, 2024, arXiv:2402.09353. The norm is a constant of the
 gradient (section 4.3 there). Names and shapes are those of PEFT's `tuners/lora/dora.py`. `torchgraft.adapters.lora`
 makes the factors; this file says what the magnitude does with them.
@@ -19,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
-from torchgraft.functional.site import add_scaled
+from torchgraft.functional.site import Dense, add_scaled
 
 from .called import Called, Dropout, Holder
 from .lookup import as_embedding
@@ -133,7 +138,8 @@ class Part:
 
         With `g = m / |W + s B A|`, the output is `g (W x + s B A x) + bias`. Dropout, in training, is on the adapter's
         own input `d`, which is the second `x` of `base(x) + (g - 1) W x + g s B A x`; that takes `W d` beside `W x`, as
-        in PEFT. Without dropout, and in evaluation mode, the base runs once.
+        in PEFT. Without dropout, and in evaluation mode, the base runs once. `W` and the bias are those of the base
+        beneath all adapters.
 
         Args:
             y: The base's output.
@@ -142,7 +148,8 @@ class Part:
         Returns:
             `(share, g B)`: the output is `share + s (g B) A d`. The share is in float32 or wider.
         """
-        weight, bias = self.base.weight, self.base.bias
+        own = self.base.original
+        weight, bias = own.weight, own.bias
         each, b = self._gains(weight)
         scale = _over_features(self.site, each)
         bias = None if bias is None else _over_features(self.site, bias)
@@ -156,12 +163,13 @@ class Part:
             dropped: Its input after dropout; `None` where there is no dropout.
             rows: The adapter of each row.
         """
-        groups, weight = rows.groups(), self.base.weight
+        groups, own = rows.groups(), self.base.original
+        weight = own.weight
         each, b = self._gains(weight)
         scale = groups.mask(groups.pick(each).unsqueeze(1), 1.0)
         if dropped is not None:
             dropped = dropped.reshape(groups.size, -1, dropped.shape[-1])
-        share = self._share(y.reshape(groups.size, -1, y.shape[-1]), scale, weight, self.base.bias, dropped)
+        share = self._share(y.reshape(groups.size, -1, y.shape[-1]), scale, weight, own.bias, dropped)
         return share.view(y.shape), b
 
     def add_called(self, y: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
@@ -176,7 +184,7 @@ class Part:
             dropout: A module; not called where it is known to do nothing.
         """
         site, base, magnitude = self.site, self.base, self.leaves[MAGNITUDE]
-        weight, bias, scaling = base.weight, base.bias, site.constants["scaling"]
+        weight, bias, scaling = base.original.weight, base.original.bias, site.constants["scaling"]
         if site.kind == "embedding":
             found = magnitude.with_weight(x, lambda x, m: self._embedded(x, gain(m, self._norms_called(weight))))
             wide, each, added = widen(y, *found)
@@ -251,18 +259,25 @@ def _over_features(site: Site, vector: Tensor) -> Tensor:
     return vector.view(-1, *(1 for _ in site.kernel_size))
 
 
-def merge(magnitude: Tensor, weight: Tensor) -> Tensor:
-    """The dense meaning: `W + s B A` with the norms of its rows replaced by the magnitude.
+def merge(magnitude: Tensor, product: Tensor, below: Dense, own: Dense) -> Dense:
+    """The dense meaning: `g (V + s B A)` and `b + g (c - b)`, with `g = m / |W + s B A|`.
 
     Args:
         magnitude: `m`.
-        weight: `W + s B A`.
+        product: `s B A`, like the weights.
+        below: Weight `V` and bias `c` with the adapters beneath in.
+        own: Weight `W` and bias `b` of the base.
 
-    >>> merge(torch.tensor([10.0]), torch.tensor([[3.0, 4.0]]))
+    >>> dense = torch.tensor([[1.0, 0.0]]), None
+    >>> merge(torch.tensor([10.0]), torch.tensor([[2.0, 4.0]]), dense, dense)[0]
     tensor([[6., 8.]])
     """
-    each = gain(magnitude.reshape(-1), torch.linalg.vector_norm(weight.detach().flatten(1), dim=1))
-    return weight * each.view(-1, *(1,) * (weight.ndim - 1))
+    (weight, bias), (own_weight, own_bias) = below, own
+    norm = torch.linalg.vector_norm((own_weight + product).detach().flatten(1), dim=1)
+    each = gain(magnitude.reshape(-1), norm)
+    if bias is not None and own_bias is not None and bias is not own_bias:
+        bias = own_bias + (bias - own_bias) * each
+    return (weight + product) * each.view(-1, *(1,) * (weight.ndim - 1)), bias
 
 
 class Magnitude(Holder):

@@ -292,6 +292,7 @@ LoraConfig.method = Method(
     init=init,
     apply=lora_forward.apply,
     merge=lora_forward.merge,
+    merge_over=lora_forward.merge_over,
     routed=lora_forward.routed,
     part=part,
     own_dtype=frozenset({dora.MAGNITUDE}),

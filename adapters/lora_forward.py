@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
-from torchgraft.functional.site import PARAMETERS
+from torchgraft.functional.method import Original
+from torchgraft.functional.site import PARAMETERS, Dense
 
 from . import dora
 from .called import DROPOUT, Called, Dropout, dropped
@@ -100,10 +101,15 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
     return add_routed(y, x, a, b, scaling, rows).to(dtype)
 
 
-def merge(
-    config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def merge(config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> Dense:
     """`W' = W + s B A`; for `lora_bias` also `bias' = bias + s b`, for DoRA with the rows of `W'` rescaled."""
+    return merge_over(config, site, leaves, weight, bias, lambda: (weight, bias))
+
+
+def merge_over(
+    config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None, original: Original
+) -> Dense:
+    """`merge` on a weight that other adapters are in; the norms of DoRA are those of the original one."""
     if site.groups > 1:
         raise ValueError(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
@@ -112,10 +118,14 @@ def merge(
     if site.kind in PARAMETERS:
         up, down, scaling = factors_of_parameter(config, site, leaves)
         return add_scaled(weight, up @ down, scaling), bias
-    if "rounding" in site.constants:
-        weight = weight + site.constants["rounding"]
     (a, b), scaling = factors(site, leaves), site.constants["scaling"]
-    weight = add_scaled(weight, (b.flatten(1) @ a.flatten(1)).reshape(weight.shape), scaling)
+    product = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+    if config.use_dora:
+        own = original()
+        below = _quantised(site, (weight, bias))
+        own = below if own[0] is weight else _quantised(site, own)
+        return dora.merge(leaves[dora.MAGNITUDE], product * scaling, below, own)
+    weight = add_scaled(_quantised(site, (weight, bias))[0], product, scaling)
     if config.lora_bias:
         if bias is None:
             raise ValueError(
@@ -123,7 +133,12 @@ def merge(
                 "instead, give the module a bias, or leave it out of target_modules"
             )
         bias = add_scaled(bias, leaves[BIAS], scaling)
-    return dora.merge(leaves[dora.MAGNITUDE], weight) if config.use_dora else weight, bias
+    return weight, bias
+
+
+def _quantised(site: Site, dense: Dense) -> Dense:
+    """A base as the site's adapter is for it: LoftQ's has another weight."""
+    return (dense[0] + site.constants["rounding"], dense[1]) if "rounding" in site.constants else dense
 
 
 def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer) -> dict[str, Tensor]:

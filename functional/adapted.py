@@ -79,7 +79,15 @@ class Adapted(Weighted):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias with every adapter up to this one in, not yet rounded."""
-        return self.entry.merge(self.leaves, *self.base.dense())
+        below: Any = self.base
+        original = None if below.original is below else below.original.dense
+        weight, bias = below.dense()
+        return self.entry.merge(self.leaves, weight, bias, original)
+
+    @property
+    def original(self) -> Base:
+        """The base without any adapter."""
+        return self.base.original
 
     @property
     def training(self) -> bool:

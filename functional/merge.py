@@ -21,8 +21,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     """Bake adapters into a full state dict under the original model's keys.
 
     Adapters apply in the order they were bound in, `W' = merge_n(... merge_1(W))`, in float32 or wider, rounded to
-    the base's dtype once. Tensors that no adapter touches are the model's own, as in `model.state_dict()`; the model
-    stays as it was.
+    the base's dtype once; the norms of DoRA are those of the base's own weight, as in PEFT. Tensors that no adapter
+    touches are the model's own, as in `model.state_dict()`; the model stays as it was.
 
     Args:
         graft: What `bind` returned.

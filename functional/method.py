@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .rows import Rows
-from .site import Site
+from .site import Dense, Site
 
 Leaves = dict[str, Tensor]
 Tree = dict[str, Any]
 """A parameter tree: `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}`."""
 Weights = Callable[[str], Tensor]
 """The base's canonical weight of the site at a path, detached and in its own dtype; computed when asked for."""
+Original = Callable[[], Dense]
+"""The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
 
 
 class Layer(Protocol):
@@ -35,6 +37,11 @@ class Layer(Protocol):
     @property
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
+        ...
+
+    @property
+    def original(self) -> Layer:
+        """The base without any adapter: the layer itself, or the one at the bottom of the layers beneath it."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -59,6 +66,11 @@ class Weighted(abc.ABC):
     def bias(self) -> Tensor | None:
         return self.dense()[1]
 
+    @property
+    def original(self) -> Any:
+        """The base without any adapter."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -75,6 +87,9 @@ class Method:
         apply: `(config, site, leaves, base, x) -> y`, the factored forward around the base module's own call.
         merge: `(config, site, leaves, weight, bias) -> (weight, bias)`, the dense meaning, on canonical weights.
             Everything it gets is float32 or wider, of one dtype, but for leaves of `own_dtype`.
+        merge_over: `(config, site, leaves, weight, bias, original) -> (weight, bias)`, `merge` on a weight that
+            other adapters are in already, for methods whose meaning depends on the base's own, which is
+            `original() -> (weight, bias)`; `None` for methods that only see what is beneath them.
         routed: `(config, site, leaves, base, x, rows) -> y`, `apply` for a batch whose rows have adapters of their
             own: leaves are stacked, `"N ..."`, rows lead `x`, and a row that has no adapter gets the base's output. A
             faster way than the general one, which runs `apply` under `vmap`; returns `NotImplemented` for sites it
@@ -98,7 +113,8 @@ class Method:
     shapes: Callable[[Any, Site], dict[str, tuple[int, ...]]]
     init: Callable[[Any, list[Site], torch.Generator | None, Weights], dict[str, Leaves]]
     apply: Callable[[Any, Site, Leaves, Layer, Tensor], Tensor]
-    merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], Dense]
+    merge_over: Callable[[Any, Site, Leaves, Tensor, Tensor | None, Original], Dense] | None = None
     routed: Callable[[Any, Site, Leaves, Layer, Tensor, Rows], Any] | None = None
     part: Callable[[Any, Site, Leaves, slice, slice], Leaves] | None = None
     varying: frozenset[str] = frozenset()
@@ -137,12 +153,26 @@ class Entry:
         """This part for `count` adapters that have this site, whatever the members of a stack are."""
         return self
 
-    def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Dense meaning in float32 or wider; `weight` is canonical."""
+    def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None, original: Original | None = None) -> Dense:
+        """Dense meaning in float32 or wider.
+
+        Args:
+            leaves: The adapter's leaves at this site.
+            weight: The canonical weight beneath this adapter.
+            bias: The bias beneath it.
+            original: The base's own, where other adapters are in `weight` and `bias`.
+        """
         wide = torch.promote_types(weight.dtype, torch.float32)
         for leaf in leaves.values():
             wide = torch.promote_types(wide, leaf.dtype)
         method = self.config.method
         leaves = {name: leaf if name in method.own_dtype else leaf.to(wide) for name, leaf in leaves.items()}
-        bias = None if bias is None else bias.to(wide)
-        return method.merge(self.config, self.site, leaves, weight.to(wide), bias)
+        weight, bias = _widened((weight, bias), wide)
+        if original is None or method.merge_over is None:
+            return method.merge(self.config, self.site, leaves, weight, bias)
+        own = original
+        return method.merge_over(self.config, self.site, leaves, weight, bias, lambda: _widened(own(), wide))
+
+
+def _widened(dense: Dense, dtype: torch.dtype) -> Dense:
+    return dense[0].to(dtype), None if dense[1] is None else dense[1].to(dtype)

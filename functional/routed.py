@@ -103,6 +103,11 @@ class RoutedLayer(Weighted):
         )
 
     @property
+    def original(self) -> Any:
+        """The base without any adapter."""
+        return self.base.original
+
+    @property
     def training(self) -> bool:
         return self.base.training
 
@@ -138,12 +143,18 @@ class Chosen(Weighted):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.dense()
+        original = None if self.base.original is self.base else self.base.original.dense
         if self.on is None:
-            return self.entry.merge(self.leaves, weight, bias)
+            return self.entry.merge(self.leaves, weight, bias, original)
         below = torch.where(self.on, weight, weight.detach())
         beside = None if bias is None else torch.where(self.on, bias, bias.detach())
-        merged, added = self.entry.merge(self.leaves, below, beside)
+        merged, added = self.entry.merge(self.leaves, below, beside, original)
         return torch.where(self.on, merged, weight), None if added is None else torch.where(self.on, added, bias)
+
+    @property
+    def original(self) -> Any:
+        """The base without any adapter."""
+        return self.base.original
 
     @property
     def training(self) -> bool:
@@ -174,6 +185,10 @@ class _Moved:
     @property
     def plain(self) -> None:
         return None
+
+    @property
+    def original(self) -> Layer:
+        return self.base.original
 
     @property
     def training(self) -> bool:

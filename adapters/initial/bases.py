@@ -48,6 +48,11 @@ class Quantised:
         return None
 
     @property
+    def original(self) -> Layer:
+        below = self.base.original
+        return self if below is self.base else Quantised(below, self.site)
+
+    @property
     def training(self) -> bool:
         return self.base.training
 
@@ -86,6 +91,11 @@ class Lessened:
     @property
     def plain(self) -> None:
         return None
+
+    @property
+    def original(self) -> Layer:
+        below = self.base.original
+        return self if below is self.base else Lessened(below, self.site)
 
     @property
     def training(self) -> bool:

@@ -12,8 +12,12 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
+from torchgraft.functional.attention import Part
 from torchgraft.functional.layers import describe, plain_class
 from torchgraft.functional.method import Entry
+from torchgraft.functional.site import Site
+
+from .originals import Originals
 
 from ..called import in_memory, whole
 from .containers import Parameters
@@ -56,6 +60,24 @@ class CalledBase(Base):
         return None if "forward" in own or has_global_hooks() else super().plain
 
 
+class BaseOverMerged(Base):
+    """A base that adapters are merged into: its own weights are kept elsewhere."""
+
+    __slots__ = ("originals",)
+
+    originals: Originals
+
+    @property
+    def original(self) -> Base:
+        return self.originals.base(self.module, self.site)
+
+
+class CalledOverMerged(CalledBase, BaseOverMerged):
+    """The same, called as a module."""
+
+    __slots__ = ()
+
+
 def own_or_computed(module: Any, name: str) -> Tensor:
     """What a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
     own = module._parameters.get(name)
@@ -70,12 +92,14 @@ class Live:
     Attributes:
         names: Their names, which the forward does not read.
         entries: Config and site of each, with constants where the base is.
+        merged: The base's original weights, while other adapters are merged into it.
         held: Leaves of each, as `BaseTunerLayer.held` has them.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
     """
 
     def __init__(self, layer: BaseTunerLayer, names: Iterable[str]):
         self.names = list(names)
+        self.merged = layer.originals if layer.merged else None
         base: Any = layer.base_layer
         own = [layer.entries[name] for name in self.names]
         self.device = _device(own, base)
@@ -84,7 +108,7 @@ class Live:
         attention = any(entry.site.kind == "attention" for entry in self.entries)
         plain: Any = None if describe("", base) is None else plain_class(base)  # FSDP wraps the base in another module
         inherited = (plain is None or type(base).forward is plain.forward) and not attention
-        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries)
+        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries, self.merged)
 
     def _hold(self, layer: BaseTunerLayer) -> None:
         """Take the leaves as they are, and where they hang."""
@@ -113,7 +137,12 @@ class Live:
         self, base: Any, leaves: Iterable[dict[str, Any]], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Base | Adapted:
         """The adapters around a wrapped module."""
-        layer: Base | Adapted = CalledBase(base, self.entries[0].site, args, kwargs)
+        layer: Base | Adapted
+        if self.merged is None:
+            layer = CalledBase(base, self.entries[0].site, args, kwargs)
+        else:
+            layer = CalledOverMerged(base, self.entries[0].site, args, kwargs)
+            layer.originals = self.merged
         for entry, own in zip(self.entries, leaves, strict=True):
             layer = Adapted(layer, entry, own)
         return layer
@@ -161,13 +190,27 @@ class Live:
         return False
 
 
+@dataclasses.dataclass(eq=False)
+class SocketOverMerged(Socket):
+    """A socket of a module that adapters are merged into."""
+
+    originals: Originals
+
+    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: Part | None) -> Any:
+        if part is not None:
+            return super()._base(site, args, kwargs, part)
+        base = BaseOverMerged(self.inner, site, args, kwargs)
+        base.originals = self.originals
+        return base
+
+
 class Shell:
     """A module of a class with its own forward, with the adapters around the forward that this one inherits.
 
     It shares the wrapped module's tensors, hooks and flags; the wrapped module itself stays as it is.
     """
 
-    def __init__(self, base: Any, plain: Any, entries: list[Entry]):
+    def __init__(self, base: Any, plain: Any, entries: list[Entry], merged: Originals | None):
         self.cell = Cell()
         cls: Any = type(base)
         self.inner: Any = object.__new__(inner_class(cls, plain))
@@ -177,6 +220,8 @@ class Shell:
             object.__setattr__(one, "__dict__", state)
         named = {str(index): entry for index, entry in enumerate(entries)}
         self.socket = Socket(entries[0].site.path, self.cell, named, self.inner, "input", cls, plain)
+        if merged is not None:
+            self.socket = SocketOverMerged(**vars(self.socket), originals=merged)
         self.follow(base)
 
     def follow(self, base: Any) -> None:

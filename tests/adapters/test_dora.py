@@ -164,19 +164,145 @@ def test_starts_as_the_identity_in_half_precision_in_place(kind, dtype):
         assert torch.equal(injected.layer.get_delta_weight("default"), torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("names", [("dora", "lora"), ("lora", "dora"), ("dora", "bias"), ("bias", "dora")], ids=str)
-def test_adapters_on_each_other_are_functions_of_functions(names):
+OPTIONS = {"dora": {"use_dora": True}, "lora": {}, "bias": {"lora_bias": True}}
+MIXED = [
+    ("dora", "lora"),
+    ("lora", "dora"),
+    ("dora", "bias"),
+    ("bias", "dora"),
+    ("dora", "dora"),
+    ("dora", "lora", "dora"),
+]
+
+
+def named(model, kinds, **fields):
+    """A graft of adapters of these kinds on each other, and a tree."""
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["layer"], **fields}
+    graft = bind(model, {f"a{i}": LoraConfig(**fields, **OPTIONS[kind]) for i, kind in enumerate(kinds)})
+    return graft, {name: moved(own, i + 1) for i, (name, own) in enumerate(graft.init().items())}
+
+
+def by_equation(weight, bias, kinds, params):
+    """Weight and bias: `b + g (y - b + s B A x)` of each DoRA, with `g = m / |W + s B A|` of the base's own weight."""
+    w, b = weight, bias
+    for kind, tree in zip(kinds, params.values(), strict=True):
+        own = tree["layer"]
+        delta = 1.5 * own["lora_B"] @ own["lora_A"]
+        w = w + delta
+        b = b + 1.5 * own["lora_B_bias"] if kind == "bias" else b
+        if kind == "dora":
+            gain = own[MAGNITUDE] / (weight + delta).norm(dim=1)
+            w, b = w * gain[:, None], bias + gain * (b - bias)
+    return w, b
+
+
+@pytest.mark.parametrize("kinds", MIXED, ids=str)
+def test_norms_are_those_of_the_base_whatever_is_beneath(kinds):
     model, _, _, x = built("linear")
-    options = {"dora": {"use_dora": True}, "lora": {}, "bias": {"lora_bias": True}}
-    graft = bind(model, {name: LoraConfig(r=2, target_modules=["layer"], **options[name]) for name in names})
-    params = {name: moved(own, seed) for seed, (name, own) in enumerate(graft.init().items())}
-    merged = torch.func.functional_call(model, merge(graft, params), (x,))
-    torch.testing.assert_close(graft(params, x), merged)
-    one = bind(model, LoraConfig(r=2, target_modules=["layer"], **options[names[0]]))
-    again = copy.deepcopy(model)
-    again.load_state_dict(merge(one, params[names[0]]))
-    two = bind(again, LoraConfig(r=2, target_modules=["layer"], **options[names[1]]))
-    torch.testing.assert_close(graft(params, x), two(params[names[1]], x))
+    graft, params = named(model, kinds)
+    weight, bias = by_equation(model.layer.weight, model.layer.bias, kinds, params)
+    torch.testing.assert_close(graft(params, x), F.linear(x, weight, bias))
+    state = merge(graft, params)
+    torch.testing.assert_close((state["layer.weight"], state["layer.bias"]), (weight, bias))
+    torch.testing.assert_close(graft.view(params).layer.weight, weight)
+
+
+@pytest.mark.parametrize("kinds", MIXED, ids=str)
+def test_rows_of_several_adapters_on_each_other(kinds):
+    model, _, _, x = built("linear")
+    graft, params = named(model, kinds)
+    other = {name: moved(tree, 9) for name, tree in params.items()}
+    rows = torch.tensor([1, 0, 1])
+    expected = torch.stack([graft((params, other)[row], x)[i] for i, row in enumerate(rows)])
+    torch.testing.assert_close(graft(route(stack([params, other]), rows), x), expected)
+    first, *_ = params
+    one = {**params, first: route(stack([params[first], other[first]]), rows)}
+    expected = torch.stack([graft({**params, first: (params, other)[row][first]}, x)[i] for i, row in enumerate(rows)])
+    torch.testing.assert_close(graft(one, x), expected)
+
+
+def test_a_fresh_adapter_on_another_changes_nothing():
+    model, graft, _, x = built("linear")
+    graft = bind(model, {name: LoraConfig(use_dora=True, target_modules=["layer"]) for name in ("a", "b")})
+    params = graft.init()
+    params["a"] = moved(params["a"])
+    assert torch.equal(graft(params, x), graft({"a": params["a"]}, x))
+
+
+MANY = "ignore:Already found a `peft_config` attribute"
+ACTIVE = [["a0"], ["a1"], ["a0", "a1"], ["a1", "a0"]]
+
+
+@pytest.mark.filterwarnings(MANY)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kinds", [one for one in MIXED if len(one) == 2], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "grouped" not in kind])
+def test_several_active_adapters_are_pefts(kind, kinds, dropout):
+    if "bias" in kinds and kind in ("embedding", "linear without bias"):
+        return
+    model, _, _, x = built(kind)
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+    for i, one in enumerate(kinds):
+        fields = {"r": 2, "lora_alpha": 3, "target_modules": ["layer"], "lora_dropout": dropout, **OPTIONS[one]}
+        with_layout = {"fan_in_fan_out": kind == "conv1d of transformers"}
+        peft.inject_adapter_in_model(peft.LoraConfig(**fields, **with_layout), theirs, f"a{i}")
+        inject_adapter_in_model(LoraConfig(**fields), ours, f"a{i}")
+        state = adapters.get_peft_model_state_dict(ours, adapter_name=f"a{i}")
+        torch.manual_seed(i)
+        state = {key: t + 0.5 * torch.randn_like(t) for key, t in state.items()}
+        adapters.set_peft_model_state_dict(ours, state, f"a{i}")
+        peft.set_peft_model_state_dict(theirs, state, f"a{i}")
+    for active in ACTIVE:
+        theirs.layer.set_adapter(active)
+        adapters.set_adapter(ours, active)
+        for training in (False, True) if dropout else (False,):
+            outputs = []
+            for one in (theirs.train(training), ours.train(training)):
+                torch.manual_seed(3)
+                outputs.append(one(x))
+                outputs[-1].square().sum().backward()
+            torch.testing.assert_close(*outputs)
+        grads = [{n: p.grad for n, p in one.named_parameters() if p.grad is not None} for one in (theirs, ours)]
+        torch.testing.assert_close(grads[1], grads[0])
+        expected = ours.eval()(x).detach()
+        adapters.merge_adapter(ours)
+        torch.testing.assert_close(ours(x), expected)
+        if "bias" not in kinds:
+            theirs.layer.merge()
+            torch.testing.assert_close(ours.layer.base_layer.weight, theirs.layer.base_layer.weight)
+            theirs.layer.unmerge()
+        adapters.unmerge_adapter(ours)
+        adapters.merge_adapter(ours, active[:1])
+        torch.testing.assert_close(ours(x), expected)
+        adapters.unmerge_adapter(ours)
+        for one in (theirs, ours):
+            one.zero_grad()
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward of its own."""
+
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+@pytest.mark.parametrize("kinds", [("dora", "dora"), ("lora", "dora")], ids=str)
+def test_on_merged_ones_in_a_module_with_a_forward_of_its_own(kinds):
+    model, ids = nn.ModuleDict({"layer": Scaled(5, 4)}), torch.tensor([0, 3])
+    for i, kind in enumerate(kinds):
+        config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False, **OPTIONS[kind])
+        inject_adapter_in_model(config, model, f"a{i}")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+    for names in (["a0", "a1"], ["a1", "a0"]):
+        adapters.set_adapter(model, names)
+        expected = model["layer"](ids)
+        adapters.merge_adapter(model, names[:1])
+        torch.testing.assert_close(model["layer"](ids), expected)
+        adapters.merge_adapter(model)
+        torch.testing.assert_close(model["layer"](ids), expected)
 
 
 def test_a_new_adapter_starts_from_the_weights_without_merged_ones():
