@@ -1,13 +1,16 @@
-"""Which modules PEFT adapts where a config names none, by the model's `config.model_type`."""
+"""Which modules a config means on a known type of model (`config.model_type`): where it names none, or older names."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from .config import AdapterConfig
+from .experts import with_new_names
+
+C = TypeVar("C", bound=Any)
 
 TARGETS: dict[str, tuple[str, ...] | str] = {
     **dict.fromkeys(
@@ -87,8 +90,16 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """IA3's targets and feed-forward modules."""
 
 
-def with_targets(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """A copy of the config that names its targets, where it names none and the model's type is in PEFT's table.
+def with_targets(config: C, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> C:
+    """A copy of the config that names its targets as the model has them.
+
+    Where it names none and the model's type is in PEFT's table, these are the table's. Names that layers of experts had
+    before they were fused mean the fused parameters.
+
+    Args:
+        config: An adapter's config.
+        model: The model.
+        modules: Its modules by name; by default those of `named_modules`.
 
     >>> import types
     >>> from torchgraft.adapters import LoraConfig
@@ -99,8 +110,14 @@ def with_targets(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """
     about: Any = getattr(model, "config", None)
     kind = about.get("model_type") if isinstance(about, dict) else getattr(about, "model_type", None)
-    if config.target_modules is not None or kind is None:
+    if kind is None:
         return config
+    modules = dict(model.named_modules(remove_duplicate=False)) if modules is None else modules
+    config = with_new_names(config, kind, modules, model)
+    return config if config.target_modules is not None else _with_defaults(config, kind)
+
+
+def _with_defaults(config: C, kind: str) -> C:
     method = config.method.name
     if method == "IA3":
         if kind not in IA3:

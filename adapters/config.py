@@ -13,6 +13,7 @@ from torch import nn
 
 from torchgraft.functional import Method
 
+from .architectures import with_targets
 from .fields import check_fields
 from .fields import require as require
 from .form import Form
@@ -105,13 +106,26 @@ class AdapterConfig:
         name = self.method.name
         return PeftType(name) if name in PeftType.__members__ else name
 
+    def for_model(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Self:
+        """This config with its targets named as a model has them: PEFT's for its type where none are named.
+
+        Args:
+            model: The model.
+            modules: Its modules by name; by default those of `named_modules`.
+
+        Raises:
+            ValueError: Names that cannot be told apart in this model.
+        """
+        return with_targets(self, model, modules)
+
     def targets(self, model: nn.Module) -> list[str]:
         """Names of the modules of `model` to adapt, in the order of `named_modules`.
 
         Raises:
             ValueError: No target given, or nothing matched.
         """
-        return find_targets(self, dict(model.named_modules(remove_duplicate=False)), model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        return find_targets(self.for_model(model, modules), modules, model)
 
     def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
         """The tensors of a model that the adapter trains copies of, by path and leaf.

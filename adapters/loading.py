@@ -110,7 +110,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     sites = graft.sites[name]
     config: Any = graft.configs[name]
     _check_method(stored.config, config)
-    stored = dataclasses.replace(stored, config=stored.config.recall(config))
+    stored = dataclasses.replace(stored, config=stored.config.recall(config).for_model(graft.model, modules))
     planned, replaced = stored.plan(modules, graft.model), graft.replaced[name]
     _check_same(stored, config, sites, planned)
     _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
@@ -253,6 +253,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
         )
     shape = structure_for([stored.config], model)
     modules = bare_modules(shape)
+    stored = dataclasses.replace(stored, config=stored.config.for_model(shape, modules))
     sites = stored.plan(modules, shape)
     replaced = plan_replaced(stored.config, modules, model, sites)
     saved = saved_buffers(stored.config, modules)

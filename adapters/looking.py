@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft, bind
 from torchgraft.functional.site import Site
 
-from .architectures import with_targets
 from .config import require
 from .initial import FROM_DATA
 from .initial.configs import PLAIN
@@ -60,7 +59,7 @@ def looked_at(model: nn.Module, config: Any, kind: str) -> tuple[Graft, dict[str
         f"{FROM_DATA[kind]} takes a LoraConfig with init_lora_weights={kind!r}, and this one has "
         f"{getattr(config, 'init_lora_weights', None)!r}",
     )
-    plain = dataclasses.replace(with_targets(config, model), **PLAIN, modules_to_save=None, bias="none")
+    plain = dataclasses.replace(config, **PLAIN, modules_to_save=None, bias="none")
     graft = bind(model, plain, allow_unreached=True)
     for path, site in graft.sites[""].items():
         allowed = ("linear",) if kind == "corda" else ("linear", "embedding")

@@ -108,16 +108,6 @@ class LoraConfig(LoraFields):
             return self
         return dataclasses.replace(self, statistics=other.statistics)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as files have them; `target_modules` is `[]` where only parameters are adapted.
-
-        PEFT would else choose modules by the type of the model.
-        """
-        fields = super().to_dict()
-        if fields["target_parameters"] and fields["target_modules"] is None:
-            fields["target_modules"] = []
-        return fields
-
 
 def _fill_in(config: LoraConfig, kind: str | None) -> None:
     """Make the config of the chosen initialisation, and say which ones have no effect."""

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from torchgraft.functional.layers import is_linear
-
+from .experts import warn_of_experts
+from .matching import excluded, linear_names, matches
 from .target_parameters import find_parameters
 from .ties import embedding_for
 
@@ -44,7 +44,9 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     parameters = find_parameters(config, modules)
     if parameters and not config.target_modules:
         return parameters
-    return _find_modules(config, modules, model) + parameters
+    found = _find_modules(config, modules, model) + parameters
+    warn_of_experts(config, found, modules)
+    return found
 
 
 def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
@@ -56,11 +58,11 @@ def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
         )
     names = list(modules)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        linear = _linear_names(modules, model)
+        linear = linear_names(config, modules, model)
         matched = [name for name in names if name in linear]
     else:
-        matched = [name for name in names if _matches(config, name)]
-    found = [name for name in matched if not _excluded(config, name)]
+        matched = [name for name in names if matches(config, name)]
+    found = [name for name in matched if not excluded(config, name)]
     if getattr(config, "ensure_weight_tying", False):
         sources = {embedding_for(name, modules) for name in found}
         found = [name for name in names if name in sources]
@@ -92,50 +94,6 @@ def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
     targets = "|".join(map(re.escape, paths)) if unclear else list(paths)
     unused = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
     return dataclasses.replace(config, target_modules=targets, **unused)
-
-
-def _matches(config: Any, name: str) -> bool:
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    if name in targets:
-        return True
-    if not any(name.endswith(f".{target}") for target in targets):
-        return False
-    return _in_layers(config.layers_to_transform, config.layers_pattern, name)
-
-
-def _in_layers(layers: list[int] | int | None, patterns: list[str] | str | None, name: str) -> bool:
-    if layers is None or layers == []:
-        return True
-    wanted = [layers] if isinstance(layers, int) else layers
-    if not patterns:
-        expressions = [r".*?\.[^.]*\.(\d+)\."]
-    else:
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
-    for expression in expressions:
-        if match := re.match(expression, name):
-            return int(match[1]) in wanted
-    return False
-
-
-def _excluded(config: Any, name: str) -> bool:
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
-        return True
-    exclude = config.exclude_modules
-    if not exclude:
-        return False
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, name) is not None
-    return name in exclude or any(name.endswith(f".{one}") for one in exclude)
-
-
-def _linear_names(modules: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
-    """Every linear layer but the output layer of a model that knows one (`get_output_embeddings`)."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    return {name for name, module in modules.items() if is_linear(module) and module is not output}
 
 
 def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[str]) -> None:

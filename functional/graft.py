@@ -18,7 +18,7 @@ from .follow import Follows, follower, plan_follows
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
 from .parameters import AdaptedParameters, Key, check_apart, key_of
-from .plan import check_unchanged, plan_sites, structure_for
+from .plan import check_unchanged, for_model, plan_sites, structure_for
 from .pool import Pool
 from .references import check_references
 from .replaced import Plan, conflicts, exchange, exchanges, plan_replaced
@@ -57,7 +57,7 @@ class Graft:
         sites: dict[str, dict[str, Site]] | None = None,
     ):
         self.model = model = structure_for(configs.values(), model)
-        self.configs = copy.deepcopy(dict(configs))
+        self.configs = {name: for_model(copy.deepcopy(config), model) for name, config in configs.items()}
         self.named = named
         self.allow_unreached = allow_unreached
         modules = dict(model.named_modules(remove_duplicate=False))

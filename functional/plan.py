@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import nn
 
@@ -13,6 +14,8 @@ from .method import Config, Weights
 from .parameters import describe_parameter, find
 from .site import Site
 
+C = TypeVar("C", bound=Config)
+
 
 def structure_for(configs: Iterable[Config], model: nn.Module) -> nn.Module:
     """The model that configs are for: one that shares all tensors with this, where they ask for more layers."""
@@ -20,6 +23,12 @@ def structure_for(configs: Iterable[Config], model: nn.Module) -> nn.Module:
         change = getattr(config, "structure", None)
         model = model if change is None else change(model)
     return model
+
+
+def for_model(config: C, model: nn.Module) -> C:
+    """The config with its targets named as a model has them, for configs that speak of kinds of models."""
+    change = getattr(config, "for_model", None)
+    return config if change is None else change(model)
 
 
 def plan_sites(

@@ -17,7 +17,7 @@ from .graft import Graft
 from .leaves import initialise, shapes_of
 from .method import Config, Entry, Tree
 from .parameters import Key, key_of
-from .plan import plan_sites, structure_for
+from .plan import for_model, plan_sites, structure_for
 from .replaced import plan_replaced
 from .routed import Chosen, with_constants
 from .rows import PerAdapter, Rows, is_readable
@@ -38,9 +38,9 @@ class StackedGraft(Graft):
     """
 
     def __init__(self, model: nn.Module, members: Sequence[Config], allow_unreached: bool):
-        self.members = list(members)
+        model = structure_for(members, model)
+        self.members = [for_model(config, model) for config in members]
         check_configs(self.members)
-        model = structure_for(self.members, model)
         modules = dict(model.named_modules(remove_duplicate=False))
         self._plans = [plan_sites(config, modules, config.targets(model)) for config in self.members]
         _check_leaves(self.members, self._plans)

@@ -20,7 +20,6 @@ from torchgraft.functional.plan import plan_sites, weights_of, with_parts
 from torchgraft.functional.replaced import Plan, each, plan_replaced
 from torchgraft.functional.site import PARAMETERS, Site
 
-from ..architectures import with_targets
 from ..config import AdapterConfig
 from ..keys import names_of, split_key
 from ..replaced import saved_modules
@@ -100,7 +99,7 @@ def _inject(
 ) -> nn.Module:
     config, modules = copy.deepcopy(peft_config), bare_modules(model)
     if state_dict is None:
-        config = with_targets(config, model)
+        config = config.for_model(model, modules)
         paths = find_targets(config, modules, model)
     else:
         config, paths = _from_keys(config, state_dict, modules, model)

@@ -93,7 +93,7 @@ def test_what_matches_nothing():
     with pytest.raises(ValueError, match="target_parameters is 'down_proj', expected"):
         LoraConfig(target_parameters="down_proj")
     with pytest.raises(ValueError, match="target_modules is None"):
-        names(model, target_parameters=[])
+        names(nn.Sequential(nn.Linear(2, 2)), target_parameters=[])
 
 
 def test_patterns_speak_of_parameters():

@@ -1,0 +1,63 @@
+"""PEFT's rules for names of modules (its `tuners/tuners_utils.py`), as functions of a config and a name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from torchgraft.functional.layers import is_linear
+
+
+def matches(config: Any, name: str) -> bool:
+    """Return whether `target_modules` and the fields for layers mean a name, whatever is excluded."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{target}") for target in targets):
+        return False
+    return _in_layers(config.layers_to_transform, config.layers_pattern, name)
+
+
+def _in_layers(layers: list[int] | int | None, patterns: list[str] | str | None, name: str) -> bool:
+    if layers is None or layers == []:
+        return True
+    wanted = [layers] if isinstance(layers, int) else layers
+    if not patterns:
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
+    else:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+    for expression in expressions:
+        if match := re.match(expression, name):
+            return int(match[1]) in wanted
+    return False
+
+
+def excluded(config: Any, name: str) -> bool:
+    """Return whether `exclude_modules` means a name, or `modules_to_save` does."""
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+        return True
+    exclude = config.exclude_modules
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return name in exclude or any(name.endswith(f".{one}") for one in exclude)
+
+
+def linear_names(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
+    """List every linear layer but the output layer: that of `get_output_embeddings`, or a classifier's head.
+
+    As in PEFT, a head is left out where the config's `task_type` is `"SEQ_CLS"`, and the model is one of transformers.
+    """
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    output = getattr(output, "base_layer", output)
+    if output is None and callable(get_output) and config.task_type == "SEQ_CLS":
+        output = next((modules[name] for name in ("score", "classifier") if name in modules), None)
+    return {name for name, module in modules.items() if is_linear(module) and module is not output}
