@@ -81,11 +81,13 @@ def _biases(
         bias = module._parameters.get("bias")
         if bias is not None and id(module) in wanted:
             found.setdefault(id(bias), []).append(f"{path}.bias" if path else "bias")
-    require(
-        bool(found),
-        config,
-        f"bias is {config.bias!r}, and none of the modules that it means has a bias; leave it at 'none'",
-    )
+    if not found:
+        warnings.warn(
+            f"{type(config).__name__}: bias is {config.bias!r}, and none of the modules that it means has a bias, so "
+            "none is trained; it is the same as 'none' here",
+            UserWarning,
+            stacklevel=2,
+        )
     return map(tuple, found.values())
 
 

@@ -169,8 +169,8 @@ def _inject(
         owner: Any = named(model, ModulesToSaveWrapper)[at].modules_to_save[adapter_name]
         wrapper.add(adapter_name, tied={name: owner.get_parameter(f"{source}.{leaf}".removeprefix(f"{at}."))})
         _hang(wrapper, parents[id(module)], disabled)
-    if config.bias != "none":
-        mine = [(path, leaf) for path, leaf, _ in each(replaced) if leaf == "bias" and not _within(path, saved)]
+    mine = [(path, leaf) for path, leaf, _ in each(replaced) if leaf == "bias" and not _within(path, saved)]
+    if config.bias != "none" and mine:
         given = {} if params is None else {path: params[path][leaf] for path, leaf in mine}
         vars(model)[ATTRIBUTE] = Biases(adapter_name, {path: modules[path] for path, _ in mine}, given)
         if disabled:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -159,8 +160,34 @@ def test_files_of_peft_with_saved_modules_and_biases(tmp_path):
     torch.testing.assert_close(graft(load_adapter(graft, tmp_path), x), theirs(x))
 
 
-def test_nothing_to_train_is_an_error():
-    with pytest.raises(ValueError, match=r"bias is 'lora_only', and none of the modules that it means has a bias"):
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_biases_has_none_to_train(method, bias, tmp_path):
+    mine, theirs = configs(method, **fields(bias, method))
+    make = lambda: nn.Sequential(OrderedDict(first=nn.Linear(8, 8, bias=False)))  # noqa: E731
+    model, other, x = make(), make(), torch.randn(2, 8)
+    other.load_state_dict(model.state_dict())
+    wrapped = numbers(peft.get_peft_model(copy.deepcopy(model), theirs).eval())
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match=f"bias is '{mine.bias}', and none of the modules that it means has a bias"):
+        load_adapter(other, tmp_path / "theirs")
+    torch.testing.assert_close(other(x), wrapped(x))
+    with pytest.warns(UserWarning, match="so none is trained"):
+        graft = bind(model, mine)
+    with pytest.warns(UserWarning, match="so none is trained"):
+        params = load_adapter(graft, tmp_path / "theirs")
+    assert list(params["first"]) == sorted(graft.init()["first"]) and "bias" not in params["first"]
+    torch.testing.assert_close(graft(params, x), wrapped(x))
+    save_adapter(other, tmp_path / "mine")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "mine").eval()
+    torch.testing.assert_close(again(x), wrapped(x))
+    with pytest.warns(UserWarning, match="so none is trained"):
+        adapters.inject_adapter_in_model(mine, other, "second")
+    assert all(".second" in name for name, p in other.named_parameters() if p.requires_grad)
+
+
+def test_nothing_to_train_is_said():
+    with pytest.warns(UserWarning, match=r"bias is 'lora_only', and none of the modules that it means has a bias"):
         bind(
             nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)),
             LoraConfig(target_modules=["0"], bias="lora_only"),
