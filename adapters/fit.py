@@ -83,7 +83,9 @@ def fit(
         shapes[path, leaf] = one.shape
     tied = {name: (*where, False) for name, where in other_names(replaced).items()}
     for path, follow in follows.items():
-        tied |= {join(config, path, own): (follow.source, leaf, True) for own, leaf in follow.leaves.items()}
+        tied |= {
+            join(config, path, own): (follow.source, leaf, follow.transposed) for own, leaf in follow.leaves.items()
+        }
     shared = {f"{SHARED}{name}": name for name in config.form.shared}
     parts, rest = Parts({}, {}, {}, {}, {}), []
     for key, name in _stripped(weights).items():

@@ -63,9 +63,15 @@ def tied_to(path: str, modules: Modules) -> list[str]:
 
 
 def embedding_for(path: str, modules: Modules) -> str:
-    """The embedding whose matrix a module has as its weight, or the module itself."""
+    """The first embedding whose matrix a module has as its weight, or the module itself.
+
+    >>> first, second = nn.Embedding(3, 2), nn.Embedding(3, 2)
+    >>> second.weight = first.weight
+    >>> embedding_for("second", {"first": first, "second": second})
+    'first'
+    """
     weight = modules[path]._parameters.get("weight")
-    if weight is None or isinstance(modules[path], nn.Embedding):
+    if weight is None:
         return path
     same = [name for name, one in modules.items() if one._parameters.get("weight") is weight]
     return next((name for name in same if isinstance(modules[name], nn.Embedding)), path)

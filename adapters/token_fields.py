@@ -14,6 +14,10 @@ from .config import AdapterConfig
 from .fields import require
 from .ties import tied_to
 
+_TURNED = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
+_SAME = {name: name for name in ("lora_embedding_A", "lora_embedding_B")}
+"""An embedding's leaves by the names that a linear layer, or another embedding, of the same weight has for them."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class TokenFields(AdapterConfig):
@@ -71,5 +75,7 @@ class TokenFields(AdapterConfig):
                 UserWarning,
                 stacklevel=2,
             )
-        turned = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
-        return {other: Follow(path, turned) for other, path in found.items()}
+        return {
+            other: Follow(path, _SAME, False) if isinstance(modules[other], nn.Embedding) else Follow(path, _TURNED)
+            for other, path in found.items()
+        }

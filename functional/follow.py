@@ -23,11 +23,13 @@ class Follow:
 
     Attributes:
         source: Path of the other site.
-        leaves: Its leaves, each transposed, by the names that they have here.
+        leaves: Its leaves, by the names that they have here.
+        transposed: Whether each is transposed here.
     """
 
     source: str
     leaves: Mapping[str, str]
+    transposed: bool = True
 
     def turned(self, leaves: Leaves) -> Leaves:
         """The other site's leaves as this site has them.
@@ -36,7 +38,7 @@ class Follow:
         >>> Follow("embed", {"a": "b"}).turned({"b": torch.zeros(2, 3)})["a"].shape
         torch.Size([3, 2])
         """
-        return {own: leaves[theirs].mT for own, theirs in self.leaves.items()}
+        return {own: leaves[theirs].mT if self.transposed else leaves[theirs] for own, theirs in self.leaves.items()}
 
 
 Follows = Mapping[str, Follow]

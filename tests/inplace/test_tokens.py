@@ -315,3 +315,65 @@ def test_a_tied_lora_has_one_pair_of_matrices():
         bind(llama(True), [config, config])
     with pytest.warns(UserWarning, match="ensure_weight_tying is True, and nothing that is trained is tied"):
         bind(llama(True), configs({"ensure_weight_tying": True})[0])
+
+
+class Part(nn.Module):
+    """An encoder or a decoder with an embedding of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.linear = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return self.linear(self.embed_tokens(ids))
+
+
+class Shared(nn.Module):
+    """An encoder-decoder whose embeddings are separate modules that share one weight, with its head."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        f"{name}.weight": "shared.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    }
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = type("Config", (dict,), {"tie_word_embeddings": True, "to_dict": dict})(tie_word_embeddings=True)
+        self.shared, self.encoder, self.decoder = nn.Embedding(10, 8), Part(), Part()
+        self.lm_head = nn.Linear(8, 10, bias=False)
+        for module in (self.encoder.embed_tokens, self.decoder.embed_tokens, self.lm_head):
+            module.weight = self.shared.weight
+        self.double()
+
+    def get_input_embeddings(self):
+        return self.shared
+
+    def forward(self, ids):
+        return self.lm_head(self.encoder(ids) + self.decoder(ids) + self.shared(ids))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "shared", "decoder.embed_tokens"])
+def test_embeddings_of_their_own_that_share_a_weight_have_one_adapter(name, tmp_path):
+    model, ids = Shared(), torch.arange(10)
+    config = LoraConfig(r=2, target_modules=["linear", name], ensure_weight_tying=True)
+    graft = bind(model, config)
+    assert sorted(graft.init()) == ["decoder.linear", "encoder.linear", "shared"]
+    mine = numbers(adapters.inject_adapter_in_model(config, Shared()))
+    params = extract_params(mine)
+    assert {path: set(leaves) for path, leaves in params.items()} == {
+        path: set(leaves) for path, leaves in graft.init().items()
+    }
+    expected = torch.func.functional_call(model, merge(graft, params), (ids,))
+    torch.testing.assert_close(graft(params, ids), expected)
+    torch.testing.assert_close(mine(ids), expected)
+    save_adapter(mine, tmp_path)
+    torch.testing.assert_close(load_adapter(Shared(), tmp_path)(ids), expected)
+    torch.testing.assert_close(graft(load_adapter(graft, tmp_path), ids), expected)
+    if name != "shared":  # which is the only one that PEFT adapts then
+        theirs = peft.inject_adapter_in_model(
+            peft.LoraConfig(r=2, target_modules=["linear", name], ensure_weight_tying=True), Shared()
+        )
+        own = adapters.get_peft_model_state_dict(mine)
+        assert own.keys() == peft.get_peft_model_state_dict(theirs).keys()
+        peft.set_peft_model_state_dict(theirs, own)
+        torch.testing.assert_close(theirs(ids), expected)
