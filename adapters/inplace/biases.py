@@ -21,6 +21,8 @@ class Biases:
     Attributes:
         adapter: Name of the adapter.
         modules: The modules whose biases they are, by path.
+        merged_adapters: The adapter's name while it is merged: its biases are in their places then, also if another
+            adapter is the active one.
     """
 
     def __init__(self, adapter: str, modules: Mapping[str, nn.Module], given: Mapping[str, Tensor]):
@@ -32,6 +34,7 @@ class Biases:
             like = parameter.detach()
             self._away[path] = like.clone() if value is None else value.detach().to(like.device, like.dtype)
         self._in = False
+        self.merged_adapters: list[str] = []
         self._active: list[str] = []
         self._disabled = False
 
@@ -52,6 +55,11 @@ class Biases:
         return {
             path: self._away[path] if self._in else parameter.detach() for path, parameter in self.named_parameters()
         }
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the adapter's biases are in their places, and the base's own kept elsewhere."""
+        return self._in
 
     @property
     def active_adapters(self) -> list[str]:
@@ -93,8 +101,32 @@ class Biases:
             self.activate([], False)
             self.modules = {}
 
+    def check_merge(self, names: Iterable[str]) -> None:
+        """Do nothing: only one adapter has biases."""
+
+    def remerge(self, names: Iterable[str], safe: bool = False) -> None:
+        """Count the adapter as merged if it is among these.
+
+        Raises:
+            ValueError: Biases that are not finite where `safe`.
+        """
+        names = [name for name in names if name == self.adapter]
+        for path, value in self.tensors().items() if safe and names else ():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{path}: bias with {names} merged has values that are not finite")
+        self.merged_adapters = names
+        self._swap()
+
+    def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Count the adapter as merged no longer, if it is among these."""
+        if adapter_names is None or self.adapter in adapter_names:
+            self.remerge([])
+
+    def check_unwritten(self) -> None:
+        """Do nothing: the base's own biases are kept."""
+
     def _swap(self) -> None:
-        wanted = self.adapter in self._active and not self._disabled
+        wanted = self.adapter in [*self._active, *self.merged_adapters] and not self._disabled
         if wanted == self._in:
             return
         for path, parameter in self.named_parameters():

@@ -135,7 +135,7 @@ def _inject(
     old = list(layers(model).values())
     carriers = {key_of(layer): layer for layer in old}
     wrappers = {id(wrapper.original_module): wrapper for wrapper in named(model, ModulesToSaveWrapper).values()}
-    take_out(old)
+    take_out(parts(model))
 
     disabled = bool(old) and all(layer.disable_adapters for layer in old)
     for path, entry in entries.items():
@@ -154,13 +154,13 @@ def _inject(
     embeddings = {id(one.token_adapter.base_layer): one for one in named(model, TrainableTokensWrapper).values()}
     for path, leaf, one in each(replaced):
         if leaf == TOKENS and one.rows is not None:
-            tokens = embeddings.setdefault(id(modules[path]), TrainableTokensWrapper(modules[path]))
+            tokens = embeddings.setdefault(id(modules[path]), TrainableTokensWrapper(modules[path], path))
             tokens.add(adapter_name, one.rows, None if params is None else params[path][leaf])
             _hang(tokens, parents[id(modules[path])], disabled)
     for path, (source, leaf, name) in followers.items():
         module = modules[path]
         if leaf == TOKENS:
-            tokens = embeddings.setdefault(id(module), TrainableTokensWrapper(module))
+            tokens = embeddings.setdefault(id(module), TrainableTokensWrapper(module, path))
             tokens.follow(adapter_name, embeddings[id(modules[source])])
             _hang(tokens, parents[id(module)], disabled)
             continue

@@ -15,6 +15,7 @@ class ModulesToSaveWrapper(nn.Module):
     Attributes:
         original_module: The user's module, frozen.
         modules_to_save: The copies.
+        merged_adapters: Names of the merged adapters that have a copy here, which runs as if it were active.
     """
 
     def __init__(self, original_module: nn.Module):
@@ -22,6 +23,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.original_module: Any = original_module
         self.modules_to_save = nn.ModuleDict().train(original_module.training)
         self.training = original_module.training
+        self.merged_adapters: list[str] = []
         self._tied: dict[str, set[str]] = {}
         self._active: list[str] = []
         self._disabled = False
@@ -135,9 +137,36 @@ class ModulesToSaveWrapper(nn.Module):
     @property
     def current(self) -> nn.Module:
         """The module that runs now."""
-        if self._disabled or not self._active:
-            return self.original_module
-        return self.modules_to_save[self._active[0]]
+        return self.original_module if self._disabled else self._of([*self.merged_adapters, *self._active])
+
+    @property
+    def merged_module(self) -> nn.Module:
+        """The copy of a merged adapter, or else the user's module."""
+        return self._of(self.merged_adapters)
+
+    def _of(self, names: list[str]) -> nn.Module:
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+    def check_merge(self, names: Iterable[str]) -> None:
+        """Refuse several adapters that have a copy here."""
+        here = [name for name in names if name in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(
+                f"adapters {here} each have a copy of {type(self.original_module).__name__} (modules_to_save), so "
+                "only one of them can be merged; name one in adapter_names"
+            )
+
+    def remerge(self, names: Iterable[str], safe: bool = False) -> None:
+        """Count just these adapters as merged."""
+        self.merged_adapters = [name for name in names if name in self.modules_to_save]
+
+    def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Count these adapters, by default all, as merged no longer."""
+        names = self.merged_adapters if adapter_names is None else list(adapter_names)
+        self.remerge([name for name in self.merged_adapters if name not in names])
+
+    def check_unwritten(self) -> None:
+        """Do nothing: no weight is changed here."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy, or the user's module."""

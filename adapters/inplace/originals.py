@@ -60,10 +60,17 @@ class Originals:
         site = layer.entry.site
         check_mergeable(site, module)
         self.check_unwritten(module, site.path)
-        merged = site.stored(*layer.dense())
+        self.put(module, site.path, site.stored(*layer.dense()), names, safe)
+
+    def put(self, module: nn.Module, path: str, merged: Mapping[str, Tensor], names: Iterable[str], safe: bool) -> None:
+        """Give the module these tensors, by name; its parameters stay the same objects.
+
+        Raises:
+            ValueError: One that is not finite where `safe`.
+        """
         for leaf, value in merged.items():
             if safe and not torch.isfinite(value).all():
-                raise ValueError(f"{site.path}: {leaf} with {list(names)} merged has values that are not finite")
+                raise ValueError(f"{path}: {leaf} with {list(names)} merged has values that are not finite")
         for leaf, value in merged.items():
             own = own_tensor(module, leaf)
             if own is None:

@@ -23,8 +23,9 @@ from .biases import biases_of, put_bias
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .parameters import ParameterLayer
+from .switch import put_in, take_out
 from .tokens import TrainableTokensWrapper
-from .walk import bare_copy, layers, named, unwrap
+from .walk import bare_copy, layers, named, parts, unwrap
 
 
 class IncompatibleKeys(NamedTuple):
@@ -72,7 +73,13 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
 def _biases(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The base's biases as an adapter has them, by path."""
     biases = biases_of(model)
-    return biases.tensors() if biases is not None and biases.adapter == adapter_name else {}
+    if biases is None or biases.adapter != adapter_name:
+        return {}
+    found = layers(model) if biases.in_place else {}
+    merged = {
+        path: layer.originals.tensors["bias"] for path, layer in found.items() if "bias" in layer.originals.tensors
+    }
+    return {path: merged.get(path, tensor) for path, tensor in biases.tensors().items()}
 
 
 def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
@@ -253,8 +260,8 @@ def set_peft_model_state_dict(
     if wrong:
         warnings.warn(f"tensors of another shape were left out: {'; '.join(wrong.values())}", UserWarning, stacklevel=2)
     found = layers(model)
-    for layer in found.values():
-        layer.check_unwritten()
+    merged = [(part, list(part.merged_adapters)) for part in parts(model)]
+    take_out(part for part, _ in merged)
     bases = {_place(path, found): _like(layer) for path, layer in found.items()}
     adapted = [path for path, layer in found.items() if adapter_name in layer.entries]
     biases = {
@@ -270,8 +277,7 @@ def set_peft_model_state_dict(
             _put_shared(model, adapter_name, key.removeprefix(SHARED), given[key])
         else:
             _put_base(model, key, given[key])
-    for layer in found.values():
-        layer.remerge(layer.merged_adapters)
+    put_in(merged)
     missing = [key for key in (*own, *constants) if key not in given]
     return IncompatibleKeys(missing, [key for key in given if key not in expected])
 
@@ -346,6 +352,10 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for path, layer in ((_owner(path, layer), layer) for path, layer in layers(model).items())
         for leaf, tensor in layer.originals.tensors.items()
     }
+    for path, tokens in named(model, TrainableTokensWrapper).items():
+        original |= {f"{path}.{leaf}": tensor for leaf, tensor in tokens.originals.items()}
+    if (biases := biases_of(model)) is not None and biases.in_place:
+        original |= {f"{path}.bias": tensor for path, tensor in biases.originals().items()}
     return {name: original.get(name, tensor) for name, tensor in bare_copy(model).state_dict().items()}
 
 

@@ -63,7 +63,7 @@ def set_adapter(
         if isinstance(part, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             part.check(names)
     chosen = [part for part in chosen if isinstance(part, (layer_cls, *_BESIDE))]
-    take_out(part for part in chosen if isinstance(part, BaseTunerLayer))
+    take_out(chosen)
     for part in chosen:
         part.set_adapter(names, inference_mode=inference_mode)
 
@@ -86,9 +86,9 @@ def disable_adapter_layers(model: nn.Module) -> None:
     Raises:
         RuntimeError: Something else wrote to the weights while adapters were merged.
     """
-    model = unwrap(model)
-    take_out(layers(model).values())
-    for part in parts(model):
+    found = list(parts(unwrap(model)))
+    take_out(found)
+    for part in found:
         part.enable_adapters(False)
 
 
@@ -98,17 +98,26 @@ def enable_adapter_layers(model: nn.Module) -> None:
         part.enable_adapters(True)
 
 
-def take_out(found: Iterable[BaseTunerLayer], adapter_names: list[str] | None = None) -> None:
-    """Unmerge these layers: all of them or, on an error, none.
+def take_out(found: Iterable[Any], adapter_names: list[str] | None = None) -> None:
+    """Unmerge these layers, and what adapters have beside them: all of them or, on an error, none.
 
     Raises:
         RuntimeError: Something else wrote to the weights while adapters were merged.
     """
     found = list(found)
-    for layer in found:
-        layer.check_unwritten()
-    for layer in found:
-        layer.unmerge(adapter_names)
+    for part in found:
+        part.check_unwritten()
+    for part in found:
+        part.unmerge(adapter_names)
+
+
+def put_in(merged: Iterable[tuple[Any, list[str]]]) -> None:
+    """Merge these adapters into these parts of a model, of which nothing is merged: `[(part, names), ...]`.
+
+    Layers come last, for they merge the biases that are in their places.
+    """
+    for part, names in sorted(merged, key=lambda one: isinstance(one[0], BaseTunerLayer)):
+        part.remerge(names)
 
 
 @contextlib.contextmanager
@@ -133,18 +142,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         known = adapter_names(model)
         for part in parts(model):
-            disabled, active, merged = before.get(id(part), (False, part.active_adapters, []))
+            disabled, active, _ = before.get(id(part), (False, part.active_adapters, []))
             part.set_adapter([name for name in active if name in known])
             part.enable_adapters(not disabled)
-            if isinstance(part, BaseTunerLayer):
-                part.remerge(merged)
+        put_in((part, before[id(part)][2]) for part in parts(model) if id(part) in before)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
 
 def _state(part: Any) -> tuple[bool, list[str], list[str]]:
-    merged = list(part.merged_adapters) if isinstance(part, BaseTunerLayer) else []
-    return part.disable_adapters, list(part.active_adapters), merged
+    return part.disable_adapters, list(part.active_adapters), list(part.merged_adapters)
 
 
 def delete_adapter(

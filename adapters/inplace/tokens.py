@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchgraft.functional.replaced import over
+
+from .originals import Originals
 
 
 class TrainableTokensLayer(nn.Module):
@@ -48,11 +50,16 @@ class TrainableTokensWrapper(nn.Module):
 
     Attributes:
         token_adapter: The module and the rows.
+        path: Name of the module in the model, for messages.
+        merged_adapters: Names of the adapters whose rows are part of the module's weight now.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, path: str = ""):
         super().__init__()
         self.token_adapter = TrainableTokensLayer(module)
+        self.path = path
+        self.merged_adapters: list[str] = []
+        self._originals = Originals()
         self.training = module.training
         self._sources: dict[str, list[TrainableTokensWrapper]] = {}  # in a list, which keeps it out of the module tree
         self._active: list[str] = []
@@ -113,14 +120,29 @@ class TrainableTokensWrapper(nn.Module):
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse adapters that have rows for the same token."""
+        for first, second, index in self._overlaps(names):
+            raise ValueError(
+                f"adapters {first!r} and {second!r} both train token {index} (trainable_token_indices), so only one of "
+                "them can be active; set one"
+            )
+
+    def check_merge(self, names: Iterable[str]) -> None:
+        """Refuse adapters that have other numbers for the same token."""
+        for first, second, index in self._overlaps(names):
+            one, two = (rows[indices.index(index)] for rows, indices in map(self.rows, (first, second)))
+            if not torch.equal(one, two.to(one)):
+                raise ValueError(
+                    f"{self.path}: adapters {first!r} and {second!r} have other numbers for token {index} "
+                    "(trainable_token_indices), so only one of them can be merged; name one in adapter_names"
+                )
+
+    def _overlaps(self, names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
+        """Pairs of these adapters that have rows for one token, and the token."""
         owners: dict[int, str] = {}
         for name in [name for name in names if name in self.adapters]:
             for index in self.rows(name)[1]:
                 if owners.setdefault(index, name) != name:
-                    raise ValueError(
-                        f"adapters {owners[index]!r} and {name!r} both train token {index} (trainable_token_indices), "
-                        "so only one of them can be active; set one"
-                    )
+                    yield owners[index], name, index
 
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapters' rows, or none."""
@@ -145,17 +167,66 @@ class TrainableTokensWrapper(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight with the active rows in it."""
-        names = [] if self._disabled else self._active
-        return self.token_adapter.weight_with(self.rows(name) for name in names)
+        return self.token_adapter.weight_with(self.rows(name) for name in self._running)
 
-    def bake(self) -> None:
-        """Make the active rows part of the base's weight."""
-        if self._active and not self._disabled:
-            self.token_adapter.base_layer.weight.data = self.weight.detach()
+    @property
+    def _running(self) -> list[str]:
+        """The active adapters that are not merged."""
+        return [] if self._disabled else [name for name in self._active if name not in self.merged_adapters]
+
+    @property
+    def originals(self) -> Mapping[str, Tensor]:
+        """The base's tensors as they are without merged rows, by name; those that merging changed."""
+        found = self._originals.tensors
+        sources = (self._sources[name][0] for name in self.merged_adapters if self._is_shared(name))
+        return next((source.originals for source in sources), found)
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether an adapter's rows are merged where another module has them, into the same parameter."""
+        source = self._sources.get(name)
+        return source is not None and source[0].token_adapter.base_layer.weight is self.token_adapter.base_layer.weight
+
+    def remerge(self, names: Iterable[str], safe: bool = False) -> None:
+        """Have just the rows of these adapters in the base's weight.
+
+        Raises:
+            ValueError: Rows that are not finite where `safe`.
+            RuntimeError: Something else wrote to the weight while rows were merged.
+        """
+        names = [name for name in names if name in self.adapters]
+        base, own = self.token_adapter.base_layer, [name for name in names if not self._is_shared(name)]
+        if self._originals.tensors:
+            self._originals.restore(base, self.path)
+        self.merged_adapters = []
+        if own:
+            with torch.no_grad():
+                weight = self.token_adapter.weight_with(self.rows(name) for name in own)
+            self._originals.put(base, self.path, {"weight": weight}, names, safe)
+        self.merged_adapters = names
+
+    def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Take merged rows, by default all, out of the base's weight again, bit for bit."""
+        names = self.merged_adapters if adapter_names is None else list(adapter_names)
+        if set(names) & set(self.merged_adapters):
+            self.remerge([name for name in self.merged_adapters if name not in names])
+
+    def check_unwritten(self) -> None:
+        """Make sure that nothing else wrote to the weight while rows were merged.
+
+        Raises:
+            RuntimeError: Something did.
+        """
+        self._originals.check_unwritten(self.token_adapter.base_layer, self.path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableTokensWrapper:
+        super()._apply(fn, recurse)
+        if self._originals.tensors:
+            self._originals.apply(self.token_adapter.base_layer, fn)
+        return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The user's module with the active rows."""
-        if self._disabled or not self._active:
+        if not self._running:
             return self.token_adapter.base_layer(x, *args, **kwargs)
         return self.token_adapter.run(self.weight, x, args, kwargs)
 
