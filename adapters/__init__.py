@@ -27,6 +27,7 @@ from .inplace import delete_adapter as delete_adapter
 from .inplace import disable_adapter as disable_adapter
 from .inplace import disable_adapter_layers as disable_adapter_layers
 from .inplace import enable_adapter_layers as enable_adapter_layers
+from .inplace import extract_config as extract_config
 from .inplace import extract_graft as extract_graft
 from .inplace import extract_params as extract_params
 from .inplace import get_base_model_state_dict as get_base_model_state_dict

@@ -25,6 +25,7 @@ from .config import require
 from .form import Form, Value
 from .lora_fields import LoraFields
 from .low_rank import add_scaled, add_to_linear, route_to_linear
+from .scalings import of_adalora
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -235,6 +236,7 @@ AdaLoraConfig.form = Form(
     prefix="lora_",
     dropout="lora_dropout",
     infer=_infer,
+    express=of_adalora,
     parameters=("lora_A", "lora_B", "lora_E"),
     values={
         "lora_alpha": Value(lambda config, site: config.lora_alpha),

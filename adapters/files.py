@@ -22,12 +22,12 @@ from .config import AdapterConfig
 from .folder import WEIGHTS, Folder, check_name, find_folder, open_pair, read_config, write_config, write_pair
 from .headers import open_weights
 from .inplace import get_peft_model_state_dict
-from .inplace.state import config_of, shared_tensors
+from .inplace.state import config_of, shared_tensors, source_sites
 from .inplace.walk import layers, unwrap
 from .keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from .loading import Stored, load_into_graft, load_into_model
 from .plain import plain as to_plain
-from .plain import warn_of_raw
+from .plain import raw
 from .replaced import other_names, saved_buffers
 from .strict_json import parse_object
 
@@ -260,18 +260,15 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: 
     }
     if plain:
         leaves = {path: dict(layer.leaves(adapter_name)) for path, layer in layers(model).items() if path in sites}
-        config, tree = to_plain(config, sites, leaves)
+        config, tree = to_plain(config, source_sites(model, adapter_name), leaves)
         state |= to_keys(config, tree, at=places(sites))
     else:
-        warn_of_raw(config)
+        config = raw(config, source_sites(model, adapter_name))
     return model, config, sites, {key if key in shared else f"{PREFIX}{key}": t for key, t in state.items()}
 
 
 def _formed(config: Any, sites: Mapping[str, Site], tree: Tree, plain: bool) -> tuple[Any, Tree]:
-    if plain:
-        return to_plain(config, sites, tree)
-    warn_of_raw(config)
-    return config, tree
+    return to_plain(config, sites, tree) if plain else (raw(config, sites), tree)
 
 
 def _snapshot(key: str, tensor: Tensor) -> Tensor:

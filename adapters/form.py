@@ -46,6 +46,8 @@ class Form:
             leaf's dtype.
         saves_shared: `(config) -> bool`, whether files hold them.
         infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
+        express: `(config, {path: site}) -> fields` of a config that plans the numbers that these sites have now, where
+            values can be written; none where they are the config's own.
         input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
             is the outermost.
         reads: Fields that change what `apply` computes beyond what `plan` makes of them; dropout, which is for training
@@ -70,6 +72,7 @@ class Form:
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
+    express: Callable[[Any, Mapping[str, Site]], dict[str, Any]] | None = None
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None

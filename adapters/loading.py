@@ -166,7 +166,7 @@ def _check_same_replaced(own: Plan, given: Plan) -> None:
 
 
 def _check_method(config: AdapterConfig, own: Any) -> None:
-    if config.method is not own.method:
+    if config.method.name != own.method.name:
         raise ValueError(
             f"peft_type is {config.method.name}, and the graft was bound with {type(own).__name__}; bind the model "
             "with the file's config: AdapterConfig.from_pretrained(path)"
@@ -202,7 +202,7 @@ def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Ma
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether constants are the same; those made of weights may differ in their last bits from one time to another."""
-    if not isinstance(a, Tensor):
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return bool(a == b)
     return a.shape == b.shape and torch.allclose(a, b.to(a), rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 

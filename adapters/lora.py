@@ -33,6 +33,7 @@ from .initial.configs import CONFIGS, made
 from .lora_fields import LoraFields
 from .lora_forward import BIAS, names
 from .lora_parameters import check_parameter, factors_of_parameter
+from .scalings import alpha_at, of_lora, scaling_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -154,10 +155,9 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
         )
     planned: dict[str, dict[str, Any]] = {}
     for site in sites:
-        r, alpha = config.r, config.lora_alpha
+        r, alpha = config.r, alpha_at(config, site)
         for path in filter(None, (site.within, site.path)):
             r = by_pattern(config.rank_pattern, path, r)
-            alpha = by_pattern(config.alpha_pattern, path, alpha)
         require(isinstance(r, int) and r > 0, config, f"r is {r!r} at {site.path}, expected a positive integer")
         require(
             r % site.groups == 0,
@@ -175,8 +175,8 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             f"init_lora_weights is {config.init_lora_weights!r} and use_dora is {config.use_dora}; at {site.path}, a "
             "MultiheadAttention, only True, False or 'gaussian' work, without DoRA; leave it out of target_modules",
         )
-        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
+        scaling = scaling_of(config, r, alpha)
+        planned[site.path] = {"r": r, "scaling": scaling}
         planned[site.path] |= constants(config, site, r, scaling, weights)
     return planned
 
@@ -329,11 +329,12 @@ LoraConfig.form = Form(
     parameters=("lora_embedding_A", "lora_embedding_B"),
     holder=_holder,
     infer=_infer,
+    express=of_lora,
     fixed=_fixed,
     reads=("use_dora", "lora_bias"),
     starts={"lora_A": "initial_A", "lora_B": "initial_B"},
     values={
-        "lora_alpha": Value(lambda config, site: site.constants["lora_alpha"]),
+        "lora_alpha": Value(alpha_at),
         "r": Value(lambda config, site: site.constants["r"]),
         "scaling": Value(
             lambda config, site: site.constants["scaling"], lambda config, site, value: {"scaling": value}

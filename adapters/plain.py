@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from .initial import FROM_DATA, REMOVING, kind_of
 from .initial.configs import PLAIN
 from .lora import LoraConfig
 from .lora_forward import names
+from .scalings import check_raw, expressed
+
+C = TypeVar("C", bound=AdapterConfig)
 
 
 def to_plain(graft: Graft, params: Tree, adapter_name: str = "default") -> tuple[LoraConfig, Tree]:
@@ -78,7 +81,7 @@ def plain(config: AdapterConfig, sites: Mapping[str, Site], tree: Tree) -> tuple
             "init_lora_weights is 'loftq', so the adapter is for the quantised base and has no plain form for the "
             "original one; save it as it is, or merge it"
         )
-    removing = kind_of(config.init_lora_weights) in REMOVING
+    config, removing = expressed(config, sites), kind_of(config.init_lora_weights) in REMOVING
     converted = {path: _joined(site, tree[path], removing) for path, site in sites.items()}
     return _config(config, removing), sort({**tree, **converted})
 
@@ -107,8 +110,13 @@ def _config(config: LoraConfig, removing: bool) -> LoraConfig:
     return dataclasses.replace(config, **fields)
 
 
-def warn_of_raw(config: AdapterConfig) -> None:
-    """Say that a file of this adapter's leaves alone does not fit the base."""
+def raw(config: C, sites: Mapping[str, Site]) -> C:
+    """The config for files of an adapter's leaves as they are; warns where these alone do not fit the base.
+
+    Raises:
+        ValueError: Scaling factors that were written and that files of these leaves cannot have.
+    """
+    check_raw(config, sites)
     kind = config.init_lora_weights if isinstance(config, LoraConfig) else None
     if kind in REMOVING and kind in FROM_DATA:
         warnings.warn(
@@ -117,3 +125,4 @@ def warn_of_raw(config: AdapterConfig) -> None:
             UserWarning,
             stacklevel=4,
         )
+    return expressed(config, sites)

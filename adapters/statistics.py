@@ -29,6 +29,7 @@ from .keys import names_of
 from .looking import Forward, check_reached, first, looked_at, loss_of, run, same_inputs, wide
 from .lora import LoraConfig
 from .progress import shown
+from .scalings import alpha_at
 from .targets import exact
 
 Rows = Callable[[Tensor, Any, EvaConfig], Tensor]
@@ -167,7 +168,7 @@ def _redistributed(
     """The config with these ranks, and with what was found."""
     rank_pattern, alpha_pattern, sites, kept = {}, {}, {}, []
     for path, site in graft.sites[""].items():
-        old, alpha = site.constants["r"], site.constants["lora_alpha"]
+        old, alpha = site.constants["r"], alpha_at(config, site)
         rank = ranks.get(path, old)
         if not rank:
             continue

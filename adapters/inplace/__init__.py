@@ -7,6 +7,7 @@ from .merging import merge_and_unload as merge_and_unload
 from .merging import unload as unload
 from .merging import unmerge_adapter as unmerge_adapter
 from .modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
+from .state import extract_config as extract_config
 from .state import extract_graft as extract_graft
 from .state import extract_params as extract_params
 from .state import get_base_model_state_dict as get_base_model_state_dict

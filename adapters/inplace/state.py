@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft, bind
 from torchgraft.functional.follow import Follower
 from torchgraft.functional.method import Tree
+from torchgraft.functional.site import Site
 from torchgraft.functional.trees import sort
 
 from ..config import AdapterConfig
 from ..keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key
+from ..scalings import check_raw, expressed
 from ..targets import exact
 from ..tokens import LEAF as TOKENS
 from .biases import biases_of, put_bias
@@ -95,13 +98,9 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     merged = [path for path, layer in layers(model).items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
-    sites = {
-        path: layer.entries[adapter_name].site
-        for path, layer in layers(model).items()
-        if _is_source(layer, adapter_name)
-    }
+    sites = source_sites(model, adapter_name)
     base = bare_copy(model, adapter_name)
-    fixed = exact(config, list(sites), dict(base.named_modules(remove_duplicate=False)))
+    fixed = exact(expressed(config, sites), list(sites), dict(base.named_modules(remove_duplicate=False)))
     # What was planned may have changed since: scaling factors that were set, fixed tensors that were loaded.
     planned = {
         path: {**layer.entries[adapter_name].site.constants, **_fixed(layer, adapter_name)}
@@ -110,6 +109,47 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     }
     vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites, weights: planned)
     return bind(base, fixed, allow_unreached=True)
+
+
+def extract_config(model: nn.Module, adapter_name: str = "default") -> AdapterConfig:
+    """The config of an injected adapter as it is now: with the scaling factors that were written to its layers.
+
+    A tree carries none, so this is the config that goes with `extract_params`, and the one that `save_adapter` writes.
+
+    Raises:
+        ValueError: A name that the model does not have; factors that no config of the method has.
+
+    >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> model[0].scaling["default"] *= 0.5
+    >>> extract_config(model).lora_alpha
+    4
+    """
+    model = unwrap(model)
+    config, sites = copy.deepcopy(config_of(model, adapter_name)), source_sites(model, adapter_name)
+    check_raw(config, sites)
+    return expressed(config, sites)
+
+
+def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
+    """The sites where an adapter has parameters of its own, by path.
+
+    Raises:
+        ValueError: A module that follows one of these with another scaling factor.
+    """
+    found = layers(model).items()
+    entries = {path: layer.entries[adapter_name] for path, layer in found if adapter_name in layer.entries}
+    sites = {path: entry.site for path, entry in entries.items() if not isinstance(entry, Follower)}
+    for path, entry in entries.items():
+        if not isinstance(entry, Follower):
+            continue
+        given, expected = (one.constants["scaling"] for one in (entry.site, sites[entry.follow.source]))
+        if given != expected:
+            raise ValueError(
+                f"{path}: scaling of adapter {adapter_name!r} is {given}, and {expected} at {entry.follow.source}, to "
+                "which it is tied and whose parameters it has; write the same to both"
+            )
+    return sites
 
 
 def _is_source(layer: BaseTunerLayer, adapter_name: str) -> bool:
