@@ -19,6 +19,7 @@ from .containers import Dropouts, Modules, Parameters
 from .holders import Holders, Traits, Watch, traits
 from .live import Live
 from .originals import Originals, refresh_after_loading, refuse_while_merged
+from .reads import computes
 from .values import Values
 
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -272,16 +273,16 @@ class BaseTunerLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight; the adapted one for a parent that computes with it instead of calling this layer."""
+        """The base's weight; the adapted one for a forward that computes with it instead of calling this layer."""
         return cast(Tensor, self._held("weight"))
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias; the adapted one for a parent that computes with it instead of calling this layer."""
+        """The base's bias; the adapted one for a forward that computes with it instead of calling this layer."""
         return self._held("bias")
 
     def _held(self, name: str) -> Tensor | None:
-        adapted = self._dense_weight and self._adapted()
+        adapted = self._adapted() and (self._dense_weight or computes(3))
         return self._live.dense(self.base_layer, name) if adapted else getattr(self.base_layer, name)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
