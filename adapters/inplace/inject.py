@@ -29,8 +29,9 @@ from ..tokens import LEAF as TOKENS
 from .biases import ATTRIBUTE, Biases, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
-from .overlaps import check_apart, check_overlap, check_tokens
+from .overlaps import check_apart, check_names, check_overlap, check_tokens
 from .parameters import ParameterLayer, key_of
+from .restoring import restoring
 from .switch import adapter_names, take_out
 from .tokens import TrainableTokensWrapper
 from .walk import bare_modules, layers, named, original_base, outermost, parts, unwrap
@@ -54,7 +55,8 @@ def inject_adapter_in_model(
 
     What is different from PEFT: a layer is in evaluation mode where its module is; a module under two names is adapted
     under both; a name that is taken is an error; methods with shared tensors (VeRA) work too; a second adapter's copies
-    of `modules_to_save` are active and trained like the rest of it; adapters of different methods share a layer.
+    of `modules_to_save` are active and trained like the rest of it; adapters of different methods share a layer, but
+    for LoRA and AdaLoRA, whose parameters have the same names.
 
     Args:
         peft_config: The adapter's config. It is copied, into `model.peft_config[adapter_name]`. Without
@@ -85,7 +87,7 @@ def inject_adapter_in_model(
     """
     model = unwrap(model)
     _check(peft_config, model, adapter_name, state_dict, params)
-    with replicating(model, peft_config, adapter_names(model)):
+    with replicating(model, peft_config, adapter_names(model)), restoring(model):
         return _inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, params)
 
 
@@ -130,6 +132,7 @@ def _inject(
     check_overlap(model, modules, owners, copied)
     check_tokens(model, modules, owners, copied, beside)
     check_apart(model, modules, sites)
+    check_names(model, modules, entries)
     tops = outermost(model)
     parents = _parents(modules, targets | {path: modules[path] for path in beside} | copied, tops)
     old = list(layers(model).values())

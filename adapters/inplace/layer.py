@@ -86,9 +86,9 @@ class BaseTunerLayer(nn.Module):
         """
         config: Any = entry.config
         for attribute, part in map(config.form.place, config.form.leaves):
-            if attribute not in self._modules:
-                container = Parameters(self) if part is None else Modules(self)
-                self.add_module(attribute, container.train(self.training))
+            kind = Parameters if part is None else Modules
+            if not isinstance(self._modules.get(attribute), kind):  # of a deleted adapter's method, it is empty
+                self.add_module(attribute, kind(self).train(self.training))
         self._entries[name] = entry
         for leaf in leaves:
             if config.form.place(leaf)[1] == "weight":

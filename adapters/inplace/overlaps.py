@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
+from torchgraft.functional.method import Entry
 from torchgraft.functional.site import PARAMETERS, Site
 
 from .modules_to_save import ModulesToSaveWrapper
-from .parameters import ParameterLayer
+from .parameters import ParameterLayer, key_of
 from .tokens import TrainableTokensWrapper
 from .walk import layers, named
 
@@ -70,3 +72,25 @@ def check_apart(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mappi
                 f"{path}: another adapter is on {what}, and the two cannot be nested; target the one or the other, or "
                 "unload(model) first"
             )
+
+
+def check_names(model: nn.Module, modules: Mapping[str, nn.Module], entries: Mapping[str, Entry]) -> None:
+    """Refuse a method whose parameters have the names of another method's modules on one layer, or the reverse."""
+    carriers = {key_of(layer): layer for layer in layers(model).values()}
+    for path, entry in entries.items():
+        layer = carriers.get((id(modules[entry.site.owner]), entry.site.leaf))
+        for name, other in layer.entries.items() if layer is not None else ():
+            own, theirs = (_places(one.config) for one in (entry, other))
+            taken = [one for one in own if one in theirs and own[one] is not theirs[one]]
+            if taken:
+                methods = entry.config.method.name, other.config.method.name
+                raise ValueError(
+                    f"{path}: adapter {name!r} is {methods[1]}, and {methods[0]} has another kind of {taken[0]!r}, as "
+                    "in PEFT, so one layer cannot have both; delete_adapter(model, name) first, target others, or "
+                    "use bind(model, {...}), where each has its own"
+                )
+
+
+def _places(config: Any) -> dict[str, bool]:
+    """The attributes of a layer that hold a method's leaves, and whether these are bare parameters."""
+    return {attribute: part is None for attribute, part in map(config.form.place, config.form.leaves)}
