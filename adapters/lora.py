@@ -33,7 +33,7 @@ from .initial.configs import CONFIGS, made
 from .lora_fields import LoraFields
 from .lora_forward import BIAS, names
 from .lora_parameters import check_parameter, factors_of_parameter
-from .scalings import alpha_at, of_lora, scaling_of
+from .scalings import alpha_at, of_lora, scaling_of, written
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -176,7 +176,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             "MultiheadAttention, only True, False or 'gaussian' work, without DoRA; leave it out of target_modules",
         )
         scaling = scaling_of(config, r, alpha)
-        planned[site.path] = {"r": r, "scaling": scaling}
+        planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
         planned[site.path] |= constants(config, site, r, scaling, weights)
     return planned
 
@@ -336,9 +336,7 @@ LoraConfig.form = Form(
     values={
         "lora_alpha": Value(alpha_at),
         "r": Value(lambda config, site: site.constants["r"]),
-        "scaling": Value(
-            lambda config, site: site.constants["scaling"], lambda config, site, value: {"scaling": value}
-        ),
+        "scaling": Value(lambda config, site: site.constants["scaling"], written),
         "use_rslora": Value(lambda config, site: config.use_rslora),
         "use_dora": Value(lambda config, site: config.use_dora),
         "lora_bias": Value(lambda config, site: config.lora_bias),

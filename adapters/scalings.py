@@ -86,6 +86,18 @@ def _alpha(config: Any, site: Site) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
+def written(config: Any, site: Site, scaling: Any) -> dict[str, Any]:
+    """The constants of a LoRA site with another scaling factor, and the `lora_alpha` that gives it, if one does."""
+    new = {"scaling": scaling}
+    if math.isfinite(_as_float(scaling)):
+        new["lora_alpha"] = _alpha(config, dataclasses.replace(site, constants={**site.constants, **new}))
+    return new
+
+
+def _as_float(value: Any) -> float:
+    return float(value) if not isinstance(value, Tensor) or (value.numel() == 1 and not value.is_meta) else math.nan
+
+
 def of_adalora(config: Any, sites: Sites) -> dict[str, Any]:
     """The field of an AdaLoRA config with the scaling factor of these sites."""
     planned = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
@@ -104,7 +116,7 @@ def of_adalora(config: Any, sites: Sites) -> dict[str, Any]:
 
 def _number(config: Any, site: Site, name: str) -> float:
     value = site.constants[name]
-    number = float(value) if not isinstance(value, Tensor) or value.numel() == 1 else math.nan
+    number = _as_float(value)
     require(
         math.isfinite(number),
         config,
