@@ -147,7 +147,7 @@ def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: 
         return {}
     base = base_of(site, base)
     part = dora.Part(site, leaves, *factors(site, leaves), base)
-    return {dora.GAINS: part.gains(base.weight)}
+    return {dora.GAINS: part.gains(base.original.weight)}
 
 
 def names(site: Site) -> tuple[str, str]:

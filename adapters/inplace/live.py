@@ -17,11 +17,10 @@ from torchgraft.functional.layers import describe, plain_class
 from torchgraft.functional.method import Entry
 from torchgraft.functional.site import Site
 
-from .originals import Originals
-
 from ..called import in_memory, whole
 from .containers import Parameters
 from .holders import Holders, Watch
+from .originals import Originals
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer

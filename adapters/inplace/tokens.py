@@ -219,9 +219,8 @@ class TrainableTokensWrapper(nn.Module):
         self._originals.check_unwritten(self.token_adapter.base_layer, self.path)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableTokensWrapper:
-        super()._apply(fn, recurse)
-        if self._originals.tensors:
-            self._originals.apply(self.token_adapter.base_layer, fn)
+        move = super()._apply
+        self._originals.apply(self.token_adapter.base_layer, fn, lambda: move(fn, recurse))
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
