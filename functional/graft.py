@@ -198,6 +198,7 @@ class Graft:
         rows: int | None = None,
         batch_dim: int | Mapping[str, int] | None = None,
         mixed: Sequence[str] = (),
+        rearranged: tuple[Any, ...] | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Find out where the rows of a kind of call are before it is made; calls of that kind then know it.
@@ -210,6 +211,9 @@ class Graft:
             rows: Number of rows in them; by default the length of the first tensor.
             batch_dim: As for `route`.
             mixed: As for `route`.
+            rearranged: For inputs that cannot be cut by rows (packed images, lists): the arguments of the same call
+                with its rows in the order 1, 0, 2, ..., n-1, n-1, positional ones or a dict of keyword arguments. Then
+                `rows` has to be given.
             **kwargs: Keyword arguments of the forward.
 
         Raises:
@@ -222,7 +226,9 @@ class Graft:
         from .look import Declared
         from .trial import remember
 
-        remember(self, args, kwargs, rows, Declared(batch_dim, tuple(mixed)))
+        other = (rearranged, {}) if isinstance(rearranged, tuple) else ((), dict(rearranged or {}))
+        declared = Declared(batch_dim, tuple(mixed))
+        remember(self, (args, kwargs), rows, declared, None if rearranged is None else other)
 
     @contextlib.contextmanager
     def looking(self, see: Callable[[str, Tensor], None]) -> Iterator[nn.Module]:

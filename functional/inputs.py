@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,14 +116,62 @@ class Sample:
     size: int
     picks: Sequence[tuple[int, int]]
 
-    def copy(self, order: Sequence[int]) -> Inputs:
-        """Arguments of their own with the picked rows in this order.
+    @property
+    def count(self) -> int:
+        """How many rows are picked."""
+        return len(self.picks)
+
+    @property
+    def order(self) -> list[int]:
+        """Another order of the picked rows, with the last one twice."""
+        return rearranged(self.count)
+
+    def first(self) -> Inputs:
+        """Arguments of their own with the picked rows.
 
         Raises:
             TypeError, RuntimeError: Arguments that cannot be copied.
         """
+        return self._copy(range(self.count))
+
+    def second(self) -> Inputs:
+        """The same with the rows in the other order."""
+        return self._copy(self.order)
+
+    def _copy(self, order: Iterable[int]) -> Inputs:
         with _Cut(self, [self.picks[i] for i in order]):
             return copy.deepcopy(self.inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenSample:
+    """Rows that the user cut: arguments with rows 0, 1, ..., n-1, and with these in the other order."""
+
+    inputs: Inputs
+    other: Inputs
+    count: int
+
+    @property
+    def order(self) -> list[int]:
+        """The order of the rows in the second arguments."""
+        return rearranged(self.count)
+
+    def first(self) -> Inputs:
+        """Arguments of their own with the rows."""
+        return copy.deepcopy(self.inputs)
+
+    def second(self) -> Inputs:
+        """The same with the rows in the other order."""
+        return copy.deepcopy(self.other)
+
+
+def rearranged(count: int) -> list[int]:
+    """The order of rows in the second run of a look.
+
+    >>> rearranged(3)
+    [1, 0, 2, 2]
+    """
+    return [1, 0, *range(2, count), count - 1]
 
 
 class _Cut(TorchFunctionMode):

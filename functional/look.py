@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .finder import BatchDim, Finder, declared_axis
-from .inputs import Axis, Inputs, Sample, choose_rows, length_of, readings
+from .inputs import Axis, GivenSample, Inputs, Sample, choose_rows, length_of, readings
 from .layout import LEADING, SHARED, Layout, Place, Record, compare, finite, numbers
 from .observed import Observed, Seen
 
@@ -76,21 +76,41 @@ def look(trial: Trial, inputs: Inputs, size: int, declared: Declared, full: bool
     failures: list[Exception] = []
     for axis in readings(inputs, size):
         for sample in _samples(inputs, axis, size, full):
-            order = _rearranged(len(sample.picks))
             try:
-                first = trial.base(sample.copy(range(len(sample.picks))), seed=1)
-                second = trial.base(sample.copy(order), seed=2)
-            except Exception as error:
-                failures.append(error)
-                continue
-            try:
-                record, outputs = _propose(first, second, order, declared, _step(inputs, size))
-            except ValueError as error:
+                return look_at(trial, sample, declared, _step(inputs, size))
+            except Unproved as error:
                 failures.insert(0, error)
                 break
-            _prove(trial, sample, record, outputs, length=_step(inputs, size) * len(sample.picks))
-            return record
+            except _Failed as failed:
+                failures.append(failed.error)
     _give_up(failures, inputs, size)
+
+
+def look_at(trial: Trial, sample: Sample | GivenSample, declared: Declared, step: int) -> Record:
+    """The same on some rows.
+
+    Args:
+        trial: Runs the model.
+        sample: The rows.
+        declared: What the user said.
+        step: How many entries along the batch axis each row has.
+    """
+    try:
+        first = trial.base(sample.first(), seed=1)
+        second = trial.base(sample.second(), seed=2)
+    except Exception as error:
+        raise _Failed(error) from error
+    record, outputs = _propose(first, second, sample.order, declared, step)
+    _prove(trial, sample, record, outputs, step * sample.count)
+    return record
+
+
+class _Failed(Exception):
+    """The base could not be run on a sample."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
 
 
 def _give_up(failures: Sequence[Exception], inputs: Inputs, size: int) -> NoReturn:
@@ -104,7 +124,7 @@ def _give_up(failures: Sequence[Exception], inputs: Inputs, size: int) -> NoRetu
             "0, so it is not known which row is whose. Give rows one index for each row of the inputs; or " + advice
         )
     if isinstance(failures[0], Unproved):
-        raise failures[0]
+        raise failures[0] from None
     raise ValueError(
         f"route: a first call of this kind runs the model on a few of its {size} rows to see where they go, and that "
         f"failed with {type(failures[0]).__name__}: {str(failures[0])[:500]}. If the whole batch runs, {advice}"
@@ -122,10 +142,6 @@ def _samples(inputs: Inputs, axis: Axis, size: int, full: bool) -> list[Sample]:
     picks = choose_rows(inputs, axis, size)
     plain = [(row, 0) for row, _ in picks]
     return [Sample(inputs, axis, size, one) for one in ([picks] if picks == plain else [picks, plain])]
-
-
-def _rearranged(count: int) -> list[int]:
-    return [1, 0, 2, 2] if count == 3 else [*reversed(range(count)), count - 1]
 
 
 def _step(inputs: Inputs, size: int) -> int:
@@ -174,14 +190,16 @@ def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> La
 # -- the proof ------------------------------------------------------------------------------------------------------
 
 
-def _prove(trial: Trial, sample: Sample, record: Record, outputs: Mapping[str, Layout], length: int) -> None:
+def _prove(
+    trial: Trial, sample: Sample | GivenSample, record: Record, outputs: Mapping[str, Layout], length: int
+) -> None:
     """Hold routed runs against runs with one adapter for all rows."""
-    count = len(sample.picks)
-    alone = [trial.alone(adapter, sample.copy(range(count))) for adapter in range(ADAPTERS)]
+    count = sample.count
+    alone = [trial.alone(adapter, sample.first()) for adapter in range(ADAPTERS)]
     for shift in (0, 2):
         rows = [(row + shift) % ADAPTERS for row in range(count)]
         finder = Finder(record, length)
-        routed = trial.routed(rows, finder, sample.copy(range(count)))
+        routed = trial.routed(rows, finder, sample.first())
         _prove_sites(trial.floor, record, routed, alone, rows)
         for name, layout in outputs.items():
             parts = [one.outputs.get(name) for one in alone]

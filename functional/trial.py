@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from .finder import Finder
-from .inputs import Inputs, kind_of, length_of, tensors_in, unwrapped
+from .inputs import GivenSample, Inputs, kind_of, length_of, tensors_in, unwrapped
 from .layout import Record
-from .look import ADAPTERS, Declared, look
+from .look import ADAPTERS, Declared, look, look_at
 from .method import Entry, Tree
 from .observed import Observed, Recorder, calm, outputs_of
 from .parameters import no_rows
@@ -174,15 +174,21 @@ def finder_of(
     return Finder(again(), length_of(inputs, size), None, paths)
 
 
-def remember(graft: Graft, args: tuple, kwargs: Mapping[str, Any], size: int | None, declared: Declared) -> None:
+def remember(
+    graft: Graft, inputs: Inputs, size: int | None, declared: Declared, rearranged: Inputs | None = None
+) -> None:
     """Look at a kind of call before it is made, with all adapters of a graft."""
-    pool, inputs = graft.pool(), (args, dict(kwargs))
+    pool = graft.pool()
     entered = Entered("", modes_of(pool))
     size = next((len(x) for x in tensors_in(inputs) if x.ndim), 0) if size is None else size
     if size < 2:
         raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
     stacks = {name: Random(_like(graft, name), Rows(None, ADAPTERS)) for name in graft.configs}
-    record = look(ModelTrial(graft, pool, stacks, {}, entered), inputs, size, declared)
+    trial = ModelTrial(graft, pool, stacks, {}, entered)
+    if rearranged is None:
+        record = look(trial, inputs, size, declared)
+    else:
+        record = look_at(trial, GivenSample(inputs, rearranged, size), declared, 1)
     key = _kind(stacks, declared, inputs, entered)
     pool.known[key] = _common(pool.known.get(key), record)
     for mode in (False, True):

@@ -32,6 +32,15 @@ def test_every_python_block_of_the_page_on_lora_runs(tmp_path, monkeypatch):
         exec(compile(block, "LORA.md", "exec"), namespace)
 
 
+def test_every_python_block_of_the_page_on_rows_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "functional" / "ROWS.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "ROWS.md", "exec"), namespace)
+    assert repr(namespace["routed"]) == "Routed(3 adapters, 4 rows, declared: batch_dim=0)"
+
+
 def test_the_table_of_methods_is_true():
     rows = re.findall(r"^\| `(\w+Config)` \| .* \| (\w+) \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", README, flags=re.M)
     kinds = ["linear", "embedding", "conv1d", "conv2d", "conv3d"]

@@ -295,6 +295,27 @@ def test_inputs_that_cannot_be_cut_or_copied():
     with pytest.raises(ValueError, match=r"no tensor of its inputs has 3 rows.*graft\.look\(\*small_inputs"):
         graft(route(many, torch.tensor([0, 1, 2])), x, [2, 2, 3])
 
+    parts = [torch.randn(size, 6) for size in (2, 2, 3)]
+    order = [1, 0, 2, 2]
+    other = torch.cat([parts[i] for i in order]), [len(parts[i]) for i in order]
+    words = r"proj: its input has shape \(7, 6\).*does not follow them"
+    with pytest.raises(ValueError, match=words):
+        graft.look(torch.cat(parts), [2, 2, 3], rows=3, rearranged=other)
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 6)
+
+        def forward(self, packed, sizes):
+            padded = torch.nn.utils.rnn.pad_sequence(packed.split(sizes), batch_first=True)
+            return self.proj(padded).sum(1)
+
+    graft, trees, many = made(Padded())
+    graft.look(torch.cat(parts), [2, 2, 3], rows=3, rearranged=other)
+    y = graft(route(many, torch.tensor([2, 0, 1])), x, [1, 4, 2])
+    torch.testing.assert_close(y[1], graft(trees[0], x, [1, 4, 2])[1])
+
     class Closed:
         def __deepcopy__(self, memo):
             raise TypeError("cannot be copied")
