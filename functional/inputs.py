@@ -17,6 +17,24 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Axis = Callable[[Tensor], int | None]
 """The axis of an input that has rows, or `None`."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A way to read inputs as rows.
+
+    Attributes:
+        axis: Where a tensor has rows.
+        entries: How many entries a list of tensors has that has one for each row; 0 for no such lists.
+    """
+
+    axis: Axis
+    entries: int = 0
+
+    def is_rows(self, x: Any) -> bool:
+        """Whether a list has an entry for each row."""
+        return self.entries > 0 and len(x) == self.entries and all(isinstance(one, Tensor) for one in x)
+
+
 _DEPTH = 6
 
 
@@ -55,6 +73,15 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def lists_in(x: Any) -> Iterator[Sequence[Tensor]]:
+    """The lists of tensors in nested arguments."""
+    if isinstance(x, (list, tuple)) and x and all(isinstance(one, Tensor) for one in x):
+        yield x
+    elif isinstance(x, (Mapping, list, tuple)):
+        for value in x.values() if isinstance(x, Mapping) else x:
+            yield from lists_in(value)
+
+
 def unwrapped(x: Tensor) -> Tensor:
     """A tensor as it is outside of `torch.func.grad`, without autograd."""
     functorch = torch._C._functorch
@@ -73,7 +100,7 @@ def length_of(inputs: Inputs, size: int) -> int | None:
     return size if size in lengths else next(iter(lengths), None)
 
 
-def readings(inputs: Inputs, size: int) -> Iterator[Axis]:
+def readings(inputs: Inputs, size: int) -> Iterator[Reading]:
     """The ways to read inputs as rows, the likeliest first; which one the model agrees with is found by running it."""
     length = length_of(inputs, size)
     if length is None:
@@ -97,7 +124,9 @@ def readings(inputs: Inputs, size: int) -> Iterator[Axis]:
         axes = tuple(map(reading, given))
         if axes not in seen and any(axis is not None for axis in axes):
             seen.add(axes)
-            yield reading
+            yield Reading(reading)
+    if any(len(one) == length for one in lists_in(inputs)):
+        yield Reading(leading, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +135,13 @@ class Sample:
 
     Attributes:
         inputs: The inputs they are taken from.
-        axis: Where these have rows.
+        reading: Where these have rows.
         size: How many.
         picks: The rows, each with how far it is rolled along its last axis.
     """
 
     inputs: Inputs
-    axis: Axis
+    reading: Reading
     size: int
     picks: Sequence[tuple[int, int]]
 
@@ -139,8 +168,27 @@ class Sample:
         return self._copy(self.order)
 
     def _copy(self, order: Iterable[int]) -> Inputs:
-        with _Cut(self, [self.picks[i] for i in order]):
-            return copy.deepcopy(self.inputs)
+        picks = [self.picks[i] for i in order]
+        with _Cut(self, picks):
+            args, kwargs = copy.deepcopy(self.inputs)
+        if self.reading.entries:
+            args, kwargs = self._pick((args, kwargs), [row for row, _ in picks])
+        return args, kwargs
+
+    def _pick(self, x: Any, rows: Sequence[int]) -> Any:
+        """Take the rows' entries of lists that have one for each."""
+        if isinstance(x, dict):
+            for key, value in x.items():
+                x[key] = self._pick(value, rows)
+            return x
+        if not isinstance(x, (list, tuple)):
+            return x
+        if self.reading.is_rows(x):
+            step = len(x) // self.size
+            items = [x[row * step + i] for row in rows for i in range(step)]
+        else:
+            items = [self._pick(value, rows) for value in x]
+        return x._make(items) if hasattr(x, "_make") else type(x)(items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +228,8 @@ class _Cut(TorchFunctionMode):
     def __init__(self, sample: Sample, picks: Sequence[tuple[int, int]]):
         super().__init__()
         self.sample, self.picks = sample, picks
+        whole = [one for one in lists_in(sample.inputs) if sample.reading.is_rows(one)]
+        self._whole = {id(x) for one in whole for x in one}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -187,11 +237,11 @@ class _Cut(TorchFunctionMode):
         x, memo = args
         with torch._C.DisableTorchFunction():
             if id(x) not in memo:
-                memo[id(x)] = self._cut(unwrapped(x))
+                memo[id(x)] = unwrapped(x).clone() if id(x) in self._whole else self._cut(unwrapped(x))
         return memo[id(x)]
 
     def _cut(self, x: Tensor) -> Tensor:
-        axis = self.sample.axis(x)
+        axis = self.sample.reading.axis(x)
         if axis is None:
             return x.clone()
         rows = x.unflatten(axis, (self.sample.size, -1))

@@ -9,16 +9,19 @@ one adapter for all. What reorders, selects or mixes rows does not pass.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .finder import BatchDim, Finder, declared_axis
-from .inputs import Axis, GivenSample, Inputs, Sample, choose_rows, length_of, readings
+from .inputs import GivenSample, Inputs, Reading, Sample, choose_rows, length_of, readings
 from .layout import LEADING, SHARED, Layout, Place, Record, compare, finite, numbers
 from .observed import Observed, Seen
+
+Outputs = tuple[dict[str, Layout], set[str]]
+"""Layouts of outputs by name, and the names of lists that have an entry for each row."""
 
 ADAPTERS = 3
 """Adapters of a proof."""
@@ -74,8 +77,8 @@ def look(trial: Trial, inputs: Inputs, size: int, declared: Declared, full: bool
         ValueError: Inputs without rows, or that cannot be cut or run; a site or an output that does not follow them.
     """
     failures: list[Exception] = []
-    for axis in readings(inputs, size):
-        for sample in _samples(inputs, axis, size, full):
+    for reading in readings(inputs, size):
+        for sample in _samples(inputs, reading, size, full):
             try:
                 return look_at(trial, sample, declared, _step(inputs, size))
             except Unproved as error:
@@ -135,13 +138,13 @@ class Unproved(ValueError):
     """A site or an output that does not follow the rows of a batch."""
 
 
-def _samples(inputs: Inputs, axis: Axis, size: int, full: bool) -> list[Sample]:
+def _samples(inputs: Inputs, reading: Reading, size: int, full: bool) -> list[Sample]:
     """What to run: rolled rows first; as they are, for models that refuse these."""
     if full:
-        return [Sample(inputs, axis, size, [(row, 0) for row in range(size)])]
-    picks = choose_rows(inputs, axis, size)
+        return [Sample(inputs, reading, size, [(row, 0) for row in range(size)])]
+    picks = choose_rows(inputs, reading.axis, size)
     plain = [(row, 0) for row, _ in picks]
-    return [Sample(inputs, axis, size, one) for one in ([picks] if picks == plain else [picks, plain])]
+    return [Sample(inputs, reading, size, one) for one in ([picks] if picks == plain else [picks, plain])]
 
 
 def _step(inputs: Inputs, size: int) -> int:
@@ -153,7 +156,7 @@ def _step(inputs: Inputs, size: int) -> int:
 
 def _propose(
     first: Observed, second: Observed, order: Sequence[int], declared: Declared, step: int
-) -> tuple[Record, dict[str, Layout]]:
+) -> tuple[Record, Outputs]:
     """Where rows are at each site and in each output."""
     count = len(set(order))
     places: dict[str, list[Place]] = {}
@@ -168,16 +171,25 @@ def _propose(
     longer, shorter = sorted((first.sites, second.sites), key=len, reverse=True)
     if len(longer) > len(shorter):
         raise Unproved(_uneven(longer[len(shorter)].path, count, len(order)))
-    outputs: dict[str, Layout] = {}
-    for name in dict.fromkeys((*first.outputs, *second.outputs)):
+    return Record(places), _layouts_of_outputs(first, second, order, declared)
+
+
+def _layouts_of_outputs(first: Observed, second: Observed, order: Sequence[int], declared: Declared) -> Outputs:
+    """Where rows are in each output, and which lists among these have an entry for each row."""
+    counts = len(set(order)), len(order)
+    few, more = first.lists(), second.lists()
+    lists = {name for name in few if (few[name], more.get(name)) == counts}
+    given, other = first.joined(lists), second.joined(lists)
+    layouts: dict[str, Layout] = {}
+    for name in dict.fromkeys((*given, *other)):
         if declared.lets_pass(name):
             continue
-        a, b = first.outputs.get(name), second.outputs.get(name)
+        a, b = given.get(name), other.get(name)
         layout = None if a is None or b is None else compare(a, b, order, a.ndim)
         if layout is None:
             raise Unproved(_mixed(name))
-        outputs[name] = layout
-    return Record(places), outputs
+        layouts[name] = layout
+    return layouts, lists
 
 
 def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> Layout | None:
@@ -190,9 +202,7 @@ def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> La
 # -- the proof ------------------------------------------------------------------------------------------------------
 
 
-def _prove(
-    trial: Trial, sample: Sample | GivenSample, record: Record, outputs: Mapping[str, Layout], length: int
-) -> None:
+def _prove(trial: Trial, sample: Sample | GivenSample, record: Record, outputs: Outputs, length: int) -> None:
     """Hold routed runs against runs with one adapter for all rows."""
     count = sample.count
     alone = [trial.alone(adapter, sample.first()) for adapter in range(ADAPTERS)]
@@ -201,9 +211,11 @@ def _prove(
         finder = Finder(record, length)
         routed = trial.routed(rows, finder, sample.first())
         _prove_sites(trial.floor, record, routed, alone, rows)
-        for name, layout in outputs.items():
-            parts = [one.outputs.get(name) for one in alone]
-            own = routed.outputs.get(name)
+        layouts, lists = outputs
+        given, others = routed.joined(lists), [one.joined(lists) for one in alone]
+        for name, layout in layouts.items():
+            parts = [one.get(name) for one in others]
+            own = given.get(name)
             if own is None or not _agree(trial.floor, own, parts, layout, rows):
                 raise Unproved(_mixed(name))
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,22 @@ class Observed:
 
     sites: Sequence[Seen]
     outputs: Mapping[str, Tensor]
+
+    def lists(self) -> dict[str, int]:
+        """Lists of tensors of one shape among the outputs, by name, and how many they have."""
+        found: dict[str, list[Tensor]] = {}
+        for name, x in self.outputs.items():
+            if name.endswith("]") and name[name.rindex("[") + 1 : -1].isdigit():
+                found.setdefault(name[: name.rindex("[")], []).append(x)
+        return {name: len(parts) for name, parts in found.items() if len({part.shape for part in parts}) == 1}
+
+    def joined(self, lists: Collection[str]) -> dict[str, Tensor]:
+        """The outputs, with each of these lists as one tensor: they have an entry for each row."""
+        parts: dict[str, list[Tensor]] = {}
+        for name, x in self.outputs.items():
+            owner = name.rpartition("[")[0]
+            parts.setdefault(owner if name.endswith("]") and owner in lists else name, []).append(x)
+        return {name: torch.stack(one) if name in lists else one[0] for name, one in parts.items()}
 
 
 class Recorder:

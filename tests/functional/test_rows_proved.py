@@ -486,3 +486,49 @@ def test_copies_of_a_routed_view():
     x, rows = torch.randn(4, 4, 6), torch.tensor([3, 0, -1, 1])
     twin = copy.deepcopy(graft.view(route(many, rows)))
     torch.testing.assert_close(twin(x), looped(graft, trees, x, rows.tolist()))
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_generation_of_multimodal_models(length):
+    torch.manual_seed(0)
+    part = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**part, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**part, num_key_value_heads=2, vocab_size=60),
+        image_token_index=55,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+    )
+    targets = ["q_proj", "v_proj", "linear_1"]
+    graft, trees, many = made(transformers.LlavaForConditionalGeneration(config).eval(), "lora", targets, count=2)
+    ids, rows = torch.randint(3, 50, (4, length)), [1, 0, 0, -1]
+    ids[:, 1:5] = 55
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(4, 3, 8, 8)}
+    routed = route(many, torch.tensor(rows))
+    torch.testing.assert_close(graft(routed, **inputs).logits[1], graft(trees[0], **inputs).logits[1])
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    y = graft.view(routed).generate(**inputs, **how)
+    for row, i in enumerate(rows):
+        model = graft.view(trees[i]) if i >= 0 else graft.model
+        assert torch.equal(y[row], model.generate(**inputs, **how)[row])
+
+
+def test_lists_with_an_entry_for_each_row():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 6)
+
+        def forward(self, x, more, layers):
+            y = self.proj(x + torch.stack(list(more)).sum(1)) + sum(layers)
+            return {"each": tuple(y), "halves": y.chunk(2, -1)}
+
+    graft, trees, many = made(Listed())
+    for size in (3, 4, 6):
+        x, rows = torch.randn(size, 6), torch.arange(size) % 4
+        given = x, [torch.randn(size, 6) for _ in range(size)], [torch.randn(6) for _ in range(2)]
+        y = graft(route(many, rows), *given)
+        for row, i in enumerate(rows.tolist()):
+            expected = graft(trees[i], *given)
+            torch.testing.assert_close(y["each"][row], expected["each"][row])
+            torch.testing.assert_close(y["halves"][1][row], expected["halves"][1][row])
