@@ -127,6 +127,7 @@ def readings(inputs: Inputs, size: int) -> Iterator[Reading]:
             yield Reading(reading)
     if any(len(one) == length for one in lists_in(inputs)):
         yield Reading(leading, length)
+        yield Reading(without_vectors, length)
 
 
 @dataclasses.dataclass(frozen=True)
