@@ -223,7 +223,7 @@ def may_look(inputs: Inputs, base: Base, active: Mapping[str, Any]) -> bool:
     functorch = torch._C._functorch
     stack = functorch.get_interpreter_stack() if functorch.maybe_current_level() is not None else None
     kinds = {level.key() for level in stack or ()}
-    return kinds <= {functorch.TransformType.Grad}
+    return kinds <= {functorch.TransformType.Grad, functorch.TransformType.Jvp}
 
 
 def _kind(active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered) -> tuple[Hashable, ...]:
