@@ -166,7 +166,8 @@ def _gradients(total: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> l
             f"value_and_grad: no gradient reaches the {len(inputs)} leaves: the function's value {found}. Does the "
             "model run its adapted modules under torch.no_grad, torch.inference_mode or .detach(), or in reentrant "
             "checkpointing of inputs that do not require grad (use use_reentrant=False)? Does the function use the "
-            "tree that it is given? torch.func.grad returns zeros here"
+            "tree that it is given, and what it differentiates itself with create_graph=True? torch.func.grad returns "
+            "zeros here"
         )
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 

@@ -336,5 +336,8 @@ def test_value_and_grad_is_torch_funcs():
     _, grads = value_and_grad(lambda p: (p["w"] ** 3).sum(), create_graph=True)({"w": leaf * 2})
     (second,) = torch.autograd.grad(grads["w"].sum(), leaf)
     torch.testing.assert_close(second, 24 * leaf.detach())
-    (_, hessian) = value_and_grad(lambda p: value_and_grad(lambda q: (q**3).sum())(p)[1].sum())(leaf)
-    assert hessian.shape == (3,)
+    inner = value_and_grad(lambda q: (q**3).sum(), create_graph=True)
+    (_, hessian) = value_and_grad(lambda p: inner(p)[1].sum())(leaf)
+    torch.testing.assert_close(hessian, 6 * leaf.detach())
+    with pytest.raises(RuntimeError, match="no gradient reaches the 1 leaves.*create_graph=True"):
+        value_and_grad(lambda p: value_and_grad(lambda q: (q**3).sum())(p)[1].sum())(leaf)
