@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchgraft.functional.placement import whole
+
 DROPOUT = "dropout"
 """The key that a dropout module has among the leaves where it is called."""
 
@@ -118,11 +120,6 @@ def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
             "numbers there instead of calling it; put a module with a weight of floating point in its place"
         )
     return whole(tensor)
-
-
-def whole(tensor: Any) -> Tensor:
-    """A tensor of which this process may have a part only, gathered from all; differentiable."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def dropped(x: Tensor, dropout: Dropout, training: bool) -> Tensor:

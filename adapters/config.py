@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import nn
 
 from torchgraft.functional import Method
+from torchgraft.functional.wrappers import modules_of
 
 from .architectures import with_targets
 from .fields import check_fields
@@ -124,7 +125,7 @@ class AdapterConfig:
         Raises:
             ValueError: No target given, or nothing matched.
         """
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = modules_of(model)
         return find_targets(self.for_model(model, modules), modules, model)
 
     def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:

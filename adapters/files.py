@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Graft
 from torchgraft.functional.method import Tree
+from torchgraft.functional.placement import whole
 from torchgraft.functional.site import Site
+from torchgraft.functional.wrappers import modules_of
 
 from .config import AdapterConfig
 from .folder import WEIGHTS, Folder, check_name, find_folder, open_pair, read_config, write_config, write_pair
 from .headers import open_weights
 from .inplace import get_peft_model_state_dict
+from .inplace.gathering import check_averaged, gathered, groups_of, kept, once
 from .inplace.state import config_of, shared_tensors, source_sites
 from .inplace.walk import layers, unwrap
 from .keys import PREFIX, SHARED, join, places, replaced_key, to_keys
@@ -45,6 +48,10 @@ def save_adapter(
     `adapter_config.json` and `adapter_model.safetensors` go into the directory itself for an adapter of the name
     "default", and else into a subdirectory of the adapter's name. Both files are replaced together: a crash at any
     moment leaves the old pair or the new one.
+
+    Where the adapter is sharded (FSDP1, FSDP2), all processes call this: its tensors are gathered, the first process
+    writes, and the others return when the files are there. Where each process has all of it (DDP, tensor parallelism),
+    one process calls this.
 
     Args:
         target: A model with injected adapters, or a graft.
@@ -75,11 +82,14 @@ def save_adapter(
         model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
         model, config, sites, state = _of_model(target, adapter_name, params, plain)
+    groups = groups_of(target, state.values())
     weights = safetensors.torch.save(
         {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
     )
-    folder = _made(path, adapter_name)
-    write_pair(folder, _to_json(_fields(config, model, sites)), weights)
+    fields = _to_json(_fields(config, model, sites))
+    root = Path(path)
+    folder = root if adapter_name == "default" else root / adapter_name
+    once(groups, lambda: write_pair(_made(path, adapter_name), fields, weights), folder)
     return folder
 
 
@@ -100,7 +110,7 @@ def load_adapter(
 
     Only JSON and safetensors are read, never a pickle, and nothing is downloaded. Config, keys, shapes and dtypes are
     held against the model before any tensor is read; on any error the model is what it was. Several threads can load
-    into several models at once.
+    into several models at once. Of a model that is sharded, all processes take part, and each reads the files.
 
     Args:
         target: A model, or a graft.
@@ -142,9 +152,10 @@ def load_adapter(
         weights_file = config_file.parent / WEIGHTS
         with about(weights_file):
             stored = Stored(config, open_weights(handle, weights_file), check_finite, dtype, device)
-        with about(config_file):
+        with about(config_file), gathered(target, writes=True):
             if isinstance(model, Graft):
                 return load_into_graft(model, stored, adapter_name)
+            check_averaged(target, is_trainable)
             load_into_model(model, stored, adapter_name, is_trainable)
             return target
 
@@ -232,7 +243,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     state = to_keys(
         config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX, places(graft.sites[name])
     )
-    modules = dict(graft.model.named_modules(remove_duplicate=False))
+    modules = modules_of(graft.model)
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
     for other, (at, leaf) in other_names(graft.replaced[name]).items():
         owner = other.rpartition(".")[0]
@@ -251,15 +262,21 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: 
     """A model, and one of its adapters' config, sites and tensors."""
     if params is not None:
         raise TypeError("params go with a graft; a model's parameters are those injected in it")
+    state = get_peft_model_state_dict(target, adapter_name=adapter_name)
     model = unwrap(target)
     config = config_of(model, adapter_name)
     shared = shared_tensors(model, config, adapter_name)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     sites = {
         path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
     }
     if plain:
-        leaves = {path: dict(layer.leaves(adapter_name)) for path, layer in layers(model).items() if path in sites}
+        with gathered(target):
+            found = layers(model).items()
+            leaves = {
+                path: {leaf: kept(one) for leaf, one in layer.numbers(adapter_name).items()}
+                for path, layer in found
+                if path in sites
+            }
         config, tree = to_plain(config, source_sites(model, adapter_name), leaves)
         state |= to_keys(config, tree, at=places(sites))
     else:
@@ -275,7 +292,7 @@ def _snapshot(key: str, tensor: Tensor) -> Tensor:
     """A copy of a tensor's values, in memory of its own."""
     if tensor.is_meta:
         raise ValueError(f"{key!r} is on the meta device, so it has no values to save; load or initialise it first")
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _fields(config: AdapterConfig, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Any]:

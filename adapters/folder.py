@@ -15,6 +15,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -197,7 +202,7 @@ def write_pair(path: Path, config: bytes, weights: bytes) -> None:
 
     Two files cannot be replaced in one step. So the new config first gets a name with the digest of its weights, by
     which a reader knows that it belongs to weights that are already there while `adapter_config.json` is still the old.
-    One writer at a time; several threads of one process take turns.
+    Several threads, and several processes of one machine, take turns.
 
     Args:
         path: The directory, which exists.
@@ -211,7 +216,12 @@ def write_pair(path: Path, config: bytes, weights: bytes) -> None:
         if (path / name).is_dir():
             raise IsADirectoryError(f"{path / name}: is a directory, expected a file or nothing")
     pending = path / f".adapter_config.{hashlib.sha256(weights).hexdigest()}.json"
-    with _temporary(path, WEIGHTS, weights) as new_weights, _temporary(path, CONFIG, config) as new_config, _COMMIT:
+    with (
+        _temporary(path, WEIGHTS, weights) as new_weights,
+        _temporary(path, CONFIG, config) as new_config,
+        _COMMIT,
+        _alone(path),
+    ):
         try:
             os.replace(new_config, pending)
             sync(path)
@@ -234,10 +244,26 @@ def write_config(path: Path, config: bytes) -> None:
     Raises:
         OSError: A file that cannot be written or replaced.
     """
-    with _temporary(path, CONFIG, config) as new_config, _COMMIT:
+    with _temporary(path, CONFIG, config) as new_config, _COMMIT, _alone(path):
         os.replace(new_config, path / CONFIG)
         sync(path)
         _forget_pending(path)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from replacing files of a directory, where the system can do that."""
+    lock: Any = getattr(fcntl, "flock", None)
+    if lock is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            lock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _forget_pending(path: Path) -> None:

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft
 from torchgraft.functional.follow import plan_follows
 from torchgraft.functional.method import Tree
+from torchgraft.functional.placement import resting, whole
 from torchgraft.functional.plan import plan_sites, structure_for
 from torchgraft.functional.replaced import Plan, each, plan_replaced, tensor_at
 from torchgraft.functional.site import Site
 from torchgraft.functional.trees import sort
+from torchgraft.functional.wrappers import modules_of, state_of
 
 from .config import AdapterConfig
 from .fit import Parts, fit, found_leaves
 from .headers import Weights
 from .inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .inplace.gathering import fill
 from .inplace.walk import bare_modules, layers, original_base
 from .keys import SHARED, names_of
 from .replaced import saved_buffers
@@ -106,7 +109,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     name = adapter_name if graft.named else ""
     if name not in graft.configs:
         raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
-    modules = dict(graft.model.named_modules(remove_duplicate=False))
+    modules = modules_of(graft.model)
     sites = graft.sites[name]
     config: Any = graft.configs[name]
     _check_method(stored.config, config)
@@ -114,7 +117,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     planned, replaced = stored.plan(modules, graft.model), graft.replaced[name]
     _check_same(stored, config, sites, planned)
     _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
-    parts = fit(stored.config, stored.weights, sites, replaced, graft.follows[name], {}, graft.model.state_dict)
+    parts = fit(stored.config, stored.weights, sites, replaced, graft.follows[name], {}, lambda: state_of(graft.model))
     tensors = stored.read()
     stored.check_tied(parts, tensors)
     for shared in _other_shared(sites, parts, tensors):
@@ -128,7 +131,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
             "weights (perhaps with other signs, on another device); load_adapter(model, path) takes the file's, and "
             "extract_graft(model) and extract_params(model) then give a graft and a tree with it"
         )
-    for base in _other_base(graft.model.state_dict(), parts, tensors):
+    for base in _other_base(state_of(graft.model), parts, tensors):
         raise ValueError(
             f"{stored.weights.file}: {parts.base[base]!r} differs from {base!r} of the model, which a graft never "
             "changes; use load_adapter(model, path) on the model, or load this tensor into it first"
@@ -234,7 +237,7 @@ def _other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, 
     return [
         name
         for name, key in parts.base.items()
-        if base[name].is_meta or not torch.equal(base[name].cpu(), tensors[key].to(base[name].dtype))
+        if base[name].is_meta or not torch.equal(whole(base[name]).cpu(), tensors[key].to(base[name].dtype))
     ]
 
 
@@ -290,9 +293,8 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     for layer in layers(model).values() if constants else ():
         if adapter_name in layer.entries:
             layer.set_constants(adapter_name, constants)
-    with torch.no_grad():
-        for tensor, value in embeddings:
-            tensor.copy_(value)
+    for module, leaf, value in embeddings:
+        fill(module, leaf, value)
 
 
 def _fixed(config: AdapterConfig, site: Site) -> tuple[str, ...]:
@@ -305,7 +307,7 @@ def _constant(sites: Mapping[str, Site], name: str) -> Tensor:
 
 def _embeddings(
     model: nn.Module, modules: Mapping[str, nn.Module], stored: Stored, parts: Parts, tensors: Mapping[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[nn.Module, str, Tensor]]:
     """Tensors of the base to be replaced by the file's: an adapter may bring its embeddings, and nothing else."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
@@ -319,8 +321,8 @@ def _embeddings(
                 f"{stored.weights.file}: {parts.base[name]!r} differs from {name!r} of the model, which no adapter may "
                 "replace; was it made for another model? Load it into the model first if that is what you want"
             )
-        tensor: Any = getattr(module, leaf)
-        found.append((tensor, tensors[parts.base[name]].to(tensor.device, tensor.dtype)))
+        tensor = resting(module, leaf)
+        found.append((module, leaf, tensors[parts.base[name]].to(tensor.device, tensor.dtype)))
         warnings.warn(
             f"{name} of the base is replaced by the one that came with the adapter", UserWarning, stacklevel=4
         )

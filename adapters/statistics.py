@@ -19,6 +19,7 @@ from torchgraft.functional import Graft
 from torchgraft.functional.alone import with_weights
 from torchgraft.functional.plan import weights_of
 from torchgraft.functional.site import Site
+from torchgraft.functional.wrappers import modules_of
 
 from .config import require
 from .initial import Statistics
@@ -246,7 +247,7 @@ def fit_corda(
         with graft.looking(see) as base:
             forward(base, batch)
     check_reached(sites, sums.keys() | leaders.keys(), "fit_corda")
-    weights = weights_of(sites, dict(model.named_modules(remove_duplicate=False)))
+    weights = weights_of(sites, modules_of(model))
     found = {}
     for path, site in shown(sites.items(), "CorDA, decomposing", progress):
         leader = leaders.get(path, path)
@@ -290,7 +291,7 @@ def fit_lora_ga(
     Statistics('lora_ga', 1 modules)
     """
     graft, sites = looked_at(model, config, "lora_ga")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     weights = {}
     for path in sites:
         own = modules[path]._parameters.get("weight")

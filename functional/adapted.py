@@ -16,7 +16,9 @@ from .attention import AdaptedAttention, Part, Projection
 from .finder import Finder
 from .layers import is_plain_linear
 from .method import Entry, Leaves, Weighted
+from .placement import is_sharded, resting
 from .routed import RoutedLayer, stand_in
+from .sharded import run_on_shards
 from .site import Site
 
 
@@ -182,9 +184,9 @@ class Socket:
 
     def dense(self, name: str) -> Tensor | None:
         """The weight or bias that the module stores under a name, with the active adapters in, in the base's dtype."""
-        layer = self.layer()
-        if isinstance(layer, Base):
-            return getattr(self.inner, name)
+        layer, own = self.layer(), getattr(self.inner, name)
+        if isinstance(layer, Base) or (own is not None and own.is_meta and resting(self.inner, name) is own):
+            return own  # without values there is nothing to adapt: who offloads weights asks for these
         if _is_routed(layer):
             return self._without_value(getattr(self.inner, name))
         site: Site = layer.entry.site
@@ -217,7 +219,8 @@ class AdaptedForward:
             raise TypeError(f"{socket.path}: forward() got no {socket.argument!r}")
         socket.reach()
         socket.look(x)
-        return socket.layer(args, kwargs)(x)
+        layer = socket.layer(args, kwargs)
+        return layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
 
 
 class AdaptedModule:
@@ -301,6 +304,14 @@ def adapt(shell: nn.Module, cls: Any, plain: Any, path: str, cell: Cell, entries
     argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
     shell.__class__ = adapted_class(cls, plain, next(iter(entries.values())).site)
     shell.__dict__["_socket"] = Socket(path, cell, entries, inner, argument, cls, plain)
+
+
+def load_below(shell: Any) -> None:
+    """Have accelerate's hooks of an adapted module load the base's tensors, whose names on it are the adapted ones."""
+    own, inner = vars(shell), vars(shell)["_socket"].inner
+    forward = own.get("forward")
+    if "_hf_hook" in own and isinstance(forward, functools.partial):
+        own["forward"] = functools.partial(forward.func, inner)
 
 
 def _revive(cls: Any, plain: Any, path: str, cell: Cell, entries: Mapping[str, Entry]) -> nn.Module:

@@ -187,6 +187,11 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
         if tensor.shape != skeleton.aliases[key].shape:
             expected = tuple(skeleton.aliases[key].shape)
             raise ValueError(f"base_params[{name!r}] has shape {tuple(tensor.shape)}, expected {expected}")
+        if key in skeleton.offloaded:
+            raise ValueError(
+                f"base_params[{name!r}]: the model's is offloaded by a hook of accelerate, which would load it over "
+                "the given one; keep its module in memory"
+            )
         if key in skeleton.frozen:
             raise ValueError(
                 f"base_params[{name!r}]: the model also keeps this tensor in a tuple, where it cannot be exchanged; "

@@ -27,6 +27,7 @@ from .rows import PerAdapter
 from .site import Site
 from .skeleton import Skeleton
 from .units import make_units
+from .wrappers import check_flat, modules_of, without_parallel
 
 if TYPE_CHECKING:
     from .stacks import StackedGraft
@@ -60,7 +61,7 @@ class Graft:
         self.configs = {name: for_model(copy.deepcopy(config), model) for name, config in configs.items()}
         self.named = named
         self.allow_unreached = allow_unreached
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = modules_of(model)
         self.sites: dict[str, dict[str, Site]] = sites or {
             name: plan_sites(config, modules, config.targets(model)) for name, config in self.configs.items()
         }
@@ -271,7 +272,7 @@ class Graft:
 
     def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
         """Of these sites, those whose module no forward reached under any of its names."""
-        modules = dict(self.model.named_modules(remove_duplicate=False))
+        modules = modules_of(self.model)
         seen = {key_of(modules, path) for path in reached}
         return sorted({path for path in paths if key_of(modules, path) not in seen})
 
@@ -281,7 +282,7 @@ class Graft:
         Raises:
             ValueError: A module at a site was replaced by one that the site's parameters do not fit.
         """
-        modules = dict(self.model.named_modules(remove_duplicate=False))
+        modules = modules_of(self.model)
         entries: dict[Key, dict[str, Entry]] = {}
         paths: dict[Key, str] = {}
         for name in self.configs:
@@ -302,7 +303,7 @@ class Graft:
         Raises:
             ValueError: A module at a site was replaced by one that the site's parameters do not fit.
         """
-        modules = dict(self.model.named_modules(remove_duplicate=False))
+        modules = modules_of(self.model)
         moved: dict[tuple[int, torch.device], Tensor] = {}
         found: dict[str, Entry] = {}
         for path, site in self.sites[name].items():
@@ -343,7 +344,9 @@ def bind(
     """Bind adapter configs to a model; the model stays as it is.
 
     Args:
-        model: Any module. It may still move, be evaluated or get new weights later; every call sees it.
+        model: Any module. It may still move, be evaluated or get new weights later; every call sees it. Of one in
+            `DistributedDataParallel`, the module within. One that `fully_shard` has sharded is gathered in calls, unit
+            by unit, in which each process takes part.
         config: One config, or several by name. With names, parameters are `{name: tree}` and a name that is missing
             from them is switched off. With a list, one config for each adapter of a stack: see `StackedGraft`.
         allow_unreached: Accept forwards that run past a site, as mixtures of experts and encoder-decoder models
@@ -363,6 +366,7 @@ def bind(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    model = without_parallel(model)
     named = isinstance(config, Mapping)
     configs: Mapping[str, Any] = {"": config}
     if isinstance(config, Mapping):
@@ -379,6 +383,7 @@ def bind(
             given = f"the class {one.__name__}" if isinstance(one, type) else f"of type {type(one).__name__}"
             raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
     for path, module in model.named_modules():
+        check_flat(path or "the model", module)
         if isinstance(module, (AdaptedModule, AdaptedParameters)):
             raise TypeError(
                 f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "

@@ -155,8 +155,10 @@ def _linear(path: str, module: nn.Linear) -> Site:
     return Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
 
 
-def _conv1d_of_transformers(path: str, module: nn.Module) -> Site:
-    rows, columns = module.get_parameter("weight").shape
+def _conv1d_of_transformers(path: str, module: Any) -> Site:
+    weight: Any = module._parameters.get("weight")
+    flat = weight is None or weight.ndim != 2  # what FullyShardedDataParallel makes of it between calls
+    rows, columns = (module.nx, module.nf) if flat else weight.shape
     return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
 
 

@@ -9,9 +9,11 @@ from torch import nn
 
 from . import trees
 from .method import Config, Tree
+from .placement import agreed
 from .plan import weights_of
 from .replaced import Plan, copies, each
 from .site import Site
+from .wrappers import modules_of
 
 
 def initialise(
@@ -30,12 +32,13 @@ def initialise(
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
     made: Tree = copies(modules, replaced, dtype, device)
     for path, site in sites.items():
         weight = site.like(modules[site.owner])
         for leaf, value in fresh[path].items():
+            value = agreed(value, weight)
             made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or _wide(weight.dtype))
     return trees.sort(made)
 

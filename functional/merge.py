@@ -13,8 +13,10 @@ from .follow import Follower
 from .graft import Graft
 from .method import Tree
 from .parameters import Key, find
+from .placement import is_sharded, spread
 from .replaced import Given, merged
 from .site import own_tensor
+from .wrappers import bare_name, modules_of, state_of
 
 
 def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
@@ -49,14 +51,14 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     if not all(isinstance(tree, dict) for tree in active.values()):
         raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")
     model = graft.model
-    state = model.state_dict()
-    modules = dict(model.named_modules(remove_duplicate=False))
+    state = state_of(model)
+    modules = modules_of(model)
     given = merged(modules, graft.replaced, active)
     state.update(given)
     names: dict[int, list[str]] = {}
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in itertools.chain(*tensors):
-        names.setdefault(id(tensor), []).append(name)
+        names.setdefault(id(tensor), []).append(bare_name(name))
     layers: dict[Key, Base | Adapted] = {}
     paths: dict[Key, str] = {}
     followers: dict[str, set[int]] = {}
@@ -104,4 +106,5 @@ def _write(
                 f"{path}: its {leaf} is tied to {name}, which would change with it; untie the two, "
                 "or use graft.view(params), which keeps them apart"
             )
-        state[name] = value.to(own.dtype)
+        value = value.to(own.dtype)
+        state[name] = spread(value, own.device_mesh, own.placements) if is_sharded(own) else value  # type: ignore[attr-defined]

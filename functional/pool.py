@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import Record
+from .placement import is_sharded, local_part
 from .skeleton import Skeleton
 
 _HELD = 64
@@ -36,10 +37,14 @@ class Watch:
         tensors = {id(t): t for view in self._views for t in view if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
+        self._sharded = [t for t in tensors.values() if is_sharded(t)]
+        self._parts = [local_part(t).data_ptr() for t in self._sharded]
 
     def same_tensors(self) -> bool:
         """Whether every tensor still lives where it lived."""
-        return list(map(Tensor.data_ptr, self._tensors)) == self._storages
+        return list(map(Tensor.data_ptr, self._tensors)) == self._storages and (
+            not self._sharded or [local_part(t).data_ptr() for t in self._sharded] == self._parts
+        )
 
     def same(self) -> bool:
         """Whether nothing has changed."""
@@ -55,7 +60,7 @@ class Watch:
 
 def _has_storage(tensor: Tensor) -> bool:
     try:
-        return tensor.data_ptr() != 0
+        return not is_sharded(tensor) and tensor.data_ptr() != 0
     except RuntimeError:
         return False
 

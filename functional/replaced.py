@@ -17,8 +17,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from .adapted import Base
 from .method import Tree
+from .placement import is_sharded, offloading, resting, spread, whole
 from .route import Routed
 from .routed import stand_in
+from .sharded import is_gathering
 from .site import Site
 from .skeleton import Place, Skeleton
 
@@ -155,7 +157,9 @@ def copies(
     """
     made: Tree = {}
     for path, leaf, one in each(plan):
-        tensor = tensor_at(modules, one.names[0]).detach()
+        tensor_at(modules, one.names[0])
+        path_of, _, name = one.names[0].rpartition(".")
+        tensor = whole(resting(modules[path_of], name)).detach()
         tensor = tensor if one.rows is None else tensor[torch.tensor(one.rows, device=tensor.device)]
         wide = dtype or torch.promote_types(tensor.dtype, torch.float32)
         made.setdefault(path, {})[leaf] = tensor.to(device or tensor.device, wide, copy=True)
@@ -173,6 +177,7 @@ class Exchange:
         key: Identity of the model's tensor.
         places: Where the tensor hangs.
         index: Rows of the tensor that the leaf has.
+        parallel: Whether the tensor's module computes with shards, and not with what a copy gathers.
     """
 
     adapter: str
@@ -181,6 +186,7 @@ class Exchange:
     key: int
     places: Sequence[Place]
     index: Tensor | None
+    parallel: bool = False
 
     def put(self, leaf: Tensor) -> None:
         """Have the skeleton use this leaf."""
@@ -190,6 +196,8 @@ class Exchange:
             current = container[name]
             if current is not before:
                 before, new = current, over(current, leaf, self.index)
+                if self.parallel and is_sharded(current):
+                    new = spread(new, current.device_mesh, current.placements)
             container[name] = new
 
     def hide(self, nothing: Tensor) -> None:
@@ -201,7 +209,7 @@ class Exchange:
 def over(tensor: Tensor, leaf: Tensor, index: Tensor | None) -> Tensor:
     """What a tensor becomes: the leaf, or the tensor with some rows from it; in the tensor's dtype."""
     leaf = leaf.to(tensor.dtype)
-    return leaf if index is None else tensor.index_copy(0, index, leaf)
+    return leaf if index is None else whole(tensor).index_copy(0, index, whole(leaf))
 
 
 def exchanges(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -> list[Exchange]:
@@ -213,6 +221,7 @@ def exchanges(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -
     """
     if not any(plans.values()):
         return []
+    parallel = not any(is_gathering(own) for _, own in skeleton.modules)
     copy_of = {id(theirs): own for theirs, own in skeleton.modules}
     holders: dict[int, set[int]] = {}
     for module, _ in skeleton.modules:
@@ -227,6 +236,7 @@ def exchanges(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -
             for name in one.names:
                 owner, _, tensor_name = name.rpartition(".")
                 _check_same(modules, name, one, key)
+                _check_resting(modules[owner], name)
                 owners[id(modules[owner])] = modules[owner], tensor_name
             if any(owner not in copy_of for owner in owners) or key not in skeleton.places or key in skeleton.frozen:
                 raise ValueError(
@@ -236,8 +246,17 @@ def exchanges(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -
             others = {id(copy_of[other]._parameters) for other in holders[key] - owners.keys()}
             places = [place for place in skeleton.places[key] if id(place[0]) not in others]
             index = None if one.rows is None else torch.tensor(one.rows, device=tensor.device)
-            found.append(Exchange(adapter, path, leaf, key, places, index))
+            found.append(Exchange(adapter, path, leaf, key, places, index, parallel))
     return found
+
+
+def _check_resting(module: nn.Module, name: str) -> None:
+    if next(offloading(module), None) is not None:
+        raise ValueError(
+            f"{name}: is offloaded by a hook of accelerate, which would load the base's over what stands for it; keep "
+            f"this module in memory (a device_map, or accelerate.hooks.remove_hook_from_module), or do not train it "
+            "(modules_to_save, bias, trainable_token_indices)"
+        )
 
 
 def _check_same(modules: Modules, name: str, one: Replaced, key: int) -> None:

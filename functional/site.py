@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .placement import resting, whole
+
 _CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
 PARAMETERS = ("parameter", "experts")
@@ -129,6 +131,8 @@ class Site:
     def read(self, module: Any, instead: Mapping[str, Tensor] | None = None) -> Dense:
         """Canonical weight and bias of the module that this site describes.
 
+        What is sharded is gathered, and what is offloaded is loaded.
+
         Args:
             module: The module.
             instead: Tensors to take instead of the module's, by attribute.
@@ -143,7 +147,8 @@ class Site:
         torch.Size([3, 2])
         """
         names = (*self.weight_names, self.bias_name) if self.has_bias else self.weight_names
-        held = {name: getattr(module, name) for name in names} | dict(instead or {})
+        held = {name: whole(resting(module, name)) for name in names if name not in (instead or {})}
+        held |= {name: whole(tensor) for name, tensor in (instead or {}).items()}
         stored = [held[name] for name in self.weight_names]
         form = "packed" if not stored else next(filter(None, map(quantised_form, stored)), None)
         if form is not None:
@@ -180,7 +185,7 @@ class Site:
     def like(self, module: Any) -> Tensor:
         """A tensor of the device and dtype that the module's adapter goes by: its weight, or its parameters' first."""
         for name in self.weight_names:
-            return getattr(module, name)
+            return resting(module, name)
         return next(itertools.chain(module.parameters(), module.buffers()), _NOWHERE)
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

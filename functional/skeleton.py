@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from .adapted import Cell, adapt
+from .adapted import Cell, adapt, load_below
 from .layers import plain_class
 from .method import Entry
 from .parameters import Key, ParameterSocket, adapt_parameters, names_grouped
+from .placement import copied_hooks, offloading
 from .recorded import Recorded, slots_of
+from .sharded import attributes_of, hooks_of_unit, plain_type
+from .wrappers import bare_name, check_flat
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
@@ -54,6 +57,7 @@ class Skeleton:
         sources: Where each named tensor hangs in the model, and its id.
         modules: The model's modules, those that it keeps in plain containers too, each with its copy.
         filled: The tensors that the call in progress has replaced, by id.
+        offloaded: The tensors of the model, by id, that hooks of accelerate load where they are called.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
         exchanges: Where the tensors hang that adapters replace.
     """
@@ -75,11 +79,14 @@ class Skeleton:
         self.root: nn.Module = self._copy(model)
         self.children = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
         self.sources: dict[str, tuple[Any, str, int]] = {
-            f"{path}.{name}" if path else name: (registry, name, id(tensor))
+            bare_name(f"{path}.{name}" if path else name): (registry, name, id(tensor))
             for path, module in model.named_modules(remove_duplicate=False)
             for registry in (module._parameters, module._buffers)
             for name, tensor in registry.items()
             if tensor is not None
+        }
+        self.offloaded = {
+            id(t) for m, _ in self.modules if next(offloading(m), None) is not None for t in m._parameters.values()
         }
         self.volatile = self._volatile()
         self.written = [key for key, active in self.volatile.items() if active]
@@ -217,7 +224,9 @@ class Skeleton:
                 f"{self._modules.get(id(x)) or 'the model'}: a module compiled by torch.compile hides its structure; "
                 "bind the module it was made from and compile a function that calls the graft"
             )
-        cls = type(x)
+        check_flat(self._modules.get(id(x)) or "the model", x)
+        cls = plain_type(x)
+        self._memo.update(hooks_of_unit(x) | copied_hooks(x))
         new = self._remember(x, object.__new__(cls))
         self.modules.append((x, new))
         whole = (id(x), "")
@@ -225,7 +234,7 @@ class Skeleton:
             adapt(new, cls, plain_class(x), self._paths[whole], self.cell, self._entries[whole])
         self._adapt_parameters(x, new)
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
-        for key, value in vars(x).items():
+        for key, value in attributes_of(x).items():
             if key in ("_parameters", "_buffers"):
                 new.__dict__[key] = registry = type(value)()
                 for name, tensor in value.items():
@@ -234,18 +243,20 @@ class Skeleton:
                 new.__dict__[key] = copy.copy(value)
             else:
                 self._put(new.__dict__, key, value)
+        if whole in self._entries:
+            load_below(new)
         self._where = where
         return new
 
     def _adapt_parameters(self, x: nn.Module, new: nn.Module) -> None:
         keys = [key for name in x._parameters if (key := (id(x), name)) in self._entries]
         if keys:
-            grouped = names_grouped(type(x))
+            grouped = names_grouped(plain_type(x))
             sockets = {
                 key[1]: ParameterSocket(self._paths[key], key[1], self.cell, self._entries[key], grouped)
                 for key in keys
             }
-            adapt_parameters(new, type(x), sockets)
+            adapt_parameters(new, plain_type(x), sockets)
 
     def _container(self, x: Any) -> Any:
         new = self._remember(x, copy.copy(x))

@@ -22,6 +22,7 @@ from .replaced import plan_replaced
 from .routed import Chosen, with_constants
 from .rows import PerAdapter, Rows, is_readable
 from .site import Site
+from .wrappers import modules_of
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
@@ -41,7 +42,7 @@ class StackedGraft(Graft):
         model = structure_for(members, model)
         self.members = [for_model(config, model) for config in members]
         check_configs(self.members)
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = modules_of(model)
         self._plans = [plan_sites(config, modules, config.targets(model)) for config in self.members]
         _check_leaves(self.members, self._plans)
         each_replaces = [
@@ -193,7 +194,7 @@ class StackedGraft(Graft):
                 "has no such ties; bind them apart, or stack trees of one config"
             )
         known = tuple(path in plan for plan in self._plans)
-        device = entry.site.like(self.model.get_submodule(entry.site.owner)).device
+        device = entry.site.like(modules_of(self.model)[entry.site.owner]).device
         return StackedEntry(entry.config, entry.site, torch.tensor(known, device=device), known)
 
 
@@ -298,7 +299,7 @@ def _check_leaves(configs: Sequence[Config], plans: Sequence[Mapping[str, Site]]
 
 def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module) -> dict[str, Site]:
     """Every site that some adapter has, with the constants of all."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     paths = {path: None for plan in plans for path in plan}
     names: dict[Key, str] = {}
     for path in paths:

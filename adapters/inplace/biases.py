@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchgraft.functional.placement import offloading, whole, write
+
+from .gathering import fill, put
+
 ATTRIBUTE = "_trained_biases"
 """Where a model keeps them, outside of its module tree."""
 
@@ -30,6 +34,11 @@ class Biases:
         self.modules = dict(modules)
         self._away: dict[str, Tensor] = {}
         for path, parameter in self.named_parameters():
+            if next(offloading(self.modules[path]), None) is not None:
+                raise ValueError(
+                    f"{path}: its bias is offloaded by a hook of accelerate, which loads a new one for each call, so "
+                    "none can be trained where it is; set bias='none', or keep this module in memory"
+                )
             value = given.get(path)
             like = parameter.detach()
             self._away[path] = like.clone() if value is None else value.detach().to(like.device, like.dtype)
@@ -40,7 +49,14 @@ class Biases:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's parameters by path of their module."""
-        return ((path, module.get_parameter("bias")) for path, module in self.modules.items())
+        for path, module in self.modules.items():
+            bias = module._parameters.get("bias")
+            if bias is None:
+                raise ValueError(
+                    f"{path}: its bias, which adapter {self.adapter!r} trains, is no parameter of its own now; wrap "
+                    "the model with FullyShardedDataParallel(..., use_orig_params=True), or use fully_shard"
+                )
+            yield path, bias
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The base's parameters."""
@@ -112,7 +128,7 @@ class Biases:
         """
         names = [name for name in names if name == self.adapter]
         for path, value in self.tensors().items() if safe and names else ():
-            if not torch.isfinite(value).all():
+            if not torch.isfinite(whole(value)).all():
                 raise ValueError(f"{path}: bias with {names} merged has values that are not finite")
         self.merged_adapters = names
         self._swap()
@@ -130,8 +146,7 @@ class Biases:
         if wanted == self._in:
             return
         for path, parameter in self.named_parameters():
-            away = self._away[path].to(parameter.device, parameter.dtype)
-            self._away[path], parameter.data = parameter.data, away
+            self._away[path] = put(self.modules[path], "bias", self._away[path])
             parameter.requires_grad_(False)
             parameter.grad = None
         self._in = wanted
@@ -147,5 +162,8 @@ def put_bias(model: nn.Module, path: str, value: Tensor) -> None:
     """Load one of them."""
     found = biases_of(model)
     assert found is not None
-    with torch.no_grad():
-        found.tensors()[path].copy_(value)
+    tensor = found.tensors()[path]
+    if isinstance(tensor, nn.Parameter):
+        fill(found.modules[path], "bias", value)
+    else:
+        write(tensor, value)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchgraft.functional.placement import local_part
+
 _ROW = 2**16
 """Numbers that are summed up at a time; few enough for the cache of a processor."""
 
@@ -43,7 +45,7 @@ def content(tensor: Tensor) -> Content:
     >>> content(x) == content(x.clone()), content(x) == content(x.flip(0))
     (True, False)
     """
-    tensor = _own_part(tensor)
+    tensor = local_part(tensor)
     if tensor.is_meta:
         return Content(tensor.shape, tensor.dtype, None)
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
@@ -66,12 +68,7 @@ def holds(tensor: Tensor, known: Content) -> bool:
     if content(tensor) == known:
         return True
     sharded: Any = tensor
-    return tensor.shape == known.shape != _own_part(tensor).shape and content(sharded.full_tensor()) == known
-
-
-def _own_part(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is sharded (a `DTensor`), else the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.shape == known.shape != local_part(tensor).shape and content(sharded.full_tensor()) == known
 
 
 @functools.lru_cache(maxsize=64)

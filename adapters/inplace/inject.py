@@ -16,9 +16,11 @@ from torchgraft.functional import Weights, trees
 from torchgraft.functional.follow import follower, plan_follows
 from torchgraft.functional.leaves import shapes_of
 from torchgraft.functional.method import Entry, Tree
+from torchgraft.functional.placement import agreed
 from torchgraft.functional.plan import plan_sites, weights_of, with_parts
 from torchgraft.functional.replaced import Plan, each, plan_replaced
 from torchgraft.functional.site import PARAMETERS, Site
+from torchgraft.functional.wrappers import child_of_wrapper
 
 from ..config import AdapterConfig
 from ..keys import names_of, split_key
@@ -27,6 +29,7 @@ from ..replication import replicating
 from ..targets import exact, find_targets
 from ..tokens import LEAF as TOKENS
 from .biases import ATTRIBUTE, Biases, biases_of
+from .gathering import check_averaged, gathered
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .overlaps import check_apart, check_names, check_overlap, check_tokens
@@ -70,13 +73,16 @@ def inject_adapter_in_model(
         params: A tree as `bind(model, peft_config).init()` makes it, whose tensors become the parameters, sharing their
             memory where they have the dtype and the device of what they are in.
 
+    Of a model that is sharded, all processes take part, and what is drawn is what the first one draws.
+
     Returns:
         `model`.
 
     Raises:
         TypeError: No module, no config.
         ValueError: A name that is taken or unfit, a config that matches nothing or a module that its method does not
-            support, a `state_dict` that does not fit the model; an adapter on what is one of `modules_to_save`.
+            support, a `state_dict` that does not fit the model; an adapter on what is one of `modules_to_save`;
+            one to be trained in a model that several processes train already, whose gradients nobody would average.
         RuntimeError: Something else wrote to the weights while adapters were merged.
         KeyError: `params` that do not fit.
 
@@ -85,10 +91,12 @@ def inject_adapter_in_model(
     >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     _check(peft_config, model, adapter_name, state_dict, params)
-    with replicating(model, peft_config, adapter_names(model)), restoring(model):
-        return _inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, params)
+    check_averaged(given, trained=not peft_config.inference_mode)
+    with gathered(given, writes=True), replicating(model, peft_config, adapter_names(model)), restoring(model):
+        _inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, params)
+    return given
 
 
 def _inject(
@@ -98,7 +106,7 @@ def _inject(
     low_cpu_mem_usage: bool,
     state_dict: Mapping[str, Tensor] | None,
     params: Tree | None,
-) -> nn.Module:
+) -> None:
     config, modules = copy.deepcopy(peft_config), bare_modules(model)
     if state_dict is None:
         config = config.for_model(model, modules)
@@ -186,7 +194,6 @@ def _inject(
         model.requires_grad_(False)
     for part in parts(model):
         part.activate([adapter_name], not config.inference_mode)
-    return model
 
 
 def _check_biases(model: nn.Module, config: AdapterConfig) -> None:
@@ -319,7 +326,9 @@ def _leaves(
         weight = sites[path].like(modules[sites[path].owner])
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         device = "meta" if meta else weight.device
-        made[path] = {leaf: nn.Parameter(tensor.to(device, dtype)) for leaf, tensor in drawn[path].items()}
+        made[path] = {
+            leaf: nn.Parameter(agreed(tensor, weight).to(device, dtype)) for leaf, tensor in drawn[path].items()
+        }
         made[path] |= _fixed(config, sites[path], modules, meta)
     return made
 
@@ -352,10 +361,25 @@ def _parents(
     parents: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in paths}
     for module in dict.fromkeys(modules.values()):
         for name, child in module._modules.items():
+            if child is None:
+                continue
+            parent, name, child = _within_wrappers(module, name, child)
             if (key := bare.get(id(child), id(child))) in paths:
-                parents[key].append((module, name))
+                if name == "_orig_mod":
+                    raise ValueError(
+                        f"{paths[key]}: was compiled by itself, and would go on without the adapter; inject first and "
+                        "compile afterwards"
+                    )
+                parents[key].append((parent, name))
         _check_plain(module, paths)
     return parents
+
+
+def _within_wrappers(parent: nn.Module, name: str, child: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    """Where a child hangs: in its parent, or in the last of the wrappers around it."""
+    while (inner := child_of_wrapper(child)) is not None:
+        parent, name, child = child, inner, child._modules[inner]  # type: ignore[assignment]
+    return parent, name, child
 
 
 def _check_plain(module: nn.Module, targeted: Mapping[int, str]) -> None:

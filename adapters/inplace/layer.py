@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from torchgraft.functional.adapted import Adapted, Base
 from torchgraft.functional.method import Entry
+from torchgraft.functional.placement import whole
+from torchgraft.functional.wrappers import unwrapped
 
 from ..called import make_dropout
 from .containers import Dropouts, Modules, Parameters
@@ -161,7 +163,7 @@ class BaseTunerLayer(nn.Module):
         """
         holders = Holders(self, name, self._entries[name])
         found: dict[str, Tensor] = Watch([holders]).amid(lambda: holders.maps(called=False))
-        return found
+        return {leaf: whole(tensor) for leaf, tensor in found.items()}
 
     def fixed(self, name: str) -> tuple[str, ...]:
         """Those of an adapter's leaves that are never trained."""
@@ -264,7 +266,7 @@ class BaseTunerLayer(nn.Module):
 
     def get_base_layer(self) -> Any:
         """The wrapped module."""
-        return self.base_layer
+        return unwrapped(self.base_layer)
 
     @property
     def base_prefix(self) -> str:

@@ -13,11 +13,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
 from torchgraft.functional.attention import Part
-from torchgraft.functional.layers import describe, plain_class
+from torchgraft.functional.layers import plain_class
 from torchgraft.functional.method import Entry
+from torchgraft.functional.placement import is_sharded, whole
 from torchgraft.functional.site import Site
+from torchgraft.functional.wrappers import unwrapped
 
-from ..called import in_memory, whole
+from ..called import in_memory
 from .containers import Parameters
 from .holders import Holders, Watch
 from .originals import Originals
@@ -77,6 +79,11 @@ class CalledOverMerged(CalledBase, BaseOverMerged):
     __slots__ = ()
 
 
+def is_parallel(base: Any, site: Site) -> bool:
+    """Whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
+    return bool(base._forward_pre_hooks) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
+
+
 def own_or_computed(module: Any, name: str) -> Tensor:
     """What a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
     own = module._parameters.get(name)
@@ -99,14 +106,15 @@ class Live:
     def __init__(self, layer: BaseTunerLayer, names: Iterable[str]):
         self.names = list(names)
         self.merged = layer.originals if layer.merged else None
-        base: Any = layer.base_layer
+        base: Any = unwrapped(layer.base_layer)  # FSDP wraps the base in another module
         own = [layer.entries[name] for name in self.names]
         self.device = _device(own, base)
         self.entries = [placed(entry, self.device) for entry in own]
         self._hold(layer)
         attention = any(entry.site.kind == "attention" for entry in self.entries)
-        plain: Any = None if describe("", base) is None else plain_class(base)  # FSDP wraps the base in another module
-        inherited = (plain is None or type(base).forward is plain.forward) and not attention
+        plain: Any = plain_class(base)
+        inherited = type(base).forward is plain.forward and not attention
+        inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
         self.shell = None if inherited or not self.names else Shell(base, plain, self.entries, self.merged)
 
     def _hold(self, layer: BaseTunerLayer) -> None:
@@ -186,7 +194,13 @@ class Live:
         for attribute, container, registry, name, one in self._hung:
             if registry.get(name) is not one or containers[attribute] is not container:
                 return True
-        return False
+        base = containers["base_layer"]
+        return (
+            bool(base._forward_pre_hooks)
+            and self.shell is None
+            and bool(self)
+            and is_parallel(base, self.entries[0].site)
+        )
 
 
 @dataclasses.dataclass(eq=False)

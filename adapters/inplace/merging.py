@@ -7,15 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchgraft.functional.sharded import is_unit
+from torchgraft.functional.wrappers import child_of_wrapper, unwrapped
+
 from .biases import ATTRIBUTE, biases_of
+from .gathering import hand_over, on_gathered
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .parameters import ParameterLayer
 from .switch import adapter_names as names_in
 from .switch import take_out
 from .tokens import TrainableTokensWrapper
 from .walk import bare_modules, layers, parts, unwrap
 
 
+@on_gathered(writes=True)
 def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """Make adapters part of the weights: the model computes the same without the cost of an adapter.
 
@@ -82,6 +88,7 @@ def _union(part: Any, adapter_names: list[str] | None) -> list[str]:
     )
 
 
+@on_gathered(writes=True)
 def unmerge_adapter(model: nn.Module, adapter_names: list[str] | None = None) -> None:
     """Take merged adapters, by default all, out of the weights again, bit for bit.
 
@@ -94,6 +101,7 @@ def unmerge_adapter(model: nn.Module, adapter_names: list[str] | None = None) ->
     take_out(parts(model), adapter_names)
 
 
+@on_gathered(writes=True)
 def unload(model: nn.Module) -> nn.Module:
     """Remove all adapters and their layers from a model, which is then what it was before the first was injected.
 
@@ -108,6 +116,7 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
+@on_gathered(writes=True)
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
     """Make adapters, by default the active ones, part of the weights for good and remove all adapter layers.
 
@@ -131,17 +140,35 @@ def _strip(model: nn.Module) -> None:
     """Remove all layers and wrappers; what is merged stays."""
     for module in set(bare_modules(model).values()):
         for name, child in module._modules.items():
+            parent: Any = module
+            while child is not None and (inner := child_of_wrapper(child)) is not None:
+                parent, name, child = child, inner, child._modules[inner]
+            unit: Any = child
             if isinstance(child, ModulesToSaveWrapper):
                 child = child.merged_module
             if isinstance(child, TrainableTokensWrapper):
-                child = child.token_adapter.base_layer
-            if isinstance(child, BaseTunerLayer):
+                child = _without_tokens(child)
+            if isinstance(child, ParameterLayer):
                 child = child.get_base_layer()
-            module._modules[name] = child
+            elif isinstance(child, BaseTunerLayer):
+                child = child.base_layer
+            parent._modules[name] = child
+            if child is not None and child is not unit and is_unit(unit):
+                hand_over(unit, child)
     if (biases := biases_of(model)) is not None:
         biases.activate([], False)
     vars(model).pop("peft_config", None)
     vars(model).pop(ATTRIBUTE, None)
+
+
+def _without_tokens(wrapper: TrainableTokensWrapper) -> Any:
+    """The module that tokens were trained of, within what torch wrapped around it and its tokens."""
+    held: Any = wrapper._modules["token_adapter"]
+    inner = child_of_wrapper(held)
+    if inner is None:
+        return held.base_layer
+    held._modules[inner] = unwrapped(held).base_layer
+    return held
 
 
 def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from .gathering import loaded_copy
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -39,7 +40,7 @@ class ModulesToSaveWrapper(nn.Module):
                 where dtype and device are the module's.
             tied: Parameters of other copies that this one shares, by their names in the module.
         """
-        copied = copy.deepcopy(self.original_module)
+        copied = loaded_copy(self.original_module)
         made: dict[int, nn.Parameter] = {}
         for key, tensor in (given or {}).items():
             path, _, leaf = key.rpartition(".")

@@ -14,6 +14,7 @@ from torchgraft.functional.replaced import Given
 from torchgraft.functional.site import own_tensor, quantised_form
 
 from .checksum import Content, content, holds
+from .gathering import put
 
 
 def check_mergeable(site: Site, module: nn.Module) -> None:
@@ -75,8 +76,8 @@ class Originals:
             own = own_tensor(module, leaf)
             if own is None:
                 continue
-            self.tensors.setdefault(leaf, own.data)
-            own.data = value.to(own.dtype).contiguous()
+            before = put(module, leaf, value.to(own.dtype).contiguous())
+            self.tensors.setdefault(leaf, before)
         self._note(module)
 
     def restore(self, module: nn.Module, path: str) -> None:
@@ -87,7 +88,7 @@ class Originals:
         """
         self.check_unwritten(module, path)
         for leaf, tensor in self.tensors.items():
-            _own(module, leaf).data = tensor
+            put(module, leaf, tensor)
         self.tensors, self._merged = {}, {}
 
     def apply(self, module: nn.Module, fn: Callable[[Tensor], Tensor], move: Callable[[], object]) -> None:

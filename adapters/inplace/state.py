@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft, bind
 from torchgraft.functional.follow import Follower
 from torchgraft.functional.method import Tree
+from torchgraft.functional.placement import is_sharded, offloading, resting, spread, store, whole
 from torchgraft.functional.site import Site
 from torchgraft.functional.trees import sort
+from torchgraft.functional.wrappers import bare_name, modules_of, state_of, submodule
 
 from ..config import AdapterConfig
 from ..keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key
@@ -23,6 +25,7 @@ from ..scalings import check_raw, expressed
 from ..targets import exact
 from ..tokens import LEAF as TOKENS
 from .biases import biases_of, put_bias
+from .gathering import fill, is_flat, kept, on_gathered
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .parameters import ParameterLayer
@@ -38,6 +41,7 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
+@on_gathered()
 def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     """An injected adapter as a parameter tree, which shares storage with the injected parameters.
 
@@ -55,8 +59,8 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     config_of(model, adapter_name)
     tree: Tree = {
         path: {
-            leaf: parameter.detach()
-            for leaf, parameter in layer.leaves(adapter_name).items()
+            leaf: kept(parameter)
+            for leaf, parameter in layer.numbers(adapter_name).items()
             if leaf not in layer.fixed(adapter_name)
         }
         for path, layer in layers(model).items()
@@ -64,12 +68,12 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     }
     for path, wrapper in named(model, ModulesToSaveWrapper).items():
         for inner, leaves in wrapper.leaves(adapter_name).items():
-            tree[f"{path}.{inner}" if inner else path] = {leaf: tensor.detach() for leaf, tensor in leaves.items()}
+            tree[f"{path}.{inner}" if inner else path] = {leaf: kept(whole(tensor)) for leaf, tensor in leaves.items()}
     for path, tokens in named(model, TrainableTokensWrapper).items():
         if adapter_name in tokens.token_adapter.trainable_tokens_delta:
-            tree.setdefault(path, {})[TOKENS] = tokens.token_adapter.trainable_tokens_delta[adapter_name].detach()
+            tree.setdefault(path, {})[TOKENS] = kept(whole(tokens.token_adapter.trainable_tokens_delta[adapter_name]))
     for path, bias in _biases(model, adapter_name).items():
-        tree.setdefault(path, {})["bias"] = bias.detach()
+        tree.setdefault(path, {})["bias"] = kept(whole(bias))
     return sort(tree)
 
 
@@ -85,6 +89,7 @@ def _biases(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {path: merged.get(path, tensor) for path, tensor in biases.tensors().items()}
 
 
+@on_gathered()
 def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     """A graft of the model beneath the adapters, whose tensors it shares, for trees of `extract_params`.
 
@@ -98,9 +103,14 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     merged = [path for path, layer in layers(model).items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
+    if is_flat():
+        raise TypeError(
+            "the model is wrapped by FullyShardedDataParallel, whose flat parameters no graft can gather; shard it "
+            "with torch.distributed.fsdp.fully_shard instead, or call extract_graft before it is wrapped"
+        )
     sites = source_sites(model, adapter_name)
     base = bare_copy(model, adapter_name)
-    fixed = exact(expressed(config, sites), list(sites), dict(base.named_modules(remove_duplicate=False)))
+    fixed = exact(expressed(config, sites), list(sites), modules_of(base))
     # What was planned may have changed since: scaling factors that were set, fixed tensors that were loaded.
     planned = {
         path: {**layer.entries[adapter_name].site.constants, **_fixed(layer, adapter_name)}
@@ -158,8 +168,8 @@ def _is_source(layer: BaseTunerLayer, adapter_name: str) -> bool:
 
 
 def _fixed(layer: BaseTunerLayer, adapter_name: str) -> dict[str, Tensor]:
-    leaves = layer.leaves(adapter_name)
-    return {leaf: leaves[leaf].detach() for leaf in layer.fixed(adapter_name)}
+    leaves = layer.numbers(adapter_name)
+    return {leaf: kept(leaves[leaf]) for leaf in layer.fixed(adapter_name)}
 
 
 def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
@@ -176,6 +186,7 @@ def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
     return configs[adapter_name]
 
 
+@on_gathered()
 def get_peft_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
@@ -199,11 +210,13 @@ def get_peft_model_state_dict(
     """
     model = unwrap(model)
     config = config_of(model, adapter_name)
-    state = {
-        saved: tensor if state_dict is None else _given(state_dict, key)
-        for saved, (key, tensor) in _tensors(model, config, adapter_name).items()
-    }
-    return {key: tensor.detach() for key, tensor in state.items()} | shared_tensors(model, config, adapter_name)
+    own = _tensors(model, config, adapter_name)
+    if state_dict is None:
+        state = {saved: kept(_values(model, key, tensor)) for saved, (key, tensor) in own.items()}
+    else:
+        given = {bare_name(key): tensor for key, tensor in state_dict.items()}
+        state = {saved: _given(given, key).detach() for saved, (key, _) in own.items()}
+    return state | shared_tensors(model, config, adapter_name)
 
 
 def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, Tensor]:
@@ -216,12 +229,18 @@ def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -
 
 
 def _given(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
-    found = state_dict.get(key, state_dict.get(f"_orig_mod.{key}"))
+    found = state_dict.get(key, state_dict.get(f"module.{key}"))
     if found is None:
         raise KeyError(
             f"state_dict lacks {key!r}, expected the state dict of the whole model; it has {names_of(state_dict)}"
         )
     return found
+
+
+def _values(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    """A tensor of the model's with the values that it has where it is offloaded."""
+    path, _, name = key.rpartition(".")
+    return resting(submodule(model, path), name) if tensor.is_meta else tensor
 
 
 def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
@@ -249,6 +268,7 @@ def _tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict
     return found
 
 
+@on_gathered(writes=True)
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -280,7 +300,7 @@ def set_peft_model_state_dict(
     model = unwrap(model)
     config = config_of(model, adapter_name)
     own = _tensors(model, config, adapter_name)
-    given = {key.removeprefix("_orig_mod.").removeprefix(PREFIX): t for key, t in peft_model_state_dict.items()}
+    given = {bare_name(key).removeprefix(PREFIX): t for key, t in peft_model_state_dict.items()}
     for key, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"state dict: {key!r} is of type {type(tensor).__name__}, expected a tensor")
@@ -345,16 +365,23 @@ def _place(path: str, carriers: Mapping[str, BaseTunerLayer]) -> str:
 def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Tensor]) -> None:
     """Copy into a tensor of the model, or take its place with the device and dtype of the base."""
     path, _, name = key.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = submodule(model, path)
     old: Any = getattr(owner, name)
-    if not assign and not old.is_meta:
-        with torch.no_grad():
-            old.copy_(value)
+    offloaded = old.is_meta and next(offloading(owner), None) is not None
+    if offloaded or is_sharded(old) or not (assign or old.is_meta):
+        fill(owner, name, value)
         return
     base = next((bases[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in bases), None)
     like = old if base is None else base
     new = value.detach().to(like.device, like.dtype if like.is_floating_point() else old.dtype)
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _laid_out(own: Any, value: Tensor) -> Tensor:
+    """A tensor sharded as the model's own is."""
+    if not is_sharded(own) or is_sharded(value) or own.shape != value.shape:
+        return value
+    return spread(value.to(own.device), own.device_mesh, own.placements)
 
 
 def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -> None:
@@ -368,16 +395,17 @@ def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -
 
 
 def _put_base(model: nn.Module, key: str, value: Tensor) -> None:
-    weight = model.get_parameter(key)
-    value = value.to(weight.device, weight.dtype)
-    if not torch.equal(weight, value):
+    path, _, name = key.rpartition(".")
+    owner = submodule(model, path)
+    weight = whole(resting(owner, name))
+    if not torch.equal(weight, whole(value).to(weight.device, weight.dtype)):
         warnings.warn(
             f"{key} of the base was replaced by the one that came with the adapter", UserWarning, stacklevel=3
         )
-        with torch.no_grad():
-            weight.copy_(value)
+        fill(owner, name, value)
 
 
+@on_gathered()
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model as it is without adapters: its original keys and, also while merged, its own tensors.
 
@@ -396,7 +424,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         original |= {f"{path}.{leaf}": tensor for leaf, tensor in tokens.originals.items()}
     if (biases := biases_of(model)) is not None and biases.in_place:
         original |= {f"{path}.bias": tensor for path, tensor in biases.originals().items()}
-    return {name: original.get(name, tensor) for name, tensor in bare_copy(model).state_dict().items()}
+    return {name: kept(original.get(name, tensor)) for name, tensor in state_of(bare_copy(model)).items()}
 
 
 def _owner(path: str, layer: BaseTunerLayer) -> str:
@@ -404,6 +432,7 @@ def _owner(path: str, layer: BaseTunerLayer) -> str:
     return path.rpartition(".")[0] if isinstance(layer, ParameterLayer) else path
 
 
+@on_gathered(writes=True)
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
@@ -421,5 +450,13 @@ def set_base_model_state_dict(
     merged = [path for path, layer in layers(model).items() if layer.merged]
     if merged:
         raise RuntimeError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
-    result = bare_copy(model).load_state_dict(dict(state_dict), strict=strict)
+    bare = bare_copy(model)
+    own = bare.state_dict(keep_vars=True)
+    given = {name: _laid_out(own.get(name), tensor) for name, tensor in state_dict.items()}
+    result = bare.load_state_dict(given, strict=strict)
+    modules = modules_of(bare)
+    for name in (name for name, tensor in own.items() if tensor.is_meta and name in given):
+        path, _, leaf = name.rpartition(".")
+        if next(offloading(modules[path]), None) is not None:
+            store(modules[path], leaf, given[name])
     return IncompatibleKeys(list(result.missing_keys), list(result.unexpected_keys))

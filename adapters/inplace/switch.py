@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .biases import Biases
+from .biases import Biases, biases_of
+from .gathering import gathered, on_gathered
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
 from .tokens import TrainableTokensWrapper
@@ -17,6 +18,11 @@ from .walk import layers, named, parts, unwrap
 
 _BESIDE = (Biases, ModulesToSaveWrapper, TrainableTokensWrapper)
 """What adapters have in a model beside their layers."""
+
+
+def _swaps(model: nn.Module) -> bool:
+    """Whether switching adapters in a model writes to its tensors."""
+    return biases_of(unwrap(model)) is not None or any(layer.merged for layer in layers(unwrap(model)).values())
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -28,6 +34,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for part in parts(unwrap(model)) for name in _names(part)))
 
 
+@on_gathered(writes=True, when=_swaps)
 def set_adapter(
     model: nn.Module,
     adapter_name: str | list[str],
@@ -80,6 +87,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
         part.set_requires_grad(names, requires_grad)
 
 
+@on_gathered(writes=True, when=_swaps)
 def disable_adapter_layers(model: nn.Module) -> None:
     """Switch all adapters off: the model computes what it did before any was injected. Merged ones are unmerged.
 
@@ -92,6 +100,7 @@ def disable_adapter_layers(model: nn.Module) -> None:
         part.enable_adapters(False)
 
 
+@on_gathered(writes=True, when=_swaps)
 def enable_adapter_layers(model: nn.Module) -> None:
     """Switch adapters on again; the active ones are trainable then."""
     for part in parts(unwrap(model)):
@@ -133,19 +142,20 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     ...     print(model[0].disable_adapters)
     True
     """
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     before = {id(part): _state(part) for part in parts(model)}
     trained = [(parameter, parameter.requires_grad) for part in parts(model) for parameter in part.parameters()]
     try:
-        disable_adapter_layers(model)
+        disable_adapter_layers(given)
         yield
     finally:
         known = adapter_names(model)
-        for part in parts(model):
-            disabled, active, _ = before.get(id(part), (False, part.active_adapters, []))
-            part.set_adapter([name for name in active if name in known])
-            part.enable_adapters(not disabled)
-        put_in((part, before[id(part)][2]) for part in parts(model) if id(part) in before)
+        with gathered(given, writes=True):
+            for part in parts(model):
+                disabled, active, _ = before.get(id(part), (False, part.active_adapters, []))
+                part.set_adapter([name for name in active if name in known])
+                part.enable_adapters(not disabled)
+            put_in((part, before[id(part)][2]) for part in parts(model) if id(part) in before)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
@@ -154,6 +164,7 @@ def _state(part: Any) -> tuple[bool, list[str], list[str]]:
     return part.disable_adapters, list(part.active_adapters), list(part.merged_adapters)
 
 
+@on_gathered(writes=True, when=_swaps)
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str | None = None, layer_cls: type[nn.Module] = BaseTunerLayer
 ) -> list[str] | None:

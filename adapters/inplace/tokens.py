@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchgraft.functional.placement import is_sharded, offloading, resting, spread, whole
 from torchgraft.functional.replaced import over
 
 from .originals import Originals
@@ -32,17 +33,46 @@ class TrainableTokensLayer(nn.Module):
 
     def weight_with(self, rows: Iterable[tuple[Tensor, list[int]]]) -> Tensor:
         """The base's weight with these rows in it."""
-        weight = self.base_layer.weight
+        weight = whole(resting(self.base_layer, "weight"))
         for delta, indices in rows:
             weight = over(weight, delta, torch.tensor(indices, device=weight.device))
         return weight
+
+    def rows(self, name: str) -> tuple[Tensor, list[int]]:
+        """An adapter's rows and their indices."""
+        return resting(self.trainable_tokens_delta, name), self.token_indices[name]
+
+    def forward(self, names: Iterable[str], others: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward with the rows that adapters have here, and with others; called, so that hooks run."""
+        rows = [*others, *map(self.rows, names)]
+        if not rows:
+            return self.base_layer(x, *args, **kwargs)
+        return self.run(self.weight_with(rows), x, args, kwargs)
 
     def run(self, weight: Tensor, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The base's forward with another weight."""
         base = self.base_layer
         if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks):
             return F.linear(x, weight, base.bias)
-        return torch.func.functional_call(base, {"weight": weight}, (x, *args), dict(kwargs), tie_weights=False)
+        return _with_weight(base, weight)(x, *args, **kwargs)
+
+
+def _with_weight(base: Any, weight: Tensor) -> Any:
+    """A module with another weight, and with all else that it has, its hooks too.
+
+    Not `torch.func.functional_call`, which goes by the names of parameters: FSDP1 has tensors in their place during a
+    forward, and what accelerate loads would take the given weight's.
+    """
+    own, module = vars(base), object.__new__(type(base))
+    state = {key: value for key, value in own.items() if key != "weight"}
+    parameters = {name: resting(base, name) for name in own["_parameters"] if name != "weight"}
+    if next(offloading(base), None) is not None:
+        state = {key: value for key, value in state.items() if key not in ("_hf_hook", "_old_forward", "forward")}
+    laid = base.weight
+    if is_sharded(laid) and base._forward_pre_hooks:  # parallelize_module's hooks have it compute with shards
+        weight = spread(weight, laid.device_mesh, laid.placements)
+    vars(module).update(state, _parameters={**parameters, "weight": weight})
+    return module
 
 
 class TrainableTokensWrapper(nn.Module):
@@ -68,7 +98,7 @@ class TrainableTokensWrapper(nn.Module):
     def add(self, name: str, indices: Iterable[int], given: Tensor | None = None) -> None:
         """Take rows of the base's as an adapter's, or `given` ones; they are not active yet."""
         layer = self.token_adapter
-        weight: Tensor = layer.base_layer.weight.detach()
+        weight: Tensor = whole(resting(layer.base_layer, "weight")).detach()
         layer.token_indices[name] = list(indices)
         rows = (
             weight[torch.tensor(layer.token_indices[name], device=weight.device)] if given is None else given.detach()
@@ -88,7 +118,7 @@ class TrainableTokensWrapper(nn.Module):
         """An adapter's rows and their indices."""
         if name in self._sources:
             return self._sources[name][0].rows(name)
-        return self.token_adapter.trainable_tokens_delta[name], self.token_adapter.token_indices[name]
+        return self.token_adapter.rows(name)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -225,9 +255,10 @@ class TrainableTokensWrapper(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The user's module with the active rows."""
-        if not self._running:
-            return self.token_adapter.base_layer(x, *args, **kwargs)
-        return self.token_adapter.run(self.weight, x, args, kwargs)
+        names = self._running
+        others = [self.rows(name) for name in names if name in self._sources]
+        own = [name for name in names if name not in self._sources]
+        return self.token_adapter(own, others, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """What the user's module has."""

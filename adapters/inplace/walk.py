@@ -10,6 +10,9 @@ from torch import nn
 
 from torchgraft.functional import Site
 from torchgraft.functional.adapted import Base
+from torchgraft.functional.placement import copied_hooks
+from torchgraft.functional.sharded import adopt_unit, attributes_of, hooks_of_unit, is_unit, plain_type
+from torchgraft.functional.wrappers import unwrapped
 
 from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
@@ -21,12 +24,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The model behind `torch.compile`.
+    """The model behind `torch.compile`, `DistributedDataParallel`, FSDP1 and torch's activation checkpointing.
 
     Raises:
         TypeError: Something else than a module.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -86,19 +89,19 @@ def original_base(model: nn.Module) -> Callable[[nn.Module, Site], Base]:
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Name, bare module, and what stands in its place."""
-    bare = module
+    """Name, bare module, and what stands in its place; nothing of wrappers around either."""
+    bare = module = unwrapped(module)
     if isinstance(module, ParameterLayer):
         bare = module.get_base_layer()
         for layer in module.chain():
             yield f"{name}.{layer.parameter_name}", bare, layer
         module = bare
     elif isinstance(module, BaseTunerLayer):
-        bare = module.base_layer
+        bare = unwrapped(module.base_layer)
     elif isinstance(module, ModulesToSaveWrapper):
-        bare = module.original_module
+        bare = unwrapped(module.original_module)
     elif isinstance(module, TrainableTokensWrapper):
-        bare = module.token_adapter.base_layer
+        bare = unwrapped(unwrapped(module.token_adapter).base_layer)
     yield name, bare, module
     for child_name, child in bare._modules.items():
         if child is not None:
@@ -113,13 +116,20 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         adapter_name: The adapter whose copies of `modules_to_save` are to be in it, instead of the user's modules.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    units = _empty_units(model, memo)
+    for module in model.modules():
+        memo.update(copied_hooks(module))
     for layer in reversed(layers(model).values()):  # those within others first
-        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
+        memo[id(layer)] = _gathering(layer, copy.deepcopy(layer.get_base_layer(), memo))
     for wrapper in named(model, ModulesToSaveWrapper).values():
         saved = wrapper.modules_to_save._modules.get(adapter_name or "", wrapper.original_module)
-        memo[id(wrapper)] = copy.deepcopy(saved, memo)
+        memo[id(wrapper)] = _gathering(wrapper, copy.deepcopy(saved, memo))
     for tokens in named(model, TrainableTokensWrapper).values():
-        memo[id(tokens)] = copy.deepcopy(tokens.token_adapter.base_layer, memo)
+        memo[id(tokens)] = _gathering(tokens, copy.deepcopy(tokens.token_adapter.base_layer, memo))
+    for module in reversed([module for module in model.modules() if "_fsdp_wrapped_module" in module._modules]):
+        memo[id(module)] = copy.deepcopy(unwrapped(module), memo)
+    for unit, new in units:
+        vars(new).update({key: copy.deepcopy(value, memo) for key, value in attributes_of(unit).items()})
     bare = copy.deepcopy(model, memo)
     vars(bare).pop("peft_config", None)
     vars(bare).pop(ATTRIBUTE, None)
@@ -129,4 +139,22 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         for module in bare.modules():
             if id(bias := module._parameters.get("bias")) in own:
                 module._parameters["bias"] = own[id(bias)]
+    return bare
+
+
+def _empty_units(model: nn.Module, memo: dict[int, Any]) -> list[tuple[nn.Module, Any]]:
+    """The units of FSDP2 in a model that are no parts of adapters, each with the module that is to be its copy."""
+    ours = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+    units = [module for module in model.modules() if is_unit(module)]
+    for unit in units:
+        memo.update(hooks_of_unit(unit))
+    found = [(unit, object.__new__(plain_type(unit))) for unit in units if not isinstance(unit, ours)]
+    memo.update({id(unit): new for unit, new in found})
+    return found
+
+
+def _gathering(part: nn.Module, bare: Any) -> Any:
+    """The bare copy of what a part of an adapter held, which gathers what the part did."""
+    if is_unit(part):
+        adopt_unit(bare, part)
     return bare

@@ -1,0 +1,156 @@
+"""Placement: where the values of a tensor are: here in one piece, in shards of several processes, or offloaded.
+
+Sharded tensors are torch's `DTensor` (`fully_shard`, `parallelize_module`). Reading one in one piece is a collective
+operation: each process of its mesh has to take part.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is spread over the processes of a mesh.
+
+    >>> is_sharded(torch.zeros(2))
+    False
+    """
+    return type(tensor) not in _PLAIN and hasattr(type(tensor), "full_tensor")
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor in one piece, gathered from all processes where it is sharded; differentiable.
+
+    >>> whole(torch.ones(1))
+    tensor([1.])
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def replicated(value: Tensor, mesh: Any) -> Any:
+    """A tensor that every process of a mesh has in one piece, as a `DTensor`; differentiable."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def spread(value: Tensor, mesh: Any, placements: Any) -> Any:
+    """A tensor that every process has in one piece as a sharded one; differentiable, without communication."""
+    return replicated(value, mesh).redistribute(placements=placements)
+
+
+def agreed(value: Tensor, like: Tensor) -> Tensor:
+    """What each process has drawn for a model whose tensors are sharded like `like`: the first one's.
+
+    >>> agreed(torch.ones(1), torch.zeros(1))
+    tensor([1.])
+    """
+    if not is_sharded(like) or value.is_meta:
+        return value
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    value = value.detach().to(local_part(like).device).contiguous()
+    for axis in range(mesh.ndim):
+        group = mesh.get_group(axis)
+        torch.distributed.broadcast(value, torch.distributed.get_global_rank(group, 0), group)
+    return value
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has, in the tensor's own memory.
+
+    >>> local_part(torch.ones(1, requires_grad=True))
+    tensor([1.])
+    """
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Copy values into a tensor where it is; of a sharded one this process writes its own part.
+
+    Args:
+        tensor: The tensor to be written to.
+        value: Values of its shape, in one piece or sharded.
+
+    >>> tensor = torch.zeros(2)
+    >>> write(tensor, torch.ones(2))
+    >>> tensor
+    tensor([1., 1.])
+    """
+    target: Any = tensor.detach()
+    if is_sharded(target):
+        device = target.to_local().device
+        mesh, placements = target.device_mesh, target.placements
+        if is_sharded(value):
+            value = value.detach().redistribute(mesh, placements)  # type: ignore[attr-defined]
+        else:
+            value = spread(value.detach().to(device), mesh, placements)
+    else:
+        value = whole(value)
+    local_part(target).copy_(local_part(value))
+
+
+def offloading(module: Any) -> Iterator[Any]:
+    """The hooks of accelerate that keep a module's weights elsewhere between its calls."""
+    hook = vars(module).get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
+            yield one
+
+
+def copied_hooks(module: Any) -> dict[int, Any]:
+    """Copies of these hooks for a copy of their module, by identity: each keeps what it knows of a call to itself."""
+    hook = vars(module).get("_hf_hook")
+    parts = getattr(hook, "hooks", (hook,))
+    if not all(hasattr(one, "weights_map") for one in parts):
+        return {}
+    made = {id(one): copy.copy(one) for one in parts}
+    for one in made.values():
+        if one.tied_params_map is not None:
+            one.tied_params_map = {key: dict(held) for key, held in one.tied_params_map.items()}
+    if hook is not None and id(hook) not in made:
+        made[id(hook)] = copy.copy(hook)
+        made[id(hook)].hooks = tuple(made[id(one)] for one in parts)
+    return made
+
+
+def resting(module: Any, name: str) -> Any:
+    """A module's tensor of this name with its values: where it is offloaded, the values that its hook would load.
+
+    >>> resting(torch.nn.Linear(2, 1), "bias").shape
+    torch.Size([1])
+    """
+    tensor = getattr(module, name)
+    if not isinstance(tensor, Tensor) or not tensor.is_meta:
+        return tensor
+    for hook in offloading(module):
+        return hook.weights_map[name].to(hook.execution_device)
+    return tensor
+
+
+def store(module: Any, name: str, value: Tensor) -> None:
+    """Have an offloaded tensor be another one; what is offloaded to a disk rests in memory from then on.
+
+    Raises:
+        ValueError: A tensor that is not offloaded, or in a way that is not accelerate's.
+    """
+    hook = next(offloading(module), None)
+    places: Any = None if hook is None else hook.weights_map
+    key = name
+    while hasattr(places, "dataset") and hasattr(places, "prefix"):
+        places, key = places.dataset, places.prefix + key
+    places = getattr(places, "state_dict", places)
+    if not hasattr(places, "__setitem__"):
+        raise ValueError(
+            f"{name} of a {type(module).__name__} is on the meta device, so there is no place to write values to; load "
+            "the model's weights first, or take accelerate's hooks off (accelerate.hooks.remove_hook_from_submodules)"
+        )
+    old = resting(module, name)
+    places[key] = value.detach().to(places[key].device if key in places else old.device, old.dtype)
