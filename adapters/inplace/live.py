@@ -16,6 +16,7 @@ from torchgraft.functional.attention import Part
 from torchgraft.functional.layers import plain_class
 from torchgraft.functional.method import Entry
 from torchgraft.functional.placement import is_sharded, whole
+from torchgraft.functional.sharded import is_unit
 from torchgraft.functional.site import Site
 from torchgraft.functional.wrappers import unwrapped
 
@@ -81,7 +82,8 @@ class CalledOverMerged(CalledBase, BaseOverMerged):
 
 def is_parallel(base: Any, site: Site) -> bool:
     """Whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
-    return bool(base._forward_pre_hooks) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
+    sharded = base._forward_pre_hooks and not is_unit(base)
+    return bool(sharded) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
 
 
 def own_or_computed(module: Any, name: str) -> Tensor:
