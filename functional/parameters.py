@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .adapted import Cell
 from .lazy import Factored, Term
 from .method import Entry, Leaves
+from .placement import is_sharded, spread, whole
 from .routed import RoutedLayer
 from .site import Site
 
@@ -119,6 +120,9 @@ class ParameterSocket:
             self.cell.reached.add(self.path)
         if not chosen:
             return weight
+        if is_sharded(weight):
+            adapted = adapted_weight(whole(weight), chosen, dense=True)
+            return spread(adapted, weight.device_mesh, weight.placements)
         return adapted_weight(weight, chosen, torch.compiler.is_compiling() and self._hidden(module, weight))
 
     def _chosen(self, trees: Mapping[str, Any]) -> Iterator[Chosen]:

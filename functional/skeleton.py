@@ -250,6 +250,11 @@ class Skeleton:
 
     def _adapt_parameters(self, x: nn.Module, new: nn.Module) -> None:
         keys = [key for name in x._parameters if (key := (id(x), name)) in self._entries]
+        if keys and next(offloading(x), None) is not None:
+            raise ValueError(
+                f"{self._paths[keys[0]]}: is offloaded by a hook of accelerate, which no adapter of a parameter can "
+                "follow into a copy of its module; keep this module in memory, or call inject_adapter_in_model"
+            )
         if keys:
             grouped = names_grouped(plain_type(x))
             sockets = {

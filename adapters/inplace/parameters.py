@@ -45,6 +45,7 @@ class ParameterLayer(BaseTunerLayer):
     def chain(self) -> list[ParameterLayer]:
         """This layer and those within, in the order that their module registered the parameters."""
         order = list(self.get_base_layer()._parameters)
+        order += [layer.parameter_name for layer in (self, *self.inner())]  # FSDP1 may have taken them away for now
         return sorted((self, *self.inner()), key=lambda layer: order.index(layer.parameter_name))
 
     def get_base_layer(self) -> Any:

@@ -67,6 +67,7 @@ CONFIGS = {
     "lora": LoraConfig(r=2, target_modules=ALL, init_lora_weights=False),
     "dora": LoraConfig(r=2, use_dora=True, target_modules=ALL, init_lora_weights=False),
     "ia3": IA3Config(target_modules=["up", "down", "turn"], feedforward_modules=["down"]),
+    "parameter": LoraConfig(r=2, target_modules=["down"], target_parameters=["up.weight"], init_lora_weights=False),
     "beside": LoraConfig(
         r=2,
         target_modules=["up", "turn"],
@@ -444,6 +445,7 @@ NO_BIAS = (
     "ValueError",
     "is no parameter of its own now; wrap the model with FullyShardedDataParallel(..., use_orig_params=",
 )
+NO_COPY = "ValueError", "is offloaded by a hook of accelerate, which no adapter of a parameter can follow into a copy"
 OFFLOADED = "ValueError", "is offloaded by a hook of accelerate, which would load the base's over what stands for it"
 
 
@@ -457,6 +459,7 @@ def error_of(size: int, wrapper: str, method: str, operation: str) -> tuple[str,
         and (wrapper == "DDP" or (wrapper.startswith("FSDP") and size > 1)),
         UNIFORM: wrapper == "FSDP1, flat" and operation == "train",
         NO_BIAS: wrapper == "FSDP1, flat" and beside and operation == "disable",
+        NO_COPY: "offload" in wrapper and method == "parameter" and operation in ("bind, call", "extract_graft"),
         OFFLOADED: "offload" in wrapper and beside and operation in ("bind, call", "extract_graft"),
     }
     return next((words for words, here in errors.items() if here), None)
