@@ -18,7 +18,7 @@ from torchgraft.functional.leaves import shapes_of
 from torchgraft.functional.method import Entry, Tree
 from torchgraft.functional.plan import plan_sites, weights_of, with_parts
 from torchgraft.functional.replaced import Plan, each, plan_replaced
-from torchgraft.functional.site import PARAMETERS, Site
+from torchgraft.functional.site import PARAMETERS, Site, trainable_dtype
 
 from ..config import AdapterConfig
 from ..keys import names_of, split_key
@@ -317,7 +317,7 @@ def _leaves(
     made = {}
     for path in sites:
         weight = sites[path].like(modules[sites[path].owner])
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        dtype = trainable_dtype(weight)
         device = "meta" if meta else weight.device
         made[path] = {leaf: nn.Parameter(tensor.to(device, dtype)) for leaf, tensor in drawn[path].items()}
         made[path] |= _fixed(config, sites[path], modules, meta)
@@ -327,7 +327,7 @@ def _leaves(
 def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:
     """The leaves of a site that are not trained."""
     weight = site.like(modules[site.owner])
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    dtype = trainable_dtype(weight)
     device = "meta" if meta else weight.device
     tensors = config.form.fixed_tensors(config, site)
     return {leaf: nn.Parameter(tensor.to(device, dtype, copy=True), False) for leaf, tensor in tensors.items()}
