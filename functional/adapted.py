@@ -18,7 +18,7 @@ from .kernels import folded, is_folded, over_values
 from .layers import is_plain_linear
 from .method import Entry, Leaves, Weighted
 from .routed import RoutedLayer, stand_in
-from .site import Site
+from .site import Site, check_base, check_leaves
 
 
 class Base(Weighted):
@@ -39,6 +39,7 @@ class Base(Weighted):
             return type(module).forward(module, x, *self.args, **self.kwargs)
         if self.site.kind == "linear" and is_plain_linear(module) and not self.site.transposed:
             weight, bias = self.plain_tensors()
+            check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
         return type(module).forward(module, x, *self.args, **self.kwargs)
@@ -84,6 +85,9 @@ class Adapted(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry = self.entry
+        for leaf in self.leaves.values():
+            if leaf.is_meta:
+                check_leaves(entry.site.path, self.leaves, x)
         if x.is_nested:
             return over_values(self, entry.site, x)
         return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)

@@ -15,7 +15,7 @@ from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_c
 from torchgraft.functional.attention import Part
 from torchgraft.functional.layers import describe, plain_class
 from torchgraft.functional.method import Entry
-from torchgraft.functional.site import Site
+from torchgraft.functional.site import Site, check_base
 
 from ..called import in_memory, whole
 from .containers import Parameters
@@ -39,6 +39,8 @@ class CalledBase(Base):
     __slots__ = ()
 
     def run(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self.plain is not None:
+            check_base(self.site.path, self.plain_tensors()[0], x)
         return self.module(x, *self.args, **self.kwargs)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
