@@ -26,6 +26,7 @@ from ..replaced import saved_modules
 from ..replication import replicating
 from ..targets import exact, find_targets
 from ..tokens import LEAF as TOKENS
+from . import root
 from .biases import ATTRIBUTE, Biases, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
@@ -186,6 +187,7 @@ def _inject(
         model.requires_grad_(False)
     for part in parts(model):
         part.activate([adapter_name], not config.inference_mode)
+    root.attach(model)
     return model
 
 

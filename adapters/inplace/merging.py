@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import root
 from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
@@ -142,6 +143,7 @@ def _strip(model: nn.Module) -> None:
         biases.activate([], False)
     vars(model).pop("peft_config", None)
     vars(model).pop(ATTRIBUTE, None)
+    root.detach(model)
 
 
 def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:
