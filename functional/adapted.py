@@ -9,17 +9,20 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import saving
 from .attention import AdaptedAttention, Part, Projection
 from .finder import Finder
+from .kernels import folded, is_folded, over_values
 from .layers import is_plain_linear
 from .method import Entry, Leaves, Weighted
 from .placement import is_sharded, resting
 from .routed import RoutedLayer, stand_in
 from .sharded import run_on_shards
-from .site import Site
+from .site import Site, check_base, check_leaves
 
 
 class Base(Weighted):
@@ -35,7 +38,15 @@ class Base(Weighted):
 
     def run(self, x: Tensor) -> Tensor:
         """The module's own output."""
-        return type(self.module).forward(self.module, x, *self.args, **self.kwargs)
+        module = self.module
+        if torch.compiler.is_compiling():
+            return type(module).forward(module, x, *self.args, **self.kwargs)
+        if self.site.kind == "linear" and is_plain_linear(module) and not self.site.transposed:
+            weight, bias = self.plain_tensors()
+            check_base(self.site.path, weight, x)
+            if is_folded(x, weight, bias):
+                return folded(x, weight, bias)
+        return type(module).forward(module, x, *self.args, **self.kwargs)
 
     def _packed(self, x: Tensor) -> Tensor:
         """The output with the gradient of the dequantised weight, where the kernel for a packed one has none."""
@@ -54,9 +65,14 @@ class Base(Weighted):
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
         if self.args or self.kwargs or not is_plain_linear(self.module):
             return None
+        weight, bias = self.plain_tensors()
+        return self.site.canonical(weight), bias
+
+    def plain_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the module has them, where these are their names."""
         held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
         weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))
-        return self.site.canonical(weight), bias
+        return weight, bias
 
     @property
     def training(self) -> bool:
@@ -73,6 +89,11 @@ class Adapted(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry = self.entry
+        for leaf in self.leaves.values():
+            if leaf.is_meta:
+                check_leaves(entry.site.path, self.leaves, x)
+        if x.is_nested:
+            return over_values(self, entry.site, x)
         return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
 
     def over(self, base: Any) -> Adapted:
@@ -193,6 +214,17 @@ class Socket:
         value = site.stored(*layer.dense()).get(name)
         return None if value is None else value.to(site.like(self.inner).dtype)
 
+    def changed(self) -> dict[str, Any]:
+        """The adapted weight and bias by the names that the module stores them under; nothing without an adapter."""
+        layer = self.layer()
+        if isinstance(layer, Base):
+            return {}
+        if _is_routed(layer):
+            return dict.fromkeys(layer.entry.site.weight_names)
+        site: Site = layer.entry.site
+        dtype = site.like(self.inner).dtype
+        return {name: value.to(dtype) for name, value in site.stored(*layer.dense()).items()}
+
     def _without_value(self, own: Tensor | None) -> Tensor | None:
         """What stands for a weight or bias where each row has its own."""
         return None if own is None else stand_in(own, self.path)
@@ -235,6 +267,11 @@ class AdaptedModule:
         names = ", ".join(f"{name!r}: {entry.config.method.name}" for name, entry in socket.entries.items())
         described = super().extra_repr()  # type: ignore[misc]
         return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        socket: Socket = self.__dict__["_socket"]
+        saving.write(socket.path, destination, prefix, socket.changed(), keep_vars)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)

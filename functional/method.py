@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .rows import Rows
-from .site import Dense, Site
+from .site import Dense, Site, check_leaves
 
 Leaves = dict[str, Tensor]
 Tree = dict[str, Any]
@@ -105,6 +105,7 @@ class Method:
         precompute: `(config, site, leaves, base) -> constants`, what `apply` computes from the leaves and the base's
             weight alone, for views that are said to be constant: there it runs once, and `apply` finds what it
             returned among the site's constants.
+        needs_real: `config -> description`, what of a config has no meaning for complex weights; `None` for nothing.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Method:
     own_dtype: frozenset[str] = frozenset()
     factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]] | None = None
     precompute: Callable[[Any, Site, Leaves, Layer], dict[str, Any]] | None = None
+    needs_real: Callable[[Any], str | None] = lambda config: str(config.method.name)
 
 
 class Config(Protocol):
@@ -161,7 +163,11 @@ class Entry:
             weight: The canonical weight beneath this adapter.
             bias: The bias beneath it.
             original: The base's own, where other adapters are in `weight` and `bias`.
+
+        Raises:
+            ValueError: A leaf on the meta device.
         """
+        check_leaves(self.site.path, leaves, weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
         for leaf in leaves.values():
             wide = torch.promote_types(wide, leaf.dtype)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import saving
 from .adapted import Cell
 from .lazy import Factored, Term
 from .method import Entry, Leaves
 from .placement import is_sharded, spread, whole
 from .routed import RoutedLayer
-from .site import Site
+from .site import Site, check_leaves
 
 Chosen = tuple[Entry, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -64,7 +65,7 @@ def describe_parameter(path: str, module: nn.Module, leaf: str) -> Site:
     """
     parameter: Any = module._parameters[leaf]
     shape = tuple(parameter.shape)
-    if not parameter.is_floating_point():
+    if not (parameter.is_floating_point() or parameter.is_complex()):
         raise ValueError(
             f"{path}: the parameter has dtype {parameter.dtype}, expected floating point; a product cannot be added to "
             "it, so leave it out of target_parameters, or dequantise it first"
@@ -165,6 +166,8 @@ def adapted_weight(weight: Tensor, chosen: Sequence[Chosen], dense: bool = False
         chosen: The adapters, the innermost first.
         dense: Whether to multiply out in any case.
     """
+    for entry, leaves, _ in chosen:
+        check_leaves(entry.site.path, leaves, weight)
     if all(entry.config.method.factors is not None for entry, _, _ in chosen):
         factored = Factored(weight, [_term(*one) for one in chosen])
         return factored.dense() if dense else factored
@@ -201,6 +204,13 @@ def _own(cls: type) -> list[Any]:
 class AdaptedParameters:
     """Mixed into the class of a module with adapted parameters: reading one gives the adapted weight."""
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for leaf, socket in self.__dict__["_parameter_sockets"].items():
+            value = socket.read(self)
+            dense = value.dense() if isinstance(value, Factored) else value
+            saving.write(socket.path, destination, prefix, {leaf: dense}, keep_vars)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)
         sockets = state.pop("_parameter_sockets")
@@ -226,6 +236,8 @@ class AdaptedParameters:
 def parametrised_class(cls: Any, leaves: tuple[str, ...]) -> Any:
     """`cls` with properties in the place of these parameters."""
     members: dict[str, Any] = {leaf: _property(leaf) for leaf in leaves}
+    if issubclass(cls, nn.RNNBase):
+        members["_flat_weights"] = property(_flat_weights, _put_flat_weights)
     return type(
         cls.__name__, (AdaptedParameters, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, **members}
     )
@@ -239,6 +251,20 @@ def _property(leaf: str) -> property:
         self._parameters[leaf] = value
 
     return property(read, write)
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    """The list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
+    found = list(self.__dict__["_flat_weights"])
+    for index, name in enumerate(self.__dict__["_flat_weights_names"]):
+        if name in self.__dict__["_parameter_sockets"]:
+            weight = self.__dict__["_parameter_sockets"][name].read(self)
+            found[index] = weight.dense() if isinstance(weight, Factored) else weight
+    return found
+
+
+def _put_flat_weights(self: Any, value: list[Tensor | None]) -> None:
+    self.__dict__["_flat_weights"] = value
 
 
 def adapt_parameters(shell: nn.Module, cls: Any, sockets: Mapping[str, ParameterSocket]) -> None:
