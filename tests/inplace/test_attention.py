@@ -95,7 +95,7 @@ def test_merging_and_back():
     with adapters.disable_adapter(mine):
         base = Net().double().eval()
         base.load_state_dict(before)
-        assert torch.equal(mine(X), base(X))
+        torch.testing.assert_close(mine(X), base(X))
     merged = adapters.merge_and_unload(copy.deepcopy(mine))
     assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
     torch.testing.assert_close(merged(X), expected)
@@ -132,6 +132,7 @@ def test_inside_a_transformer_whose_fast_path_reads_the_weights(grad):
     torch.testing.assert_close(graft(params, X), adapted)
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     torch._dynamo.reset()
     mine, _ = pair()

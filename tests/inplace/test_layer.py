@@ -110,11 +110,11 @@ def test_replaced_parameters_are_seen():
     model.first.lora_B["default"].weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
     model.second.lora_B["default"] = nn.Linear(3, 8, bias=False).double()
     nn.init.zeros_(model.second.lora_B["default"].weight)
-    assert torch.equal(model(x), net()(x))
+    torch.testing.assert_close(model(x), net()(x))
     model = randomise(inject(net(), "IA3"))
     model.first.ia3_l["default"] = nn.Parameter(torch.ones(4, 1, dtype=torch.float64))
     model.second.ia3_l["default"] = nn.Parameter(torch.ones(8, 1, dtype=torch.float64))
-    assert torch.equal(model(x), net()(x))
+    torch.testing.assert_close(model(x), net()(x))
 
 
 def encoder():
@@ -194,7 +194,7 @@ def test_a_parametrized_base_is_adapted_and_not_merged():
 def test_a_copy_is_independent(method, clone):
     model, x = randomise(inject(net(), method)), inputs()
     before, other = model(x), clone(model)
-    assert torch.equal(other(x), before)
+    torch.testing.assert_close(other(x), before)
     randomise(other, seed=11)
     assert torch.equal(model(x), before) and not torch.allclose(other(x), before)
     if method == "VERA":
@@ -234,6 +234,7 @@ def test_compiled_once_for_new_values_and_for_another_adapter(config):
     assert state.keys() == adapters.get_peft_model_state_dict(model, adapter_name="b").keys()
 
 
+@pytest.mark.slow
 def test_compiled_training_switches_without_compiling_anew():
     model, x = randomise(inject(inject(net(), "LORA", "a"), "LORA", "b")), inputs()
     torch._dynamo.reset()
