@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
@@ -18,6 +17,7 @@ from .architectures import with_targets
 from .fields import check_fields
 from .fields import require as require
 from .form import Form
+from .patterns import match
 from .peft_type import PeftType
 from .replaced import Plan, find_replaced
 from .targets import find_targets
@@ -258,6 +258,6 @@ def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
     8
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if match(rf"(.*\.)?({pattern})$", path, "rank_pattern or alpha_pattern"):
             return value
     return default

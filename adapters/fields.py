@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
+
+from .patterns import check
 
 NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields whose strings are regular expressions for a whole name."""
@@ -38,13 +39,7 @@ def check_fields(config: Any) -> None:
         if not fits(value, hints.get(name, Any)):
             raise ValueError(f"{what}: {name} is {value!r:.200}, expected {_spell(hints[name])}")
         for pattern in _patterns(name, value):
-            try:
-                re.compile(PARTS.get(name, "{}").replace("{}", pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(
-                    f"{what}: {name} has {pattern!r:.200}, which is no regular expression: {error}; escape its "
-                    "special characters, or give a list of names"
-                ) from None
+            check(PARTS.get(name, "{}").replace("{}", pattern), f"{what}: {name}", pattern)
 
 
 def fits(value: Any, hint: Any) -> bool:

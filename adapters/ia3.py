@@ -9,7 +9,6 @@ arXiv:2205.05638. Names, defaults and initial distributions are those of PEFT's 
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
+from . import patterns
 from .config import AdapterConfig, require
 from .form import Form
 
@@ -79,7 +79,7 @@ def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, di
 
 def _matches(names: list[str] | str, path: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return patterns.fullmatch(names, path, "IA3Config: feedforward_modules")
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,43 +9,47 @@ from torch import nn
 
 from torchgraft.functional.layers import is_linear
 
+from . import patterns
+
 
 def matches(config: Any, name: str) -> bool:
     """Return whether `target_modules` and the fields for layers mean a name, whatever is excluded."""
     targets = config.target_modules
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return patterns.fullmatch(targets, name, f"{type(config).__name__}: target_modules")
     if name in targets:
         return True
     if not any(name.endswith(f".{target}") for target in targets):
         return False
-    return _in_layers(config.layers_to_transform, config.layers_pattern, name)
+    return _in_layers(config.layers_to_transform, config.layers_pattern, name, type(config).__name__)
 
 
-def _in_layers(layers: list[int] | int | None, patterns: list[str] | str | None, name: str) -> bool:
+def _in_layers(layers: list[int] | int | None, lists: list[str] | str | None, name: str, what: str) -> bool:
     if layers is None or layers == []:
         return True
     wanted = [layers] if isinstance(layers, int) else layers
-    if not patterns:
+    if not lists:
         expressions = [r".*?\.[^.]*\.(\d+)\."]
     else:
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+        lists = [lists] if isinstance(lists, str) else lists
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in lists]
     for expression in expressions:
-        if match := re.match(expression, name):
-            return int(match[1]) in wanted
+        if (index := patterns.first_group(expression, name, f"{what}: layers_pattern")) is not None:
+            return int(index) in wanted
     return False
 
 
 def excluded(config: Any, name: str) -> bool:
     """Return whether `exclude_modules` means a name, or `modules_to_save` does."""
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+    within, what = r"(^|.*\.){}($|\..*)", type(config).__name__
+    saved = config.modules_to_save or ()
+    if any(patterns.match(within.replace("{}", one), name, f"{what}: modules_to_save") for one in saved):
         return True
     exclude = config.exclude_modules
     if not exclude:
         return False
     if isinstance(exclude, str):
-        return re.fullmatch(exclude, name) is not None
+        return patterns.fullmatch(exclude, name, f"{what}: exclude_modules")
     return name in exclude or any(name.endswith(f".{one}") for one in exclude)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
+
+from .patterns import match
 
 
 def find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -31,7 +32,8 @@ def find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
     found = [name for name in names if any(_is(name, target) for target in wanted)]
     for name in found:
         for saved in getattr(config, "modules_to_save", None) or ():
-            if re.match(rf"(^|.*\.){saved}($|\..*)", name.rpartition(".")[0]):
+            within = rf"(^|.*\.){saved}($|\..*)"
+            if match(within, name.rpartition(".")[0], f"{type(config).__name__}: modules_to_save"):
                 raise ValueError(
                     f"{type(config).__name__}: target_parameters names {name}, which is in one of modules_to_save, "
                     f"{saved!r}, and trained as a whole; leave out the one or the other"
