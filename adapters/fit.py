@@ -93,11 +93,11 @@ def fit(
             if leaves[name] in parts.leaves:
                 raise KeyError(f"{weights.file}: has {key!r} and {parts.leaves[leaves[name]]!r}, which mean the same")
             parts.leaves[leaves[name]] = key
-            _check(weights, key, shapes[leaves[name]], torch.float32)
+            _check(weights, key, shapes[leaves[name]], _own_kind(weights, key))
         elif (other := name.replace(".base_layer.", ".")) in tied:
             parts.tied[key] = tied[other]
             shape = shapes[tied[other][:2]]
-            _check(weights, key, shape[::-1] if tied[other][2] else shape, torch.float32)
+            _check(weights, key, shape[::-1] if tied[other][2] else shape, _own_kind(weights, key))
         elif name in saved:
             parts.saved[name] = key
             _check(weights, key, tuple(saved[name].shape), saved[name].dtype)
@@ -151,6 +151,11 @@ def _is_spare(config: AdapterConfig, name: str, replaced: Plan) -> bool:
 def _base_name(key: str, tensors: Mapping[str, Tensor]) -> str:
     name = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
     return name if name in tensors else name.replace(".base_layer.", ".")
+
+
+def _own_kind(weights: Weights, key: str) -> torch.dtype:
+    """Return a dtype of the kind that a leaf has in the file; whether it fits the model is seen when it is read."""
+    return weights.specs[key].dtype if weights.specs[key].dtype.is_complex else torch.float32
 
 
 def _check(weights: Weights, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

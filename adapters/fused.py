@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchgraft.functional.kernels import has_rows
+
 _MANY = 2**15
 """Elements from which the mask of a dropout is worth a way of its own to draw it."""
 
@@ -23,17 +25,22 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether the adapted layer may run as one step.
+    """Return whether the adapted layer may run as one step.
 
-    Transforms, autocast and tensors of other classes see torch's own functions instead.
+    Transforms, autocast, tracing, complex numbers and tensors of other classes see torch's own functions instead. So
+    do inputs in other layouts than those in which the kernel of the base's own call is known to be the one taken here:
+    another one may round in another way, and a product of zero has to leave the base's output as it is.
     """
     return (
         x.ndim > 1
         and x.dtype == weight.dtype == a.dtype == b.dtype
+        and (x.ndim == 2 or (x.is_contiguous() and has_rows(x)))
+        and x.is_floating_point()
         and type(weight) in _PLAIN
         and type(x) is Tensor
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and not torch._C._is_any_autocast_enabled()
     )
 
@@ -125,10 +132,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the input on `r` coordinates."""
     down = _parts(x if keep is None else x * keep, a) @ a.mT
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    _add_product_(y, down, b.mT, scaling)
+    y = F.linear(x, weight, bias)  # with the input as it is, since its axes choose the kernel
+    flat = y.reshape(-1, y.shape[-1])
+    _add_product_(flat, down, b.mT, scaling)
     if x.ndim > 2:  # in another shape, but no view to autograd: users may write to it
-        y = _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        y = _unsafe_view(flat, (*x.shape[:-1], y.shape[-1]))
     return y, down
 
 

@@ -24,6 +24,7 @@ _LARGEST = 2**62
 DTYPES = {
     "BF16": torch.bfloat16,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,

@@ -155,6 +155,7 @@ IA3Config.method = Method(
     apply=apply,
     merge=merge,
     routed=routed,
+    needs_real=lambda config: None,
     varying=frozenset({"feedforward_modules", "init_ia3_weights"}),
 )
 

@@ -16,7 +16,7 @@ from torchgraft.functional.method import Tree
 from torchgraft.functional.placement import resting, whole
 from torchgraft.functional.plan import plan_sites, structure_for
 from torchgraft.functional.replaced import Plan, each, plan_replaced, tensor_at
-from torchgraft.functional.site import Site
+from torchgraft.functional.site import Site, trainable_dtype, wide_dtype
 from torchgraft.functional.trees import sort
 from torchgraft.functional.wrappers import modules_of, state_of
 
@@ -64,7 +64,8 @@ class Stored:
         """The tensors by key, on the CPU."""
         tensors = self.weights.read()
         for key, tensor in tensors.items() if self.check_finite else ():
-            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
                 raise ValueError(f"{self.weights.file}: {key!r} has values that are NaN or infinite")
         return tensors
 
@@ -90,6 +91,11 @@ class Stored:
             ValueError: Values that the dtype cannot hold.
         """
         device = self.device or ("cpu" if base.is_meta else base.device)
+        if tensor.is_complex() and not (self.dtype or dtype).is_complex:
+            raise ValueError(
+                f"{self.weights.file}: {key!r} is complex, {tensor.dtype}, and the model takes {self.dtype or dtype}, "
+                "which has no imaginary part; load it into a complex model"
+            )
         made = tensor.to(self.dtype or dtype)
         if made.itemsize < tensor.itemsize and (made.isinf() & ~tensor.isinf()).any():
             raise ValueError(
@@ -141,8 +147,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
         if path in sites and leaf in _fixed(config, sites[path]):
             continue
         own = _base_of(path, leaf, modules, sites, replaced)
-        wide = own.is_floating_point() and own.itemsize > 4
-        made = stored.leaf(key, tensors[key], own, own.dtype if wide else torch.float32)
+        made = stored.leaf(key, tensors[key], own, wide_dtype(own))
         tree.setdefault(path, {})[leaf] = made
     return sort(tree)
 
@@ -277,7 +282,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     of_base = dataclasses.replace(stored, dtype=None)
     for (path, leaf), key in parts.leaves.items():
         base = _base_of(path, leaf, modules, sites, replaced)
-        dtype = base.dtype if base.is_floating_point() else torch.float32
+        dtype = trainable_dtype(base)
         reader = of_base if leaf in replaced.get(path, {}) else stored
         tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, dtype)
     fixed = {path: {leaf: tree[path].pop(leaf) for leaf in _fixed(stored.config, sites[path])} for path in sites}

@@ -274,6 +274,14 @@ def part(config: LoraConfig, site: Site, leaves: dict[str, Tensor], rows: slice,
     return own | ({BIAS: leaves[BIAS][..., rows]} if BIAS in leaves else {})
 
 
+def needs_real(config: LoraConfig) -> str | None:
+    """Name the field that asks for norms or singular vectors, which are made here for real weights."""
+    if config.use_dora:
+        return "LORA with use_dora"
+    plain = config.init_lora_weights in (True, False, "gaussian")
+    return None if plain else f"LORA with init_lora_weights={config.init_lora_weights!r}"
+
+
 LoraConfig.method = Method(
     name="LORA",
     kinds=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "attention", *PARAMETERS}),
@@ -288,6 +296,7 @@ LoraConfig.method = Method(
     own_dtype=frozenset({dora.MAGNITUDE}),
     factors=factors_of_parameter,
     precompute=lora_forward.precompute,
+    needs_real=needs_real,
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
         | {"initial_A", "initial_B", "rounding", "lora_B", "lora_embedding_B", "statistics", *CONFIGS}

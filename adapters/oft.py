@@ -177,12 +177,12 @@ def apply(config: OFTConfig, site: Site, leaves: dict[str, Any], base: Layer, x:
         y = base(x)
         return rotate(y).to(y.dtype)
     if site.kind == "linear":
-        return base(rotate(x).to(x.dtype))
+        return base(_laid_out(rotate(x).to(x.dtype), x))
     if math.prod(site.kernel_size) == 1:
-        return base(rotate(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype))
+        return base(_laid_out(rotate(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype), x))
     weight, bias = base.weight, base.bias
     rotated = rotate(weight.flatten(1), back=True).reshape(weight.shape)
-    return site.call(x, rotated.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return site.call(x, _laid_out(rotated.to(x.dtype), weight), None if bias is None else bias.to(x.dtype))
 
 
 def merge(
@@ -230,6 +230,20 @@ def _rotate(x: Tensor, turn: Tensor, site: Site, drop: float = 0.0) -> Tensor:
         kept = torch.rand(site.constants["blocks"], 1, device=x.device) >= drop
         delta = torch.where(kept, delta, 0)
     return wide + delta.flatten(-2)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """The same numbers with the strides of another tensor, by which torch chooses the base's kernel."""
+    if x.stride() == like.stride() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return x
+    if torch._C._functorch.maybe_current_level() is not None:
+        return x
+    steps = like.stride()
+    if 0 in steps and steps[-1] == 0:
+        return x  # what repeats along the coordinates themselves does not when they are rotated
+    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in steps)]
+    own = torch.empty_strided(once.shape, [max(step, 1) for step in steps], dtype=x.dtype, device=x.device)
+    return own.copy_(once).expand(like.shape)
 
 
 def _name(site: Site) -> str:

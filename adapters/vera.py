@@ -143,6 +143,7 @@ VeraConfig.method = Method(
     apply=apply,
     merge=merge,
     routed=routed,
+    needs_real=lambda config: None,
     varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights", "vera_A", "vera_B"}),
 )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import AdaptedAttention, Part, Projection
 from .finder import Finder
+from .kernels import folded, is_folded, over_values
 from .layers import is_plain_linear
 from .method import Entry, Leaves, Weighted
 from .placement import is_sharded, resting
@@ -35,7 +36,14 @@ class Base(Weighted):
 
     def run(self, x: Tensor) -> Tensor:
         """The module's own output."""
-        return type(self.module).forward(self.module, x, *self.args, **self.kwargs)
+        module = self.module
+        if torch.compiler.is_compiling():
+            return type(module).forward(module, x, *self.args, **self.kwargs)
+        if self.site.kind == "linear" and is_plain_linear(module) and not self.site.transposed:
+            weight, bias = self.plain_tensors()
+            if is_folded(x, weight, bias):
+                return folded(x, weight, bias)
+        return type(module).forward(module, x, *self.args, **self.kwargs)
 
     def _packed(self, x: Tensor) -> Tensor:
         """The output with the gradient of the dequantised weight, where the kernel for a packed one has none."""
@@ -54,9 +62,14 @@ class Base(Weighted):
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
         if self.args or self.kwargs or not is_plain_linear(self.module):
             return None
+        weight, bias = self.plain_tensors()
+        return self.site.canonical(weight), bias
+
+    def plain_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the module has them, where these are their names."""
         held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
         weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))
-        return self.site.canonical(weight), bias
+        return weight, bias
 
     @property
     def training(self) -> bool:
@@ -73,6 +86,8 @@ class Adapted(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry = self.entry
+        if x.is_nested:
+            return over_values(self, entry.site, x)
         return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
 
     def over(self, base: Any) -> Adapted:

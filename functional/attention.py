@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import folded, is_folded
 from .method import Weighted
 from .site import Dense, Site
 
@@ -43,11 +44,22 @@ class Projection(Weighted):
         self.module, self.site, self.part = module, site, part
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.dense())
+        if not (self.module.batch_first and x.ndim == 3):
+            return self._linear(x)
+        return self._linear(x.transpose(0, 1)).transpose(0, 1)  # as torch does, and its kernel goes by the layout
+
+    def _linear(self, x: Tensor) -> Tensor:
+        weight, bias = self.dense()
+        return folded(x, weight, bias) if is_folded(x, self._stored, bias) else F.linear(x, weight, bias)
+
+    @property
+    def _stored(self) -> Tensor:
+        weight: Tensor = getattr(self.module, self.part.name)
+        return weight
 
     def dense(self) -> Dense:
         """The part's own weight and bias."""
-        weight, bias = getattr(self.module, self.part.name), self.module.in_proj_bias
+        weight, bias = self._stored, self.module.in_proj_bias
         if len(self.site.weight_names) == 1:
             weight = weight[self.part.rows]
         return weight, None if bias is None else bias[self.part.rows]

@@ -12,7 +12,7 @@ from .method import Config, Tree
 from .placement import agreed
 from .plan import weights_of
 from .replaced import Plan, copies, each
-from .site import Site
+from .site import Site, wide_dtype
 from .wrappers import modules_of
 
 
@@ -30,7 +30,7 @@ def initialise(
         raise TypeError(
             f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
         )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
     modules = modules_of(model)
     fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
@@ -39,7 +39,7 @@ def initialise(
         weight = site.like(modules[site.owner])
         for leaf, value in fresh[path].items():
             value = agreed(value, weight)
-            made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or _wide(weight.dtype))
+            made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or wide_dtype(weight))
     return trees.sort(made)
 
 
@@ -49,7 +49,3 @@ def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict
     for path, leaf, one in each(replaced):
         shapes.setdefault(path, {})[leaf] = one.shape
     return dict(sorted(shapes.items()))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_floating_point and dtype.itemsize > 4 else torch.float32

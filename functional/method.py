@@ -105,6 +105,7 @@ class Method:
         precompute: `(config, site, leaves, base) -> constants`, what `apply` computes from the leaves and the base's
             weight alone, for views that are said to be constant: there it runs once, and `apply` finds what it
             returned among the site's constants.
+        needs_real: `config -> description`, what of a config has no meaning for complex weights; `None` for nothing.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Method:
     own_dtype: frozenset[str] = frozenset()
     factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]] | None = None
     precompute: Callable[[Any, Site, Leaves, Layer], dict[str, Any]] | None = None
+    needs_real: Callable[[Any], str | None] = lambda config: str(config.method.name)
 
 
 class Config(Protocol):

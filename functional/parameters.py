@@ -64,7 +64,7 @@ def describe_parameter(path: str, module: nn.Module, leaf: str) -> Site:
     """
     parameter: Any = module._parameters[leaf]
     shape = tuple(parameter.shape)
-    if not parameter.is_floating_point():
+    if not (parameter.is_floating_point() or parameter.is_complex()):
         raise ValueError(
             f"{path}: the parameter has dtype {parameter.dtype}, expected floating point; a product cannot be added to "
             "it, so leave it out of target_parameters, or dequantise it first"

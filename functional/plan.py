@@ -76,6 +76,11 @@ def plan_sites(
                 f"{path}: target_parameters names a parameter of a module that is adapted as a whole; leave one of the "
                 "two out"
             )
+        if site.like(module).is_complex() and (what := method.needs_real(config)) is not None:
+            raise ValueError(
+                f"{path}: the weight is complex, {site.like(module).dtype}, and {what} is made for real ones; adapt it "
+                "with plain LoRA, or leave it out of target_modules"
+            )
         sites[path] = dataclasses.replace(site, within=within)
     constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
     return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}

@@ -35,6 +35,11 @@ class RoutedLayer(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry, size = self.entry, self.rows.size
+        if x.is_nested:
+            raise TypeError(
+                f"{entry.site.path}: the input is a nested tensor, whose rows have no places of their own to route by; "
+                "pad it, or call the graft with one adapter at a time"
+            )
         layout = locate(entry.site, x, size, self.batch_dim, self.finder, self.owner)
         method = entry.config.method
         base: Layer = self.base

@@ -225,13 +225,32 @@ def own_tensor(module: Any, name: str) -> Tensor | None:
     return module._buffers.get(name) if held is None else held
 
 
+def trainable_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that parameters beside a weight have in place: its own, float32 where it is no number's.
+
+    >>> trainable_dtype(torch.ones(2, dtype=torch.int8)), trainable_dtype(torch.ones(2, dtype=torch.complex64))
+    (torch.float32, torch.complex64)
+    """
+    return weight.dtype if weight.is_floating_point() or weight.is_complex() else torch.float32
+
+
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of fresh parameters beside a weight: float32, or its own where that is wider or complex.
+
+    >>> wide_dtype(torch.ones(2, dtype=torch.bfloat16)), wide_dtype(torch.ones(2, dtype=torch.complex64))
+    (torch.float32, torch.complex64)
+    """
+    dtype = trainable_dtype(weight)
+    return dtype if dtype.itemsize > 4 else torch.promote_types(dtype, torch.float32)
+
+
 def quantised_form(weight: Any) -> str | None:
-    """What a weight is that no adapter can be added to, `None` for numbers of floating point.
+    """What a weight is that no adapter can be added to, `None` for numbers of floating point, real or complex.
 
     >>> quantised_form(torch.ones(2, dtype=torch.int8))
     'torch.int8'
     """
-    if not weight.is_floating_point():
+    if not (weight.is_floating_point() or weight.is_complex()):
         return str(weight.dtype)
     if type(weight) in (Tensor, torch.nn.Parameter):
         return None
@@ -254,6 +273,9 @@ def add_scaled(y: Tensor, delta: Tensor, scaling: float | Tensor) -> Tensor:
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors to the widest dtype among them, leaving those that have it untouched.
 
+    Raises:
+        TypeError: The first, of the base, is real, and another is complex.
+
     >>> [t.dtype for t in widen(torch.ones(1), torch.ones(1, dtype=torch.float64))]
     [torch.float64, torch.float64]
     """
@@ -263,4 +285,9 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
             dtype, mixed = torch.promote_types(dtype, tensor.dtype), True
     if not mixed:
         return tensors
+    if dtype.is_complex and not tensors[0].is_complex():
+        raise TypeError(
+            f"an adapter with complex parameters ({dtype}) meets a layer of {tensors[0].dtype}, whose output has no "
+            "imaginary part; make its parameters real"
+        )
     return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .adapted import Cell, adapt, load_below
+from .kernels import set_origin
 from .layers import plain_class
 from .method import Entry
 from .parameters import Key, ParameterSocket, adapt_parameters, names_grouped
@@ -207,6 +208,7 @@ class Skeleton:
         alias = x.detach() if type(x) in (Tensor, nn.Parameter) or x.requires_grad else x
         if type(x) is nn.Parameter:
             alias = nn.Parameter(alias, requires_grad=False)
+            set_origin(alias, x)
         self.aliases[id(x)] = alias
         self.places[id(x)] = []
         return alias

@@ -19,7 +19,7 @@ from torchgraft.functional.method import Entry, Tree
 from torchgraft.functional.placement import agreed
 from torchgraft.functional.plan import plan_sites, weights_of, with_parts
 from torchgraft.functional.replaced import Plan, each, plan_replaced
-from torchgraft.functional.site import PARAMETERS, Site
+from torchgraft.functional.site import PARAMETERS, Site, trainable_dtype
 from torchgraft.functional.wrappers import child_of_wrapper
 
 from ..config import AdapterConfig
@@ -324,7 +324,7 @@ def _leaves(
     made = {}
     for path in sites:
         weight = sites[path].like(modules[sites[path].owner])
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        dtype = trainable_dtype(weight)
         device = "meta" if meta else weight.device
         made[path] = {
             leaf: nn.Parameter(agreed(tensor, weight).to(device, dtype)) for leaf, tensor in drawn[path].items()
@@ -336,7 +336,7 @@ def _leaves(
 def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:
     """The leaves of a site that are not trained."""
     weight = site.like(modules[site.owner])
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    dtype = trainable_dtype(weight)
     device = "meta" if meta else weight.device
     tensors = config.form.fixed_tensors(config, site)
     return {leaf: nn.Parameter(tensor.to(device, dtype, copy=True), False) for leaf, tensor in tensors.items()}

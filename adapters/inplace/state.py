@@ -293,8 +293,8 @@ def set_peft_model_state_dict(
 
     Raises:
         ValueError: A name that the model does not have; shared tensors that are not those of the injected adapter.
-        RuntimeError: Tensors of another shape; names the key and both shapes. Or something else wrote to the weights
-            while adapters were merged. Nothing has been loaded then.
+        RuntimeError: Tensors of another shape; names the key and both shapes. Complex ones for real parameters. Or
+            something else wrote to the weights while adapters were merged. Nothing has been loaded then.
         TypeError: A value that is no tensor.
     """
     model = unwrap(model)
@@ -306,6 +306,13 @@ def set_peft_model_state_dict(
             raise TypeError(f"state dict: {key!r} is of type {type(tensor).__name__}, expected a tensor")
     constants = shared_tensors(model, config, adapter_name)
     expected = {key: tensor for key, (_, tensor) in own.items()} | constants | _base_tensors(model, adapter_name)
+    lost = [key for key, tensor in expected.items() if key in given and _is_cut(given[key], tensor)]
+    if lost:
+        raise RuntimeError(
+            f"state dict: {lost[0]!r} is complex, {given[lost[0]].dtype}, and its place in adapter {adapter_name!r} "
+            f"is {expected[lost[0]].dtype}, which has no imaginary part; nothing was loaded. Inject into a complex "
+            "model, or give real tensors"
+        )
     wrong = {
         key: f"{key!r} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}"
         for key, tensor in expected.items()
@@ -342,6 +349,11 @@ def set_peft_model_state_dict(
     return IncompatibleKeys(missing, [key for key in given if key not in expected])
 
 
+def _is_cut(value: Tensor, place: Tensor) -> bool:
+    """Return whether a value would lose its imaginary part."""
+    return value.is_complex() and not place.is_complex()
+
+
 def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
     return {
@@ -373,7 +385,8 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping
         return
     base = next((bases[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in bases), None)
     like = old if base is None else base
-    new = value.detach().to(like.device, like.dtype if like.is_floating_point() else old.dtype)
+    numbers = like.is_floating_point() or like.is_complex()
+    new = value.detach().to(like.device, like.dtype if numbers else old.dtype)
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 

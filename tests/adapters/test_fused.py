@@ -1,5 +1,7 @@
 """The adapted linear layer as one step: the same numbers as torch's own functions, wherever it may run."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchgraft.adapters import LoraConfig, fused
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    fused,
+    inject_adapter_in_model,
+)
 from torchgraft.functional import bind, functional_call
+
+TRACED = {
+    "lora": LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
+    "lora_bias": LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_bias=True),
+    "dora": LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, use_dora=True),
+    "ia3": IA3Config(target_modules=["0"], init_ia3_weights=False),
+    "vera": VeraConfig(r=2, target_modules=["0"], init_weights=False),
+    "adalora": AdaLoraConfig(target_modules=["0"], total_step=10, init_lora_weights=False),
+    "oft": OFTConfig(r=0, oft_block_size=2, target_modules=["0"], init_weights=False),
+}
 
 
 def composed(x, weight, bias, a, b, scaling, keep=None, kept=1.0):
@@ -224,3 +244,23 @@ def test_second_derivatives_of_parts():
     shapes = [(4, 2, 5), (7, 5), (7,), (2, 3, 5), (2, 7, 3)]
     made = [torch.randn(one, dtype=torch.float64, requires_grad=True) for one in shapes]
     assert torch.autograd.gradgradcheck(lambda *made: fused.linear(*made, 0.7), made)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("config", list(TRACED))
+def test_traces_with_gradients_on(config, tmp_path):
+    """A step of autograd of one's own has no place in a traced graph; torch's own functions do."""
+    torch.manual_seed(0)
+    config = TRACED[config]
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).eval(), torch.randn(3, 6)
+    graft = bind(model, config)
+    params = graft.init()
+    expected = graft(params, x)
+    for traced in (graft.view(params), inject_adapter_in_model(config, copy.deepcopy(model), params=params)):
+        torch.jit.save(torch.jit.trace(traced, (x,)), tmp_path / "traced.pt")
+        loaded = torch.jit.load(tmp_path / "traced.pt")
+        torch.testing.assert_close(loaded(x), expected)
+        graph = torch.jit.trace(traced, (x,)).inlined_graph
+        assert "PythonOp" not in str(graph) and "_Linear" not in str(graph)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(graft.view(params), (x,))(x), expected)
