@@ -246,7 +246,7 @@ def test_second_derivatives_of_parts():
     assert torch.autograd.gradgradcheck(lambda *made: fused.linear(*made, 0.7), made)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("config", list(TRACED))
 def test_traces_with_gradients_on(config, tmp_path):
     """A step of autograd of one's own has no place in a traced graph; torch's own functions do."""
