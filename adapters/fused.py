@@ -132,11 +132,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the input on `r` coordinates."""
     down = _parts(x if keep is None else x * keep, a) @ a.mT
-    y = F.linear(x, weight, bias)  # with the input as it is, since its axes choose the kernel
-    flat = y.reshape(-1, y.shape[-1])
-    _add_product_(flat, down, b.mT, scaling)
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    _add_product_(y, down, b.mT, scaling)
     if x.ndim > 2:  # in another shape, but no view to autograd: users may write to it
-        y = _unsafe_view(flat, (*x.shape[:-1], y.shape[-1]))
+        y = _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return y, down
 
 
