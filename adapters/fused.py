@@ -37,6 +37,7 @@ def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
         and (x.ndim == 2 or (x.is_contiguous() and has_rows(x)))
         and x.is_floating_point()
         and type(weight) in _PLAIN
+        and not weight.is_meta
         and type(x) is Tensor
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0

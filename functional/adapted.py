@@ -20,7 +20,7 @@ from .method import Entry, Leaves, Weighted
 from .placement import is_sharded, resting
 from .routed import RoutedLayer, stand_in
 from .sharded import run_on_shards
-from .site import Site
+from .site import Site, check_base, check_leaves
 
 
 class Base(Weighted):
@@ -41,6 +41,7 @@ class Base(Weighted):
             return type(module).forward(module, x, *self.args, **self.kwargs)
         if self.site.kind == "linear" and is_plain_linear(module) and not self.site.transposed:
             weight, bias = self.plain_tensors()
+            check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
         return type(module).forward(module, x, *self.args, **self.kwargs)
@@ -86,6 +87,9 @@ class Adapted(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry = self.entry
+        for leaf in self.leaves.values():
+            if leaf.is_meta:
+                check_leaves(entry.site.path, self.leaves, x)
         if x.is_nested:
             return over_values(self, entry.site, x)
         return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)

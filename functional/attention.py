@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .kernels import folded, is_folded
 from .method import Weighted
-from .site import Dense, Site
+from .site import Dense, Site, check_base
 
 Masks = tuple[Tensor | None, bool]
 """What is added to the scores, and whether attention is causal instead."""
@@ -50,6 +50,7 @@ class Projection(Weighted):
 
     def _linear(self, x: Tensor) -> Tensor:
         weight, bias = self.dense()
+        check_base(self.site.path, weight, x)
         return folded(x, weight, bias) if is_folded(x, self._stored, bias) else F.linear(x, weight, bias)
 
     @property

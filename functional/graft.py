@@ -309,7 +309,8 @@ class Graft:
         for path, site in self.sites[name].items():
             check_unchanged(path, site, modules)
             device = site.like(modules[site.owner]).device
-            site = dataclasses.replace(site, constants=_to(site.constants, device, moved))
+            if device.type != "meta":  # where constants would lose their values
+                site = dataclasses.replace(site, constants=_to(site.constants, device, moved))
             found[path] = Entry(self.configs[name], site)
         for path, follow in self.follows[name].items():
             found[path] = follower(self.configs[name], path, modules[path], follow, found[follow.source].site)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .rows import Rows
-from .site import Dense, Site
+from .site import Dense, Site, check_leaves
 
 Leaves = dict[str, Tensor]
 Tree = dict[str, Any]
@@ -163,7 +163,11 @@ class Entry:
             weight: The canonical weight beneath this adapter.
             bias: The bias beneath it.
             original: The base's own, where other adapters are in `weight` and `bias`.
+
+        Raises:
+            ValueError: A leaf on the meta device.
         """
+        check_leaves(self.site.path, leaves, weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
         for leaf in leaves.values():
             wide = torch.promote_types(wide, leaf.dtype)

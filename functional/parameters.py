@@ -16,7 +16,7 @@ from .lazy import Factored, Term
 from .method import Entry, Leaves
 from .placement import is_sharded, spread, whole
 from .routed import RoutedLayer
-from .site import Site
+from .site import Site, check_leaves
 
 Chosen = tuple[Entry, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -165,6 +165,8 @@ def adapted_weight(weight: Tensor, chosen: Sequence[Chosen], dense: bool = False
         chosen: The adapters, the innermost first.
         dense: Whether to multiply out in any case.
     """
+    for entry, leaves, _ in chosen:
+        check_leaves(entry.site.path, leaves, weight)
     if all(entry.config.method.factors is not None for entry, _, _ in chosen):
         factored = Factored(weight, [_term(*one) for one in chosen])
         return factored.dense() if dense else factored

@@ -21,7 +21,7 @@ from .placement import is_sharded, offloading, resting, spread, whole
 from .route import Routed
 from .routed import stand_in
 from .sharded import is_gathering
-from .site import Site
+from .site import Site, check_leaves
 from .skeleton import Place, Skeleton
 
 
@@ -284,8 +284,11 @@ def exchange(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:
     skeleton.cell.kept = kept = {}
     for one in active:
         tree = trees[one.adapter]
+        leaf = (tree if type(tree) is dict else tree.tree)[one.path][one.leaf]
+        if leaf.is_meta:
+            check_leaves(one.path, {one.leaf: leaf}, one.places[0][0][one.places[0][1]])
         if not isinstance(tree, Routed):
-            one.put(tree[one.path][one.leaf] if type(tree) is dict else tree.tree[one.path][one.leaf])
+            one.put(leaf)
     for one in active:
         if isinstance(trees[one.adapter], Routed) and one.key not in kept:
             container, name = one.places[0]
@@ -330,6 +333,7 @@ def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree
                         "both (ensure_weight_tying=True), untie the two, or use graft.view(params), which keeps them "
                         "apart"
                     )
+            check_leaves(path, {leaf: tree[path][leaf]}, own)
             value = over(state.get(one.names[0], own.detach()), tree[path][leaf], index)
             state.update(dict.fromkeys(names[id(own)], value))
     return state

@@ -13,6 +13,7 @@ from .finder import BatchDim, Finder, locate
 from .layout import LEADING, Layout
 from .method import Entry, Layer, Leaves, Weighted
 from .rows import Groups, PerAdapter, Rows
+from .site import check_leaves
 
 
 class RoutedLayer(Weighted):
@@ -35,6 +36,9 @@ class RoutedLayer(Weighted):
 
     def __call__(self, x: Tensor) -> Tensor:
         entry, size = self.entry, self.rows.size
+        for leaf in self.leaves.values():
+            if leaf.is_meta:
+                check_leaves(entry.site.path, self.leaves, x)
         if x.is_nested:
             raise TypeError(
                 f"{entry.site.path}: the input is a nested tensor, whose rows have no places of their own to route by; "

@@ -215,6 +215,40 @@ class Site:
         return _CONVOLVE[self.kind](x, weight, groups=self.groups)
 
 
+def check_leaves(path: str, leaves: Mapping[str, Tensor], like: Tensor) -> None:
+    """Refuse leaves without values where there are values: torch multiplies with such memory as it finds it.
+
+    Args:
+        path: Path of the site.
+        leaves: Its leaves.
+        like: What they are to be used with.
+
+    Raises:
+        ValueError: A leaf on the meta device, though `like` is not; names both.
+
+    >>> check_leaves("head", {"lora_A": torch.ones(1, device="meta")}, torch.ones(1, device="meta"))
+    """
+    for leaf, tensor in leaves.items():
+        if tensor.is_meta and not like.is_meta:
+            raise ValueError(
+                f"{path}: the adapter's {leaf} is on the meta device, without values, and is used with a tensor on "
+                f"{like.device}; load it first (load_adapter, set_peft_model_state_dict), or start with graft.init()"
+            )
+
+
+def check_base(path: str, weight: Tensor | None, x: Tensor) -> None:
+    """Refuse a base without values where the input has some.
+
+    Raises:
+        ValueError: A weight on the meta device, though the input is not; names the site.
+    """
+    if weight is not None and weight.is_meta and not x.is_meta:
+        raise ValueError(
+            f"{path}: the base's weight is on the meta device, without values, and its input is on {x.device}; load "
+            "the model first (load_state_dict(..., assign=True)), or give base tensors with the call"
+        )
+
+
 def own_tensor(module: Any, name: str) -> Tensor | None:
     """The parameter or buffer that a module itself has under a name; `None` for what it computes.
 

@@ -17,7 +17,7 @@ from torchgraft.functional.layers import plain_class
 from torchgraft.functional.method import Entry
 from torchgraft.functional.placement import is_sharded, whole
 from torchgraft.functional.sharded import is_unit
-from torchgraft.functional.site import Site
+from torchgraft.functional.site import Site, check_base
 from torchgraft.functional.wrappers import unwrapped
 
 from ..called import in_memory
@@ -42,6 +42,8 @@ class CalledBase(Base):
     __slots__ = ()
 
     def run(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self.plain is not None:
+            check_base(self.site.path, self.plain_tensors()[0], x)
         return self.module(x, *self.args, **self.kwargs)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
