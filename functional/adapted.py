@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import saving
 from .attention import AdaptedAttention, Part, Projection
 from .finder import Finder
 from .kernels import folded, is_folded, over_values
@@ -212,6 +213,17 @@ class Socket:
         value = site.stored(*layer.dense()).get(name)
         return None if value is None else value.to(site.like(self.inner).dtype)
 
+    def changed(self) -> dict[str, Any]:
+        """The adapted weight and bias by the names that the module stores them under; nothing without an adapter."""
+        layer = self.layer()
+        if isinstance(layer, Base):
+            return {}
+        if _is_routed(layer):
+            return dict.fromkeys(layer.entry.site.weight_names)
+        site: Site = layer.entry.site
+        dtype = site.like(self.inner).dtype
+        return {name: value.to(dtype) for name, value in site.stored(*layer.dense()).items()}
+
     def _without_value(self, own: Tensor | None) -> Tensor | None:
         """What stands for a weight or bias where each row has its own."""
         return None if own is None else stand_in(own, self.path)
@@ -254,6 +266,11 @@ class AdaptedModule:
         names = ", ".join(f"{name!r}: {entry.config.method.name}" for name, entry in socket.entries.items())
         described = super().extra_repr()  # type: ignore[misc]
         return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        socket: Socket = self.__dict__["_socket"]
+        saving.write(socket.path, destination, prefix, socket.changed(), keep_vars)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)

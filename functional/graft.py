@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from . import trees
+from . import trees, views
 from .adapted import AdaptedModule
 from .constant import check_constant, precompute
 from .follow import Follows, follower, plan_follows
@@ -122,6 +122,9 @@ class Graft:
         them. Any number of views live side by side; each is its own module, so flags set on one (`eval()`) stay there,
         and later changes of the model's structure or placement are not followed: take a new view.
 
+        Its `state_dict` is the adapted model's, as `merge` gives it. Its `parameters()` are the base's, frozen, since
+        code asks them for dtypes and devices; what is trained is `params`. Nothing can be loaded into it.
+
         Args:
             params: A parameter tree, as for a call.
             constant: Promise that nobody writes to the base or to the leaves as long as the view is used, in whatever
@@ -147,6 +150,8 @@ class Graft:
         exchange(skeleton, active)
         if constant:
             precompute(skeleton)
+        entries = {name: self.entries(name) for name in active}
+        views.guard(skeleton.root, views.conflict(self.model, entries, {name: self.replaced[name] for name in active}))
         if any(isinstance(tree, Routed) for tree in active.values()):
             from .entered import watch
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import saving
 from .adapted import Cell
 from .lazy import Factored, Term
 from .method import Entry, Leaves
@@ -202,6 +203,13 @@ def _own(cls: type) -> list[Any]:
 
 class AdaptedParameters:
     """Mixed into the class of a module with adapted parameters: reading one gives the adapted weight."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for leaf, socket in self.__dict__["_parameter_sockets"].items():
+            value = socket.read(self)
+            dense = value.dense() if isinstance(value, Factored) else value
+            saving.write(socket.path, destination, prefix, {leaf: dense}, keep_vars)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)

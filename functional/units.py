@@ -40,6 +40,9 @@ class Unit:
     cls: Any
     site: Site
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cls": None}  # an adapted class has no name to be found by; the module knows it
+
     def routed(self) -> dict[str, Routed]:
         """The routed stacks that have anything for this module; none, if they replace nothing of it."""
         trees = self.cell.trees or {}
@@ -186,6 +189,7 @@ class UnitModule:
 
 def _revive(make: Any, args: tuple[Any, ...], unit: Unit) -> Any:
     module = make(*args)
+    object.__setattr__(unit, "cls", type(module))
     _mark(module, unit)
     return module
 
