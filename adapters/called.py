@@ -46,6 +46,13 @@ class Called:
         y: Tensor = self.module(x)
         return y
 
+    @property
+    def is_meta(self) -> bool:
+        """Whether the module's weight has no values, and nothing is attached that could load them for a call."""
+        own = vars(self.module)
+        weight = own["_parameters"].get("weight")
+        return weight is not None and weight.is_meta and "_hf_hook" not in own and not own["_forward_pre_hooks"]
+
     def with_weight(self, x: Tensor, compute: Callable[[Tensor, Tensor], Any]) -> Any:
         """`compute(x, weight)` within a call of a `Holder`: `x` is its input, and what is computed its output."""
         return self.module(x, compute=compute)

@@ -75,4 +75,4 @@ def test_what_torch_cannot_run_is_an_error():
         graft(graft.init(), x.transpose(1, 2))
     many = stack([graft.init(), graft.init()])
     with pytest.raises(TypeError, match="0: the input is a nested tensor, whose rows"):
-        graft(route(many, torch.tensor([0, 1])), x)
+        graft(route(many, torch.tensor([0, 1]), batch_dim=0), x)
