@@ -236,6 +236,8 @@ class AdaptedParameters:
 def parametrised_class(cls: Any, leaves: tuple[str, ...]) -> Any:
     """`cls` with properties in the place of these parameters."""
     members: dict[str, Any] = {leaf: _property(leaf) for leaf in leaves}
+    if issubclass(cls, nn.RNNBase):
+        members["_flat_weights"] = property(_flat_weights, _put_flat_weights)
     return type(
         cls.__name__, (AdaptedParameters, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, **members}
     )
@@ -249,6 +251,20 @@ def _property(leaf: str) -> property:
         self._parameters[leaf] = value
 
     return property(read, write)
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    """The list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
+    found = list(self.__dict__["_flat_weights"])
+    for index, name in enumerate(self.__dict__["_flat_weights_names"]):
+        if name in self.__dict__["_parameter_sockets"]:
+            weight = self.__dict__["_parameter_sockets"][name].read(self)
+            found[index] = weight.dense() if isinstance(weight, Factored) else weight
+    return found
+
+
+def _put_flat_weights(self: Any, value: list[Tensor | None]) -> None:
+    self.__dict__["_flat_weights"] = value
 
 
 def adapt_parameters(shell: nn.Module, cls: Any, sockets: Mapping[str, ParameterSocket]) -> None:
