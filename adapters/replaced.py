@@ -40,6 +40,8 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     >>> find_replaced(config, dict(model.named_modules()), model, ["body"])
     {'head': {'weight': Replaced(names=('head.weight',), shape=(1, 2), rows=None)}}
     """
+    paths = list(paths)
+    _warn_of_heads(config, modules, paths)
     plan: Plan = {}
     tying = getattr(config, "ensure_weight_tying", False)
     saved = saved_modules(config, modules)
@@ -57,6 +59,32 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
         for one in find_tokens(config, modules, model, taken).values():
             _add(plan, one, LEAF)
     return plan
+
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The modules that PEFT's `get_peft_model` trains as a whole, by `task_type`."""
+
+
+def _warn_of_heads(config: Any, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
+    """Say which new heads stay frozen, that a config's task has and its `modules_to_save` leave out."""
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    if not heads or config.inference_mode:
+        return
+    given = set(config.modules_to_save or ()) | set(paths)
+    named = [name for name in heads if name in modules and next(modules[name].parameters(), None) is not None]
+    frozen = [name for name in named if not any(one == name or one.startswith(f"{name}.") for one in given)]
+    if frozen:
+        warnings.warn(
+            f"{type(config).__name__}: task_type is {config.task_type!r}, and {', '.join(frozen)} of the model stays "
+            f"frozen, as it is no adapter; if it is new, set modules_to_save={list(heads)!r} (those of them that the "
+            f"model has: {frozen!r}), which PEFT's get_peft_model does by itself",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def other_names(plan: Mapping[str, Mapping[str, Replaced]]) -> dict[str, tuple[str, str]]:

@@ -98,7 +98,8 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
         params: The graft's parameter tree.
 
     Raises:
-        TypeError: A graft without its parameters, or parameters with a model, which has its own.
+        TypeError: A graft without its parameters, or parameters with a model, which has its own; a model whose adapters
+            are another library's.
 
     >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
@@ -120,6 +121,7 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
             raise TypeError("summary: params are given with a model, whose adapters have their own; leave them out")
         model = unwrap(target)
         base = _values(p for module in bare_modules(model).values() for p in module._parameters.values())
+        _check_own(target)
         configs: Mapping[str, Any] = getattr(model, "peft_config", {})
         found = layers(model).values()
         entries = {name: [layer.entries[name] for layer in found if name in layer.entries] for name in configs}
@@ -129,6 +131,18 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
     functional = isinstance(target, Graft)
     rows = tuple(_row(name, entries[name], tensors[name], states[name], count, functional) for name in entries)
     return Summary(rows, count, size)
+
+
+def _check_own(model: nn.Module) -> None:
+    """Refuse a model with layers of another library, such as PEFT's own, which would count as none."""
+    for path, module in model.named_modules():
+        own = type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if hasattr(type(module), "adapter_layer_names") and not own:
+            raise TypeError(
+                f"summary: {path or 'the model'} is a {type(module).__module__}.{type(module).__qualname__}, a layer "
+                "of another library, whose adapters are not counted here; ask that library "
+                "(model.print_trainable_parameters()), or save the adapter there and load_adapter it into the model"
+            )
 
 
 def _row(name: str, entries: list[Entry], tensors: Sequence[Tensor], state: str, base: int, functional: bool) -> Row:

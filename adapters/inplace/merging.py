@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchgraft.functional.sharded import is_unit
 from torchgraft.functional.wrappers import child_of_wrapper, unwrapped
 
+from . import root
 from .biases import ATTRIBUTE, biases_of
 from .gathering import hand_over, on_gathered
 from .layer import BaseTunerLayer
@@ -159,6 +160,7 @@ def _strip(model: nn.Module) -> None:
         biases.activate([], False)
     vars(model).pop("peft_config", None)
     vars(model).pop(ATTRIBUTE, None)
+    root.detach(model)
 
 
 def _without_tokens(wrapper: TrainableTokensWrapper) -> Any:
