@@ -62,6 +62,7 @@ def is_folded(x: Any, weight: Any, bias: Any) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
         and not torch._C._is_any_autocast_enabled()
+        and type(weight) in (Tensor, torch.nn.Parameter)
         and not weight.requires_grad
         and not has_rows(x)
         and is_trained(weight)

@@ -97,6 +97,7 @@ def inject_adapter_in_model(
     check_averaged(given, trained=not peft_config.inference_mode)
     with gathered(given, writes=True), replicating(model, peft_config, adapter_names(model)), restoring(model):
         _inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, params)
+    root.attach(model)
     return given
 
 
