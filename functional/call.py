@@ -7,8 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import optree
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .graft import Graft
@@ -16,6 +16,7 @@ from .method import Tree
 from .replaced import exchange
 from .route import Routed
 from .skeleton import Skeleton
+from .traced import keep_private, skeleton_for, within
 from .trial import Entered, finder_of, modes_of
 
 
@@ -67,7 +68,18 @@ def functional_call(
             )
     active = now(graft.active(params))
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    if torch.compiler.is_compiling():
+    return _call(graft, active, base, args, kwargs, return_buffers)
+
+
+def _call(
+    graft: Graft,
+    active: dict[str, Any],
+    base: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    return_buffers: bool,
+) -> Any:
+    if torch.compiler.is_dynamo_compiling():
         return _traced(graft, active, base, args, kwargs, return_buffers)
     pool = graft.pool()
     finder = finder_of(graft, pool, active, base, args, kwargs, Entered("", modes_of(pool)))
@@ -75,7 +87,7 @@ def functional_call(
     try:
         lease.skeleton.cell.finder = finder
         fill(lease.skeleton, active, base, args, kwargs, {})
-        y = _run(graft, lease.skeleton, args, kwargs, return_buffers)
+        y = _run(graft, lease.skeleton, args, kwargs, return_buffers, {})
         if finder is not None:
             finder.finish()
         return y
@@ -96,31 +108,25 @@ def _traced(
     kwargs: Mapping[str, Any],
     return_buffers: bool,
 ) -> Any:
-    """One call as `torch.compile` sees it: a fixed skeleton that reads the model's own tensors and modes.
+    """One call as `torch.compile` sees it: it reads the model's own tensors, and leaves its skeleton as it was.
 
-    Whatever is read here is guarded by dynamo, so that a later change of the model compiles anew.
+    If it cannot be compiled in one piece, `_call` runs as it does elsewhere, and what the model calls is compiled.
     """
-    skeleton = graft.traced
-    for parent, name, child in skeleton.children:
-        if parent._modules.get(name) is not child:
-            raise RuntimeError(
-                f"the module {name!r} of a {type(parent).__name__} was replaced since the model was bound or last "
-                "called; call the graft once outside of torch.compile, then compile again"
-            )
-    for theirs, own in skeleton.modules:
-        if own.training != theirs.training:
-            own.training = theirs.training
+    skeleton = skeleton_for(graft)
+    cell: Any = skeleton.cell
+    state = dict(cell.state)
+    hanging = [(container, name, container[name]) for places in skeleton.places.values() for container, name in places]
     entered = Entered("", tuple(own.training for _, own in skeleton.modules))
-    skeleton.cell.finder = finder_of(graft, graft.pools[0], active, base, args, kwargs, entered)
+    finder = finder_of(graft, graft.pools[0], active, base, args, kwargs, entered)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
-        fill(skeleton, active, base, args, kwargs, current)
-        return _run(graft, skeleton, args, kwargs, return_buffers)
+        cell.finder = finder
+        fill(skeleton, {name: within(tree) for name, tree in active.items()}, base, args, kwargs, current)
+        return _run(graft, skeleton, args, kwargs, return_buffers, current)
     finally:
-        skeleton.cell.trees = skeleton.cell.reached = skeleton.cell.finder = skeleton.cell.kept = None
-        for key in current:
-            for container, name in skeleton.places[key]:
-                container[name] = skeleton.aliases[key]
+        for container, name, tensor in hanging:
+            container[name] = tensor
+        cell.state.update(state)
 
 
 def fill(
@@ -133,15 +139,17 @@ def fill(
 ) -> None:
     """Put the call's adapters, base tensors and own copies of buffers into a skeleton.
 
-    With `current`, the model's tensors as they are now, modes may have changed too: then every buffer is copied.
+    Traced calls have `current`, the model's tensors as they are then, and undo what they do themselves.
     """
-    skeleton.cell.trees, skeleton.cell.reached = active, set()
+    reached: set[str] = set()
+    if current:
+        keep_private((reached,))
+    skeleton.cell.trees, skeleton.cell.reached = active, reached
     named = named_base(skeleton, base) if base else {}
     given = {**current, **named}
-    own = list(skeleton.volatile if current else skeleton.written)
-    if own:
+    if skeleton.written:
         zero = _batched_zero(active, base, args, kwargs)
-        given.update((key, _fresh(given.get(key, skeleton.aliases[key]), zero)) for key in own)
+        given.update((key, _fresh(given.get(key, skeleton.aliases[key]), zero)) for key in skeleton.written)
     if not current:
         skeleton.filled = given
     for key, tensor in given.items():
@@ -152,7 +160,14 @@ def fill(
         skeleton.filled = [*given, *replaced]
 
 
-def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any], return_buffers: bool) -> Any:
+def _run(
+    graft: Graft,
+    skeleton: Skeleton,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    return_buffers: bool,
+    current: Mapping[int, Tensor],
+) -> Any:
     y = skeleton.root(*args, **kwargs)
     if not graft.allow_unreached:
         trees, reached = skeleton.cell.trees or {}, skeleton.cell.reached or set()
@@ -167,7 +182,7 @@ def _run(graft: Graft, skeleton: Skeleton, args: tuple, kwargs: Mapping[str, Any
             )
     if not return_buffers:
         return y
-    own = {id(skeleton.aliases[key]) for key in skeleton.aliases}
+    own = {id(tensor) for tensor in (*skeleton.aliases.values(), *current.values())}
     buffers = dict(skeleton.root.named_buffers())
     return y, {name: buffer.clone() if id(buffer) in own else buffer for name, buffer in buffers.items()}
 
@@ -210,12 +225,21 @@ def _batched_zero(
     active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
 ) -> Tensor | None:
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
-    if torch._C._functorch.maybe_current_level() is None:
+    if not _is_transformed():
         return None
     trees = [tree if isinstance(tree, dict) else tree.tensors() for tree in active.values()]
-    leaves = optree.tree_leaves((trees, dict(base), args, dict(kwargs)))
+    leaves = pytree.tree_leaves((trees, dict(base), args, dict(kwargs)))  # which dynamo traces
     zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None
+
+
+def _is_transformed() -> bool:
+    """Return whether a transform of `torch.func` is on."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As `torch.compiler.assume_constant_result` does, which imports dynamo: the answer is part of what is traced.
 
 
 def _fresh(tensor: Tensor, zero: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from .route import Routed
 from .rows import PerAdapter
 from .site import Site
 from .skeleton import Skeleton
+from .traced import Traced
 from .units import make_units
 from .wrappers import check_flat, modules_of, without_parallel
 
@@ -74,6 +75,7 @@ class Graft:
         self._conflicts = conflicts(self.replaced)
         self._shapes = self.expected()
         self.pools: list[Pool] = []
+        self.compiled = Traced()
         check_references(model, {path for plan in (*self.sites.values(), *self.replaced.values()) for path in plan})
         self.pool()
 
@@ -265,19 +267,17 @@ class Graft:
                 module.training = mode
             lease.release()
 
-    @property
-    def traced(self) -> Skeleton:
-        """The skeleton that compiled calls run through."""
-        return self.pools[0].traced
-
     def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
         """Of these sites, those whose module no forward reached under any of its names."""
         modules = modules_of(self.model)
         seen = {key_of(modules, path) for path in reached}
         return sorted({path for path in paths if key_of(modules, path) not in seen})
 
-    def build(self) -> Skeleton:
+    def build(self, cell: Cell | None = None) -> Skeleton:
         """A new skeleton of the model as it is now.
+
+        Args:
+            cell: What its sites ask about the call in progress.
 
         Raises:
             ValueError: A module at a site was replaced by one that the site's parameters do not fit.
@@ -291,7 +291,7 @@ class Graft:
                 entries.setdefault(key, {})[name] = entry
                 paths.setdefault(key, path)
         check_apart(entries, paths)
-        skeleton = Skeleton(self.model, entries, paths)
+        skeleton = Skeleton(self.model, entries, paths, cell)
         skeleton.exchanges = exchanges(skeleton, modules, self.replaced)
         make_units(skeleton.cell, skeleton.modules, skeleton.exchanges, {id(m): name for name, m in modules.items()})
         skeleton.remember()
@@ -316,7 +316,7 @@ class Graft:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "pools": []}
+        return {**vars(self), "pools": [], "compiled": Traced()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

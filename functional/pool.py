@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
+from .adapted import Cell
 from .layout import Record
 from .placement import is_sharded, local_part
 from .skeleton import Skeleton
+from .traced import TracedCell
 
 _HELD = 64
 """Skeletons of calls that are over and that a pool looks after; more of them are left to those who hold them."""
@@ -91,12 +95,12 @@ class Pool:
         known: The same by what can be told of a kind under `torch.compile`.
     """
 
-    def __init__(self, build: Callable[[], Skeleton]):
-        self.traced = build()
-        self.watch = Watch(module for module, _ in self.traced.modules)
+    def __init__(self, build: Callable[..., Skeleton]):
         self.seen: dict[Any, Record] = {}
         self.known: dict[Any, Record] = {}
         self._build = build
+        self.traced = self._make(TracedCell())
+        self.watch = Watch(module for module, _ in self.traced.modules)
         self._free: deque[Skeleton] = deque()
         self._held: deque[tuple[Skeleton, list[int]]] = deque(maxlen=_HELD)
 
@@ -106,7 +110,7 @@ class Pool:
         try:
             skeleton = self._free.pop()
         except IndexError:
-            skeleton = self._build()
+            skeleton = self._make(Cell())
             skeleton.recorded.settle()
         return Lease(skeleton, self)
 
@@ -130,3 +134,8 @@ class Pool:
                 self._free.append(skeleton)
             else:
                 self._held.append((skeleton, own))
+
+    def _make(self, cell: Cell) -> Skeleton:
+        """Make a skeleton, whose tensors outlive the transforms and modes that are on around the call."""
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            return self._build(cell)

@@ -45,7 +45,11 @@ class Routed:
 
     def named(self, name: str) -> Routed:
         """The part of one named adapter, over the same rows."""
-        return self._with(self.tree[name], self.rows)
+        return self.with_tree(self.tree[name])
+
+    def with_tree(self, tree: Tree) -> Routed:
+        """Another stacked tree, over the same rows."""
+        return self._with(tree, self.rows)
 
     def now(self) -> Routed:
         """The same with the rows that the user's tensor has now, which may have been written to."""

@@ -56,14 +56,21 @@ class Skeleton:
         places: Where each alias hangs in the copy: containers and keys.
         sources: Where each named tensor hangs in the model, and its id.
         modules: The model's modules, those that it keeps in plain containers too, each with its copy.
+        children: The registries of the model's modules, each with the submodules that are in it.
         filled: The tensors that the call in progress has replaced, by id.
         offloaded: The tensors of the model, by id, that hooks of accelerate load where they are called.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
         exchanges: Where the tensors hang that adapters replace.
     """
 
-    def __init__(self, model: nn.Module, entries: Mapping[Key, Mapping[str, Entry]], paths: Mapping[Key, str]):
-        self.cell = Cell()
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Mapping[Key, Mapping[str, Entry]],
+        paths: Mapping[Key, str],
+        cell: Cell | None = None,
+    ):
+        self.cell = cell or Cell()
         self._entries, self._paths = entries, paths
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._tensors = {id(tensor) for tensor in _tensors(model)}
@@ -77,7 +84,7 @@ class Skeleton:
         self._copies: list[Any] = []
         self.modules: list[tuple[nn.Module, Any]] = []
         self.root: nn.Module = self._copy(model)
-        self.children = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
+        self.children = [(m._modules, dict(m._modules)) for m in model.modules()]
         self.sources: dict[str, tuple[Any, str, int]] = {
             bare_name(f"{path}.{name}" if path else name): (registry, name, id(tensor))
             for path, module in model.named_modules(remove_duplicate=False)
@@ -90,6 +97,8 @@ class Skeleton:
         }
         self.volatile = self._volatile()
         self.written = [key for key, active in self.volatile.items() if active]
+        held = {id(container): container for places in self.places.values() for container, _ in places}
+        self.containers = (getattr(self.cell, "state", {}), *held.values())
         self.filled: Iterable[int] = ()
         self.exchanges: list[Any] = []
         self.remember()

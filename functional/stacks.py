@@ -242,6 +242,10 @@ class Padded:
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         trees.check(self.tree, shapes, what)
 
+    def with_tree(self, tree: Tree) -> Padded:
+        """Another tree of the same adapter."""
+        return Padded(tree, self.index)
+
     def layer(self, below: Any, entry: Entry, finder: Finder | None) -> Chosen:
         assert isinstance(entry, StackedEntry)
         own, on = entry.at(self.index)

@@ -1,0 +1,131 @@
+"""Calls as `torch.compile` traces them: through skeletons of their own, to which no compiled call ever writes.
+
+While dynamo traces a call, the call's adapters and tensors stand in dicts of the skeleton. Dynamo would have the
+compiled code write these dicts at the end, as they were, and refuses to write them within `torch.cond`, checkpointing
+and other operators. As each trace leaves them as they were, it is told to keep these writes to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .adapted import Cell
+
+if TYPE_CHECKING:
+    from .graft import Graft
+    from .skeleton import Skeleton
+
+_KNOWN = 8
+"""Skeletons kept for modes of a model that compiled calls ran in."""
+
+
+class TracedCell(Cell):
+    """A cell that keeps what a call says in a dict, as dynamo tracks the contents of dicts one by one."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        super().__init__()
+
+
+def _kept(name: str) -> property:
+    def get(self: TracedCell) -> Any:
+        return self.state[name]
+
+    def put(self: TracedCell, value: Any) -> None:
+        self.state[name] = value
+
+    return property(get, put)
+
+
+for _name in ("finder", "kept", "reached", "see", "trees"):
+    setattr(TracedCell, _name, _kept(_name))
+
+
+class Traced:
+    """The skeletons that compiled calls of one graft run through.
+
+    Attributes:
+        modules: The model's modules.
+        skeletons: One for each set of modes that they were in, in the order of `modules`.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[Any] = []
+        self.skeletons: dict[tuple[bool, ...], Skeleton] = {}
+
+    def put(self, skeleton: Skeleton) -> None:
+        """Have compiled calls use a skeleton as long as the model is in its modes."""
+        modules = [theirs for theirs, _ in skeleton.modules]
+        if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
+            self.modules, self.skeletons = modules, {}
+        modes = tuple(module.training for module in modules)
+        if self.skeletons.get(modes) is not skeleton:
+            self.skeletons[modes] = skeleton
+            if len(self.skeletons) > _KNOWN:
+                del self.skeletons[next(iter(self.skeletons))]
+
+
+def skeleton_for(graft: Graft, caller: Callable[..., Any]) -> Skeleton:
+    """Return the skeleton for a model as it is while a call of its graft is traced.
+
+    Whatever is read here is guarded by dynamo, so that a later change of the model compiles anew.
+
+    Args:
+        graft: The graft that is called.
+        caller: A function that is compiled as a part of another one, or else not at all.
+    """
+    from torch._dynamo.comptime import comptime
+
+    comptime(_refresh)
+    skeleton = graft.compiled.skeletons[tuple([module.training for module in graft.compiled.modules])]
+    for registry, children in skeleton.children:
+        if len(registry) != len(children):
+            raise RuntimeError("the model's modules changed while a call of its graft was compiled")
+        for name, child in children.items():
+            if registry.get(name) is not child:
+                raise RuntimeError("the model's modules changed while a call of its graft was compiled")
+    keep_private(skeleton.containers)
+    return skeleton
+
+
+def keep_private(containers: tuple[Any, ...]) -> None:
+    """Have dynamo forget what the traced call writes to containers, which it leaves as they were."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(_ignore_writes)
+
+
+def within(tree: Any) -> Any:
+    """Return a tree, or what stands for one, whose leaves are computed where the call is traced.
+
+    An attribute such as `.mT` of a tensor from outside of an operator is computed outside of it, once for each place
+    that asks for it, and `torch.cond` refuses operands that are views of each other.
+    """
+    if type(tree) is not dict:
+        return tree.with_tree(within(tree.tree))
+    return {path: {name: leaf.view_as(leaf) for name, leaf in leaves.items()} for path, leaves in tree.items()}
+
+
+def _refresh(context: Any) -> None:
+    """While dynamo traces `skeleton_for`: have a skeleton of the model as it is now."""
+    from torch._dynamo.eval_frame import skip_code
+
+    graft = _local(context, "graft").value
+    graft.compiled.put(graft.pool().traced)
+    skip_code(_local(context, "caller").get_function().__code__)
+
+
+def _ignore_writes(context: Any) -> None:
+    """While dynamo traces `keep_private`: say so."""
+    tx = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    effects = tx.output.side_effects
+    for container in _local(context, "containers").unpack_var_sequence(tx):
+        effects.ignore_mutations_on(container.realize())
+
+
+def _local(context: Any, name: str) -> Any:
+    tx = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    return tx.symbolic_locals[name].realize()
