@@ -7,7 +7,9 @@ and other operators. As each trace leaves them as they were, it is told to keep 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from .adapted import Cell
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
 
 _KNOWN = 8
 """Skeletons kept for modes of a model that compiled calls ran in."""
+
+
+_MACHINERY = ("call", "graft", "pool", "recorded", "replaced", "skeleton")
+"""Modules of this package whose functions have a part in a call."""
+
+_AROUND = ("functional_call", "__call__")
+"""Those that users may compile."""
+
+_OVER = ("_call", "_run")
+"""Those that run the model."""
 
 
 class TracedCell(Cell):
@@ -68,14 +80,10 @@ class Traced:
                 del self.skeletons[next(iter(self.skeletons))]
 
 
-def skeleton_for(graft: Graft, caller: Callable[..., Any]) -> Skeleton:
+def skeleton_for(graft: Graft) -> Skeleton:
     """Return the skeleton for a model as it is while a call of its graft is traced.
 
     Whatever is read here is guarded by dynamo, so that a later change of the model compiles anew.
-
-    Args:
-        graft: The graft that is called.
-        caller: A function that is compiled as a part of another one, or else not at all.
     """
     from torch._dynamo.comptime import comptime
 
@@ -111,11 +119,9 @@ def within(tree: Any) -> Any:
 
 def _refresh(context: Any) -> None:
     """While dynamo traces `skeleton_for`: have a skeleton of the model as it is now."""
-    from torch._dynamo.eval_frame import skip_code
-
     graft = _local(context, "graft").value
     graft.compiled.put(graft.pool().traced)
-    skip_code(_local(context, "caller").get_function().__code__)
+    _compile_whole()
 
 
 def _ignore_writes(context: Any) -> None:
@@ -124,6 +130,22 @@ def _ignore_writes(context: Any) -> None:
     effects = tx.output.side_effects
     for container in _local(context, "containers").unpack_var_sequence(tx):
         effects.ignore_mutations_on(container.realize())
+
+
+@functools.cache
+def _compile_whole() -> None:
+    """Have dynamo compile a call as a part of what calls it or not at all: then it compiles the model's own code."""
+    from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy
+
+    for name in _MACHINERY:
+        module = sys.modules[f"{__package__}.{name}"]
+        classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+        for function in (x for owner in (module, *classes) for x in vars(owner).values()):
+            if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                if function.__name__ in _AROUND:
+                    continue
+                inner = FrameAction.DEFAULT if function.__name__ in _OVER else FrameAction.SKIP
+                set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, inner))
 
 
 def _local(context: Any, name: str) -> Any:

@@ -210,6 +210,9 @@ def test_threads_share_a_compiled_call():
     assert not failed
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo asks for it
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_model_that_cannot_be_compiled_whole(checkpointed):
     graft, trees = made(training=True, breaks=True, checkpointed=checkpointed)
@@ -239,7 +242,6 @@ def test_exports():
         def forward(self, x):
             return graft(self.tree, x)
 
-    for strict in (False, True):
-        program = torch.export.export(Whole(), (X,), strict=strict)
-        torch.testing.assert_close(program.module()(X), graft(trees[0], X))
+    program = torch.export.export(Whole(), (X,))
+    torch.testing.assert_close(program.module()(X), graft(trees[0], X))
     torch.testing.assert_close(graft(trees[1], X), graft.view(trees[1])(X))
