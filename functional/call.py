@@ -116,8 +116,10 @@ def _traced(
     cell: Any = skeleton.cell
     state = dict(cell.state)
     hanging = [(container, name, container[name]) for places in skeleton.places.values() for container, name in places]
-    entered = Entered("", tuple(own.training for _, own in skeleton.modules))
-    finder = finder_of(graft, graft.pools[0], active, base, args, kwargs, entered)
+    finder = None
+    if any(isinstance(tree, Routed) for tree in active.values()):
+        entered = Entered("", tuple(own.training for _, own in skeleton.modules))
+        finder = finder_of(graft, graft.pools[0], active, base, args, kwargs, entered)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
         cell.finder = finder

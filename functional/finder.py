@@ -53,6 +53,8 @@ class Finder:
         if self.record is None:
             return None
         if self.over or torch.compiler.is_compiling():
+            if self.paths and not self.over:  # parts of a call are compiled, whose calls of sites nobody counts
+                self.over = True
             return self._fit(self.record.anywhere(path, x.ndim), x, size)
         key = id(owner), path
         index = self.counts.get(key, 0)
@@ -84,7 +86,7 @@ class Finder:
         Raises:
             ValueError: It was not, and looking again does not explain it.
         """
-        if self.record is None:
+        if self.record is None or self.over:
             return
         if (path := self._miscounted()) is not None and self.again is not None:
             again, self.again = self.again, None

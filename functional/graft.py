@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import trees
-from .adapted import AdaptedModule
+from .adapted import AdaptedModule, Cell
 from .constant import check_constant, precompute
 from .follow import Follows, follower, plan_follows
 from .leaves import initialise, shapes_of

@@ -22,13 +22,13 @@ _KNOWN = 8
 """Skeletons kept for modes of a model that compiled calls ran in."""
 
 
-_MACHINERY = ("call", "graft", "pool", "recorded", "replaced", "skeleton")
+_MACHINERY = ("call", "graft", "pool", "recorded", "replaced", "skeleton", "trial")
 """Modules of this package whose functions have a part in a call."""
 
 _AROUND = ("functional_call", "__call__")
 """Those that users may compile."""
 
-_OVER = ("_call", "_run")
+_OVER = ("call._call", "call._run")
 """Those that run the model."""
 
 
@@ -144,7 +144,7 @@ def _compile_whole() -> None:
             if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
                 if function.__name__ in _AROUND:
                     continue
-                inner = FrameAction.DEFAULT if function.__name__ in _OVER else FrameAction.SKIP
+                inner = FrameAction.DEFAULT if f"{name}.{function.__qualname__}" in _OVER else FrameAction.SKIP
                 set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, inner))
 
 

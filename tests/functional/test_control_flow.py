@@ -231,6 +231,15 @@ def test_a_model_that_cannot_be_compiled_whole(checkpointed):
     torch.testing.assert_close(given(trees[0], X), functional_call(graft, (base, trees[0]), (X,)))
 
 
+def test_routed_rows_of_a_model_that_cannot_be_compiled_whole():
+    graft, trees = made(breaks=True)
+    many, rows = stack(trees), torch.tensor([0, 1, 0])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda many, x: graft(route(many, rows), x), backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(many, X), graft(route(many, rows), X))
+
+
 def test_exports():
     graft, trees = made()
 
