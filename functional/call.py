@@ -16,7 +16,7 @@ from .method import Tree
 from .replaced import exchange
 from .route import Routed
 from .skeleton import Skeleton
-from .traced import keep_private, skeleton_for, within
+from .traced import forget_writes, keep_private, skeleton_for, within
 from .trial import Entered, finder_of, modes_of
 
 
@@ -129,6 +129,8 @@ def _traced(
         for container, name, tensor in hanging:
             container[name] = tensor
         cell.state.update(state)
+        if state["trees"] is None:  # or else this call is a part of another one
+            forget_writes(skeleton)
 
 
 def fill(

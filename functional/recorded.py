@@ -51,6 +51,7 @@ class Recorded:
     def __init__(self, objects: Iterable[Any]):
         self._objects = list(objects)
         containers = list({id(c): c for c in chain.from_iterable(map(_containers, self._objects))}.values())
+        self.ids = {id(x) for x in (*self._objects, *containers)}
         self._empty = [container for container in containers if not container]
         quiet = {id(vars(x)[name]) for x in self._objects if isinstance(x, nn.Module) for name in _QUIET}
         self._watched = [container for container in self._empty if id(container) not in quiet]

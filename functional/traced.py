@@ -106,6 +106,13 @@ def keep_private(containers: tuple[Any, ...]) -> None:
     comptime(_ignore_writes)
 
 
+def forget_writes(skeleton: Skeleton) -> None:
+    """Have dynamo forget what the model's forward wrote to a skeleton: the compiled call leaves it as it was."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(_forget)
+
+
 def within(tree: Any) -> Any:
     """Return a tree, or what stands for one, whose leaves are computed where the call is traced.
 
@@ -130,6 +137,19 @@ def _ignore_writes(context: Any) -> None:
     effects = tx.output.side_effects
     for container in _local(context, "containers").unpack_var_sequence(tx):
         effects.ignore_mutations_on(container.realize())
+
+
+def _forget(context: Any) -> None:
+    """While dynamo traces `forget_writes`: say so."""
+    output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+    effects, own = output.side_effects, _local(context, "skeleton").value.recorded.ids
+    for key, variable in [(k, v) for k, v in effects.id_to_variable.items() if k in own and effects.is_modified(v)]:
+        if effects.store_attr_mutations.pop(variable, None) is not None:
+            getattr(effects, "attr_mutation_kinds", {}).pop(variable, None)
+        else:
+            del effects.id_to_variable[key]
+            for source in [s for s, v in output.variable_tracker_cache.items() if v is variable]:
+                del output.variable_tracker_cache[source]
 
 
 @functools.cache
