@@ -6,20 +6,23 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(wildcard functional adapters examples benchmarks tests)
 SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep text test lint format bench clean
+.PHONY: help demo serve sweep text test test-quick test-full lint format bench clean
 
 help:
-	@echo 'make demo    run examples/digits.py; results in demo-out/'
-	@echo 'make serve   run examples/serve.py; results in serve-out/'
-	@echo 'make sweep   run examples/sweep.py; results in sweep-out/'
-	@echo 'make text    run examples/text.py; results in text-out/'
-	@echo 'make test    lint, types and all tests, as CI does'
-	@echo 'make lint    ruff and mypy'
-	@echo 'make format  let ruff rewrite what it can'
-	@echo 'make bench   run every script of benchmarks/'
-	@echo 'make clean   remove all that these made, .venv too'
+	@echo 'make demo        run examples/digits.py; results in demo-out/'
+	@echo 'make serve       run examples/serve.py; results in serve-out/'
+	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
+	@echo 'make text        run examples/text.py; results in text-out/'
+	@echo 'make lint        ruff and mypy'
+	@echo 'make format      let ruff rewrite what it can'
+	@echo 'make test-quick  the tests that take no time, while you work'
+	@echo 'make test        lint, types and the tests, before you commit'
+	@echo 'make test-full   the tests that make test leaves out; CI runs both. MINUTES=20 begins none after that'
+	@echo 'make bench       run every script of benchmarks/'
+	@echo 'make clean       remove all that these made, .venv too'
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py --out demo-out
@@ -34,7 +37,13 @@ text: $(VENV)/.demo
 	$(BIN)/python examples/text.py --out text-out
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -m 'not full'
+
+test-quick: $(VENV)/.test
+	$(PYTEST) -m 'not full and not slow'
+
+test-full: $(VENV)/.test
+	$(PYTEST) -m full $(if $(MINUTES),--minutes=$(MINUTES) -rs)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)

@@ -67,7 +67,7 @@ def main() -> None:
 
     ours, theirs = (statistics.median(seconds[name]) for name in IMPORTS)
     print(f"import adds to torch: torchgraft {ours:.3f} s, peft {theirs:.3f} s (median of {rounds})")
-    if ours >= LIMIT:
+    if ours >= LIMIT and not args.quick:
         sys.exit(f"torchgraft took {ours:.3f} s, the limit is {LIMIT} s; python -X importtime tells where it goes")
 
 

@@ -1,17 +1,42 @@
-"""Every test starts from the same random state, on one thread."""
+"""Every test starts from the same random state, on one thread; marks for what takes long, and a limit on the time."""
 
 import os
 import random
+import time
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+FOLDERS = {"benchmarks": "full", "clients": "full", "examples": "slow"}
+"""Marks that all tests of a folder have, those that are added later too."""
+START = time.monotonic()
 
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes", type=float, default=float("inf"), help="skip what has not begun after as many minutes"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
+        if folder in FOLDERS:
+            item.add_marker(FOLDERS[folder])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if time.monotonic() - START > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes are over")
 
 
 @pytest.fixture(autouse=True)

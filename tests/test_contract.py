@@ -1,6 +1,12 @@
-"""What every method promises, over every kind of site. A new method joins by one row in `METHODS`."""
+"""What every method promises, over every kind of site. A new method joins by one row in `METHODS`.
+
+`make test` runs each method whole on one kind of site and a covering selection of the rest (see `selected`),
+`make test-full` what that leaves out.
+"""
 
 import copy
+import itertools
+from inspect import signature
 
 import optree
 import pytest
@@ -69,12 +75,11 @@ SITES = {
     "conv2d (dilated)": lambda: (Model(nn.Conv2d(4, 6, 2, dilation=2), nn.Conv2d(6, 4, 1)), (3, 4, 5, 6)),
     "conv3d": lambda: (Model(nn.Conv3d(4, 6, 2, padding="same"), nn.Conv3d(6, 4, (1, 2, 2))), (2, 4, 2, 3, 4)),
 }
-CASES = [
-    pytest.param(name, site, id=f"{name}-{site}")
+KINDS = {
+    name: [site for site in SITES if site.split(" ")[0] in ONLY.get(name, config.method.kinds)]
     for name, config in METHODS.items()
-    for site in SITES
-    if site.split(" ")[0] in ONLY.get(name, config.method.kinds)
-]
+}
+"""The kinds of site of each method."""
 DETACHED = ("dora",)
 """Methods with a part that the gradient takes for a constant, so that differences of outputs do not show it."""
 
@@ -111,9 +116,46 @@ def close(a, b, dtype):
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 
+def properties():
+    """Return the names of the tests that every method passes on every kind of site."""
+    return [
+        name for name, test in globals().items() if name.startswith("test_") and "site" in signature(test).parameters
+    ]
+
+
+def selected(test):
+    """Return the pairs of a method and a kind of site on which a test runs in `make test`.
+
+    Each method has its first kind. Each other kind has one method, the next one for the next test: so every test meets
+    every method and every kind, and every method meets each of its kinds, as long as there are not fewer tests than
+    methods.
+    """
+    turn, pairs = properties().index(test), {(name, sites[0]) for name, sites in KINDS.items()}
+    for number, site in enumerate(SITES):
+        names = [name for name, sites in KINDS.items() if site in sites[1:]]
+        if names:
+            pairs.add((names[(turn + number) % len(names)], site))
+    return pairs
+
+
 def pytest_generate_tests(metafunc):
-    if "name" in metafunc.fixturenames:
-        metafunc.parametrize(("name", "site"), CASES)
+    if metafunc.function.__name__ in properties():
+        chosen = selected(metafunc.function.__name__)
+        cases = [
+            pytest.param(name, site, id=f"{name}-{site}", marks=[] if (name, site) in chosen else pytest.mark.full)
+            for name, sites in KINDS.items()
+            for site in sites
+        ]
+        metafunc.parametrize(("name", "site"), cases)
+
+
+def test_the_selection_covers_all_pairs_of_test_method_and_kind():
+    chosen = [(test, name, site) for test in properties() for name, site in selected(test)]
+    pairs = {(name, site) for name, sites in KINDS.items() for site in sites}
+    assert {(name, site) for _, name, site in chosen} == pairs
+    assert {(test, name) for test, name, _ in chosen} == set(itertools.product(properties(), METHODS))
+    assert {(test, site) for test, _, site in chosen} == set(itertools.product(properties(), SITES))
+    assert len(chosen) <= len(properties()) * (len(METHODS) + len(SITES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -233,6 +275,7 @@ def test_leaves_from_another_network_get_gradients(name, site):
     assert network.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_once(name, site):
     case = Case(name, site, torch.float32)
     torch._dynamo.reset()
@@ -267,7 +310,8 @@ def test_safetensors_and_back(name, site, tmp_path):
     save_file({".".join(path): leaf for path, leaf in zip(paths, leaves, strict=True)}, tmp_path / "a.safetensors")
     loaded = load_file(tmp_path / "a.safetensors")
     tree = optree.tree_unflatten(treedef, [loaded[".".join(path)] for path in paths])
-    assert torch.equal(case.graft(tree, case.x), case.graft(case.params, case.x))
+    assert optree.tree_all(optree.tree_map(torch.equal, tree, case.params))
+    close(case.graft(tree, case.x), case.graft(case.params, case.x), torch.float64)
 
 
 def test_base_as_data(name, site):
@@ -344,6 +388,7 @@ def test_rows_without_an_adapter_are_the_bases_bit_for_bit(name, site, dtype):
         close(y[row], case.graft(case.trees[rows[row]], case.x)[row], dtype)
 
 
+@pytest.mark.slow
 def test_routed_calls_compile_whole_and_once(name, site):
     case = Case(name, site, torch.float32)
     torch._dynamo.reset()

@@ -53,6 +53,7 @@ def sources() -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_wheel_has_the_packages_and_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(dist / f"torchgraft-{VERSION}-py3-none-any.whl") as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -77,6 +78,7 @@ def test_source_distribution_has_what_a_build_needs(dist: Path) -> None:
     assert sources() | {"LICENSE", "pyproject.toml", "adapters/py.typed", "functional/py.typed"} <= names
 
 
+@pytest.mark.slow
 def test_wheel_works_in_another_environment(dist: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, symlinks=True)

@@ -184,6 +184,7 @@ def test_every_method_on_every_architecture(made, method):
         assert torch.equal(model(**inputs)["logits"], base)
 
 
+@pytest.mark.slow
 def test_compiles_without_recompiling_for_new_values(made):
     name, model, inputs, targets = made
     if name == "lstm":

@@ -627,6 +627,7 @@ def test_fields_that_outputs_depend_on_are_those_that_a_graft_compares(config):
     assert recording.read - training_alone - shaped <= set(config.form.reads)
 
 
+@pytest.mark.slow
 def test_threads_load_into_their_own_models(tmp_path):
     names = list(CASES)
     cases = {name: Case(name) for name in names}

@@ -93,6 +93,7 @@ def test_a_write_that_fails_leaves_the_old_pair_or_the_new_one(fresh, at, foreve
     assert set(os.listdir(tmp_path)) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, *range(7, STEPS + 1)])
 def test_a_process_that_is_killed_leaves_the_old_pair_or_the_new_one(at, tmp_path):
     save(tmp_path, 1)
@@ -161,6 +162,7 @@ def test_files_have_the_users_usual_permissions(tmp_path):
     assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in FILES} == {0o640}
 
 
+@pytest.mark.slow
 def test_readers_and_writers_at_the_same_time_see_whole_pairs(tmp_path):
     save(tmp_path, 1)
     stop, failures, seen = threading.Event(), [], set()

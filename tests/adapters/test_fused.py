@@ -49,6 +49,7 @@ def test_value_and_gradients_are_those_of_the_composed_functions(batch, sizes, b
         torch.testing.assert_close(torch.autograd.grad(y, asked, g), torch.autograd.grad(expected, asked, g))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_second_derivatives(p):
     made = tensors(2, 3)

@@ -86,6 +86,7 @@ def test_matches_what_peft_matches(fields):
 names = st.sampled_from(["q_proj", "v_proj", "layers.1.out", "up", "blocks.0.q_proj", "my_q_proj", "1.up", "nope"])
 
 
+@pytest.mark.slow
 @given(
     targets=st.lists(names, min_size=1, max_size=3, unique=True),
     exclude=st.none() | st.lists(names, max_size=2, unique=True),

@@ -76,6 +76,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(**FLAGS)
 @pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
@@ -250,6 +251,7 @@ def test_transforms_agree_with_loops():
     torch.testing.assert_close(given, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_compiles_whole_and_once(need_weights):
     torch._dynamo.reset()

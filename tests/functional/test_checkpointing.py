@@ -202,6 +202,7 @@ class Stateful(Block):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Block, Stateful])
 @pytest.mark.parametrize("grad", [True, False])
 def test_skeletons_are_used_again(cls, grad):

@@ -109,6 +109,7 @@ def test_chunks_bound_memory():
     assert half < 0.55 * whole and one < 0.2 * whole
 
 
+@pytest.mark.slow
 def test_compiles():
     graft, trees, x, t = made(torch.float32)
     many, losses = stack(trees), losses_of(graft)

@@ -147,6 +147,7 @@ def test_gradients_flow_through_a_view():
     torch.testing.assert_close(optree.tree_map(lambda t: t.grad, params), expected)
 
 
+@pytest.mark.slow
 def test_views_compile_and_export():
     graft = bind(Greeter().eval(), LoraConfig(r=2, target_modules="all-linear"))
     view = graft.view(randomised(graft))

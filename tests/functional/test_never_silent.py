@@ -154,6 +154,7 @@ OWN_FORWARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OWN_FORWARDS)
 def test_a_class_with_its_own_forward_means_what_its_merged_weight_means(case):
     make, forward = OWN_FORWARDS[case]

@@ -210,6 +210,7 @@ def test_vmap_is_a_loop(cls):
     torch.testing.assert_close(vmap(case.graft)(many, xs), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [cls for cls in FACTORED if cls is not Loop])
 def test_compiles_whole_and_once_without_a_dense_weight(cls, never_dense):
     case = Case(cls, torch.float32)
@@ -221,6 +222,7 @@ def test_compiles_whole_and_once_without_a_dense_weight(cls, never_dense):
             torch.testing.assert_close(f(tree, case.x), case.loss(tree, case.x))
 
 
+@pytest.mark.slow
 def test_compiles_where_it_is_multiplied_out():
     case = Case(Dense, torch.float32)
     torch._dynamo.reset()

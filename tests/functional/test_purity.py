@@ -252,6 +252,7 @@ def test_what_the_user_changes_is_seen():
     assert torch.equal(check(), check())
 
 
+@pytest.mark.slow
 def test_threads_share_one_graft_and_the_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -306,6 +307,7 @@ def test_one_graft_inside_another_call_of_itself():
     assert torch.equal(nested, graft(a, graft(b, X)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_what_the_user_changes_is_seen_by_compiled_calls():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 3))
@@ -348,6 +350,7 @@ def test_what_the_user_changes_is_seen_by_compiled_calls():
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["train", "eval"])
 def test_compiled_calls_write_to_their_own_buffers_in_any_mode(first):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(first == "train")

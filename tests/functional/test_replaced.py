@@ -201,6 +201,7 @@ def test_rows_have_their_own(model, x, rows):
             torch.testing.assert_close(grad(loss)(many), grad(total)(many), **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_routed_view_and_a_compiled_route(model, x):
     torch._dynamo.reset()
     graft = bind(model, LoraConfig(**HEAD))

@@ -44,6 +44,7 @@ def looped(graft, trees, x, rows, dim=0):
 # -- values of rows ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.data(), st.integers(1, 4), st.integers(1, 7), st.sampled_from(["lora", "oft"]))
 @settings(max_examples=40)
 def test_any_rows(data, count, size, method):
@@ -256,6 +257,7 @@ def test_shared_positions():
     torch.testing.assert_close(y, looped(graft, trees, ids, rows))
 
 
+@pytest.mark.slow
 def test_a_compiled_call_knows_what_an_earlier_one_saw():
     graft = bind(Folding("sequence first"), LoraConfig(r=2, target_modules=["inner", "outer"]))
     trees, x, rows = several(graft), torch.randn(4, 8, 4), torch.tensor([2, 0, -1, 1])
@@ -384,6 +386,7 @@ def test_generation_row_by_row(length, beams):
     assert torch.equal(own[0], own[3]) and not torch.equal(own[0], own[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_training_with_checkpointing_and_compile(method):
@@ -522,6 +525,7 @@ def test_bad_stacks():
         bind(mlp(), {"a": LoraConfig(r=2, target_modules=["0"])})(route(many, rows), x)
 
 
+@pytest.mark.slow
 def test_compiled_rows_out_of_range_are_an_error():
     graft = bind(mlp(torch.float32), LoraConfig(r=2, target_modules=["0", "2"]))
     many, x = stack(several(graft)), torch.randn(2, 4)

@@ -442,6 +442,7 @@ def t5():
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize(("model", "targets"), [(bart, ["q_proj", "v_proj"]), (t5, ["q", "v", "wo"])])
 def test_generation_of_encoder_decoder_models_at_every_length(model, targets, beams):

@@ -93,6 +93,7 @@ def test_route_and_vmap_are_each_adapter_alone(method):
         torch.testing.assert_close(own, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CONFIGS)
 def test_compiles_once(method):
     graft, trees = made(method)

@@ -235,6 +235,7 @@ def test_a_parametrized_or_normed_map_is_what_it_computes(kind):
     torch.testing.assert_close(model(x), y)
 
 
+@pytest.mark.slow
 def test_compiled_forwards_decide_while_they_are_traced():
     model, x = randomise(inject(net(), "LORA", lora_dropout=0.5)), inputs()
     for layer in layers(model):
@@ -243,6 +244,7 @@ def test_compiled_forwards_decide_while_they_are_traced():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), net()(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -147,6 +147,7 @@ SHARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:FSDP is switching:UserWarning")
 @pytest.mark.parametrize("way", SHARDS)
 @pytest.mark.parametrize(("kind", "config"), PAIRS)

@@ -132,6 +132,7 @@ def test_inside_a_transformer_whose_fast_path_reads_the_weights(grad):
     torch.testing.assert_close(graft(params, X), adapted)
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     torch._dynamo.reset()
     mine, _ = pair()

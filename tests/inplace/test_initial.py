@@ -186,6 +186,7 @@ def test_parameters_on_the_meta_device_take_what_is_loaded():
     assert trained(other) == trained(mine)
 
 
+@pytest.mark.slow
 def test_compiles_and_does_not_compile_again():
     mine, _ = pair("pissa")
     torch._dynamo.reset()

@@ -234,6 +234,7 @@ def test_compiled_once_for_new_values_and_for_another_adapter(config):
     assert state.keys() == adapters.get_peft_model_state_dict(model, adapter_name="b").keys()
 
 
+@pytest.mark.slow
 def test_compiled_training_switches_without_compiling_anew():
     model, x = randomise(inject(inject(net(), "LORA", "a"), "LORA", "b")), inputs()
     torch._dynamo.reset()

@@ -119,6 +119,7 @@ def test_copies_are_apart(twin):
     torch.testing.assert_close(other(IDS), oracle(other))
 
 
+@pytest.mark.slow
 def test_compiled_whole_without_recompiling():
     target = injected()
     inject_adapter_in_model(LoraConfig(**LORA), target, "other")

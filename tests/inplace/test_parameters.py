@@ -231,6 +231,7 @@ def test_a_parent_that_reads_the_parameter_gets_the_adapted_one():
     assert isinstance(model.experts.up, nn.Parameter)
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_once():
     model = randomised(ours())
     torch._dynamo.reset()

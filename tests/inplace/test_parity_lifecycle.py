@@ -65,6 +65,7 @@ class Pair:
             assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), METHODS)
 @settings(max_examples=20)
 @given(data=st.data())

@@ -72,6 +72,7 @@ def test_in_place_as_in_peft(case):
     assert len(parts) == len(list(make().parameters()))
 
 
+@pytest.mark.slow
 def test_the_functional_style_leaves_the_model_alone(case, tmp_path):
     make, fields = case
     config, model = LoraConfig(**fields), make()

@@ -276,6 +276,7 @@ def test_nothing_to_tie_is_a_warning():
             bind(llama(False), configs({**more, "ensure_weight_tying": True})[0])
 
 
+@pytest.mark.slow
 def test_compiles_without_recompiling_for_other_numbers():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4)).double()
