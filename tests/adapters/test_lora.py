@@ -102,11 +102,14 @@ def test_half_precision_base_rounds_once():
     x = torch.randn(8, 32).bfloat16()
     graft = bind(layer, LoraConfig(r=2, target_modules="all-linear"))
     params = {"": {"lora_A": torch.randn(2, 32), "lora_B": torch.randn(16, 2)}}
-    delta = 4 * (x.float() @ params[""]["lora_A"].T) @ params[""]["lora_B"].T
-    assert torch.equal(graft(params, x), (layer(x).float() + delta).bfloat16())
-    merged = merge(graft, params)["weight"]
-    expected = (layer.weight.float() + 4 * params[""]["lora_B"] @ params[""]["lora_A"]).bfloat16()
-    assert torch.equal(merged, expected)
+    a, b = params[""]["lora_A"].double(), params[""]["lora_B"].double()
+    once = {"rtol": 2**-8 + 1e-6, "atol": 1e-5}  # half a unit in the last place, and what float32 leaves of the delta
+    for given, base, delta in (
+        (graft(params, x), layer(x), 4 * x.double() @ a.T @ b.T),
+        (merge(graft, params)["weight"], layer.weight, 4 * b @ a),
+    ):
+        torch.testing.assert_close(given.double(), base.double() + delta, **once)
+        assert not torch.allclose((base + delta.bfloat16()).double(), base.double() + delta, **once), "rounded twice"
 
 
 def test_autocast():

@@ -97,4 +97,4 @@ def test_checkpoints_through_the_alias_are_adapters_and_need_loading_by_hand(lla
         trainer(again, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     found = set_peft_model_state_dict(again, load_file(checkpoint / "adapter_model.safetensors"))
     assert found == ([], [])
-    assert torch.equal(llama.logits(again.eval()), llama.logits(model.eval()))
+    torch.testing.assert_close(llama.logits(again.eval()), llama.logits(model.eval()))

@@ -99,7 +99,7 @@ class TestAdapters:
             info = other.load_adapter(peft_config=family.config_of(), adapter_state_dict=given, adapter_name="other")
             assert not info.missing_keys
             assert not info.unexpected_keys
-            assert torch.equal(family.logits(other), family.logits(model))
+            torch.testing.assert_close(family.logits(other), family.logits(model))
             same(other.get_adapter_state_dict("other"), state)
             assert not trained(other)
 
@@ -111,7 +111,7 @@ class TestAdapters:
         info = other.load_adapter(str(tmp_path), is_trainable=True)
         assert not info.missing_keys
         assert not info.unexpected_keys
-        assert torch.equal(family.logits(other), family.logits(model))
+        torch.testing.assert_close(family.logits(other), family.logits(model))
         assert trained(other) == trained(model)
 
     def test_from_pretrained_takes_a_directory_with_an_adapter(self, family, tmp_path):
@@ -122,7 +122,7 @@ class TestAdapters:
         again = family.cls.from_pretrained(tmp_path / "adapter").eval()
         assert isinstance(again, family.cls)
         assert again.active_adapters() == ["default"]
-        assert torch.equal(family.logits(again), family.logits(model))
+        torch.testing.assert_close(family.logits(again), family.logits(model))
         same(get_base_model_state_dict(again), family.model().state_dict())
 
 
@@ -136,7 +136,7 @@ def test_every_method_saves_and_loads(llama, method, tmp_path):
     assert not info.missing_keys
     assert not info.unexpected_keys
     assert not info.mismatched_keys
-    assert torch.equal(llama.logits(again), llama.logits(model))
+    torch.testing.assert_close(llama.logits(again), llama.logits(model))
 
 
 @pytest.mark.usefixtures("alias")
@@ -146,7 +146,7 @@ def test_auto_classes_take_a_directory_with_an_adapter(llama, tmp_path):
     model.add_adapter(llama.config_of())
     llama.randomise(model).save_pretrained(tmp_path / "adapter")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(llama.logits(again.eval()), llama.logits(model))
+    torch.testing.assert_close(llama.logits(again.eval()), llama.logits(model))
 
 
 @pytest.mark.usefixtures("alias")
@@ -157,7 +157,7 @@ def test_modules_to_save(llama, tmp_path):
     again = llama.model()
     info = again.load_adapter(tmp_path)
     assert not info.missing_keys
-    assert torch.equal(llama.logits(again), llama.logits(model))
+    torch.testing.assert_close(llama.logits(again), llama.logits(model))
 
 
 @pytest.mark.usefixtures("alias")
@@ -203,7 +203,7 @@ def test_hotswap_replaces_values_in_place(llama):
     config = llama.config_of()
     model.load_adapter(peft_config=config, adapter_state_dict=state, adapter_name="default", hotswap=True)
     assert list(model.peft_config) == ["default"]
-    assert torch.equal(llama.logits(model), llama.logits(other))
+    torch.testing.assert_close(llama.logits(model), llama.logits(other))
 
 
 @pytest.mark.usefixtures("alias")

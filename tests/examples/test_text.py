@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import math
 import sys
 from pathlib import Path
 from statistics import mean
@@ -44,7 +45,7 @@ def test_every_way_learns_from_the_same_base_and_leaves_it_alone(text, run):
         assert all(bits < before - 0.05 for bits in row["code"]), name
         for curve, bits in zip(row["curves"], row["code"], strict=True):  # the same start, but for a sum's rounding
             assert curve[0] == pytest.approx(before, abs=1e-4) and curve[20] == bits
-        assert len(row["code"]) == len(row["prose"]) == 2 and row["seconds"] > 0
+        assert len(row["code"]) == len(row["prose"]) == 2 and math.isfinite(row["seconds"])
     assert results["LoRA"]["trained"] < results["DoRA"]["trained"] < results["full"]["trained"] / 5
     assert results["full"]["trained"] == sum(p.numel() for p in result["model"].parameters())
     assert results["LoRA"]["bytes"] < results["full"]["bytes"] / 5

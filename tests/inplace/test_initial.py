@@ -77,28 +77,28 @@ def test_starts_and_computes_as_in_peft(name, kind):
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_base_stays_and_the_start_is_the_identity(name, kind, dtype):
-    model, before = net(kind, dtype), net(kind, dtype)
-    x = inputs(kind, dtype)
+    model, x = net(kind, dtype), inputs(kind, dtype)
+    before, start = copy.deepcopy(model), model(x)
     config = LoraConfig(r=2, lora_alpha=3, init_lora_weights=name, target_modules=["first", "second"])
     adapters.inject_adapter_in_model(config, model)
     if name != "orthogonal":
-        assert torch.equal(model(x), before(x))
+        assert torch.equal(model(x), start)
     nudge(model)
-    assert not torch.equal(model(x), before(x))
+    assert not torch.equal(model(x), start)
     with adapters.disable_adapter(model):
-        assert torch.equal(model(x), before(x))
+        assert torch.equal(model(x), start)
     factored = model(x)
     adapters.merge_adapter(model)
     close = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(model(x), factored, rtol=close, atol=close)
     adapters.unmerge_adapter(model)
     adapters.inject_adapter_in_model(LoraConfig(target_modules=["first"]), model, "plain")
-    assert torch.equal(model(x), before(x))
+    assert torch.equal(model(x), start)
     adapters.set_adapter(model, "default")
     torch.testing.assert_close(model(x), factored, rtol=0, atol=0)
     adapters.delete_adapter(model, "plain")
     adapters.delete_adapter(model, "default")
-    assert torch.equal(model(x), before(x))
+    assert torch.equal(model(x), start)
     adapters.unload(model)
     assert all(torch.equal(t, before.state_dict()[key]) for key, t in model.state_dict().items())
 

@@ -118,10 +118,11 @@ def test_state_dicts_go_both_ways():
     torch.testing.assert_close(b(X), a(X))
     fresh = ours()
     assert adapters.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(b)) == ([], [])
-    assert torch.equal(fresh(X), a(X))
+    torch.testing.assert_close(fresh(X), a(X))
     meta = inject_adapter_in_model(LoraConfig(**FIELDS), net(), low_cpu_mem_usage=True)
     adapters.set_peft_model_state_dict(meta, state, low_cpu_mem_usage=True)
-    assert torch.equal(meta(X), a(X)) and meta.experts.lora_A["default"].weight.dtype == torch.float64
+    torch.testing.assert_close(meta(X), a(X))
+    assert meta.experts.lora_A["default"].weight.dtype == torch.float64
 
 
 def test_nothing_is_multiplied_out(monkeypatch):
@@ -135,7 +136,7 @@ def test_life_cycle():
     y = model(X)
     assert not torch.allclose(y, base(X))
     with adapters.disable_adapter(model):
-        assert torch.equal(model(X), base(X))
+        torch.testing.assert_close(model(X), base(X))
     adapters.merge_adapter(model, safe_merge=True)
     torch.testing.assert_close(model(X), y)
     bare = model.experts.get_base_layer()
@@ -143,16 +144,17 @@ def test_life_cycle():
     assert all(torch.equal(t, base.state_dict()[k]) for k, t in adapters.get_base_model_state_dict(model).items())
     adapters.unmerge_adapter(model)
     assert torch.equal(bare.up, base.experts.up) and torch.equal(model(X), y)
-    assert torch.equal(copy.deepcopy(model)(X), y)
+    torch.testing.assert_close(copy.deepcopy(model)(X), y)
     graft, params = adapters.extract_graft(model), adapters.extract_params(model)
     torch.testing.assert_close(graft(params, X), y)
     assert sorted(params) == ["experts.down", "experts.up"]
     planted = inject_adapter_in_model(LoraConfig(**FIELDS), net(), params=params)
-    assert torch.equal(planted(X), y)
+    torch.testing.assert_close(planted(X), y)
     merged = adapters.merge_and_unload(copy.deepcopy(model))
     assert type(merged.experts) is Experts
     torch.testing.assert_close(merged(X), y)
-    assert type(adapters.unload(model).experts) is Experts and torch.equal(model(X), base(X))
+    assert type(adapters.unload(model).experts) is Experts
+    torch.testing.assert_close(model(X), base(X))
     assert list(model.state_dict()) == list(base.state_dict())
 
 
@@ -189,15 +191,15 @@ def test_adapters_may_be_on_different_parameters(first):
     adapters.set_adapter(model, "both")
     alone = ours()
     assert adapters.set_peft_model_state_dict(alone, state) == ([], [])
-    assert torch.equal(alone(X), model(X))
+    torch.testing.assert_close(alone(X), model(X))
     doubled = {key: 2 * value for key, value in state.items()}
     adapters.set_peft_model_state_dict(model, doubled, "both")
     adapters.set_peft_model_state_dict(alone, doubled)
-    assert torch.equal(alone(X), model(X))
+    torch.testing.assert_close(alone(X), model(X))
     adapters.set_adapter(model, "default")
     one = ours(target_parameters=[f"experts.{first}"])
     adapters.set_peft_model_state_dict(one, adapters.get_peft_model_state_dict(model))
-    assert torch.equal(one(X), model(X))
+    torch.testing.assert_close(one(X), model(X))
 
 
 def test_modes_hooks_and_moves_follow():
