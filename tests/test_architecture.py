@@ -88,6 +88,7 @@ def test_reads_and_writes_no_pickle(file: Path) -> None:
     assert not reads, f"{file} uses {reads}; files are safetensors and JSON"
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_that_it_does_not_need() -> None:
     program = """
 import sys, torch

@@ -190,6 +190,7 @@ def page():
     return PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_table_says_what_works(option):
     assert row_of(option) in page()

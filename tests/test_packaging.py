@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
@@ -11,10 +10,14 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import optree
 import pytest
+import safetensors
+import torch
 
 import torchgraft.functional
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("functional", "adapters")
 VERSION = torchgraft.functional.__version__
@@ -86,10 +89,11 @@ def test_wheel_works_in_another_environment(dist: Path, tmp_path: Path) -> None:
     wheel = dist / f"torchgraft-{VERSION}-py3-none-any.whl"
     pip = (sys.executable, "-m", "pip", "--python", python)
     run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    # torch is borrowed from the environment that runs the tests, after the wheel's own packages. A .pth file inside
-    # of a borrowed folder is not read, so that the editable install stays out.
+    # What it needs is borrowed from where the tests have it, after the wheel's own packages. A .pth file inside of a
+    # borrowed folder is not read, so that the editable install stays out.
     (packages,) = home.glob("lib/python*/site-packages")
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
+    borrowed = {str(Path(module.__file__ or "").parents[1]) for module in (optree, safetensors, torch)}
+    (packages / "borrowed.pth").write_text("\n".join(borrowed))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     adapters, functional, *versions = run(python, "-c", PROGRAM, cwd=elsewhere).split()

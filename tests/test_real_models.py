@@ -151,6 +151,7 @@ def loss_of(graft, inputs):
     return lambda params: graft(params, **inputs)["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_every_architecture(made, method):
     name, model, inputs, targets = made

@@ -165,6 +165,7 @@ def test_threads_that_open_and_close():
     assert not wrong
 
 
+@pytest.mark.slow
 def test_importing_torchgraft_opens_none():
     program = "import sys, torchgraft.adapters; print('peft' in sys.modules, len(sys.meta_path))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -233,6 +233,7 @@ MANY = "ignore:Already found a `peft_config` attribute"
 ACTIVE = [["a0"], ["a1"], ["a0", "a1"], ["a1", "a0"]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(MANY)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kinds", [one for one in MIXED if len(one) == 2], ids=str)

@@ -70,6 +70,7 @@ def by_peft(model, **fields):
         return error
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("fields", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("name", MODELS)

@@ -157,6 +157,7 @@ def fold(module, entry, leaves):
 
 
 TestCalls = Calls.TestCase
+TestCalls.pytestmark = [pytest.mark.slow]
 TestCalls.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
 
 

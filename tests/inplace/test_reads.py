@@ -94,6 +94,7 @@ def test_who_reads_a_weight_gets_the_adapted_one(name, way):
     torch.testing.assert_close(mine(x), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_also_under_compile(way):
     torch._dynamo.reset()

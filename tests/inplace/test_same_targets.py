@@ -99,6 +99,7 @@ def scalings(injected):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=150)
 @given(name=st.sampled_from(list(MODELS)), fields=st.fixed_dictionaries(FIELDS))

@@ -67,6 +67,7 @@ def injected(write=None, **fields):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_a_written_factor_comes_back(fields, write, tmp_path):

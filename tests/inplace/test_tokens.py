@@ -101,6 +101,7 @@ def test_in_place_as_in_peft(name):
         torch.testing.assert_close(ours[key], expected[key], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_functional_style_and_files_both_ways(name, tmp_path):
     tied, more = CASES[name]
@@ -157,6 +158,7 @@ def test_merged(name):
     torch.testing.assert_close(unloaded(IDS).logits, llama(tied)(IDS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_a_batch_and_transforms(name):
     tied, more = CASES[name]

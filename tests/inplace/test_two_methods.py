@@ -56,6 +56,7 @@ def state(model):
     return modules, tensors, layers, adapter_names(model), list(getattr(model, "peft_config", ["none"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [pair for pair in PAIRS if pair not in CLASH])
 def test_two_methods_share_a_layer(first, second, tmp_path):
     model, alone = net(), {}
