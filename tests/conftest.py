@@ -3,7 +3,6 @@
 import os
 import random
 import time
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -28,9 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
-        if folder in FOLDERS:
-            item.add_marker(FOLDERS[folder])
+        if item.path.parent.name in FOLDERS:
+            item.add_marker(FOLDERS[item.path.parent.name])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
