@@ -139,12 +139,14 @@ class Sample:
         reading: Where these have rows.
         size: How many.
         picks: The rows, each with how far it is rolled along its last axis.
+        varied: Whether what is equal in all of them is made to differ.
     """
 
     inputs: Inputs
     reading: Reading
     size: int
     picks: Sequence[tuple[int, int]]
+    varied: bool = False
 
     @property
     def count(self) -> int:
@@ -168,12 +170,26 @@ class Sample:
         """The same with the rows in the other order."""
         return self._copy(self.order)
 
-    def _copy(self, order: Iterable[int]) -> Inputs:
-        picks = [self.picks[i] for i in order]
-        with _Cut(self, picks):
+    def equal(self) -> tuple[tuple[int, int], ...]:
+        """The tensors of the inputs that are the same in all picked rows: their places, and their axes of rows."""
+        found = []
+        for i, x in enumerate(tensors_in(self.inputs)):
+            axis = self.reading.axis(x)
+            if axis is not None and x.numel() and _are_equal(self.rows_of(unwrapped(x), axis)):
+                found.append((i, axis))
+        return tuple(found)
+
+    def rows_of(self, x: Tensor, axis: int) -> list[Tensor]:
+        """The picked rows of a tensor."""
+        each = x.unflatten(axis, (self.size, -1))
+        rows = [_rolled(each.select(axis, row), turn, axis) for row, turn in self.picks]
+        return [_varied(row, i) for i, row in enumerate(rows)] if self.varied and _are_equal(rows) else rows
+
+    def _copy(self, order: Sequence[int]) -> Inputs:
+        with _Cut(self, order):
             args, kwargs = copy.deepcopy(self.inputs)
         if self.reading.entries:
-            args, kwargs = self._pick((args, kwargs), [row for row, _ in picks])
+            args, kwargs = self._pick((args, kwargs), [self.picks[i][0] for i in order])
         return args, kwargs
 
     def _pick(self, x: Any, rows: Sequence[int]) -> Any:
@@ -226,9 +242,9 @@ def rearranged(count: int) -> list[int]:
 class _Cut(TorchFunctionMode):
     """While it is on, `copy.deepcopy` of a tensor with a batch axis takes some of its rows only."""
 
-    def __init__(self, sample: Sample, picks: Sequence[tuple[int, int]]):
+    def __init__(self, sample: Sample, order: Sequence[int]):
         super().__init__()
-        self.sample, self.picks = sample, picks
+        self._sample, self._order = sample, order
         whole = [one for one in lists_in(sample.inputs) if sample.reading.is_rows(one)]
         self._whole = {id(x) for one in whole for x in one}
 
@@ -242,16 +258,46 @@ class _Cut(TorchFunctionMode):
         return memo[id(x)]
 
     def _cut(self, x: Tensor) -> Tensor:
-        axis = self.sample.reading.axis(x)
+        axis = self._sample.reading.axis(x)
         if axis is None:
             return x.clone()
-        rows = x.unflatten(axis, (self.sample.size, -1))
-        parts = [_rolled(rows.select(axis, row), turn, axis) for row, turn in self.picks]
-        return torch.cat(parts, axis)
+        rows = self._sample.rows_of(x, axis)
+        return torch.cat([rows[i] for i in self._order], axis)
 
 
 def _rolled(part: Tensor, turn: int, axis: int) -> Tensor:
     return part.roll(turn, -1) if turn and part.ndim > axis + 1 else part
+
+
+def _are_equal(rows: Sequence[Tensor]) -> bool:
+    return all(torch.equal(row, rows[0]) for row in rows[1:])
+
+
+def _varied(row: Tensor, count: int) -> Tensor:
+    """A row whose last entries are a bit less, as many as `count` of them.
+
+    Flags turn round, and whole numbers that are not positive stay, so that an index is still one.
+    """
+    if not count:
+        return row
+    kept, last = row[..., :-count], row[..., -count:]
+    if row.dtype == torch.bool:
+        last = ~last
+    elif row.is_floating_point() or row.is_complex():
+        last = torch.where(last == 0, 0.5, last * 0.5).to(row.dtype)
+    else:
+        last = last - (last > 0).to(row.dtype)
+    return torch.cat([kept, last], -1)
+
+
+def have_equal_rows(inputs: Inputs, places: Iterable[tuple[int, int]]) -> bool:
+    """Whether these tensors of the inputs, by place and axis, are the same in all rows.
+
+    >>> have_equal_rows(((torch.ones(3), torch.arange(3)), {}), [(0, 0)])
+    True
+    """
+    given = list(tensors_in(inputs))
+    return all(bool((x == x.narrow(axis, 0, 1)).all()) for x, axis in ((unwrapped(given[i]), k) for i, k in places))
 
 
 def choose_rows(inputs: Inputs, axis: Axis, size: int) -> list[tuple[int, int]]:

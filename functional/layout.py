@@ -78,11 +78,16 @@ class Place:
 class Record:
     """What a look found out about one kind of call: the tensors at each site, in the order of its calls.
 
+    Args:
+        places: What is known of these tensors, by path of the site.
+        equal: Inputs that were the same in all rows, by place and axis, where nothing is known of others.
+
     >>> Record({"a": [Place(2, LEADING)]}).anywhere("a", 2)
     Place(ndim=2, layout=Layout(axis=0, minor=False), even=False)
     """
 
-    def __init__(self, places: Mapping[str, Sequence[Place]]):
+    def __init__(self, places: Mapping[str, Sequence[Place]], equal: tuple[tuple[int, int], ...] = ()):
+        self.equal = equal
         self.places = {path: tuple(calls) for path, calls in places.items()}
         self.counts = {path: len(calls) for path, calls in self.places.items()}
 

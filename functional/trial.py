@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from .finder import Finder
-from .inputs import GivenSample, Inputs, kind_of, length_of, tensors_in, unwrapped
+from .inputs import GivenSample, Inputs, have_equal_rows, kind_of, length_of, tensors_in, unwrapped
 from .layout import Record
 from .look import ADAPTERS, Declared, look, look_at
 from .method import Entry, Tree
@@ -164,10 +164,13 @@ def finder_of(
             trial = ModelTrial(graft, pool, active, base, entered)
             record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
         pool.seen[exact] = record
-        pool.known[key] = _common(pool.known.get(key), record)
+        if not record.equal:
+            pool.known[key] = _common(pool.known.get(key), record)
         return record
 
     known = None if any(stack.check_all for stack in stacks) else pool.seen.get(exact)
+    if known is not None and known.equal and not have_equal_rows(inputs, known.equal):
+        known = None
     paths = {path for stack in stacks for path in stack.tree}
     if known is not None:
         return Finder(known, length_of(inputs, size), again, paths)
@@ -190,7 +193,8 @@ def remember(
     else:
         record = look_at(trial, GivenSample(inputs, rearranged, size), declared, 1)
     key = _kind(stacks, declared, inputs, entered)
-    pool.known[key] = _common(pool.known.get(key), record)
+    if not record.equal:
+        pool.known[key] = _common(pool.known.get(key), record)
     for mode in (False, True):
         pool.seen[(*key, mode, kind_of(inputs))] = record
 

@@ -17,6 +17,7 @@ from .parameters import find
 from .replaced import Plan, each, tensor_at
 from .saving import INSTEAD
 from .site import own_tensor
+from .wrappers import bare_name, modules_of
 
 
 def guard(root: nn.Module, conflict: str | None) -> None:
@@ -42,10 +43,10 @@ def conflict(model: nn.Module, entries: Mapping[str, Mapping[str, Entry]], plans
         entries: Entries of the active adapters, by name and path.
         plans: What these adapters replace.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(name)
+        names.setdefault(id(tensor), []).append(bare_name(name))
     adapted: dict[int, set[int]] = {}
     first: dict[int, str] = {}
     for own in entries.values():

@@ -533,3 +533,73 @@ def test_lists_with_an_entry_for_each_row():
             expected = graft(trees[i], *given)
             torch.testing.assert_close(y["each"][row], expected["each"][row])
             torch.testing.assert_close(y["halves"][1][row], expected["halves"][1][row])
+
+
+class Packed(nn.Module):
+    """Sorts its rows by their lengths, the longest first, and may ask that there is one of a length."""
+
+    def __init__(self, back=True, least=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.back, self.least = nn.Linear(6, 6), back, least
+
+    def forward(self, x, lengths):
+        if self.least is not None and not bool((lengths >= self.least).all()):
+            raise IndexError("a row is too short")
+        order = lengths.argsort(descending=True, stable=True)
+        y = self.proj(x[order])
+        return y[order.argsort()] if self.back else y
+
+
+LENGTHS = {
+    "lengths": (torch.tensor([5, 5, 5]), torch.tensor([2, 3, 5])),
+    "none": (torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2])),
+    "shares": (torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.1, 0.5, 1.0])),
+    "flags": (torch.tensor([False, False, False]), torch.tensor([False, True, True])),
+}
+
+
+@pytest.mark.parametrize("least", [None, 2])
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_what_was_equal_in_all_rows_of_a_look_and_differs_later_is_looked_at_again(lengths, back, least):
+    if least is not None and lengths != "lengths":
+        pytest.skip("only lengths can be too short")
+    equal, others = LENGTHS[lengths]
+    graft, trees, many = made(Packed(back, least))
+    x, rows = torch.randn(3, 6), torch.tensor([0, 1, 2])
+    y = torch.stack([graft(trees[i], x, equal)[i] for i in range(3)])
+    for _ in range(3):
+        torch.testing.assert_close(graft(route(many, rows), x, equal), y)
+    with pytest.raises(ValueError, match="proj.*reorders, selects, mixes or shares rows"):
+        graft(route(many, rows), x, others)
+    torch.testing.assert_close(graft(route(many, rows), x, equal), y)
+
+
+def test_a_compiled_call_takes_no_word_of_a_look_at_equal_rows_that_would_not_hold_for_others():
+    graft, _, many = made(Packed())
+    x, rows = torch.randn(3, 6), torch.tensor([0, 1, 2])
+    graft(route(many, rows), x, torch.tensor([5, 5, 5]))
+    compiled = torch.compile(lambda lengths: graft(route(many, rows), x, lengths), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="whose rows differ"):
+        compiled(torch.tensor([5, 2, 3]))
+
+
+def test_a_mask_of_ones_is_looked_at_once_for_all_masks():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.runs = nn.Linear(6, 6), []
+
+        def forward(self, x, mask):
+            self.runs.append(len(x))
+            return (self.proj(x) * mask.unsqueeze(-1)).sum(1)
+
+    graft, trees, many = made(Masked())
+    x, rows, mask = torch.randn(4, 5, 6), torch.tensor([0, 1, 2, 3]), torch.ones(4, 5, dtype=torch.long)
+    graft(route(many, rows), x, mask)
+    graft.model.runs.clear()
+    mask = (torch.arange(5) < torch.tensor([[1], [5], [3], [2]])).long()
+    y = graft(route(many, rows), x, mask)
+    assert graft.model.runs == [4]
+    torch.testing.assert_close(y, torch.stack([graft(trees[i], x, mask)[i] for i in range(4)]))
