@@ -14,7 +14,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from torchgraft.functional.method import Leaves, Tree
+from torchgraft.functional.extending import Leaves, Tree
 
 from .adalora import AdaLoraConfig
 from .config import require

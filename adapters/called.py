@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional.placement import whole
+from torchgraft.functional.extending import whole
 
 DROPOUT = "dropout"
 """The key that a dropout module has among the leaves where it is called."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import nn
 
 from torchgraft.functional import Method
-from torchgraft.functional.wrappers import modules_of
+from torchgraft.functional.extending import modules_of
 
 from .architectures import with_targets
 from .fields import check_fields

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
-from torchgraft.functional.site import Dense, add_scaled
+from torchgraft.functional.extending import Dense, add_scaled
 
 from .called import Called, Dropout, Holder
 from .lookup import as_embedding
@@ -75,7 +75,7 @@ def norms(site: Site, a: Tensor, b: Tensor, weight: Tensor, scaling: Scaling | P
     Returns:
         `"... out"`.
 
-    >>> from torchgraft.functional.layers import describe
+    >>> from torchgraft.functional.extending import describe
     >>> norms(describe("", nn.Linear(2, 1)), torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[2.0, 3.0]]), 1.0)
     tensor([5.])
     """

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from torchgraft.functional.layers import describe, is_linear
+from torchgraft.functional.extending import describe, is_linear
 
 from .fields import require
 from .matching import excluded, linear_names, matches

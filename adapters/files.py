@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.method import Tree
-from torchgraft.functional.placement import whole
-from torchgraft.functional.site import Site
-from torchgraft.functional.wrappers import modules_of
+from torchgraft.functional.extending import Site, Tree, modules_of, whole
 
 from .config import AdapterConfig
 from .folder import WEIGHTS, Folder, check_name, find_folder, open_pair, read_config, write_config, write_pair

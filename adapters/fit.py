@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from torchgraft.functional.follow import Follows
-from torchgraft.functional.replaced import Plan, each
-from torchgraft.functional.site import Site
+from torchgraft.functional.extending import Follows, Plan, Site, each
 
 from .config import AdapterConfig
 from .headers import Spec, Weights

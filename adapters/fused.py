@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchgraft.functional.kernels import has_rows
+from torchgraft.functional.extending import has_rows
 
 _MANY = 2**15
 """Elements from which the mask of a dropout is worth a way of its own to draw it."""

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
-from torchgraft.functional.method import Tree
-from torchgraft.functional.site import PARAMETERS, Site
+from torchgraft.functional.extending import PARAMETERS, Site, Tree
 
 from .config import AdapterConfig
 from .tokens import LEAF as TOKENS

@@ -11,14 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.follow import plan_follows
-from torchgraft.functional.method import Tree
-from torchgraft.functional.placement import resting, whole
-from torchgraft.functional.plan import plan_sites, structure_for
-from torchgraft.functional.replaced import Plan, each, plan_replaced, tensor_at
-from torchgraft.functional.site import Site, trainable_dtype, wide_dtype
-from torchgraft.functional.trees import sort
-from torchgraft.functional.wrappers import modules_of, state_of
+from torchgraft.functional.extending import (
+    Plan,
+    Site,
+    Tree,
+    each,
+    modules_of,
+    plan_follows,
+    plan_replaced,
+    plan_sites,
+    resting,
+    sort,
+    state_of,
+    structure_for,
+    tensor_at,
+    trainable_dtype,
+    whole,
+    wide_dtype,
+)
 
 from .config import AdapterConfig
 from .fit import Parts, fit, found_leaves

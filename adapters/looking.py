@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft, bind
-from torchgraft.functional.site import Site
+from torchgraft.functional.extending import Site
 
 from .config import require
 from .initial import FROM_DATA

@@ -22,7 +22,7 @@ def as_embedding(site: Site, ids: Tensor, rows: Tensor, adapter: Tensor | None =
         adapter: The adapter of each id, broadcast to `ids`; `None` for one.
         count: Number of adapters.
 
-    >>> from torchgraft.functional.layers import describe
+    >>> from torchgraft.functional.extending import describe
     >>> a, ids = torch.ones(3, 1, requires_grad=True), torch.tensor([0, 2, 2])
     >>> site = describe("", torch.nn.Embedding(3, 1, padding_idx=0, scale_grad_by_freq=True))
     >>> torch.autograd.grad(as_embedding(site, ids, a[ids]).sum(), a)[0].flatten()

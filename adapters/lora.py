@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Method, Site, Weights
-from torchgraft.functional.site import PARAMETERS
+from torchgraft.functional.extending import PARAMETERS
 
 from . import dora, lora_forward
 from .called import DROPOUT

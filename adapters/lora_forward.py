@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
-from torchgraft.functional.method import Original
-from torchgraft.functional.site import PARAMETERS, Dense
+from torchgraft.functional.extending import PARAMETERS, Dense, Original
 
 from . import dora
 from .called import DROPOUT, Called, Dropout, dropped

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, widen
-from torchgraft.functional.site import add_scaled
+from torchgraft.functional.extending import add_scaled
 
 from . import fused
 from .called import Called, Dropout, dropped

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchgraft.functional.layers import is_linear
+from torchgraft.functional.extending import is_linear
 
 from . import patterns
 

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from torchgraft.functional import Graft
-from torchgraft.functional.method import Tree
-from torchgraft.functional.site import Site
-from torchgraft.functional.trees import sort
+from torchgraft.functional.extending import Site, Tree, sort
 
 from .config import AdapterConfig
 from .initial import FROM_DATA, REMOVING, kind_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.replaced import Replaced, each, replaced
+from torchgraft.functional.extending import Replaced, each, replaced
 
 from .fields import require
 from .ties import names_by_tensor, source

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.alone import with_weights
-from torchgraft.functional.plan import weights_of
-from torchgraft.functional.site import Site
-from torchgraft.functional.wrappers import modules_of
+from torchgraft.functional.extending import Site, modules_of, weights_of, with_weights
 
 from .config import require
 from .initial import Statistics

@@ -10,8 +10,7 @@ import optree
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.follow import Follower
-from torchgraft.functional.method import Entry, Tree
+from torchgraft.functional.extending import Entry, Follower, Tree
 
 from .inplace.biases import biases_of
 from .inplace.modules_to_save import ModulesToSaveWrapper

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from torchgraft.functional.follow import Follow
+from torchgraft.functional.extending import Follow
 
 from .config import AdapterConfig
 from .fields import require

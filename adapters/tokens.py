@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.replaced import Replaced, replaced
+from torchgraft.functional.extending import Replaced, replaced
 
 from .fields import require
 from .ties import input_embeddings, names_by_tensor

@@ -169,6 +169,6 @@ def _doubt(path: str, x: Tensor, axes: tuple[int, ...], size: int, finder: Finde
     return (
         f"{start}, which could be along {where}, and it is not known where. A call finds out by running the base on a "
         "few of its rows, which it cannot do under torch.compile, torch.vmap, export or tracing: call the graft once "
-        "outside of them with inputs of this kind whose rows differ, or graft.look(*inputs); or declare the axis, as in "
-        f"route(stacked, rows, batch_dim={possible[0] if possible else 0}), where each row's parts are in succession"
+        "outside of them with inputs of this kind whose rows differ, or graft.look(*inputs); or declare the axis, as "
+        f"in route(stacked, rows, batch_dim={possible[0] if possible else 0}), where each row's parts are in succession"
     )

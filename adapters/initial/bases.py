@@ -105,7 +105,7 @@ class Lessened:
 def base_of(site: Site, base: Layer) -> Layer:
     """The layer that a site's adapter is for: the base, or the base with its weight quantised.
 
-    >>> from torchgraft.functional.layers import describe
+    >>> from torchgraft.functional.extending import describe
     >>> linear = torch.nn.Linear(2, 2)
     >>> base_of(describe("head", linear), linear) is linear
     True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.placement import offloading, whole, write
+from torchgraft.functional.extending import offloading, whole, write
 
 from .gathering import fill, put
 

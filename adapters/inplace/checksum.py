@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchgraft.functional.placement import local_part
+from torchgraft.functional.extending import local_part
 
 _ROW = 2**16
 """Numbers that are summed up at a time; few enough for the cache of a processor."""

@@ -18,9 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchgraft.functional.placement import copied_hooks, is_sharded, local_part, offloading, resting, store, write
-from torchgraft.functional.sharded import attributes_of, is_unit
-from torchgraft.functional.site import own_tensor
+from torchgraft.functional.extending import (
+    attributes_of,
+    copied_hooks,
+    is_sharded,
+    is_unit,
+    local_part,
+    offloading,
+    own_tensor,
+    resting,
+    store,
+    write,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from torchgraft.functional.method import Entry
-from torchgraft.functional.site import PARAMETERS
+from torchgraft.functional.extending import PARAMETERS, Entry
 
 from ..called import DROPOUT, Called, Holder, read
 from .containers import Parameters

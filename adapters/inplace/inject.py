@@ -13,14 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Weights, trees
-from torchgraft.functional.follow import follower, plan_follows
-from torchgraft.functional.leaves import shapes_of
-from torchgraft.functional.method import Entry, Tree
-from torchgraft.functional.placement import agreed
-from torchgraft.functional.plan import plan_sites, weights_of, with_parts
-from torchgraft.functional.replaced import Plan, each, plan_replaced
-from torchgraft.functional.site import PARAMETERS, Site, trainable_dtype
-from torchgraft.functional.wrappers import child_of_wrapper
+from torchgraft.functional.extending import (
+    PARAMETERS,
+    Entry,
+    Plan,
+    Site,
+    Tree,
+    agreed,
+    child_of_wrapper,
+    each,
+    follower,
+    plan_follows,
+    plan_replaced,
+    plan_sites,
+    shapes_of,
+    trainable_dtype,
+    weights_of,
+    with_parts,
+)
 
 from ..config import AdapterConfig
 from ..keys import names_of, split_key

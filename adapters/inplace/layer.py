@@ -11,10 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.adapted import Adapted, Base
-from torchgraft.functional.method import Entry
-from torchgraft.functional.placement import whole
-from torchgraft.functional.wrappers import unwrapped
+from torchgraft.functional.extending import Adapted, Base, Entry, unwrapped, whole
 
 from ..called import make_dropout
 from .containers import Dropouts, Modules, Parameters

@@ -11,14 +11,23 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchgraft.functional.adapted import Adapted, Base, Cell, Socket, adapted_class, inner_class
-from torchgraft.functional.attention import Part
-from torchgraft.functional.layers import plain_class
-from torchgraft.functional.method import Entry
-from torchgraft.functional.placement import is_sharded, whole
-from torchgraft.functional.sharded import is_unit
-from torchgraft.functional.site import Site, check_base
-from torchgraft.functional.wrappers import unwrapped
+from torchgraft.functional.extending import (
+    Adapted,
+    Base,
+    Cell,
+    Entry,
+    Part,
+    Site,
+    Socket,
+    adapted_class,
+    check_base,
+    inner_class,
+    is_sharded,
+    is_unit,
+    plain_class,
+    unwrapped,
+    whole,
+)
 
 from ..called import in_memory
 from .containers import Parameters

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.sharded import is_unit
-from torchgraft.functional.wrappers import child_of_wrapper, unwrapped
+from torchgraft.functional.extending import child_of_wrapper, is_unit, unwrapped
 
 from . import root
 from .biases import ATTRIBUTE, biases_of

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.adapted import Adapted
-from torchgraft.functional.replaced import Given
-from torchgraft.functional.site import own_tensor, quantised_form
+from torchgraft.functional.extending import Adapted, Given, own_tensor, quantised_form
 
 from .checksum import Content, content, holds
 from .gathering import put

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchgraft.functional.method import Entry
-from torchgraft.functional.site import PARAMETERS, Site
+from torchgraft.functional.extending import PARAMETERS, Entry, Site
 
 from .modules_to_save import ModulesToSaveWrapper
 from .parameters import ParameterLayer, key_of

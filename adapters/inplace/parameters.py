@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.adapted import Cell
-from torchgraft.functional.method import Entry
-from torchgraft.functional.parameters import Key, ParameterSocket, names_grouped, parametrised_class
+from torchgraft.functional.extending import Cell, Entry, Key, ParameterSocket, names_grouped, parametrised_class
 
 from .layer import BaseTunerLayer
 from .live import Live, placed, run_in_place_of

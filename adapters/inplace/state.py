@@ -12,12 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft, bind
-from torchgraft.functional.follow import Follower
-from torchgraft.functional.method import Tree
-from torchgraft.functional.placement import is_sharded, offloading, resting, spread, store, whole
-from torchgraft.functional.site import Site
-from torchgraft.functional.trees import sort
-from torchgraft.functional.wrappers import bare_name, modules_of, state_of, submodule
+from torchgraft.functional.extending import (
+    Follower,
+    Site,
+    Tree,
+    bare_name,
+    is_sharded,
+    modules_of,
+    offloading,
+    resting,
+    sort,
+    spread,
+    state_of,
+    store,
+    submodule,
+    whole,
+)
 
 from ..config import AdapterConfig
 from ..keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional.placement import is_sharded, offloading, resting, spread, whole
-from torchgraft.functional.replaced import over
+from torchgraft.functional.extending import is_sharded, offloading, over, resting, spread, whole
 
 from .originals import Originals
 

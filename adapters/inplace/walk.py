@@ -9,10 +9,16 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.adapted import Base
-from torchgraft.functional.placement import copied_hooks
-from torchgraft.functional.sharded import adopt_unit, attributes_of, hooks_of_unit, is_unit, plain_type
-from torchgraft.functional.wrappers import unwrapped
+from torchgraft.functional.extending import (
+    Base,
+    adopt_unit,
+    attributes_of,
+    copied_hooks,
+    hooks_of_unit,
+    is_unit,
+    plain_type,
+    unwrapped,
+)
 
 from .biases import ATTRIBUTE, biases_of
 from .layer import BaseTunerLayer
