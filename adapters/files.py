@@ -226,15 +226,17 @@ _Saved = tuple[nn.Module, AdapterConfig, Mapping[str, Site], dict[str, Tensor]]
 
 def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
     """A graft's model, and one adapter's config, sites and tensors."""
-    name = adapter_name if graft.named else ""
+    name = adapter_name if graft.binding.named else ""
     if params is None:
         raise TypeError("params is None, expected the graft's parameter tree: save_adapter(graft, path, params=params)")
     if name not in graft.configs:
         raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
     own = params.get(name)
-    by_name = graft.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
+    by_name = (
+        graft.binding.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
+    )
     tree = params[name] if by_name else params
-    graft.active({name: tree} if graft.named else tree)
+    graft.binding.active({name: tree} if graft.binding.named else tree)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
     state = to_keys(
@@ -242,11 +244,11 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     )
     modules = modules_of(graft.model)
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
-    for other, (at, leaf) in other_names(graft.replaced[name]).items():
+    for other, (at, leaf) in other_names(graft.binding.replaced[name]).items():
         owner = other.rpartition(".")[0]
         if modules[owner] is not modules[at]:
             state[PREFIX + replaced_key(owner, other.rpartition(".")[2], owner in graft.sites[name])] = tree[at][leaf]
-    for at, follow in graft.follows[name].items():
+    for at, follow in graft.binding.tied[name].items():
         turned = follow.turned(tree[follow.source])
         state |= {join(config, at, leaf, PREFIX): tensor for leaf, tensor in turned.items()}
     if config.form.saves_shared(config):

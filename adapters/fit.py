@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from torchgraft.functional.extending import Follows, Plan, Site, each
+from torchgraft.functional.extending import Plan, Site, TiedSites, each
 
 from .config import AdapterConfig
 from .headers import Spec, Weights
@@ -53,7 +53,7 @@ def fit(
     weights: Weights,
     sites: Mapping[str, Site],
     replaced: Plan,
-    follows: Follows,
+    follows: TiedSites,
     saved: Mapping[str, Tensor],
     base: Callable[[], Mapping[str, Tensor]],
 ) -> Parts:

@@ -17,9 +17,9 @@ from torchgraft.functional.extending import (
     Tree,
     each,
     modules_of,
-    plan_follows,
     plan_replaced,
     plan_sites,
+    plan_tied,
     resting,
     sort,
     state_of,
@@ -122,7 +122,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
         ValueError: A config that means something else than the graft's; tensors of the base that are not the graft's.
         KeyError: Tensors that are missing, or that nothing has a use for.
     """
-    name = adapter_name if graft.named else ""
+    name = adapter_name if graft.binding.named else ""
     if name not in graft.configs:
         raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
     modules = modules_of(graft.model)
@@ -130,10 +130,12 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     config: Any = graft.configs[name]
     _check_method(stored.config, config)
     stored = dataclasses.replace(stored, config=stored.config.recall(config).for_model(graft.model, modules))
-    planned, replaced = stored.plan(modules, graft.model), graft.replaced[name]
+    planned, replaced = stored.plan(modules, graft.model), graft.binding.replaced[name]
     _check_same(stored, config, sites, planned)
     _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
-    parts = fit(stored.config, stored.weights, sites, replaced, graft.follows[name], {}, lambda: state_of(graft.model))
+    parts = fit(
+        stored.config, stored.weights, sites, replaced, graft.binding.tied[name], {}, lambda: state_of(graft.model)
+    )
     tensors = stored.read()
     stored.check_tied(parts, tensors)
     for shared in _other_shared(sites, parts, tensors):
@@ -275,7 +277,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     sites = stored.plan(modules, shape)
     replaced = plan_replaced(stored.config, modules, model, sites)
     saved = saved_buffers(stored.config, modules)
-    follows = plan_follows(stored.config, modules, sites)
+    follows = plan_tied(stored.config, modules, sites)
     parts = fit(
         stored.config, stored.weights, sites, replaced, follows, saved, lambda: get_base_model_state_dict(shape)
     )

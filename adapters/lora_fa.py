@@ -59,7 +59,7 @@ def lora_fa_gradients(graft: Graft, params: Tree, grads: Tree) -> Tree:
         raise KeyError("lora_fa_gradients: grads has other sites or leaves than params, expected a tree like it")
     if not any(config.method.name == "LORA" for config in graft.configs.values()):
         raise ValueError("lora_fa_gradients: the graft has no LoRA adapter; bind a LoraConfig")
-    if not graft.named:
+    if not graft.binding.named:
         return _corrected_tree(graft.sites[""], params, grads)
     return {
         name: _corrected_tree(graft.sites[name], params[name], own)

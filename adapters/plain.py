@@ -53,10 +53,10 @@ def to_plain(graft: Graft, params: Tree, adapter_name: str = "default") -> tuple
     >>> config.r, config.lora_alpha, tuple(params["0"]["lora_A"].shape)
     (4, 16, (4, 4))
     """
-    name = adapter_name if graft.named else ""
+    name = adapter_name if graft.binding.named else ""
     if name not in graft.configs:
         raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
-    graft.active({name: params} if graft.named else params)
+    graft.binding.active({name: params} if graft.binding.named else params)
     config: Any = graft.configs[name]
     return plain(config, graft.sites[name], params)
 

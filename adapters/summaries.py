@@ -10,7 +10,7 @@ import optree
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.extending import Entry, Follower, Tree
+from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree
 
 from .inplace.biases import biases_of
 from .inplace.modules_to_save import ModulesToSaveWrapper
@@ -111,8 +111,8 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
         if params is None:
             raise TypeError("summary: target is a Graft, which holds no parameters; give them: summary(graft, params)")
         base = _values([*target.model.parameters()])
-        active = target.active(params)
-        entries = {name: list(target.entries(name).values()) for name in active}
+        active = target.binding.active(params)
+        entries = {name: list(target.binding.adapters(name).values()) for name in active}
         tensors = {name: optree.tree_leaves(active[name]) for name in active}
         states = dict.fromkeys(active, "active")
     else:
@@ -144,7 +144,9 @@ def _check_own(model: nn.Module) -> None:
             )
 
 
-def _row(name: str, entries: list[Entry], tensors: Sequence[Tensor], state: str, base: int, functional: bool) -> Row:
+def _row(
+    name: str, entries: list[SiteAdapter], tensors: Sequence[Tensor], state: str, base: int, functional: bool
+) -> Row:
     configs: list[Any] = [entry.config for entry in entries]
     ranks = {
         config.form.values["r"].get(config, entry.site)
@@ -169,7 +171,7 @@ def _injected(model: nn.Module, name: str) -> list[Tensor]:
     own: list[Tensor] = [
         p
         for layer in layers(model).values()
-        if name in layer.entries and not isinstance(layer.entries[name], Follower)
+        if name in layer.entries and not isinstance(layer.entries[name], TiedAdapter)
         for p in layer.leaves(name).values()
     ]
     if (biases := biases_of(model)) is not None and biases.adapter == name:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from torchgraft.functional.extending import Follow
+from torchgraft.functional.extending import TiedSite
 
 from .config import AdapterConfig
 from .fields import require
@@ -48,7 +48,7 @@ class TokenFields(AdapterConfig):
             f"trainable_token_indices is {given!r}, expected indices, {{'module': indices}} or None",
         )
 
-    def follows(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, Follow]:
+    def follows(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, TiedSite]:
         """The modules that are tied to a targeted embedding and have its adapter, where `ensure_weight_tying`.
 
         Args:
@@ -76,6 +76,6 @@ class TokenFields(AdapterConfig):
                 stacklevel=2,
             )
         return {
-            other: Follow(path, _SAME, False) if isinstance(modules[other], nn.Embedding) else Follow(path, _TURNED)
+            other: TiedSite(path, _SAME, False) if isinstance(modules[other], nn.Embedding) else TiedSite(path, _TURNED)
             for other, path in found.items()
         }

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapted import Adapted, Base
-from .follow import Follower
+from .binding.replaced import merged
+from .binding.tied import TiedAdapter
 from .graft import Graft
+from .layers.adapted import Adapted
+from .layers.base import Base, BaseWithTensors
 from .method import Tree
-from .parameters import Key, find
-from .placement import is_sharded, spread
-from .replaced import Given, merged
-from .site import own_tensor
-from .wrappers import bare_name, modules_of, state_of
+from .sites.parameters import Key, find
+from .sites.site import own_tensor
+from .tensors.placement import is_sharded, spread
+from .tensors.wrappers import bare_name, modules_of, state_of
 
 
 def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
@@ -47,13 +48,13 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     """
     if not isinstance(graft, Graft):
         raise TypeError(f"merge: graft is of type {type(graft).__name__}, expected what bind returned")
-    active = graft.active(params)
+    active = graft.binding.active(params)
     if not all(isinstance(tree, dict) for tree in active.values()):
         raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")
-    model = graft.model
+    model = graft.binding.model
     state = state_of(model)
     modules = modules_of(model)
-    given = merged(modules, graft.replaced, active)
+    given = merged(modules, graft.binding.replaced, active)
     state.update(given)
     names: dict[int, list[str]] = {}
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -63,14 +64,14 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     paths: dict[Key, str] = {}
     followers: dict[str, set[int]] = {}
     for adapter, tree in active.items():
-        for path, entry in graft.entries(adapter).items():
+        for path, entry in graft.binding.adapters(adapter).items():
             module, leaf = find(modules, path)
             key, owner = (id(module), leaf), entry.site.owner
-            if isinstance(entry, Follower):
+            if isinstance(entry, TiedAdapter):
                 followers.setdefault(entry.follow.source, set()).add(id(module))
                 continue
             own = {leaf: given[name] for leaf in entry.site.names if (name := f"{owner}.{leaf}".lstrip(".")) in given}
-            below = layers.get(key) or Given(module, entry.site, own)
+            below = layers.get(key) or BaseWithTensors(module, entry.site, own)
             layers[key] = Adapted(below, entry, entry.leaves(tree))
             paths.setdefault(key, path)
     carriers = {module for module, _ in layers}

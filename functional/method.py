@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .rows import Rows
-from .site import Dense, Site, check_leaves
+from .sites.site import Dense, Site, check_leaves
 
 Leaves = dict[str, Tensor]
+
+
 Tree = dict[str, Any]
 """A parameter tree: `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}`."""
+
+
 Weights = Callable[[str], Tensor]
 """The base's canonical weight of the site at a path, detached and in its own dtype; computed when asked for."""
+
+
 Original = Callable[[], Dense]
 """The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
 
@@ -136,7 +142,7 @@ class Config(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class SiteAdapter:
     """One adapter's part at one site."""
 
     config: Config
@@ -147,11 +153,19 @@ class Entry:
         own: Leaves = tree[self.site.path]
         return own
 
-    def along(self, members: Tensor | None, rows: Rows) -> tuple[Entry, Rows]:
+    def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
+        """Return this part with some constants of its site replaced."""
+        if not constants:
+            return self
+        return dataclasses.replace(
+            self, site=dataclasses.replace(self.site, constants={**self.site.constants, **constants})
+        )
+
+    def along(self, members: Tensor | None, rows: Rows) -> tuple[SiteAdapter, Rows]:
         """This part for a stack: constants as the stack's members have them, and rows that have this site."""
         return self, rows
 
-    def several(self, count: int) -> Entry:
+    def several(self, count: int) -> SiteAdapter:
         """This part for `count` adapters that have this site, whatever the members of a stack are."""
         return self
 

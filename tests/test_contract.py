@@ -319,8 +319,7 @@ def test_base_as_data(name, site):
     base = {key: torch.randn_like(value) for key, value in case.model.named_parameters()}
     twin = copy.deepcopy(case.model)
     twin.load_state_dict(base)
-    again = bind(twin, case.config)
-    again.sites = case.graft.sites  # constants made from the weights are those of the model that was bound
+    again = Graft(twin, case.graft.binding)  # constants made from the weights are those of the model that was bound
     expected = again(case.params, case.x)
     close(functional_call(case.graft, (base, case.params), (case.x,)), expected, torch.float64)
     bases = stack([base, {key: 2 * value for key, value in base.items()}])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from torchgraft.functional.extending import PARAMETERS, Entry
+from torchgraft.functional.extending import PARAMETERS, SiteAdapter
 
 from ..called import DROPOUT, Called, Holder, read
 from .containers import Parameters
@@ -61,7 +61,7 @@ class Holders:
         p: The probability of dropout.
     """
 
-    def __init__(self, layer: BaseTunerLayer, name: str, entry: Entry):
+    def __init__(self, layer: BaseTunerLayer, name: str, entry: SiteAdapter):
         config: Any = entry.config
         self._entry, self._name, form = entry, name, config.form
         self._called = entry.site.kind not in ("attention", *PARAMETERS)

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torchgraft.functional import Weights, trees
 from torchgraft.functional.extending import (
     PARAMETERS,
-    Entry,
     Plan,
     Site,
+    SiteAdapter,
     Tree,
     agreed,
     child_of_wrapper,
     each,
-    follower,
-    plan_follows,
     plan_replaced,
     plan_sites,
+    plan_tied,
     shapes_of,
+    tied_adapter,
     trainable_dtype,
     weights_of,
     with_parts,
@@ -137,9 +137,9 @@ def _inject(
         trees.check(params, shapes_of(config, sites, replaced))
     leaves = _leaves(config, sites, modules, weights_of(sites, modules, base), low_cpu_mem_usage, params)
     sites = {path: _started(config, site, leaves[path]) for path, site in sites.items()}
-    entries: dict[str, Entry] = {path: Entry(config, site) for path, site in sites.items()}
-    for path, follow in plan_follows(config, modules, sites).items():
-        entries[path] = follower(config, path, modules[path], follow, sites[follow.source])
+    entries: dict[str, SiteAdapter] = {path: SiteAdapter(config, site) for path, site in sites.items()}
+    for path, follow in plan_tied(config, modules, sites).items():
+        entries[path] = tied_adapter(config, path, modules[path], follow, sites[follow.source])
         turned = follow.turned({leaf: parameter.detach() for leaf, parameter in leaves[follow.source].items()})
         leaves[path] = {leaf: nn.Parameter(tensor) for leaf, tensor in turned.items()}  # of one memory, as in PEFT
     saved = saved_modules(config, modules)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import Adapted, Base, Entry, unwrapped, whole
+from torchgraft.functional.extending import Adapted, Base, SiteAdapter, unwrapped, whole
 
 from ..called import make_dropout
 from .containers import Dropouts, Modules, Parameters
@@ -48,7 +48,7 @@ class BaseTunerLayer(nn.Module):
         self.training = base_layer.training
         self.merged_adapters: list[str] = []
         self.originals = Originals()
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, SiteAdapter] = {}
         self.made: dict[tuple[str, str], Traits | None] = {}
         self._active: list[str] = []
         self._disabled = False
@@ -61,7 +61,7 @@ class BaseTunerLayer(nn.Module):
     # -- adapters ------------------------------------------------------------------------------------------------
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, SiteAdapter]:
         """Config and site of each adapter, in the order they were added."""
         return self._entries
 
@@ -75,7 +75,7 @@ class BaseTunerLayer(nn.Module):
             if isinstance(child, kinds) and name != "base_layer" and not isinstance(child, Dropouts)
         )
 
-    def add(self, name: str, entry: Entry, leaves: Mapping[str, nn.Parameter]) -> None:
+    def add(self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter]) -> None:
         """Put an adapter on this layer; it is not active yet.
 
         Args:

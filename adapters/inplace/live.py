@@ -14,11 +14,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchgraft.functional.extending import (
     Adapted,
     Base,
-    Cell,
-    Entry,
-    Part,
+    CallContext,
+    ProjectionSlice,
     Site,
-    Socket,
+    SiteAdapter,
+    SiteRuntime,
     adapted_class,
     check_base,
     inner_class,
@@ -217,12 +217,12 @@ class Live:
 
 
 @dataclasses.dataclass(eq=False)
-class SocketOverMerged(Socket):
+class SocketOverMerged(SiteRuntime):
     """A socket of a module that adapters are merged into."""
 
     originals: Originals
 
-    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: Part | None) -> Any:
+    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None) -> Any:
         if part is not None:
             return super()._base(site, args, kwargs, part)
         base = BaseOverMerged(self.inner, site, args, kwargs)
@@ -236,8 +236,8 @@ class Shell:
     It shares the wrapped module's tensors, hooks and flags; the wrapped module itself stays as it is.
     """
 
-    def __init__(self, base: Any, plain: Any, entries: list[Entry], merged: Originals | None):
-        self.cell = Cell()
+    def __init__(self, base: Any, plain: Any, entries: list[SiteAdapter], merged: Originals | None):
+        self.cell = CallContext()
         cls: Any = type(base)
         self.inner: Any = object.__new__(inner_class(cls, plain))
         self.module: Any = object.__new__(adapted_class(cls, plain, entries[0].site))
@@ -245,20 +245,20 @@ class Shell:
         for one in (self.inner, self.module):
             object.__setattr__(one, "__dict__", state)
         named = {str(index): entry for index, entry in enumerate(entries)}
-        self.socket = Socket(entries[0].site.path, self.cell, named, self.inner, "input", cls, plain)
+        self.socket = SiteRuntime(entries[0].site.path, self.cell, named, self.inner, "input", cls, plain)
         if merged is not None:
             self.socket = SocketOverMerged(**vars(self.socket), originals=merged)
         self.follow(base)
 
     def follow(self, base: Any) -> None:
         """Take over what the wrapped module has now."""
-        vars(self.module).update(vars(base), _socket=self.socket)
+        vars(self.module).update(vars(base), _runtime=self.socket)
         vars(self.module).pop("forward", None)
 
     def run(
         self,
         base: Any,
-        entries: list[Entry],
+        entries: list[SiteAdapter],
         leaves: list[dict[str, Any]],
         x: Any,
         args: tuple,
@@ -304,7 +304,7 @@ def run_in_place_of(
     return hook.post_forward(base, module(*args, **kwargs))
 
 
-def _device(entries: Iterable[Entry], base: Any) -> torch.device | None:
+def _device(entries: Iterable[SiteAdapter], base: Any) -> torch.device | None:
     """Where the constants of some entries have to be; `None` where the base's tensors say so only in a call.
 
     Offloaded ones rest on the meta device, and a module around the base may have taken them.
@@ -318,7 +318,7 @@ def _device(entries: Iterable[Entry], base: Any) -> torch.device | None:
     return torch.device("cpu")
 
 
-def placed(entry: Entry, device: torch.device | None) -> Entry:
+def placed(entry: SiteAdapter, device: torch.device | None) -> SiteAdapter:
     """An adapter's entry with its constants on a device."""
     if device is None:
         return entry

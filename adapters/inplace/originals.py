@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.extending import Adapted, Given, own_tensor, quantised_form
+from torchgraft.functional.extending import Adapted, BaseWithTensors, own_tensor, quantised_form
 
 from .checksum import Content, content, holds
 from .gathering import put
@@ -45,9 +45,9 @@ class Originals:
         self.tensors: dict[str, Tensor] = {}
         self._merged: dict[str, Content] = {}
 
-    def base(self, module: nn.Module, site: Site) -> Given:
+    def base(self, module: nn.Module, site: Site) -> BaseWithTensors:
         """The module as methods see it, without what is merged."""
-        return Given(module, site, self.tensors)
+        return BaseWithTensors(module, site, self.tensors)
 
     def replace(self, module: nn.Module, layer: Adapted, names: Iterable[str], safe: bool) -> None:
         """Give the module the weights of `layer`; its parameters stay the same objects.

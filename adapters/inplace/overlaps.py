@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchgraft.functional.extending import PARAMETERS, Entry, Site
+from torchgraft.functional.extending import PARAMETERS, Site, SiteAdapter
 
 from .modules_to_save import ModulesToSaveWrapper
 from .parameters import ParameterLayer, key_of
@@ -73,7 +73,7 @@ def check_apart(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mappi
             )
 
 
-def check_names(model: nn.Module, modules: Mapping[str, nn.Module], entries: Mapping[str, Entry]) -> None:
+def check_names(model: nn.Module, modules: Mapping[str, nn.Module], entries: Mapping[str, SiteAdapter]) -> None:
     """Refuse a method whose parameters have the names of another method's modules on one layer, or the reverse."""
     carriers = {key_of(layer): layer for layer in layers(model).values()}
     for path, entry in entries.items():

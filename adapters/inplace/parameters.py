@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import Cell, Entry, Key, ParameterSocket, names_grouped, parametrised_class
+from torchgraft.functional.extending import (
+    CallContext,
+    Key,
+    ParameterRuntime,
+    SiteAdapter,
+    names_grouped,
+    parametrised_class,
+)
 
 from .layer import BaseTunerLayer
 from .live import Live, placed, run_in_place_of
@@ -57,7 +64,7 @@ class ParameterLayer(BaseTunerLayer):
         """The base's parameter."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
-    def add(self, name: str, entry: Entry, leaves: Mapping[str, nn.Parameter]) -> None:
+    def add(self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter]) -> None:
         """Put an adapter on this parameter; it is not active yet."""
         super().add(name, entry, leaves)
         self.num_experts = max(entry.site.experts, 1)
@@ -119,7 +126,7 @@ class ParameterLive(Live):
         leaf, grouped = layer.parameter_name, names_grouped(type(layer.get_base_layer()))
         path = self.entries[0].site.path if self.entries else leaf
         named = {str(index): entry for index, entry in enumerate(self.entries)}
-        self.socket = ParameterSocket(path, leaf, Cell(), named, grouped)
+        self.socket = ParameterRuntime(path, leaf, CallContext(), named, grouped)
         self.body = ParameterBody(layer)
 
     def read(self, base: nn.Module) -> Any:
@@ -130,7 +137,7 @@ class ParameterLive(Live):
     def ready(self, training: bool) -> None:
         """Have the socket know the parameters as they are now."""
         path = self.socket.path
-        self.socket.cell.trees = {str(index): {path: one} for index, one in enumerate(self.tensors(training))}
+        self.socket.context.trees = {str(index): {path: one} for index, one in enumerate(self.tensors(training))}
 
 
 class ParameterBody:
@@ -142,7 +149,7 @@ class ParameterBody:
         base: Any = layer.get_base_layer()
         cls: Any = type(base)
         self.module: Any = object.__new__(parametrised_class(cls, leaves))
-        vars(self.module)["_parameter_sockets"] = Sockets(self.layers)
+        vars(self.module)["_parameter_runtimes"] = Sockets(self.layers)
         self.follow(base)
 
     def follow(self, base: nn.Module) -> None:
@@ -158,13 +165,13 @@ class ParameterBody:
         return run_in_place_of(base, self.module, self.follow, path, args, kwargs)
 
 
-class Sockets(Mapping[str, ParameterSocket]):
+class Sockets(Mapping[str, ParameterRuntime]):
     """The sockets of some layers by their parameters' names, as they are now."""
 
     def __init__(self, layers: Iterable[ParameterLayer]):
         self.layers = {layer.parameter_name: layer for layer in layers}
 
-    def __getitem__(self, leaf: str) -> ParameterSocket:
+    def __getitem__(self, leaf: str) -> ParameterRuntime:
         live: Any = self.layers[leaf]._live
         return live.socket
 

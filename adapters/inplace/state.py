@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Graft, bind
 from torchgraft.functional.extending import (
-    Follower,
     Site,
+    TiedAdapter,
     Tree,
     bare_name,
     is_sharded,
@@ -159,9 +159,9 @@ def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
     """
     found = layers(model).items()
     entries = {path: layer.entries[adapter_name] for path, layer in found if adapter_name in layer.entries}
-    sites = {path: entry.site for path, entry in entries.items() if not isinstance(entry, Follower)}
+    sites = {path: entry.site for path, entry in entries.items() if not isinstance(entry, TiedAdapter)}
     for path, entry in entries.items():
-        if not isinstance(entry, Follower):
+        if not isinstance(entry, TiedAdapter):
             continue
         given, expected = (one.constants["scaling"] for one in (entry.site, sites[entry.follow.source]))
         if given != expected:
@@ -174,7 +174,7 @@ def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
 
 def _is_source(layer: BaseTunerLayer, adapter_name: str) -> bool:
     """Whether an adapter has parameters of its own on a layer."""
-    return adapter_name in layer.entries and not isinstance(layer.entries[adapter_name], Follower)
+    return adapter_name in layer.entries and not isinstance(layer.entries[adapter_name], TiedAdapter)
 
 
 def _fixed(layer: BaseTunerLayer, adapter_name: str) -> dict[str, Tensor]:

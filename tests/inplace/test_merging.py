@@ -136,7 +136,7 @@ class Calls(RuleBasedStateMachine):
         for name in [] if self.disabled else order:
             graft = extract_graft(unmerged(self.model), name)
             for path, leaves in adapters.extract_params(self.model, name).items():
-                fold(model.get_submodule(path), graft.entries("")[path], leaves)
+                fold(model.get_submodule(path), graft.binding.adapters("")[path], leaves)
         assert torch.allclose(self.model(self.x), model(self.x), rtol=0, atol=1e-9)
         assert same(self.model, self.before)
 

@@ -70,7 +70,7 @@ def test_a_graft_of_one_of_several_adapters_with_its_own_copy_of_a_module():
         set_adapter(model, name)
         before = repr(model)
         graft = extract_graft(model, name)
-        assert list(extract_params(model, name)) == sorted([*graft.sites[""], *graft.replaced[""]])
+        assert list(extract_params(model, name)) == sorted([*graft.sites[""], *graft.binding.replaced[""]])
         assert torch.equal(graft(extract_params(model, name), x), model(x)) and repr(model) == before
 
 

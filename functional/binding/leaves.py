@@ -1,0 +1,51 @@
+"""The leaves of one config's tree: their shapes, and fresh ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .. import trees
+from ..method import Config, Tree
+from ..sites.site import Site, wide_dtype
+from ..tensors.placement import agreed
+from ..tensors.wrappers import modules_of
+from .plan import weights_of
+from .replaced import Plan, copies, each
+
+
+def initialise(
+    model: nn.Module,
+    config: Config,
+    sites: Mapping[str, Site],
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    replaced: Plan,
+) -> Tree:
+    """Fresh parameters of one config, sorted."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
+    modules = modules_of(model)
+    fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
+    made: Tree = copies(modules, replaced, dtype, device)
+    for path, site in sites.items():
+        weight = site.like(modules[site.owner])
+        for leaf, value in fresh[path].items():
+            value = agreed(value, weight)
+            made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or wide_dtype(weight))
+    return trees.sort(made)
+
+
+def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of one config's leaves, by path and leaf, sorted."""
+    shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
+    for path, leaf, one in each(replaced):
+        shapes.setdefault(path, {})[leaf] = one.shape
+    return dict(sorted(shapes.items()))

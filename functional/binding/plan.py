@@ -1,0 +1,132 @@
+"""Planning: from targeted modules to sites with a method's constants."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from ..layers.base import Base
+from ..method import Config, Weights
+from ..sites.kinds import describe
+from ..sites.parameters import describe_parameter, find
+from ..sites.site import Site
+
+C = TypeVar("C", bound=Config)
+
+
+def structure_for(configs: Iterable[Config], model: nn.Module) -> nn.Module:
+    """The model that configs are for: one that shares all tensors with this, where they ask for more layers."""
+    for config in configs:
+        change = getattr(config, "structure", None)
+        model = model if change is None else change(model)
+    return model
+
+
+def for_model(config: C, model: nn.Module) -> C:
+    """The config with its targets named as a model has them, for configs that speak of kinds of models."""
+    change = getattr(config, "for_model", None)
+    return config if change is None else change(model)
+
+
+def plan_sites(
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    paths: Iterable[str],
+    base: Callable[[nn.Module, Site], Base] = Base,
+) -> dict[str, Site]:
+    """Describe the targeted modules and let the method plan its constants for all of them.
+
+    Args:
+        config: An adapter's config.
+        modules: The model's modules by name.
+        paths: Names of the targeted ones and of targeted parameters; what has two names is one site, under the first.
+        base: How a module's original weight is read.
+
+    Returns:
+        `{path: site}`, in the order of `paths`.
+
+    Raises:
+        ValueError: A module or a parameter that the method does not support; a parameter of a targeted module.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> list(plan_sites(LoraConfig(), {"a": nn.Linear(2, 2)}, ["a"]))
+    ['a']
+    """
+    sites: dict[str, Site] = {}
+    seen: set[tuple[int, str]] = set()
+    method = config.method
+    for path, within in with_parts(modules, paths):
+        module, leaf = find(modules, path)
+        assert module is not None
+        if (id(module), leaf) in seen:
+            continue
+        seen.add((id(module), leaf))
+        site = describe_parameter(path, module, leaf) if leaf else describe(path, module)
+        if site is None or site.kind not in method.kinds:
+            kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
+            raise ValueError(
+                f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
+                f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
+            )
+        if leaf and (id(module), "") in seen:
+            raise ValueError(
+                f"{path}: target_parameters names a parameter of a module that is adapted as a whole; leave one of the "
+                "two out"
+            )
+        if site.like(module).is_complex() and (what := method.needs_real(config)) is not None:
+            raise ValueError(
+                f"{path}: the weight is complex, {site.like(module).dtype}, and {what} is made for real ones; adapt it "
+                "with plain LoRA, or leave it out of target_modules"
+            )
+        sites[path] = dataclasses.replace(site, within=within)
+    constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
+    return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
+
+
+def weights_of(
+    sites: Mapping[str, Site], modules: Mapping[str, nn.Module], base: Callable[[nn.Module, Site], Base] = Base
+) -> Weights:
+    """Read the base's weights as methods see them, each when asked for.
+
+    Args:
+        sites: The sites, by path.
+        modules: The model's modules by name.
+        base: How a module's original weight is read.
+
+    Returns:
+        `path -> weight`, canonical and detached; a `TypeError` where it is not of floating point.
+
+    >>> module = nn.Linear(3, 2)
+    >>> site = describe("head", module)
+    >>> weights_of({"head": site}, {"head": module})("head").shape
+    torch.Size([2, 3])
+    """
+    return lambda path: base(modules[sites[path].owner], sites[path]).weight.detach()
+
+
+def with_parts(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Each path, an attention with its output projection, and what that is a part of."""
+    for path in paths:
+        yield path, None
+        if isinstance(modules.get(path), nn.MultiheadAttention):
+            yield f"{path}.out_proj" if path else "out_proj", path
+
+
+def check_unchanged(path: str, site: Site, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a module, or a parameter, that parameters made for this site do not fit any more.
+
+    Raises:
+        ValueError: It was removed, or replaced by another kind or size.
+    """
+    module, leaf = find(modules, path)
+    if module is None:
+        raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
+    now = describe_parameter(path, module, leaf) if leaf else describe(path, module)
+    if now is None or dataclasses.replace(now, constants=site.constants, within=site.within) != site:
+        raise ValueError(
+            f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
+            f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"
+        )

@@ -1,0 +1,74 @@
+"""Followers: sites that have the parameters of another site, for a weight that two modules share.
+
+An embedding's matrix may be an output layer's too. Adapting it in both places is one adapter: what is added to the
+tensor as the one has it is added as the other has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..method import Leaves, SiteAdapter, Tree
+from ..sites.kinds import describe
+from ..sites.site import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedSite:
+    """What a site follows.
+
+    Attributes:
+        source: Path of the other site.
+        leaves: Its leaves, by the names that they have here.
+        transposed: Whether each is transposed here.
+    """
+
+    source: str
+    leaves: Mapping[str, str]
+    transposed: bool = True
+
+    def turned(self, leaves: Leaves) -> Leaves:
+        """The other site's leaves as this site has them.
+
+        >>> import torch
+        >>> TiedSite("embed", {"a": "b"}).turned({"b": torch.zeros(2, 3)})["a"].shape
+        torch.Size([3, 2])
+        """
+        return {own: leaves[theirs].mT if self.transposed else leaves[theirs] for own, theirs in self.leaves.items()}
+
+
+TiedSites = Mapping[str, TiedSite]
+"""Followers by path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedAdapter(SiteAdapter):
+    """One adapter's part at a site that follows another."""
+
+    follow: TiedSite
+
+    def leaves(self, tree: Tree) -> Leaves:
+        return self.follow.turned(tree[self.follow.source])
+
+
+def plan_tied(config: Any, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> TiedSites:
+    """Which modules follow a config's sites; none, for configs that do not speak of it."""
+    find = getattr(config, "follows", None)
+    found: TiedSites = {} if find is None else find(modules, list(sites))
+    return found
+
+
+def tied_adapter(config: Any, path: str, module: nn.Module, follow: TiedSite, source: Site) -> TiedAdapter:
+    """The entry of a module that follows a site, with that site's constants.
+
+    Raises:
+        ValueError: A module that carries no adapter.
+    """
+    site = describe(path, module)
+    if site is None:
+        raise ValueError(f"{path}: is tied to {follow.source}, and a {type(module).__name__} carries no adapter")
+    return TiedAdapter(config, dataclasses.replace(site, constants=source.constants), follow)

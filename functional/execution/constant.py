@@ -1,0 +1,71 @@
+"""Views that are said to be constant: what depends on no input is computed once, when the view is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from ..layers.adapted import Adapted
+from ..layers.base import Base
+from ..method import SiteAdapter
+from ..skeleton.runtime import SiteRuntime
+from ..skeleton.skeleton import Skeleton
+
+
+def check_constant(params: Mapping[str, Any]) -> None:
+    """Refuse trees that no view can take for constant.
+
+    Args:
+        params: The active trees by adapter name, or what stands for one.
+
+    Raises:
+        ValueError: A leaf that requires a gradient, or one that a transform of `torch.func` follows.
+    """
+    for name, tree in params.items():
+        where = f"params[{name!r}]" if name else "params"
+        paths, leaves, _ = optree.tree_flatten_with_path(tree if isinstance(tree, dict) else tree.tensors())
+        for path, leaf in zip(paths, leaves, strict=True):
+            followed = isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            if isinstance(leaf, Tensor) and (leaf.requires_grad or followed):
+                at = "".join(f"[{key!r}]" for key in path)
+                what = "is part of a transform" if followed else "requires a gradient"
+                raise ValueError(
+                    f"view: constant is True, and {where}{at} {what}, which what is computed once would lose; detach "
+                    "the leaves, or leave constant out"
+                )
+
+
+@torch.no_grad()
+def precompute(skeleton: Skeleton) -> None:
+    """Compute what the methods at a skeleton's sites can, with the trees that are active, for all calls to come.
+
+    Sites whose rows have adapters of their own compute theirs in each call.
+    """
+    for _, module in skeleton.modules:
+        runtime: SiteRuntime | None = vars(module).get("_runtime")
+        if runtime is not None:
+            known = {id(entry): constants for entry, constants in _constants(runtime.layer())}
+            runtime.entries = {
+                name: entry.with_constants(known.get(id(entry), {})) for name, entry in runtime.entries.items()
+            }
+
+
+def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, dict[str, Any]]]:
+    """What each adapter around a module can compute, the outermost first."""
+    while isinstance(layer, Adapted):
+        entry = layer.entry
+        method = entry.config.method
+        if method.precompute is not None and _is_single(layer):
+            yield entry, method.precompute(entry.config, entry.site, layer.leaves, layer.base)
+        layer = layer.base
+
+
+def _is_single(layer: Any) -> bool:
+    """Whether neither this layer nor one below has rows with adapters of their own."""
+    while isinstance(layer, Adapted):
+        layer = layer.base
+    return isinstance(layer, Base)

@@ -1,0 +1,125 @@
+"""Views of routed stacks: whichever module is called first tells the sites what it was given.
+
+Generation calls an encoder, a decoder or an embedding by itself, and not the model; each is a kind of call.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..skeleton.context import CallContext
+from ..skeleton.skeleton import Skeleton
+from .bound_model import BoundModel
+from .pool import Pool
+from .run import now
+from .trial import Entered, finder_of
+
+
+@dataclasses.dataclass(eq=False)
+class Entrance:
+    """What a module of such a view knows beyond its class.
+
+    Attributes:
+        path: Path of the user's module.
+        cls: Class of the copy.
+        view: What all modules of the view share.
+    """
+
+    path: str
+    cls: Any
+    view: RoutedView
+
+
+class RoutedView:
+    """A view and its adapters.
+
+    Attributes:
+        context: CallContext of the view's skeleton.
+        active: The view's trees, by adapter name.
+    """
+
+    def __init__(self, bound: BoundModel, pool: Pool, skeleton: Skeleton, active: Mapping[str, Any]):
+        self.context: CallContext = skeleton.context
+        self.active = active
+        self._bound, self._pool = bound, pool
+        self._modules = [own for _, own in skeleton.modules]
+        self._inside = False
+
+    def call(self, path: str, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a module's forward; the first of a call finds out where rows are."""
+        if self._inside:
+            return forward(*args, **kwargs)
+        context = self.context
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return forward(*args, **kwargs)  # checkpointing runs it once more, with what the call has left
+        trees = now(self.active)
+        entered = Entered(path, tuple(own.training for own in self._modules))
+        finder = finder_of(self._bound, self._pool, trees, {}, args, kwargs, entered)
+        context.trees, context.finder, self._inside = trees, finder, True
+        try:
+            y = forward(*args, **kwargs)
+            if finder is not None and not torch.compiler.is_compiling():
+                finder.finish()
+            return y
+        finally:
+            self._inside = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedView:
+        new = memo[id(self)] = copy.copy(self)
+        new.context = copy.deepcopy(self.context, memo)
+        new._modules = [copy.deepcopy(module, memo) for module in self._modules]
+        return new
+
+
+class EnteredModule:
+    """Placed in front of the class of each module that leads to a site."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        entrance: Entrance = self.__dict__["_entrance"]
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, state, *rest = reduced
+        state = {key: value for key, value in state.items() if key != "_entrance"}
+        args = tuple(entrance.cls if one is type(self) else one for one in args)
+        return _revive, (make, args, entrance), state, *rest
+
+
+def _revive(make: Any, args: tuple[Any, ...], entrance: Entrance) -> Any:
+    module = make(*args)
+    _mark(module, entrance)
+    return module
+
+
+def _mark(module: Any, entrance: Entrance) -> None:
+    cls: Any = type(module)
+    module.__class__ = _entered_class(cls)
+    module.__dict__["_entrance"] = entrance
+
+
+@functools.lru_cache(maxsize=512)
+def _entered_class(cls: Any) -> Any:
+    @functools.wraps(cls.forward)  # generation asks for its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        entrance: Entrance = self.__dict__["_entrance"]
+        return entrance.view.call(entrance.path, functools.partial(cls.forward, self), args, kwargs)
+
+    members = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (EnteredModule, cls), members)
+
+
+def watch(bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any]) -> None:
+    """Let the modules of a view that lead to sites tell what they are given."""
+    view = RoutedView(bound, bound.pool(), skeleton, active)
+    paths = bound.binding.paths(active)
+    leading = {path.rsplit(".", depth)[0] if depth else path for path in paths for depth in range(path.count(".") + 1)}
+    names = {id(module): name for name, module in bound.binding.model.named_modules()}
+    for theirs, own in skeleton.modules:
+        name = names.get(id(theirs))
+        if name is not None and (name in leading or not name) and isinstance(own, nn.Module):
+            _mark(own, Entrance(name, type(own), view))

@@ -1,0 +1,163 @@
+"""Layouts: where the rows of a batch are in a tensor inside a model, and how two runs of the model tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a tensor has the rows.
+
+    Attributes:
+        axis: The axis of the batch; `None` for a tensor that all rows share, with a leading axis of 1.
+        minor: Whether the rows are repeated one after the other (`torch.cat([x, x])`) instead of each in succession
+            (`x.repeat_interleave(2, 0)`), where the axis is a multiple of them.
+    """
+
+    axis: int | None = 0
+    minor: bool = False
+
+    def to_rows(self, x: Tensor, size: int) -> Tensor:
+        """`x` with the rows leading, each one's parts in succession.
+
+        >>> Layout(1).to_rows(torch.zeros(5, 2, 3), 2).shape
+        torch.Size([2, 5, 3])
+        """
+        if self.axis is None:
+            return x.expand(size, *x.shape[1:])
+        x = x.movedim(self.axis, 0) if self.axis else x
+        return x.unflatten(0, (-1, size)).transpose(0, 1).flatten(0, 1) if self.minor else x
+
+    def from_rows(self, y: Tensor, size: int) -> Tensor:
+        """The inverse of `to_rows`, for what a module made of it."""
+        if self.axis is None:
+            return y
+        y = y.unflatten(0, (size, -1)).transpose(0, 1).flatten(0, 1) if self.minor else y
+        return y.movedim(0, self.axis) if self.axis else y
+
+    def each(self, x: Tensor, size: int) -> Tensor:
+        """`x` by rows, `"size parts ..."`; a shared tensor is every row's."""
+        return self.to_rows(x, size).unflatten(0, (size, -1))
+
+
+LEADING = Layout()
+
+
+SHARED = Layout(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What is known of one tensor inside a model.
+
+    Attributes:
+        ndim: Its number of axes.
+        layout: Where its rows are.
+        even: Whether its axis is as long as the batch of the model's inputs.
+    """
+
+    ndim: int
+    layout: Layout
+    even: bool = False
+
+    def holds(self, shape: Sequence[int], size: int, length: int | None) -> bool:
+        """Whether a tensor of this shape can be such a one, in a call of `size` rows and inputs of `length`."""
+        axis = self.layout.axis
+        if len(shape) != self.ndim:
+            return False
+        if axis is None:
+            return shape[0] == 1
+        if self.even and length is not None:
+            return shape[axis] == length
+        return shape[axis] > 0 and shape[axis] % size == 0
+
+
+class Record:
+    """What a look found out about one kind of call: the tensors at each site, in the order of its calls.
+
+    Args:
+        places: What is known of these tensors, by path of the site.
+        equal: Inputs that were the same in all rows, by place and axis, where nothing is known of others.
+
+    >>> Record({"a": [Place(2, LEADING)]}).anywhere("a", 2)
+    Place(ndim=2, layout=Layout(axis=0, minor=False), even=False)
+    """
+
+    def __init__(self, places: Mapping[str, Sequence[Place]], equal: tuple[tuple[int, int], ...] = ()):
+        self.equal = equal
+        self.places = {path: tuple(calls) for path, calls in places.items()}
+        self.counts = {path: len(calls) for path, calls in self.places.items()}
+
+    def __iter__(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
+        return iter(self.places.items())
+
+    def anywhere(self, path: str, ndim: int) -> Place | None:
+        """The place that every call of a site with so many axes has; `None` where they differ."""
+        places = [place for place in self.places.get(path, ()) if place.ndim == ndim]
+        return places[0] if places and all(place.layout == places[0].layout for place in places) else None
+
+
+def compare(first: Tensor, second: Tensor, order: Sequence[int], axes: int) -> Layout | None:
+    """Find the rows by two runs of a model.
+
+    Args:
+        first: A tensor inside the model, run on rows 0, 1, ..., n-1.
+        second: The same one, run on the rows in `order`.
+        order: More than n rows, among them each of the n.
+        axes: How many axes, from the first, may have rows.
+
+    Returns:
+        Where the rows are; `None` where the tensor does not follow the rows.
+
+    >>> x = torch.arange(6.0).view(3, 2)
+    >>> compare(x, x[[1, 0, 2, 2]], [1, 0, 2, 2], 1)
+    Layout(axis=0, minor=False)
+    >>> compare(x.flip(0), x[[1, 0, 2, 2]].flip(0), [1, 0, 2, 2], 1) is None
+    True
+    """
+    if first.ndim != second.ndim:
+        return None
+    n, m = len(set(order)), len(order)
+    changed = [axis for axis, (a, b) in enumerate(zip(first.shape, second.shape, strict=True)) if a != b]
+    if not changed:
+        return SHARED if close(first, second) else None
+    axis = changed[0]
+    if len(changed) > 1 or axis >= axes or first.shape[axis] % n or m * first.shape[axis] != n * second.shape[axis]:
+        return None
+    picks = torch.tensor(order, device=first.device)
+    for layout in (Layout(axis), Layout(axis, minor=True))[: 1 if first.shape[axis] == n else 2]:
+        if close(layout.each(second, m), layout.each(first, n).index_select(0, picks)):
+            return layout
+    return None
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding; NaN and infinities where the other has them."""
+    if a.shape != b.shape:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    a, b = numbers(a), numbers(b)
+    if not a.numel():
+        return True
+    scale = 1e-3 if a.dtype.itemsize > 2 else 3e-2
+    alike = torch.equal(a.isfinite(), b.isfinite())
+    a, b = finite(a), finite(b)
+    return alike and bool((a - b).abs().max() <= scale * b.abs().max().clamp(min=1e-12))
+
+
+def numbers(x: Tensor) -> Tensor:
+    """A tensor as floating point: complex numbers as pairs, counts and flags as numbers."""
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj())
+    return x if x.is_floating_point() else x.double()
+
+
+def finite(x: Tensor) -> Tensor:
+    """A tensor with zeros where it is NaN or infinite."""
+    return torch.where(x.isfinite(), x, 0)

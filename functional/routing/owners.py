@@ -1,0 +1,236 @@
+"""Units: modules that own tensors which adapters replace, run with a routed stack, where each row has its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..binding.replaced import over
+from ..layers.routed import SelectedAdapter
+from ..locating.finder import locate
+from ..method import Leaves, SiteAdapter
+from ..rows import Groups, PerAdapter
+from ..sites.kinds import describe
+from ..sites.site import Site
+from ..skeleton.context import CallContext
+from ..skeleton.runtime import AdaptedModule
+from ..skeleton.swaps import TensorSwap
+from .route import Routed
+
+
+@dataclasses.dataclass(eq=False)
+class RoutedOwner:
+    """What such a module knows beyond its class.
+
+    Attributes:
+        path: Path of the user's module.
+        context: CallContext of the skeleton.
+        swaps: The leaves that stand for its tensors.
+        cls: Class of the module, adapted or not.
+        site: Where its input has rows.
+    """
+
+    path: str
+    context: CallContext
+    swaps: Sequence[TensorSwap]
+    cls: Any
+    site: Site
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cls": None}  # an adapted class has no name to be found by; the module knows it
+
+    def routed(self) -> dict[str, Routed]:
+        """The routed stacks that have anything for this module; none, if they replace nothing of it."""
+        trees = self.context.trees or {}
+        stacks = {name: tree for name, tree in trees.items() if isinstance(tree, Routed)}
+        if not any(one.adapter in stacks for one in self.swaps):
+            return {}
+        mine = {one.adapter for one in self.swaps}
+        return {name: tree for name, tree in stacks.items() if name in mine or self.path in tree.tree}
+
+    def run(self, stacks: Mapping[str, Routed], forward: Any, entries: Mapping[str, SiteAdapter], x: Any) -> Any:
+        """The module's forward on each group of rows, under `vmap`, with the leaves and adapters of its own."""
+        size = max(tree.rows.size for tree in stacks.values())
+        if not isinstance(x, Tensor) or any(size % tree.rows.size for tree in stacks.values()):
+            raise ValueError(
+                f"{self.path}: an adapter replaces tensors of this module, which is called with a {type(x).__name__} "
+                f"and {sorted(tree.rows.size for tree in stacks.values())} rows in one call; routing it needs a tensor "
+                "and one number of rows. Use torch.vmap over the stack, or one adapter at a time"
+            )
+        declared = next(iter(stacks.values())).declared.batch_dim
+        layout = locate(self.site, x, size, declared, self.context.finder, self)
+        rows = layout.to_rows(x, size)
+        picked, groups = _pick(stacks, self.path, self.swaps, entries, size)
+
+        def one(parts: dict[str, Any], x: Tensor) -> Tensor:
+            y = self._under(parts, functools.partial(forward, layout.from_rows(x, len(x))))
+            if not isinstance(y, Tensor):
+                raise TypeError(
+                    f"{self.path}: an adapter replaces tensors of this module, whose forward returns a "
+                    f"{type(y).__name__}; routing it needs a tensor. Use torch.vmap over the stack"
+                )
+            return layout.to_rows(y, len(x))
+
+        y = torch.vmap(one, randomness="different")(picked, rows.unflatten(0, (groups[0].size, -1)))
+        if all(group.base for group in groups):
+            # A row without any adapter has the base's output bit for bit.
+            active = functools.reduce(torch.logical_or, [group.active(y.ndim) for group in groups])
+            alone = self._under(dict.fromkeys(stacks), functools.partial(forward, x))
+            y = torch.where(active, y, layout.to_rows(alone, size).view(y.shape))
+        return layout.from_rows(y.flatten(0, 1), size)
+
+    def _under(self, parts: Mapping[str, Any], forward: Any) -> Any:
+        """Run the forward with these parts in the place of the stacks; `None` switches one off."""
+        context, before, kept = self.context, self.context.trees or {}, self.context.kept or {}
+        tensors = {one.key: kept[one.key] for one in self.swaps if one.key in kept}
+        for one in self.swaps:
+            if (part := parts.get(one.adapter)) is not None:
+                new = over(tensors[one.key], part["replaced"][f"{one.path}.{one.leaf}"], one.index)
+                on = part["on"].get("replaced")
+                tensors[one.key] = new if on is None else torch.where(on, new, tensors[one.key])
+        held = [(container, name, container[name]) for one in self.swaps for container, name in one.places]
+        trees = {name: GroupAdapter(parts[name]) if name in parts else tree for name, tree in before.items()}
+        try:
+            context.trees = {name: tree for name, tree in trees.items() if parts.get(name, tree) is not None}
+            for one in self.swaps:
+                for container, name in one.places if one.key in tensors else ():
+                    container[name] = tensors[one.key]
+            return forward()
+        finally:
+            context.trees = before
+            for container, name, tensor in held:
+                container[name] = tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupAdapter:
+    """One group's part of a stack, given to a module in place of a tree."""
+
+    part: Any
+
+    def layer(self, below: Any, entry: SiteAdapter, finder: Any) -> SelectedAdapter:
+        """The layer that the module gets."""
+        part = self.part
+        return SelectedAdapter(below, entry.with_constants(part["constants"]), part["leaves"], part["on"].get("leaves"))
+
+
+def _pick(
+    stacks: Mapping[str, Routed],
+    path: str,
+    swaps: Sequence[TensorSwap],
+    entries: Mapping[str, SiteAdapter],
+    size: int,
+) -> tuple[dict[str, Any], list[Groups]]:
+    """What each group of rows has of each stack here, and the groups."""
+    alone = len(stacks) == 1
+    parts: dict[str, Any] = {}
+    found: list[Groups] = []
+    for name, tree in stacks.items():
+        mine = [one for one in swaps if one.adapter == name]
+        rows = tree.rows.expanded(size)
+        constants: dict[str, Any] = {}
+        entry = entries.get(name)
+        own = rows
+        if entry is not None:
+            entry, own = tree.along(entry, rows)
+            constants = {key: c for key, c in entry.site.constants.items() if isinstance(c, PerAdapter)}
+        together = alone and own is rows
+        groups, of_method = (rows.groups() if together else rows.each()), (own.groups() if together else own.each())
+        replaced = {f"{one.path}.{one.leaf}": groups.pick(tree.tree[one.path][one.leaf]) for one in mine}
+        at_site: Leaves = {} if entry is None else entry.leaves(tree.tree)
+        on = {"replaced": groups.active(1)} if groups.base else {}
+        if of_method.base:
+            on["leaves"] = of_method.active(1)
+        parts[name] = {
+            "replaced": replaced,
+            "leaves": {leaf: of_method.pick(tensor) for leaf, tensor in at_site.items()},
+            "constants": {key: of_method.pick(c.values) for key, c in constants.items()},
+            "on": on,
+        }
+        found.append(groups)
+    return parts, found
+
+
+class OwnerModule:
+    """Placed in front of the class of a module that owns replaced tensors."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        owner: RoutedOwner = self.__dict__["_owner"]
+        inherited = super().forward  # type: ignore[misc]
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if owner.context.reached is not None:
+            owner.context.reached.add(owner.path)
+        stacks = owner.routed()
+        if owner.context.see is not None and (stacks or not isinstance(self, AdaptedModule)) and isinstance(x, Tensor):
+            owner.context.see(owner.path, x)
+        if not stacks:
+            return inherited(*args, **kwargs)
+        count = sum(isinstance(one, Tensor) for one in (*args, *kwargs.values()))
+        if count > 1 or (isinstance(self, _NormBase) and self.training):
+            why = "normalises over the batch" if isinstance(self, _NormBase) else f"takes {count} tensors"
+            raise ValueError(
+                f"{owner.path}: an adapter replaces tensors of this {owner.cls.__name__}, which {why}, so its rows "
+                "cannot be run in groups; use torch.vmap over the stack, or one adapter at a time"
+            )
+        entries = self.__dict__["_runtime"].entries if isinstance(self, AdaptedModule) else {}
+        if args:
+            return owner.run(stacks, lambda x: inherited(x, *args[1:], **kwargs), entries, x)
+        name = next(iter(kwargs))
+        return owner.run(stacks, lambda x: inherited(**{**kwargs, name: x}), entries, x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        owner: RoutedOwner = self.__dict__["_owner"]
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, state, *rest = reduced
+        state = {key: value for key, value in state.items() if key != "_owner"}
+        args = tuple(owner.cls if one is type(self) else one for one in args)
+        return _revive, (make, args, owner), state, *rest
+
+
+def _revive(make: Any, args: tuple[Any, ...], owner: RoutedOwner) -> Any:
+    module = make(*args)
+    object.__setattr__(owner, "cls", type(module))
+    _mark(module, owner)
+    return module
+
+
+def _mark(module: Any, owner: RoutedOwner) -> None:
+    cls: Any = type(module)
+    module.__class__ = owner_class(cls)
+    module.__dict__["_owner"] = owner
+
+
+@functools.lru_cache(maxsize=256)
+def owner_class(cls: Any) -> Any:
+    """`cls` with the forward of `OwnerModule` in front."""
+    return type(cls.__name__, (OwnerModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def mark_owners(
+    context: CallContext, copies: Sequence[tuple[nn.Module, Any]], found: Sequence[TensorSwap], paths: Mapping[int, str]
+) -> None:
+    """Turn the modules of a skeleton that own replaced tensors into units.
+
+    Args:
+        context: The skeleton's.
+        copies: The model's modules, each with its copy in the skeleton.
+        found: Where replaced tensors hang.
+        paths: Names of the model's modules by identity.
+    """
+    for theirs, own in copies:
+        registry = id(own._parameters) if isinstance(own, nn.Module) else None
+        mine = [
+            dataclasses.replace(one, places=[place for place in one.places if id(place[0]) == registry])
+            for one in found
+            if any(id(place[0]) == registry for place in one.places)
+        ]
+        if mine:
+            path = paths[id(theirs)]
+            site = describe(path, theirs) or Site(path, "linear", 0, 0)
+            _mark(own, RoutedOwner(path, context, mine, type(own), site))

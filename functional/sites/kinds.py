@@ -1,0 +1,260 @@
+"""Layer types: which modules carry an adapter, and how each becomes a site."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .site import Geometry, Lookup, Site, quantised_form
+
+Describe = Callable[[str, Any], Site]
+
+
+def describe(path: str, module: nn.Module) -> Site | None:
+    """Describe a module as a site, or return `None` where its kind carries no adapter.
+
+    Args:
+        path: Dotted name of the module in the user's model.
+        module: The module.
+
+    Raises:
+        ValueError: A module of a registered class that is not what was said of it.
+
+    >>> describe("head", nn.Linear(4, 3)).weight_shape
+    (3, 4)
+    >>> describe("norm", nn.LayerNorm(4)) is None
+    True
+    """
+    for cls in type(module).__mro__:
+        if (found := _known(cls)) is not None:
+            return found(path, module)
+    return None
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class among a module's bases whose forward its kind speaks of.
+
+    A weight that is not of floating point is stored in a form that only the module's own class can read.
+
+    >>> class Scaled(nn.Embedding):
+    ...     def forward(self, ids):
+    ...         return 3 * super().forward(ids)
+    >>> plain_class(Scaled(4, 2)).__name__
+    'Embedding'
+    """
+    site = describe("", module)
+    assert site is not None
+    if not site.weight_names or quantised_form(site.like(module)):
+        return type(module)
+    return next(cls for cls in type(module).__mro__ if _known(cls))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of any type.
+
+    >>> is_linear(nn.Linear(2, 2)), is_linear(nn.Embedding(2, 2))
+    (True, False)
+    """
+    site = describe("", module)
+    return site is not None and site.kind == "linear"
+
+
+def register_layer(
+    cls: type[nn.Module],
+    kind: str,
+    *,
+    weight: str = "weight",
+    bias: str | None = "bias",
+    transposed: bool = False,
+) -> None:
+    """Let modules of a class of your own carry adapters, and those of its subclasses.
+
+    The class computes what torch's layer of that kind does, with a weight and a bias that it may name and lay out in
+    its own way. Its forward is called with the input first and stays as it is; sizes are read from the weight. A
+    convolution's `stride`, `padding`, `dilation`, `groups` and `padding_mode` are read from attributes of these names,
+    where it has them.
+
+    Args:
+        cls: The class.
+        kind: `"linear"`, `"embedding"`, `"conv1d"`, `"conv2d"` or `"conv3d"`.
+        weight: Name of the attribute that holds the weight: `"out in"` for a linear layer, `"vocab dim"` for an
+            embedding, `"out in/groups *kernel"` for a convolution.
+        bias: Name of the attribute that holds the bias, which may be missing or `None`; `None` where there is none.
+        transposed: Whether the weight is `"in out"`, or an embedding's `"dim vocab"`.
+
+    Raises:
+        TypeError: Something else than a class of modules, or a name that is no string.
+        ValueError: An unknown kind, a transposed convolution, or a class that is known already as something else.
+
+    >>> import torch
+    >>> class Dense(nn.Module):
+    ...     def __init__(self, inputs, outputs):
+    ...         super().__init__()
+    ...         self.kernel = nn.Parameter(torch.randn(inputs, outputs))
+    ...
+    ...     def forward(self, x):
+    ...         return x @ self.kernel
+    >>> register_layer(Dense, "linear", weight="kernel", bias=None, transposed=True)
+    >>> from torchgraft.adapters import LoraConfig
+    >>> from torchgraft.functional import bind
+    >>> graft = bind(nn.Sequential(Dense(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> {leaf: tuple(t.shape) for leaf, t in graft.init()["0"].items()}
+    {'lora_A': (2, 4), 'lora_B': (3, 2)}
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer: cls is {cls!r}, expected a class of torch.nn.Module")
+    if not isinstance(weight, str) or not (bias is None or isinstance(bias, str)):
+        raise TypeError(f"register_layer: weight is {weight!r} and bias is {bias!r}, expected names of attributes")
+    if kind not in _AXES:
+        raise ValueError(f"register_layer: kind is {kind!r}, expected one of {', '.join(_AXES)}")
+    if transposed and kind.startswith("conv"):
+        raise ValueError(
+            f"register_layer: transposed is True for the {kind} {cls.__name__}; a convolution's weight has to be "
+            "'out in/groups *kernel', and one of a transposed convolution is not supported"
+        )
+    new = functools.partial(_own, kind, weight, bias, transposed)
+    old = _known(cls)
+    if old is not None and not (isinstance(old, functools.partial) and old.args == new.args):
+        raise ValueError(
+            f"register_layer: {cls.__name__} is known already as something else; register a subclass of it instead"
+        )
+    _DESCRIBE[cls] = new
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module's forward is that of `nn.Linear` or `Conv1D` itself.
+
+    >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
+    (True, False)
+    """
+    cls: Any = type(module)
+    return _has_plain_forward(cls)
+
+
+@functools.lru_cache(maxsize=256)
+def _has_plain_forward(cls: Any) -> bool:
+    forward = cls.forward
+    return forward is nn.Linear.forward or (
+        forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward"
+    )
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is `transformers`' `Conv1D`, a linear map that stores `"in out"`, without importing it."""
+    return any(_known(cls) is _conv1d_of_transformers for cls in type(module).__mro__)
+
+
+# -- torch's own, and those known by name ---------------------------------------------------------------------------
+
+
+def _linear(path: str, module: nn.Linear) -> Site:
+    return Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
+
+
+def _conv1d_of_transformers(path: str, module: Any) -> Site:
+    weight: Any = module._parameters.get("weight")
+    flat = weight is None or weight.ndim != 2  # what FullyShardedDataParallel makes of it between calls
+    rows, columns = (module.nx, module.nf) if flat else weight.shape
+    return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
+
+
+def _packed_linear(path: str, module: Any) -> Site:
+    """A linear layer whose weight and bias are packed where no attribute holds them as tensors."""
+    return Site(path, "linear", module.in_features, module.out_features, weight_names=())
+
+
+def _embedding(path: str, module: nn.Embedding) -> Site:
+    how = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
+    lookup = None if how == Lookup(None, False, None) else how
+    return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True, lookup=lookup)
+
+
+def _conv(path: str, module: nn.Conv2d) -> Site:
+    sizes = (module.in_channels, module.out_channels)
+    return _convolution(path, module, sizes, tuple(module.kernel_size), module.bias is not None)
+
+
+def _convolution(path: str, module: Any, sizes: tuple[int, int], kernel: tuple[int, ...], has_bias: bool) -> Site:
+    """A site whose settings are attributes of the module, where it has them."""
+
+    def each(name: str, default: int) -> Any:
+        value = getattr(module, name, default)
+        return (value,) * len(kernel) if isinstance(value, int) else value if isinstance(value, str) else tuple(value)
+
+    dilation, padding = each("dilation", 1), each("padding", 0)
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        edges = [edge for t in reversed(total) for edge in (t // 2, t - t // 2)]
+    else:
+        edges = [edge for p in reversed(padding) for edge in (p, p)]
+    mode = getattr(module, "padding_mode", "zeros")
+    geometry = Geometry(each("stride", 1), padding, dilation, getattr(module, "groups", 1), mode, tuple(edges))
+    return Site(path, f"conv{len(kernel)}d", *sizes, has_bias, kernel_size=kernel, geometry=geometry)
+
+
+def _attention(path: str, module: nn.MultiheadAttention) -> Site:
+    dim, has_bias = module.embed_dim, module.in_proj_bias is not None
+    sizes = (dim, module.kdim, module.vdim)
+    packed = module._qkv_same_embed_dim
+    names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return Site(
+        path,
+        "attention",
+        dim if packed else sum(sizes),
+        3 * dim,
+        has_bias,
+        weight_names=names,
+        bias_name="in_proj_bias",
+        blocks=() if packed else sizes,
+    )
+
+
+# -- those that users register --------------------------------------------------------------------------------------
+
+_AXES = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
+"""Kinds that can be registered, and the axes of their weights."""
+
+
+def _own(kind: str, weight: str, bias: str | None, transposed: bool, path: str, module: Any) -> Site:
+    what = f"{path or 'the model'}: {type(module).__name__} is registered as {kind}"
+    held = getattr(module, weight, None)
+    if not isinstance(held, Tensor) or held.ndim != _AXES[kind]:
+        given = f"has shape {tuple(held.shape)}" if isinstance(held, Tensor) else f"is {type(held).__name__}"
+        raise ValueError(f"{what}, and its {weight!r} {given}, expected a tensor of {_AXES[kind]} axes")
+    shift = None if bias is None else getattr(module, bias, None)
+    flip = transposed != (kind == "embedding")
+    outputs, inputs = tuple(held.mT.shape if flip else held.shape)[:2]
+    if shift is not None and (kind == "embedding" or not isinstance(shift, Tensor) or shift.shape != (outputs,)):
+        given = str(tuple(shift.shape)) if isinstance(shift, Tensor) else type(shift).__name__
+        expected = "none" if kind == "embedding" else f"shape {(outputs,)}"
+        raise ValueError(f"{what}, and its {bias!r} is {given}, expected {expected}")
+    names: dict[str, Any] = {"weight_names": (weight,), "bias_name": bias or "bias"}
+    if kind in ("linear", "embedding"):
+        return Site(path, kind, inputs, outputs, shift is not None, transposed=flip, **names)
+    sizes = (inputs * getattr(module, "groups", 1), outputs)
+    site = _convolution(path, module, sizes, tuple(held.shape[2:]), shift is not None)
+    return dataclasses.replace(site, **names)
+
+
+_DESCRIBE: dict[type, Describe] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.MultiheadAttention: _attention,
+}
+
+
+_BY_NAME: dict[tuple[str, str], Describe] = {
+    ("transformers.pytorch_utils", "Conv1D"): _conv1d_of_transformers,
+    ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"): _packed_linear,
+}
+
+
+def _known(cls: type) -> Describe | None:
+    return _DESCRIBE.get(cls) or _BY_NAME.get((cls.__module__, cls.__name__))

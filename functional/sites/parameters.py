@@ -1,0 +1,70 @@
+"""Bare parameters as sites: a matrix, or one for each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .site import Site
+
+Key = tuple[int, str]
+"""What a site is in a model, whatever its names: a module's id and `""`, or the name of one of its parameters."""
+
+
+def find(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None, str]:
+    """The module at a path and `""`, or a parameter's module and its name there.
+
+    >>> model = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    >>> find(dict(model.named_modules()), "a.weight")[1]
+    'weight'
+    """
+    if path in modules:
+        return modules[path], ""
+    owner, _, leaf = path.rpartition(".")
+    module = modules.get(owner)
+    return (module, leaf) if module is not None and module._parameters.get(leaf) is not None else (None, "")
+
+
+def key_of(modules: Mapping[str, nn.Module], path: str) -> Key:
+    """The same for all names of one site."""
+    module, leaf = find(modules, path)
+    return id(module), leaf
+
+
+def describe_parameter(path: str, module: nn.Module, leaf: str) -> Site:
+    """Describe a parameter as a site: a matrix `"out in"`, or a stack of them, `"experts out in"`.
+
+    Experts are `"experts in out"` in a module that says `is_transposed`, as `transformers`' experts do.
+
+    Args:
+        path: Dotted name of the parameter in the user's model.
+        module: The module that has it.
+        leaf: Its name there.
+
+    Raises:
+        ValueError: A parameter of another number of axes, or one that is not of floating point.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> describe_parameter("head.weight", layer, "weight").weight_shape
+    (2, 3)
+    """
+    parameter: Any = module._parameters[leaf]
+    shape = tuple(parameter.shape)
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        raise ValueError(
+            f"{path}: the parameter has dtype {parameter.dtype}, expected floating point; a product cannot be added to "
+            "it, so leave it out of target_parameters, or dequantise it first"
+        )
+    if len(shape) == 2:
+        return Site(path, "parameter", shape[1], shape[0], weight_names=(leaf,))
+    if len(shape) != 3:
+        raise ValueError(
+            f"{path}: the parameter has shape {shape}, expected 2 axes, or 3 of which the first counts experts; leave "
+            "it out of target_parameters"
+        )
+    transposed = bool(getattr(module, "is_transposed", False))
+    rows, columns = shape[1:]
+    sizes = (rows, columns) if transposed else (columns, rows)
+    return Site(path, "experts", *sizes, transposed=transposed, weight_names=(leaf,), experts=shape[0])
