@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .binding.replaced import merged
 from .binding.tied import TiedAdapter
 from .graft import Graft
-from .layers.adapted import Adapted
-from .layers.base import Base, BaseWithTensors
-from .method import Tree
+from .layers.base import BaseWithTensors
+from .layers.compose import compose
+from .method import SiteAdapter, Tree
 from .sites.parameters import Key, find
 from .sites.site import own_tensor
 from .tensors.placement import is_sharded, spread
@@ -60,27 +60,22 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in itertools.chain(*tensors):
         names.setdefault(id(tensor), []).append(bare_name(name))
-    layers: dict[Key, Base | Adapted] = {}
-    paths: dict[Key, str] = {}
-    followers: dict[str, set[int]] = {}
-    for adapter, tree in active.items():
-        for path, entry in graft.binding.adapters(adapter).items():
-            module, leaf = find(modules, path)
-            key, owner = (id(module), leaf), entry.site.owner
-            if isinstance(entry, TiedAdapter):
-                followers.setdefault(entry.follow.source, set()).add(id(module))
-                continue
-            own = {leaf: given[name] for leaf in entry.site.names if (name := f"{owner}.{leaf}".lstrip(".")) in given}
-            below = layers.get(key) or BaseWithTensors(module, entry.site, own)
-            layers[key] = Adapted(below, entry, entry.leaves(tree))
-            paths.setdefault(key, path)
-    carriers = {module for module, _ in layers}
-    for key, layer in layers.items():
-        path = paths[key]
-        assert isinstance(layer, Adapted)
-        following = followers.get(path, set()) - carriers
-        for leaf, value in layer.entry.site.stored(*layer.dense()).items():
-            _write(state, names, modules, path, leaf, value, following)
+    by_key, _ = graft.binding.adapters_by_key(active)
+    tied: dict[str, set[int]] = {}
+    carriers: dict[Key, list[tuple[SiteAdapter, Tree]]] = {}
+    for key, adapters in by_key.items():
+        for name, adapter in adapters.items():
+            if isinstance(adapter, TiedAdapter):
+                tied.setdefault(adapter.tied.source, set()).add(key[0])
+            else:
+                carriers.setdefault(key, []).append((adapter, active[name]))
+    own = {module for module, _ in carriers}
+    for pairs in carriers.values():
+        site = pairs[0][0].site
+        replaced = {leaf: given[name] for leaf in site.names if (name := f"{site.owner}.{leaf}".lstrip(".")) in given}
+        layer = compose(BaseWithTensors(modules[site.owner], site, replaced), pairs)
+        for leaf, value in site.stored(*layer.dense()).items():
+            _write(state, names, modules, site.path, leaf, value, tied.get(site.path, set()) - own)
     return state
 
 

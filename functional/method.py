@@ -28,6 +28,28 @@ Original = Callable[[], Dense]
 """The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
 
 
+class ActiveTree(Protocol):
+    """What a call can have in place of an adapter's tree: a routed stack, one adapter of a padded one."""
+
+    tree: Tree
+
+    def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
+        """Refuse a tree that does not have the leaves of one adapter, as `trees.check` does."""
+        ...
+
+    def with_tree(self, tree: Tree) -> ActiveTree:
+        """Return the same over another tree."""
+        ...
+
+    def layer(self, below: Any, adapter: SiteAdapter, finder: Any) -> Any:
+        """Return the layer that a site gets around the one below."""
+        ...
+
+    def tensors(self) -> Any:
+        """Return all tensors that a call depends on."""
+        ...
+
+
 class Layer(Protocol):
     """The module under an adapter, as a method sees it: callable, with a canonical weight."""
 

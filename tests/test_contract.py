@@ -18,7 +18,7 @@ from torch.func import grad, jvp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
-from torchgraft.functional import bind, functional_call, merge, route, stack, unstack, value_and_grad
+from torchgraft.functional import Graft, bind, functional_call, merge, route, stack, unstack, value_and_grad
 
 METHODS = {
     "lora": LoraConfig(r=2, lora_alpha=3, target_modules=["first", "second"]),

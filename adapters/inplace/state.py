@@ -163,10 +163,10 @@ def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
     for path, entry in entries.items():
         if not isinstance(entry, TiedAdapter):
             continue
-        given, expected = (one.constants["scaling"] for one in (entry.site, sites[entry.follow.source]))
+        given, expected = (one.constants["scaling"] for one in (entry.site, sites[entry.tied.source]))
         if given != expected:
             raise ValueError(
-                f"{path}: scaling of adapter {adapter_name!r} is {given}, and {expected} at {entry.follow.source}, to "
+                f"{path}: scaling of adapter {adapter_name!r} is {given}, and {expected} at {entry.tied.source}, to "
                 "which it is tied and whose parameters it has; write the same to both"
             )
     return sites

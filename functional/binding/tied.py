@@ -49,10 +49,10 @@ TiedSites = Mapping[str, TiedSite]
 class TiedAdapter(SiteAdapter):
     """One adapter's part at a site that follows another."""
 
-    follow: TiedSite
+    tied: TiedSite
 
     def leaves(self, tree: Tree) -> Leaves:
-        return self.follow.turned(tree[self.follow.source])
+        return self.tied.turned(tree[self.tied.source])
 
 
 def plan_tied(config: Any, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> TiedSites:
@@ -62,7 +62,7 @@ def plan_tied(config: Any, modules: Mapping[str, nn.Module], sites: Mapping[str,
     return found
 
 
-def tied_adapter(config: Any, path: str, module: nn.Module, follow: TiedSite, source: Site) -> TiedAdapter:
+def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, source: Site) -> TiedAdapter:
     """The entry of a module that follows a site, with that site's constants.
 
     Raises:
@@ -70,5 +70,5 @@ def tied_adapter(config: Any, path: str, module: nn.Module, follow: TiedSite, so
     """
     site = describe(path, module)
     if site is None:
-        raise ValueError(f"{path}: is tied to {follow.source}, and a {type(module).__name__} carries no adapter")
-    return TiedAdapter(config, dataclasses.replace(site, constants=source.constants), follow)
+        raise ValueError(f"{path}: is tied to {tied.source}, and a {type(module).__name__} carries no adapter")
+    return TiedAdapter(config, dataclasses.replace(site, constants=source.constants), tied)

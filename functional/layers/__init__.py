@@ -1,0 +1,1 @@
+"""Layers: what stands at a site in a call, the base and the adapters around it."""

@@ -1,0 +1,1 @@
+"""Routing: stacks of adapters over the rows of a batch."""

@@ -1,0 +1,1 @@
+"""Skeletons: copies of a model's structure, through which adapters run."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.compose import compose
 from ..layers.routed import RoutedLayer
 from ..method import Leaves, SiteAdapter
 from ..sites.factored import Factored, Term
@@ -57,7 +58,7 @@ class ParameterRuntime:
         weight: Any = module._parameters.get(self.leaf)
         if weight is None:  # FSDP exchanges it for a part of a flat one
             weight = vars(module)[self.leaf]
-        chosen = list(self._chosen(self.context.active(self.path)))
+        chosen = self._selected()
         if self.context.reached is not None:
             self.context.reached.add(self.path)
         if not chosen:
@@ -67,16 +68,16 @@ class ParameterRuntime:
             return spread(adapted, weight.device_mesh, weight.placements)
         return adapted_weight(weight, chosen, torch.compiler.is_compiling() and self._hidden(module, weight))
 
-    def _chosen(self, trees: Mapping[str, Any]) -> Iterator[Selected]:
-        for name, entry in self.entries.items():
-            tree = trees.get(name)
-            if type(tree) is dict:
-                yield entry, entry.leaves(tree), None
-            elif tree is not None:
-                layer = tree.layer(None, entry, self.context.finder)
-                if isinstance(layer, RoutedLayer):
-                    raise RuntimeError(no_rows(self.path))
-                yield layer.entry, layer.leaves, layer.on
+    def _selected(self) -> list[Selected]:
+        """Return the adapters that are active, the innermost first."""
+        layer = compose(None, self.context.active(self.path, self.entries), self.context.finder)
+        found: list[Selected] = []
+        while layer is not None:
+            if isinstance(layer, RoutedLayer):
+                raise RuntimeError(no_rows(self.path))
+            found.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
+            layer = layer.base
+        return found[::-1]
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
         """Whether the forward may call torch's grouped product, which `torch.compile` hides from objects (torch 2.13).

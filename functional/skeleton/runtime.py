@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import Adapted
 from ..layers.base import Base
+from ..layers.compose import compose
 from ..layers.gathered import run_on_shards
 from ..layers.no_weight import stand_in
 from ..layers.projection import Projection, ProjectionSlice
@@ -41,21 +42,8 @@ class SiteRuntime:
         self, args: tuple = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
     ) -> Any:
         """The base under the active adapters, the first innermost; or a part of an attention's projection."""
-        trees = self.context.active(self.path)
-        layer: Any = None
-        for name, entry in self.entries.items():
-            tree = trees.get(name)
-            if tree is not None:
-                below = layer or self._base(entry.site, args, kwargs, part)
-                if type(tree) is dict:
-                    layer = Adapted(below, entry, entry.leaves(tree))
-                else:
-                    layer = tree.layer(below, entry, self.context.finder)
-                if part is not None and not part.whole:
-                    config, split = entry.config, entry.config.method.part
-                    assert split is not None
-                    layer.leaves = split(config, entry.site, layer.leaves, part.rows, part.columns)
-        return layer or self._base(next(iter(self.entries.values())).site, args, kwargs, part)
+        base = self._base(next(iter(self.entries.values())).site, args, kwargs, part)
+        return compose(base, self.context.active(self.path, self.entries), self.context.finder, part)
 
     def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None) -> Any:
         return Base(self.inner, site, args, kwargs) if part is None else Projection(self.inner, site, part)

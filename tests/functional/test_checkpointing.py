@@ -64,8 +64,8 @@ def expected(graft, tree, x=X):
 
 def built(graft):
     """A list that grows with each skeleton that the graft makes."""
-    made, build = [], graft.pool()._build
-    graft.pool()._build = lambda cell: made.append(1) or build(cell)
+    made, build = [], graft.bound.pool()._build
+    graft.bound.pool()._build = lambda cell: made.append(1) or build(cell)
     return made
 
 

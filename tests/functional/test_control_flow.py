@@ -56,9 +56,9 @@ def whole(f, backend="aot_eager"):
 
 def reads(graft):
     """Everything that compiled calls of a graft could write to, by identity."""
-    skeletons = list(graft.compiled.skeletons.values())
+    skeletons = list(graft.bound.compiled.skeletons.values())
     dicts = [d for s in skeletons for _, own in s.modules for d in (vars(own), own._parameters, own._buffers)]
-    return [list(map(id, d.values())) for d in dicts], [dict(s.cell.state) for s in skeletons]
+    return [list(map(id, d.values())) for d in dicts], [dict(s.context.state) for s in skeletons]
 
 
 WITHIN = {

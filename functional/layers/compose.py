@@ -1,0 +1,51 @@
+"""Composing: the base, then each adapter around what is beneath it; the one place where they become a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..locating.finder import Finder
+from ..method import ActiveTree, SiteAdapter, Tree
+from .adapted import Adapted
+from .projection import ProjectionSlice
+
+
+def compose(
+    base: Any,
+    adapters: Iterable[tuple[SiteAdapter, Tree | ActiveTree]],
+    finder: Finder | None = None,
+    part: ProjectionSlice | None = None,
+) -> Any:
+    """Put adapters around a base, `y = f_n(... f_1(base))`.
+
+    Args:
+        base: The layer at the bottom.
+        adapters: Adapters of one site, the innermost first, each with the tree that is active in the call.
+        finder: Finds where the rows of a routed call are.
+        part: The part of an attention's projection that the base is, if it is one.
+
+    Returns:
+        The outermost layer; `base` without any adapter.
+
+    >>> import torch
+    >>> from torchgraft.adapters import LoraConfig
+    >>> from torchgraft.functional import bind
+    >>> from torchgraft.functional.layers.base import Base
+    >>> graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=2, target_modules="all-linear"))
+    >>> adapter = graft.binding.adapters("")[""]
+    >>> layer = compose(Base(graft.model, adapter.site), [(adapter, graft.init())])
+    >>> layer(torch.ones(1, 4)).shape, layer.weight.shape
+    (torch.Size([1, 3]), torch.Size([3, 4]))
+    """
+    layer = base
+    for adapter, tree in adapters:
+        if type(tree) is dict:
+            layer = Adapted(layer, adapter, adapter.leaves(tree))
+        else:
+            layer = tree.layer(layer, adapter, finder)  # type: ignore[union-attr]
+        if part is not None and not part.whole:
+            split = adapter.config.method.part
+            assert split is not None
+            layer.leaves = split(adapter.config, adapter.site, layer.leaves, part.rows, part.columns)
+    return layer
