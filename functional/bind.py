@@ -47,7 +47,7 @@ def bind(
         ValueError: A config that matches nothing, or a module that its method does not support.
 
     >>> from torchgraft.adapters import LoraConfig
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     >>> bind(model, LoraConfig(target_modules=["0"]))
     Graft(Sequential, LORA on 1 sites)
     """

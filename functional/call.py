@@ -39,6 +39,7 @@ def functional_call(
         KeyError, TypeError, ValueError: A tree that does not fit, a base tensor that does not exist.
         RuntimeError: The forward ran past a site, so that its adapter had no effect.
 
+    >>> import torch
     >>> from torchgraft.adapters import IA3Config
     >>> from torchgraft.functional import bind
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
