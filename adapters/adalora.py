@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Rows, Site, Varying, Weights, widen
 
 from .called import DROPOUT, dropped
 from .config import require
@@ -111,7 +111,16 @@ class AdaLoraConfig(LoraFields):
             )
 
 
-def plan(config: AdaLoraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaLoraConstants(Constants):
+    """Rank of a site, the numerator of its scaling factor, and the factor."""
+
+    r: Varying[int]
+    lora_alpha: Varying[float]
+    scaling: Varying[float]
+
+
+def plan(config: AdaLoraConfig, sites: list[Site], weights: Weights) -> dict[str, AdaLoraConstants]:
     """Rank and scaling factor of each site."""
     patterns = {_module(key): [bool(kept) for kept in mask] for key, mask in (config.rank_pattern or {}).items()}
     unknown = sorted(set(patterns) - {site.path for site in sites})
@@ -125,10 +134,9 @@ def plan(config: AdaLoraConfig, sites: list[Site], weights: Weights) -> dict[str
         )
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     return {
-        site.path: {
-            "r": sum(patterns[site.path]) if site.path in patterns else config.init_r,
-            **_scaled(config, alpha),
-        }
+        site.path: AdaLoraConstants(
+            sum(patterns[site.path]) if site.path in patterns else config.init_r, **_scaled(config, alpha)
+        )
         for site in sites
     }
 
@@ -144,7 +152,7 @@ def _module(key: str) -> str:
 
 def shapes(config: AdaLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """`A` is `"r in/groups*kernel"`, `E` is `"r 1"`, `B` is `"out r"`."""
-    r = site.constants["r"]
+    r = site.constants.r
     return {"lora_A": (r, math.prod(site.weight_shape[1:])), "lora_B": (site.out_features, r), "lora_E": (r, 1)}
 
 
@@ -156,11 +164,10 @@ def init(
 
 
 def _init_site(config: AdaLoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:
-    device = generator.device if generator is not None else None
     shape = shapes(config, site)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, dtype=torch.float32, device=device, generator=generator)
+        return torch.randn(size, dtype=torch.float32, generator=generator)
 
     a, e, b = (draw(*shape[name]) for name in ("lora_A", "lora_E", "lora_B"))
     draw(1)
@@ -173,7 +180,7 @@ def _init_site(config: AdaLoraConfig, site: Site, generator: torch.Generator | N
 
 def apply(config: AdaLoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + s B diag(E) A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
-    scaling, dropout = site.constants["scaling"], leaves.get(DROPOUT, config.lora_dropout)
+    scaling, dropout = site.constants.scaling, leaves.get(DROPOUT, config.lora_dropout)
     if site.kind == "linear":
         a, e, b = widen(leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
         return add_to_linear(base, x, a * e, b, scaling, dropout)
@@ -189,7 +196,7 @@ def routed(config: AdaLoraConfig, site: Site, leaves: dict[str, Tensor], base: L
     if site.kernel_size:
         return NotImplemented
     a, e, b = widen(leaves["lora_A"], leaves["lora_E"], leaves["lora_B"])
-    return route_to_linear(base, x, a * e, b, site.constants["scaling"], config.lora_dropout, rows)
+    return route_to_linear(base, x, a * e, b, site.constants.scaling, config.lora_dropout, rows)
 
 
 def merge(
@@ -197,21 +204,23 @@ def merge(
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + s B diag(E) A`."""
     delta = leaves["lora_B"] @ (leaves["lora_E"] * leaves["lora_A"])
-    return add_scaled(weight, delta.view(weight.shape), site.constants["scaling"]), bias
+    return add_scaled(weight, delta.view(weight.shape), site.constants.scaling), bias
 
 
 AdaLoraConfig.method = Method(
     name="ADALORA",
+    config=AdaLoraConfig,
     kinds=frozenset({"linear", "conv2d"}),
     plan=plan,
     shapes=shapes,
     init=init,
     apply=apply,
     merge=merge,
+    constants=AdaLoraConstants,
     routed=routed,
     varying=frozenset(
         {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
-        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r", "alpha", "scaling"}
+        | {"lora_alpha", "init_lora_weights", "rank_pattern", "r"}
     ),
 )
 
@@ -240,10 +249,10 @@ AdaLoraConfig.form = Form(
     parameters=("lora_A", "lora_B", "lora_E"),
     values={
         "lora_alpha": Value(lambda config, site: config.lora_alpha),
-        "r": Value(lambda config, site: site.constants["r"]),
+        "r": Value(lambda config, site: site.constants.r),
         "ranknum": Value(lambda config, site: float(config.init_r)),
         "scaling": Value(
-            lambda config, site: site.constants["lora_alpha"], lambda config, site, value: _scaled(config, value)
+            lambda config, site: site.constants.lora_alpha, lambda config, site, value: _scaled(config, value)
         ),
     },
 )

@@ -128,6 +128,14 @@ class AdapterConfig:
         modules = modules_of(model)
         return find_targets(self.for_model(model, modules), modules, model)
 
+    def structure(self, model: nn.Module) -> nn.Module:
+        """Return the model that the config is for; another one than this only where it has more layers."""
+        return model
+
+    def follows(self, modules: Mapping[str, nn.Module], paths: list[str]) -> Mapping[str, Any]:
+        """Return the modules that have the parameters of a site, by path; none, but for ties."""
+        return {}
+
     def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
         """The tensors of a model that the adapter trains copies of, by path and leaf.
 

@@ -33,9 +33,6 @@ from .low_rank import Scaling
 MAGNITUDE = "lora_magnitude_vector"
 """The leaf that holds `m`."""
 
-GAINS = "gains"
-"""The constant that holds `m / |W + s B A|`, where leaves and base are said to be constant."""
-
 
 def shape(site: Site) -> tuple[int, ...]:
     """`"out"`, for a convolution `"1 out *ones"`."""
@@ -52,7 +49,7 @@ def initial(site: Site, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         weight: The base's canonical weight.
     """
     a, b = a.to(weight.device), b.to(weight.device)
-    return norms(site, a, b, weight, site.constants["scaling"]).reshape(shape(site))
+    return norms(site, a, b, weight, site.constants.scaling).reshape(shape(site))
 
 
 def norms(site: Site, a: Tensor, b: Tensor, weight: Tensor, scaling: Scaling | PerAdapter) -> Tensor:
@@ -184,7 +181,7 @@ class Part:
             dropout: A module; not called where it is known to do nothing.
         """
         site, base, magnitude = self.site, self.base, self.leaves[MAGNITUDE]
-        weight, bias, scaling = base.original.weight, base.original.bias, site.constants["scaling"]
+        weight, bias, scaling = base.original.weight, base.original.bias, site.constants.scaling
         if site.kind == "embedding":
             found = magnitude.with_weight(x, lambda x, m: self._embedded(x, gain(m, self._norms_called(weight))))
             wide, each, added = widen(y, *found)
@@ -208,7 +205,7 @@ class Part:
         """`g`, and `g s B A d` of an embedding."""
         a, b, each = widen(self.a, self.b, each)
         down = as_embedding(self.site, ids, F.embedding(ids, a.mT))
-        return each, F.linear(down, b) * (each * self.site.constants["scaling"])
+        return each, F.linear(down, b) * (each * self.site.constants.scaling)
 
     def _norms_called(self, weight: Tensor) -> Tensor:
         """`|W + s B A|` where `A` and `B` may be modules.
@@ -216,7 +213,7 @@ class Part:
         Sharded ones are whole only while they are called. So the product of two linear maps is what they make of the
         identity, as in PEFT.
         """
-        site, a, b, scaling = self.site, self.a, self.b, self.site.constants["scaling"]
+        site, a, b, scaling = self.site, self.a, self.b, self.site.constants.scaling
         with torch.no_grad():
             if not isinstance(a, Called):
                 return norms(site, a, b, weight, scaling)
@@ -230,12 +227,12 @@ class Part:
 
     def gains(self, weight: Tensor) -> Tensor:
         """`g`, `"... out"`: computed, or what a view that is said to be constant keeps."""
-        known: Tensor | None = self.site.constants.get(GAINS)
+        known: Tensor | None = self.site.constants.gains
         if known is not None:
             return known
         magnitude = self.leaves[MAGNITUDE]
         m = magnitude.reshape(-1) if self.site.kernel_size else magnitude
-        return gain(m, norms(self.site, self.a, self.b, weight, self.site.constants["scaling"]))
+        return gain(m, norms(self.site, self.a, self.b, weight, self.site.constants.scaling))
 
     def _gains(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`g`, `"... out"`, and `g B`."""

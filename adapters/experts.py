@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from torchgraft.functional import AddsProduct
 from torchgraft.functional.extending import describe, is_linear
 
 from .fields import require
@@ -177,7 +178,9 @@ def warn_of_experts(config: Any, found: Collection[str], modules: Modules) -> No
             if everything or any(matches(config, f"{path}.{old}") for old in olds):
                 left.append(name)
     if left:
-        can = "target_parameters" in {field.name for field in dataclasses.fields(config)} and config.method.factors
+        can = "target_parameters" in {field.name for field in dataclasses.fields(config)} and config.method.ability(
+            AddsProduct
+        )
         remedy = f"name them in target_parameters, such as {_leaf(left[0])!r}" if can else "use LoRA for these"
         warnings.warn(
             f"{type(config).__name__}: target_modules={targets!r} leaves out the experts of this model, whose weights "

@@ -253,7 +253,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
         state |= {join(config, at, leaf, PREFIX): tensor for leaf, tensor in turned.items()}
     if config.form.saves_shared(config):
         constants = next(iter(graft.sites[name].values())).constants
-        state |= {f"{SHARED}{shared}": constants[shared] for shared in config.form.shared}
+        state |= {f"{SHARED}{shared}": getattr(constants, shared) for shared in config.form.shared}
     return graft.model, config, graft.sites[name], state
 
 

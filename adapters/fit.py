@@ -101,7 +101,7 @@ def fit(
             _check(weights, key, tuple(saved[name].shape), saved[name].dtype)
         elif key in shared:
             parts.shared[shared[key]] = key
-            constant = next(iter(sites.values())).constants[shared[key]]
+            constant = getattr(next(iter(sites.values())).constants, shared[key])
             _check(weights, key, tuple(constant.shape), constant.dtype)
         elif not _is_spare(config, name, replaced):
             rest.append(key)

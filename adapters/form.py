@@ -80,7 +80,7 @@ class Form:
 
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
         """The leaves of a site that are not trained, by name."""
-        return {leaf: site.constants[leaf] for leaf in self.fixed(config, site)}
+        return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
 
     @property
     def leaves(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Rows, Site, TakesComplex, Weights, widen
 
 from . import patterns
 from .config import AdapterConfig, require
@@ -62,7 +62,14 @@ class IA3Config(AdapterConfig):
         )
 
 
-def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class IA3Constants(Constants):
+    """Whether the input of a site is rescaled instead of its output."""
+
+    feedforward: bool
+
+
+def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, IA3Constants]:
     """Whether each site is feed-forward."""
     names = config.feedforward_modules or []
     each: list[list[str] | str] = [names] if isinstance(names, str) else [[name] for name in sorted(names)]
@@ -74,7 +81,7 @@ def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, di
             RuntimeWarning,
             stacklevel=2,
         )
-    return {site.path: {"feedforward": _matches(names, site.path)} for site in sites}
+    return {site.path: IA3Constants(_matches(names, site.path)) for site in sites}
 
 
 def _matches(names: list[str] | str, path: str) -> bool:
@@ -85,7 +92,7 @@ def _matches(names: list[str] | str, path: str) -> bool:
 
 def shapes(config: IA3Config, site: Site) -> dict[str, tuple[int, ...]]:
     """`"out 1"`, feed-forward `"1 in"`; a convolution's is `"1 channels *ones"`."""
-    feedforward = site.constants["feedforward"]
+    feedforward = site.constants.feedforward
     size = site.in_features if feedforward else site.out_features
     if site.kernel_size:
         return {"ia3_l": (1, size, *(1 for _ in site.kernel_size))}
@@ -96,10 +103,9 @@ def init(
     config: IA3Config, sites: list[Site], generator: torch.Generator | None, weights: Weights
 ) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws; vectors of ones use up the same random numbers."""
-    device = generator.device if generator is not None else None
     made = {}
     for site in sites:
-        drawn = torch.randn(shapes(config, site)["ia3_l"], dtype=torch.float32, device=device, generator=generator)
+        drawn = torch.randn(shapes(config, site)["ia3_l"], dtype=torch.float32, generator=generator)
         made[site.path] = {"ia3_l": torch.ones_like(drawn) if config.init_ia3_weights else drawn}
     return made
 
@@ -107,7 +113,7 @@ def init(
 def apply(config: IA3Config, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
     """`l * base(x)` or `base(l * x)`, the product in the wider dtype and rounded once."""
     scale = leaves["ia3_l"][0] if site.kernel_size else leaves["ia3_l"].flatten()
-    if site.constants["feedforward"]:
+    if site.constants.feedforward:
         return base(_rescale(x, scale))
     return _rescale(base(x), scale)
 
@@ -121,7 +127,7 @@ def routed(config: IA3Config, site: Site, leaves: dict[str, Tensor], base: Layer
     """`apply` with a vector for each row."""
     groups, leaf = rows.groups(), leaves["ia3_l"]
     scale = groups.mask(groups.pick(leaf[:, 0] if site.kernel_size else leaf.flatten(1)), identity=1.0)
-    if site.constants["feedforward"]:
+    if site.constants.feedforward:
         return base(_rescale_groups(x, scale, site))
     return _rescale_groups(base(x), scale, site)
 
@@ -140,7 +146,7 @@ def merge(
     """`W' = diag(l) W` and `b' = l * b`; feed-forward `W' = W diag(l)`, group by group in a grouped convolution."""
     scale = leaves["ia3_l"].flatten()
     ones = (1,) * (weight.ndim - 2)
-    if site.constants["feedforward"]:
+    if site.constants.feedforward:
         per_group = weight.unflatten(0, (site.groups, -1))
         return (per_group * scale.view(site.groups, 1, -1, *ones)).flatten(0, 1), bias
     return weight * scale.view(-1, 1, *ones), None if bias is None else bias * scale
@@ -148,15 +154,17 @@ def merge(
 
 IA3Config.method = Method(
     name="IA3",
+    config=IA3Config,
     kinds=frozenset({"linear", "conv2d", "conv3d"}),
     plan=plan,
     shapes=shapes,
     init=init,
     apply=apply,
     merge=merge,
+    constants=IA3Constants,
     routed=routed,
-    needs_real=lambda config: None,
     varying=frozenset({"feedforward_modules", "init_ia3_weights"}),
+    abilities=(TakesComplex(),),
 )
 
 
@@ -173,7 +181,7 @@ def _infer(config: IA3Config, found: Mapping[str, Mapping[str, Tensor]]) -> dict
 IA3Config.form = Form(
     prefix="ia3_",
     parameters=("ia3_l",),
-    facts=lambda config, site: {"is_feedforward": site.constants["feedforward"]},
+    facts=lambda config, site: {"is_feedforward": site.constants.feedforward},
     infer=_infer,
     only_here=("bias", "layers_pattern", "layers_to_transform"),
 )

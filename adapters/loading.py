@@ -209,7 +209,7 @@ def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Ma
         raise ValueError(f"the config adapts other modules than the graft: only the {where} has {only[0]!r}{remedy}")
     for path, site in sites.items():
         for constant, value in site.constants.items():
-            other = planned[path].constants[constant]
+            other = getattr(planned[path].constants, constant)
             if f"{SHARED}{constant}" in stored.weights.specs or _equal(value, other):
                 continue
             what = f"is {other} in the file and {value} in the graft"
@@ -231,7 +231,9 @@ def _other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str,
     """Names of the shared constants that are not those of the file, up to the file's precision."""
     constants = next(iter(sites.values())).constants
     return [
-        name for name, key in parts.shared.items() if not torch.equal(constants[name].to(tensors[key]), tensors[key])
+        name
+        for name, key in parts.shared.items()
+        if not torch.equal(getattr(constants, name).to(tensors[key]), tensors[key])
     ]
 
 
@@ -319,7 +321,7 @@ def _fixed(config: AdapterConfig, site: Site) -> tuple[str, ...]:
 
 
 def _constant(sites: Mapping[str, Site], name: str) -> Tensor:
-    return next(iter(sites.values())).constants[name]
+    return getattr(next(iter(sites.values())).constants, name)
 
 
 def _embeddings(

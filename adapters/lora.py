@@ -21,7 +21,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Method, Site, Weights
+from torchgraft.functional import (
+    AddsProduct,
+    KeepsDtype,
+    MergesOver,
+    Method,
+    Precomputes,
+    Site,
+    SplitsProjection,
+    TakesComplex,
+    Weights,
+)
 from torchgraft.functional.extending import PARAMETERS
 
 from . import dora, lora_forward
@@ -30,6 +40,7 @@ from .config import AdapterConfig, by_pattern, require
 from .form import Form, Value
 from .initial import FROM_DATA, NAMES, Statistics, constants, factors, kind_of, warn_of_plain
 from .initial.configs import CONFIGS, made
+from .lora_constants import LoraConstants
 from .lora_fields import LoraFields
 from .lora_forward import BIAS, names
 from .lora_parameters import check_parameter, factors_of_parameter
@@ -132,7 +143,7 @@ def _fill_in(config: LoraConfig, kind: str | None) -> None:
     )
 
 
-def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
+def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, LoraConstants]:
     """Rank and scaling factor of each site, and what its initialisation fixes."""
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
@@ -153,7 +164,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             RuntimeWarning,
             stacklevel=2,
         )
-    planned: dict[str, dict[str, Any]] = {}
+    planned: dict[str, LoraConstants] = {}
     for site in sites:
         r, alpha = config.r, alpha_at(config, site)
         for path in filter(None, (site.within, site.path)):
@@ -176,8 +187,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             "MultiheadAttention, only True, False or 'gaussian' work, without DoRA; leave it out of target_modules",
         )
         scaling = scaling_of(config, r, alpha)
-        planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}
-        planned[site.path] |= constants(config, site, r, scaling, weights)
+        planned[site.path] = LoraConstants(r, alpha, scaling, **constants(config, site, r, scaling, weights))
     return planned
 
 
@@ -194,7 +204,7 @@ def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
 
 
 def _drawn_shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
-    r = site.constants["r"] * max(site.experts, 1)
+    r = site.constants.r * max(site.experts, 1)
     a, b = names(site)
     found: dict[str, tuple[int, ...]] = {
         a: (r, site.in_features, *site.kernel_size),
@@ -228,7 +238,7 @@ def init(
 def _magnitude(config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor) -> Tensor:
     """The magnitude that DoRA starts from."""
     leaves = {leaf: tensor.to(weight.device) for leaf, tensor in leaves.items()}
-    weight = weight + site.constants["rounding"] if "rounding" in site.constants else weight
+    weight = weight + site.constants.rounding if site.constants.rounding is not None else weight
     return dora.initial(site, *lora_forward.factors(site, leaves), weight)
 
 
@@ -236,9 +246,8 @@ def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) ->
     """Plain parameters; the other initialisations use up the same random numbers first."""
     a_name, b_name = names(site)
     shape = _drawn_shapes(config, site)
-    device = generator.device if generator is not None else None
-    a = torch.empty(shape[a_name], dtype=torch.float32, device=device)
-    b = torch.empty(shape[b_name], dtype=torch.float32, device=device)
+    a = torch.empty(shape[a_name], dtype=torch.float32)
+    b = torch.empty(shape[b_name], dtype=torch.float32)
     if site.kind == "embedding":
         for tensor in (a, b):
             tensor.normal_(generator=generator)
@@ -254,13 +263,13 @@ def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) ->
         nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     leaves = {a_name: a, b_name: b}
     if config.lora_bias:
-        bound = 1 / math.sqrt(site.constants["r"] // site.groups)
+        bound = 1 / math.sqrt(site.constants.r // site.groups)
         leaves[BIAS] = a.new_empty(site.out_features).uniform_(-bound, bound, generator=generator)
     if config.init_lora_weights is True:
         for tensor in parts:
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     elif config.init_lora_weights == "gaussian":
-        a.normal_(std=1 / site.constants["r"], generator=generator)
+        a.normal_(std=1 / site.constants.r, generator=generator)
     if config.init_lora_weights:
         for leaf in leaves.keys() - {a_name}:
             leaves[leaf].zero_()
@@ -284,29 +293,32 @@ def needs_real(config: LoraConfig) -> str | None:
 
 LoraConfig.method = Method(
     name="LORA",
+    config=LoraConfig,
     kinds=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "attention", *PARAMETERS}),
     plan=plan,
     shapes=shapes,
     init=init,
     apply=lora_forward.apply,
     merge=lora_forward.merge,
-    merge_over=lora_forward.merge_over,
+    constants=LoraConstants,
     routed=lora_forward.routed,
-    part=part,
-    own_dtype=frozenset({dora.MAGNITUDE}),
-    factors=factors_of_parameter,
-    precompute=lora_forward.precompute,
-    needs_real=needs_real,
     varying=frozenset(
-        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "alpha", "scaling"}
-        | {"initial_A", "initial_B", "rounding", "lora_B", "lora_embedding_B", "statistics", *CONFIGS}
+        {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "statistics", *CONFIGS}
+    ),
+    abilities=(
+        SplitsProjection(part),
+        AddsProduct(factors_of_parameter),
+        MergesOver(lora_forward.merge_over),
+        Precomputes(lora_forward.precompute),
+        KeepsDtype(frozenset({dora.MAGNITUDE})),
+        TakesComplex(needs_real),
     ),
 )
 
 
 def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
     """The layer that PEFT keeps a leaf in: a linear one, or a convolution like the base's around one of ones."""
-    r = site.constants["r"] * max(site.experts, 1)
+    r = site.constants.r * max(site.experts, 1)
     if leaf == dora.MAGNITUDE:
         return dora.Magnitude(site)
     how: dict[str, Any] = {"bias": config.lora_bias and leaf == "lora_B", "device": "meta"}
@@ -344,8 +356,8 @@ LoraConfig.form = Form(
     starts={"lora_A": "initial_A", "lora_B": "initial_B"},
     values={
         "lora_alpha": Value(alpha_at),
-        "r": Value(lambda config, site: site.constants["r"]),
-        "scaling": Value(lambda config, site: site.constants["scaling"], written),
+        "r": Value(lambda config, site: site.constants.r),
+        "scaling": Value(lambda config, site: site.constants.scaling, written),
         "use_rslora": Value(lambda config, site: config.use_rslora),
         "use_dora": Value(lambda config, site: config.use_dora),
         "lora_bias": Value(lambda config, site: config.lora_bias),

@@ -75,7 +75,7 @@ def _corrected_tree(sites: Mapping[str, Site], params: Tree, grads: Tree) -> Tre
         if path not in params:
             raise KeyError(f"lora_fa_gradients: params lacks the site {path!r}; it has {names_of(params)}")
         _check_site(site, "lora_B" in params[path])
-        a, scaling = params[path]["lora_A"], site.constants["scaling"]
+        a, scaling = params[path]["lora_A"], site.constants.scaling
         corrected[path]["lora_A"] = torch.zeros_like(grads[path]["lora_A"])
         corrected[path]["lora_B"] = _corrected(site, a, grads[path]["lora_B"], scaling)
     return corrected
@@ -183,7 +183,7 @@ class LoraFA(torch.optim.Optimizer):
         if parameter in self._products:
             layer, adapter = self._products[parameter]
             site = layer.entries[adapter].site
-            grad = _corrected(site, layer.leaves(adapter)["lora_A"], grad, site.constants["scaling"])
+            grad = _corrected(site, layer.leaves(adapter)["lora_A"], grad, site.constants.scaling)
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         state["step"] += 1

@@ -40,10 +40,10 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
     `A`, `B`, the dropout and DoRA's magnitude may be modules, which are called in PEFT's order.
     """
-    base, scaling = base_of(site, base), site.constants["scaling"]
+    base, scaling = base_of(site, base), site.constants.scaling
     dropout: Dropout = leaves.get(DROPOUT, config.lora_dropout)
     called = isinstance(leaves.get("lora_A"), Called)
-    if "initial_A" in site.constants and (called or (dropout and base.training)):
+    if site.constants.initial_A is not None and (called or (dropout and base.training)):
         base, (a, b) = Lessened(base, site), own_factors(site, leaves)  # what the base lost sees the whole input
     else:
         a, b = factors(site, leaves)
@@ -74,11 +74,11 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
 
     Convolutions, LoftQ's base, and dropout where the base lost a part take the general way.
     """
-    if site.kernel_size or "rounding" in site.constants:
+    if site.kernel_size or site.constants.rounding is not None:
         return NotImplemented
-    if "initial_A" in site.constants and config.lora_dropout and base.training:
+    if site.constants.initial_A is not None and config.lora_dropout and base.training:
         return NotImplemented
-    (a, b), scaling = factors(site, leaves), site.constants["scaling"]
+    (a, b), scaling = factors(site, leaves), site.constants.scaling
     if site.kind == "linear" and not config.use_dora and not config.lora_bias:
         return route_to_linear(base, x, a, b, scaling, config.lora_dropout, rows)
     y = base(x)
@@ -117,7 +117,7 @@ def merge_over(
     if site.kind in PARAMETERS:
         up, down, scaling = factors_of_parameter(config, site, leaves)
         return add_scaled(weight, up @ down, scaling), bias
-    (a, b), scaling = factors(site, leaves), site.constants["scaling"]
+    (a, b), scaling = factors(site, leaves), site.constants.scaling
     product = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
     if config.use_dora:
         own = original()
@@ -137,7 +137,7 @@ def merge_over(
 
 def _quantised(site: Site, dense: Dense) -> Dense:
     """A base as the site's adapter is for it: LoftQ's has another weight."""
-    return (dense[0] + site.constants["rounding"], dense[1]) if "rounding" in site.constants else dense
+    return (dense[0] + site.constants.rounding, dense[1]) if site.constants.rounding is not None else dense
 
 
 def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: 
         return {}
     base = base_of(site, base)
     part = dora.Part(site, leaves, *factors(site, leaves), base)
-    return {dora.GAINS: part.gains(base.original.weight)}
+    return {"gains": part.gains(base.original.weight)}
 
 
 def names(site: Site) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         leaves: One adapter's, or a stack's.
     """
     a, b = own_factors(site, leaves)
-    if "initial_A" not in site.constants:
+    if site.constants.initial_A is None:
         return a, b
     a, a0 = widen(a, _of_all(site, "initial_A"))
     b, b0 = widen(b, _of_all(site, "initial_B"))
@@ -182,7 +182,7 @@ def own_factors(site: Site, leaves: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _of_all(site: Site, name: str) -> Tensor:
-    constant = site.constants[name]
+    constant = getattr(site.constants, name)
     return constant.values if isinstance(constant, PerAdapter) else constant
 
 

@@ -45,7 +45,8 @@ def factors_of_parameter(
     """`B`, `"[experts] out r"`, `A`, `"[experts] r in"`, and `s`.
 
     >>> import torch
-    >>> site = Site("up", "experts", 3, 2, experts=4, constants={"scaling": 1.0})
+    >>> from torchgraft.adapters.lora_constants import LoraConstants
+    >>> site = Site("up", "experts", 3, 2, experts=4, constants=LoraConstants(4, 8.0, 1.0))
     >>> b, a, _ = factors_of_parameter(None, site, {"lora_A": torch.ones(8, 3), "lora_B": torch.ones(2, 8)})
     >>> b.shape, a.shape
     (torch.Size([4, 2, 2]), torch.Size([4, 2, 3]))
@@ -53,4 +54,4 @@ def factors_of_parameter(
     a, b = leaves["lora_A"], leaves["lora_B"]
     if site.experts:
         a, b = a.unflatten(0, (site.experts, -1)), b.unflatten(1, (-1, site.experts)).movedim(-1, 0)
-    return b, a, site.constants["scaling"]
+    return b, a, site.constants.scaling

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, Site, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Site, Weights, widen
 
 from .called import Called, Holder
 from .config import AdapterConfig, require
@@ -85,7 +85,16 @@ class OFTConfig(AdapterConfig):
         )
 
 
-def plan(config: OFTConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class OFTConstants(Constants):
+    """Blocks of a site, their size, and where each entry of a skew-symmetric block comes from."""
+
+    blocks: int
+    block_size: int
+    skew: Tensor
+
+
+def plan(config: OFTConfig, sites: list[Site], weights: Weights) -> dict[str, OFTConstants]:
     """Number of blocks, their size, and where each entry of a skew-symmetric block comes from."""
     tables: dict[int, Tensor] = {}
     planned = {}
@@ -115,7 +124,7 @@ def plan(config: OFTConfig, sites: list[Site], weights: Weights) -> dict[str, di
         )
         if block not in tables:
             tables[block] = _skew_table(block)
-        planned[site.path] = {"blocks": blocks, "block_size": block, "skew": tables[block]}
+        planned[site.path] = OFTConstants(blocks, block, tables[block])
     return planned
 
 
@@ -144,18 +153,17 @@ def _skew_table(size: int) -> Tensor:
 
 def shapes(config: OFTConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """`"blocks size*(size-1)/2"`, one row where blocks share."""
-    size = site.constants["block_size"]
-    return {_name(site): (1 if config.block_share else site.constants["blocks"], size * (size - 1) // 2)}
+    size = site.constants.block_size
+    return {_name(site): (1 if config.block_share else site.constants.blocks, size * (size - 1) // 2)}
 
 
 def init(
     config: OFTConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
 ) -> dict[str, dict[str, Tensor]]:
     """Zeros, or normal numbers in PEFT's order of draws."""
-    device = generator.device if generator is not None else None
     made = {}
     for site in sites:
-        leaf = torch.zeros(shapes(config, site)[_name(site)], dtype=torch.float32, device=device)
+        leaf = torch.zeros(shapes(config, site)[_name(site)], dtype=torch.float32)
         made[site.path] = {_name(site): leaf if config.init_weights else leaf.normal_(std=0.1, generator=generator)}
     return made
 
@@ -201,8 +209,8 @@ def _turn(config: OFTConfig, site: Site, leaf: Tensor) -> Tensor:
     if config.coft:
         vector = _project(vector, config.eps / math.sqrt(len(vector)))
     entries = torch.cat([vector, -vector, torch.zeros_like(vector[:, :1])], dim=1)
-    size = site.constants["block_size"]
-    q = entries.index_select(1, site.constants["skew"]).unflatten(1, (size, size))
+    size = site.constants.block_size
+    q = entries.index_select(1, site.constants.skew).unflatten(1, (size, size))
     if not config.use_cayley_neumann:
         identity = torch.eye(size, dtype=q.dtype, device=q.device)
         return torch.linalg.solve(identity + q, -2 * q, left=False).to(leaf.dtype)
@@ -224,10 +232,10 @@ def _project(vector: Tensor, radius: float) -> Tensor:
 def _rotate(x: Tensor, turn: Tensor, site: Site, drop: float = 0.0) -> Tensor:
     """`x R`, as `x + x (R - I)`, in the wider dtype: exact for `R = I`, whatever the precision of products."""
     wide, turn = widen(x, turn)
-    blocks = wide.unflatten(-1, (site.constants["blocks"], site.constants["block_size"]))
+    blocks = wide.unflatten(-1, (site.constants.blocks, site.constants.block_size))
     delta = blocks @ turn[0] if len(turn) == 1 else torch.einsum("...nk,nkc->...nc", blocks, turn)
     if drop:
-        kept = torch.rand(site.constants["blocks"], 1, device=x.device) >= drop
+        kept = torch.rand(site.constants.blocks, 1, device=x.device) >= drop
         delta = torch.where(kept, delta, 0)
     return wide + delta.flatten(-2)
 
@@ -252,12 +260,14 @@ def _name(site: Site) -> str:
 
 OFTConfig.method = Method(
     name="OFT",
+    config=OFTConfig,
     kinds=frozenset({"linear", "embedding", "conv2d"}),
     plan=plan,
     shapes=shapes,
     init=init,
     apply=apply,
     merge=merge,
+    constants=OFTConstants,
     varying=frozenset({"init_weights"}),
 )
 
@@ -282,8 +292,8 @@ OFTConfig.form = Form(
     modules=("oft_R", "oft_embedding_R"),
     holder=lambda config, site, leaf: Rotation(shapes(config, site)[leaf]),
     values={
-        "oft_block_size": Value(lambda config, site: site.constants["block_size"]),
-        "r": Value(lambda config, site: site.constants["blocks"]),
+        "oft_block_size": Value(lambda config, site: site.constants.block_size),
+        "r": Value(lambda config, site: site.constants.blocks),
     },
     infer=_infer,
     input_side=lambda site: site.kind != "embedding",

@@ -87,9 +87,12 @@ def plain(config: AdapterConfig, sites: Mapping[str, Site], tree: Tree) -> tuple
 def _joined(site: Site, leaves: Mapping[str, Tensor], removing: bool) -> dict[str, Tensor]:
     a_name, b_name = names(site)
     a = leaves[a_name]
-    b = leaves[b_name] if b_name in leaves else site.constants[b_name].to(a)
+    b = leaves[b_name] if b_name in leaves else getattr(site.constants, b_name).to(a)
     if removing:
-        a0, b0 = (site.constants.get(name, like.new_zeros(())) for name, like in (("initial_A", a), ("initial_B", b)))
+        a0, b0 = (
+            like.new_zeros(()) if start is None else start
+            for start, like in ((site.constants.initial_A, a), (site.constants.initial_B, b))
+        )
         a = torch.cat([a, a0.to(a).expand_as(a)], -2)
         b = torch.cat([b, -b0.to(b).expand_as(b)], -1)
     return {**leaves, a_name: a, b_name: b}

@@ -55,7 +55,7 @@ def expressed(config: C, sites: Sites) -> C:
         ValueError: Factors that no config of the method has: not finite, or different ones with AdaLoRA.
     """
     find = config.form.express
-    stacked = any(isinstance(value, PerAdapter) for site in sites.values() for value in site.constants.values())
+    stacked = any(isinstance(value, PerAdapter) for site in sites.values() for _, value in site.constants.items())
     fields = {} if find is None or stacked else find(config, sites)
     return dataclasses.replace(config, **fields) if fields else config
 
@@ -76,7 +76,7 @@ def of_lora(config: Any, sites: Sites) -> dict[str, Any]:
 
 def _alpha(config: Any, site: Site) -> float:
     """The `lora_alpha` that gives a site its scaling factor, to the bit where there is one."""
-    r, planned = site.constants["r"], alpha_at(config, site)
+    r, planned = site.constants.r, alpha_at(config, site)
     scaling = _number(config, site, "scaling")
     if scaling_of(config, r, planned) == scaling:
         return planned
@@ -90,7 +90,7 @@ def written(config: Any, site: Site, scaling: Any) -> dict[str, Any]:
     """The constants of a LoRA site with another scaling factor, and the `lora_alpha` that gives it, if one does."""
     new = {"scaling": scaling}
     if math.isfinite(_as_float(scaling)):
-        new["lora_alpha"] = _alpha(config, dataclasses.replace(site, constants={**site.constants, **new}))
+        new["lora_alpha"] = _alpha(config, dataclasses.replace(site, constants=site.constants.replace(new)))
     return new
 
 
@@ -115,7 +115,7 @@ def of_adalora(config: Any, sites: Sites) -> dict[str, Any]:
 
 
 def _number(config: Any, site: Site, name: str) -> float:
-    value = site.constants[name]
+    value = getattr(site.constants, name)
     number = _as_float(value)
     require(
         math.isfinite(number),

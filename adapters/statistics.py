@@ -102,7 +102,7 @@ def fit_eva(
     assert isinstance(how, EvaConfig)
     one, rest = first(batches, passes)
     leaders = same_inputs(graft, forward, one)
-    counts = {path: min(round(site.constants["r"] * how.rho), site.in_features) for path, site in sites.items()}
+    counts = {path: min(round(site.constants.r * how.rho), site.in_features) for path, site in sites.items()}
     for leader in set(leaders.values()):
         group = [leader, *(path for path, other in leaders.items() if other == leader)]
         counts |= dict.fromkeys(group, max(counts[path] for path in group))
@@ -138,7 +138,7 @@ def _ranks(
     if not known:
         return {}
     ratios = {path: one.ratio[: counts[path]] for path, one in known.items()}
-    budget = sum(sites[path].constants["r"] for path in known)
+    budget = sum(sites[path].constants.r for path in known)
     return shares(ratios, budget, {path: leader for path, leader in leaders.items() if path in known})
 
 
@@ -166,7 +166,7 @@ def _redistributed(
     """The config with these ranks, and with what was found."""
     rank_pattern, alpha_pattern, sites, kept = {}, {}, {}, []
     for path, site in graft.sites[""].items():
-        old, alpha = site.constants["r"], alpha_at(config, site)
+        old, alpha = site.constants.r, alpha_at(config, site)
         rank = ranks.get(path, old)
         if not rank:
             continue
@@ -248,9 +248,7 @@ def fit_corda(
     found = {}
     for path, site in shown(sites.items(), "CorDA, decomposing", progress):
         leader = leaders.get(path, path)
-        found[path] = oriented(
-            wide(weights(path)), sums[leader] / counts[leader], site.constants["r"], how.corda_method
-        )
+        found[path] = oriented(wide(weights(path)), sums[leader] / counts[leader], site.constants.r, how.corda_method)
     return dataclasses.replace(config, statistics=Statistics("corda", found))
 
 

@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
+from torchgraft.functional import (
+    Constants,
+    Layer,
+    Method,
+    PerAdapter,
+    Rows,
+    Site,
+    TakesComplex,
+    Varying,
+    Weights,
+    widen,
+)
 
 from .called import DROPOUT, dropped
 from .config import AdapterConfig, require
@@ -59,12 +70,20 @@ class VeraConfig(AdapterConfig):
         require(0 <= self.vera_dropout < 1, self, f"vera_dropout is {self.vera_dropout}, expected 0 <= p < 1")
 
 
-def plan(config: VeraConfig, sites: list[Site], weights: Weights) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class VeraConstants(Constants):
+    """The matrices that all sites share: `"r max_in"` and `"max_out r"`."""
+
+    vera_A: Varying[Tensor]
+    vera_B: Varying[Tensor]
+
+
+def plan(config: VeraConfig, sites: list[Site], weights: Weights) -> dict[str, VeraConstants]:
     """The shared matrices: `vera_A` is `"r max_in"` and `vera_B` is `"max_out r"`, over all sites."""
     generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
     a = _draw((config.r, max(site.in_features for site in sites)), generator)
     b = _draw((max(site.out_features for site in sites), config.r), generator)
-    return {site.path: {"vera_A": a, "vera_B": b} for site in sites}
+    return {site.path: VeraConstants(a, b) for site in sites}
 
 
 def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -82,11 +101,10 @@ def init(
     config: VeraConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
 ) -> dict[str, dict[str, Tensor]]:
     """Draw parameters, in PEFT's order of draws; a constant `d` uses up the same random numbers."""
-    device = generator.device if generator is not None else None
     made = {}
     for site in sites:
-        b = torch.ones(site.out_features, dtype=torch.float32, device=device)
-        d = torch.randn(config.r, dtype=torch.float32, device=device, generator=generator)
+        b = torch.ones(site.out_features, dtype=torch.float32)
+        d = torch.randn(config.r, dtype=torch.float32, generator=generator)
         if config.init_weights:
             b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
         made[site.path] = {"vera_lambda_b": b, "vera_lambda_d": d}
@@ -105,7 +123,7 @@ def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
 def routed(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
     """`apply` with vectors for each row; adapters with projections of their own take the general way."""
-    if isinstance(site.constants["vera_A"], PerAdapter) or isinstance(site.constants["vera_B"], PerAdapter):
+    if isinstance(site.constants.vera_A, PerAdapter) or isinstance(site.constants.vera_B, PerAdapter):
         return NotImplemented
     y = base(x)
     if config.vera_dropout:
@@ -129,22 +147,24 @@ def merge(
 
 def _projections(site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The site's part of the shared matrices."""
-    a = site.constants["vera_A"][:, : site.in_features]
-    b = site.constants["vera_B"][: site.out_features]
+    a = site.constants.vera_A[:, : site.in_features]
+    b = site.constants.vera_B[: site.out_features]
     return a.to(dtype), b.to(dtype)
 
 
 VeraConfig.method = Method(
     name="VERA",
+    config=VeraConfig,
     kinds=frozenset({"linear"}),
     plan=plan,
     shapes=shapes,
     init=init,
     apply=apply,
     merge=merge,
+    constants=VeraConstants,
     routed=routed,
-    needs_real=lambda config: None,
-    varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights", "vera_A", "vera_B"}),
+    varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights"}),
+    abilities=(TakesComplex(),),
 )
 
 
@@ -163,8 +183,8 @@ VeraConfig.form = Form(
     parameters=("vera_lambda_b", "vera_lambda_d"),
     values={
         "r": Value(lambda config, site: config.r),
-        "vera_A": Value(lambda config, site: site.constants["vera_A"]),
-        "vera_B": Value(lambda config, site: site.constants["vera_B"]),
+        "vera_A": Value(lambda config, site: site.constants.vera_A),
+        "vera_B": Value(lambda config, site: site.constants.vera_B),
     },
     infer=lambda config, found: {"r": len(next(iter(found.values()))["vera_lambda_d"])},
     shared=("vera_A", "vera_B"),

@@ -4,9 +4,18 @@
 under any transform of `torch.func`, `torch.compile` and threads. The model is never changed.
 """
 
+from .abilities import AddsProduct as AddsProduct
+from .abilities import KeepsDtype as KeepsDtype
+from .abilities import MergesOver as MergesOver
+from .abilities import Precomputes as Precomputes
+from .abilities import SharesLeaves as SharesLeaves
+from .abilities import SplitsProjection as SplitsProjection
+from .abilities import TakesComplex as TakesComplex
 from .bind import bind as bind
 from .binding.binding import Binding as Binding
 from .call import functional_call as functional_call
+from .constants import Constants as Constants
+from .constants import Varying as Varying
 from .grads import grad as grad
 from .grads import value_and_grad as value_and_grad
 from .graft import Graft as Graft

@@ -3,6 +3,8 @@
 Users need none of it, and it may change from one version to the next.
 """
 
+from .abilities import Leaves as Leaves
+from .abilities import Original as Original
 from .base_with_weights import with_weights as with_weights
 from .binding.leaves import shapes_of as shapes_of
 from .binding.plan import plan_sites as plan_sites
@@ -25,8 +27,6 @@ from .layers.adapted import Adapted as Adapted
 from .layers.base import Base as Base
 from .layers.base import BaseWithTensors as BaseWithTensors
 from .layers.projection import ProjectionSlice as ProjectionSlice
-from .method import Leaves as Leaves
-from .method import Original as Original
 from .method import SiteAdapter as SiteAdapter
 from .method import Tree as Tree
 from .sites.kernels import has_rows as has_rows

@@ -1,19 +1,24 @@
-"""What an adapter method has to say for itself."""
+"""The interface of an adapter method: what one file of it says, and what is asked of a config."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .abilities import KeepsDtype, Leaves, MergesOver, Original
+from .constants import Constants
 from .rows import Rows
 from .sites.site import Dense, Site, check_leaves
 
-Leaves = dict[str, Tensor]
+A = TypeVar("A")
+
+SHARED = "*"
+"""Where a tree has the leaves that several sites share."""
 
 
 Tree = dict[str, Any]
@@ -22,10 +27,6 @@ Tree = dict[str, Any]
 
 Weights = Callable[[str], Tensor]
 """The base's canonical weight of the site at a path, detached and in its own dtype; computed when asked for."""
-
-
-Original = Callable[[], Dense]
-"""The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
 
 
 class ActiveTree(Protocol):
@@ -106,60 +107,86 @@ class Method:
 
     Attributes:
         name: Name of the method, as in `peft_type` (`"LORA"`).
+        config: The class of its configs.
         kinds: The kinds of site it supports (`Site.kind`).
         plan: `(config, sites, weights) -> {path: constants}`, run once by `bind`; sees all sites, checks the config
             against each and computes what stays fixed (scaling factors, ranks, shared random tensors). It may ask
             `weights` for a base's weight.
         shapes: `(config, site) -> {leaf: shape}`.
-        init: `(config, sites, generator, weights) -> {path: {leaf: tensor}}`, float32.
+        init: `(config, sites, generator, weights) -> {path: {leaf: tensor}}`, float32, on torch's default device,
+            which is the generator's there.
         apply: `(config, site, leaves, base, x) -> y`, the factored forward around the base module's own call.
         merge: `(config, site, leaves, weight, bias) -> (weight, bias)`, the dense meaning, on canonical weights.
-            Everything it gets is float32 or wider, of one dtype, but for leaves of `own_dtype`.
-        merge_over: `(config, site, leaves, weight, bias, original) -> (weight, bias)`, `merge` on a weight that
-            other adapters are in already, for methods whose meaning depends on the base's own, which is
-            `original() -> (weight, bias)`; `None` for methods that only see what is beneath them.
+            Everything it gets is float32 or wider, of one dtype.
+        constants: The class of its constants, which `plan` makes.
         routed: `(config, site, leaves, base, x, rows) -> y`, `apply` for a batch whose rows have adapters of their
             own: leaves are stacked, `"N ..."`, rows lead `x`, and a row that has no adapter gets the base's output. A
             faster way than the general one, which runs `apply` under `vmap`; returns `NotImplemented` for sites it
             is not made for. Constants that differ along the stack are `PerAdapter`.
-        part: `(config, site, leaves, rows, columns) -> leaves`, the adapter of some outputs of a linear map, from some
-            of its inputs; leaves may be stacked. For methods that support sites of the kind `"attention"`.
-        varying: Names of the config's fields and of the constants that may differ between the adapters of a stack;
-            a constant that varies may be a tensor in `apply`.
-        own_dtype: Leaves that `merge` gets as they are, because what they were rounded to counts.
-        factors: `(config, site, leaves) -> (up, down, scaling)`, for methods that add `scaling * up @ down` to a bare
-            parameter, `"[experts] out r"` and `"[experts] r in"`: it is multiplied out only where the model does more
-            with the parameter than to multiply with it. `None` for methods whose parameters are always dense.
-        precompute: `(config, site, leaves, base) -> constants`, what `apply` computes from the leaves and the base's
-            weight alone, for views that are said to be constant: there it runs once, and `apply` finds what it
-            returned among the site's constants.
-        needs_real: `config -> description`, what of a config has no meaning for complex weights; `None` for nothing.
+        varying: Names of the config's fields that may differ between the adapters of a stack, beside those that only
+            choose modules. Of the constants, `Varying` says so; one that varies may be a tensor in `apply`.
+        abilities: What few methods can; see `torchgraft.functional.abilities`.
+
+    Raises:
+        TypeError: A name in `varying` that is no field of the config; two abilities of one kind.
     """
 
     name: str
+    config: type
     kinds: frozenset[str]
-    plan: Callable[[Any, list[Site], Weights], Mapping[str, Mapping[str, Any]]]
+    plan: Callable[[Any, list[Site], Weights], Mapping[str, Any]]
     shapes: Callable[[Any, Site], dict[str, tuple[int, ...]]]
     init: Callable[[Any, list[Site], torch.Generator | None, Weights], dict[str, Leaves]]
     apply: Callable[[Any, Site, Leaves, Layer, Tensor], Tensor]
     merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None], Dense]
-    merge_over: Callable[[Any, Site, Leaves, Tensor, Tensor | None, Original], Dense] | None = None
+    constants: type[Constants] = Constants
     routed: Callable[[Any, Site, Leaves, Layer, Tensor, Rows], Any] | None = None
-    part: Callable[[Any, Site, Leaves, slice, slice], Leaves] | None = None
     varying: frozenset[str] = frozenset()
-    own_dtype: frozenset[str] = frozenset()
-    factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]] | None = None
-    precompute: Callable[[Any, Site, Leaves, Layer], dict[str, Any]] | None = None
-    needs_real: Callable[[Any], str | None] = lambda config: str(config.method.name)
+    abilities: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        fields = {field.name for field in dataclasses.fields(self.config)}
+        if unknown := sorted(self.varying - fields):
+            raise TypeError(
+                f"{self.name}: varying names {unknown}, which are no fields of {self.config.__name__}; it has "
+                f"{sorted(fields)}"
+            )
+        by_type = {type(ability): ability for ability in self.abilities}
+        if len(by_type) != len(self.abilities):
+            raise TypeError(f"{self.name}: abilities has two objects of one type; give one of each")
+        object.__setattr__(self, "_by_type", by_type)
+
+    def ability(self, kind: type[A]) -> A | None:
+        """Return the ability of a type, `None` where the method does not have it."""
+        found: A | None = self.__dict__["_by_type"].get(kind)
+        return found
 
 
 class Config(Protocol):
-    """What `bind` needs of a config: its method, and the modules it targets."""
+    """What `bind` asks of a config."""
 
     method: ClassVar[Method]
+    site_fields: ClassVar[frozenset[str]]
+    """Fields that only choose modules or say where things came from, so that the adapters of a stack may differ."""
+
+    def for_model(self, model: nn.Module) -> Self:
+        """Return the config with its targets named as a model has them."""
+        ...
+
+    def structure(self, model: nn.Module) -> nn.Module:
+        """Return the model that the config is for: one that shares all tensors with this, where it has more layers."""
+        ...
 
     def targets(self, model: nn.Module) -> list[str]:
-        """Names of the modules of `model` to adapt, in the order of `named_modules`, then of bare parameters."""
+        """Return the names of the modules to adapt, in the order of `named_modules`, then of bare parameters."""
+        ...
+
+    def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: list[str]) -> Mapping[str, Any]:
+        """Return the tensors of the model that the adapter trains copies of, by path and leaf."""
+        ...
+
+    def follows(self, modules: Mapping[str, nn.Module], paths: list[str]) -> Mapping[str, Any]:
+        """Return the modules that have the parameters of a site, by path."""
         ...
 
 
@@ -171,17 +198,15 @@ class SiteAdapter:
     site: Site
 
     def leaves(self, tree: Tree) -> Leaves:
-        """This part's leaves in its adapter's tree."""
-        own: Leaves = tree[self.site.path]
-        return own
+        """Return this part's leaves in its adapter's tree, those that it shares with other sites among them."""
+        return with_shared(self.site, tree[self.site.path], tree)
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""
         if not constants:
             return self
-        return dataclasses.replace(
-            self, site=dataclasses.replace(self.site, constants={**self.site.constants, **constants})
-        )
+        site = dataclasses.replace(self.site, constants=self.site.constants.replace(constants))
+        return dataclasses.replace(self, site=site)
 
     def along(self, members: Tensor | None, rows: Rows) -> tuple[SiteAdapter, Rows]:
         """This part for a stack: constants as the stack's members have them, and rows that have this site."""
@@ -208,12 +233,26 @@ class SiteAdapter:
         for leaf in leaves.values():
             wide = torch.promote_types(wide, leaf.dtype)
         method = self.config.method
-        leaves = {name: leaf if name in method.own_dtype else leaf.to(wide) for name, leaf in leaves.items()}
+        kept, over = method.ability(KeepsDtype), method.ability(MergesOver)
+        leaves = {name: leaf if kept and name in kept.leaves else leaf.to(wide) for name, leaf in leaves.items()}
         weight, bias = _widened((weight, bias), wide)
-        if original is None or method.merge_over is None:
+        if original is None or over is None:
             return method.merge(self.config, self.site, leaves, weight, bias)
         own = original
-        return method.merge_over(self.config, self.site, leaves, weight, bias, lambda: _widened(own(), wide))
+        return over.merge(self.config, self.site, leaves, weight, bias, lambda: _widened(own(), wide))
+
+
+def with_shared(site: Site, leaves: Leaves, tree: Tree) -> Leaves:
+    """Return a site's own leaves with those that it shares over them.
+
+    >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0"})
+    >>> sorted(with_shared(site, {"logits": torch.ones(1)}, {"*": {"bank.0": torch.ones(2)}}))
+    ['bank', 'logits']
+    """
+    if not site.shared:
+        return leaves
+    here = next((leaf.device for leaf in leaves.values()), None)
+    return leaves | {leaf: tree[SHARED][name].to(here) for leaf, name in site.shared.items()}
 
 
 def _widened(dense: Dense, dtype: torch.dtype) -> Dense:

@@ -33,7 +33,7 @@ class Quantised:
 
     @property
     def _rounding(self) -> Any:
-        return self.site.constants["rounding"]
+        return self.site.constants.rounding
 
     @property
     def weight(self) -> Tensor:
@@ -73,16 +73,16 @@ class Lessened:
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
         x, a, b = widen(x, *self._factors)
-        return add_product(y, torch.nn.functional.linear(x, a), -b, self.site.constants["scaling"])
+        return add_product(y, torch.nn.functional.linear(x, a), -b, self.site.constants.scaling)
 
     @property
     def _factors(self) -> tuple[Any, Any]:
-        return self.site.constants["initial_A"], self.site.constants["initial_B"]
+        return self.site.constants.initial_A, self.site.constants.initial_B
 
     @property
     def weight(self) -> Tensor:
         a, b = self._factors
-        return add_scaled(self.base.weight, -(b @ a), self.site.constants["scaling"])
+        return add_scaled(self.base.weight, -(b @ a), self.site.constants.scaling)
 
     @property
     def bias(self) -> Tensor | None:
@@ -110,4 +110,4 @@ def base_of(site: Site, base: Layer) -> Layer:
     >>> base_of(describe("head", linear), linear) is linear
     True
     """
-    return Quantised(base, site) if "rounding" in site.constants else base
+    return Quantised(base, site) if site.constants.rounding is not None else base

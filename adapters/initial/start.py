@@ -84,13 +84,13 @@ def factors(config: LoraConfig, site: Site, generator: torch.Generator | None, w
 
     EVA's have a zero `B`; without statistics they are plain.
     """
-    kind, r = kind_of(config.init_lora_weights), site.constants["r"]
+    kind, r = kind_of(config.init_lora_weights), site.constants.r
     if kind is None or (site.kind == "embedding" and kind != "mica"):
         return None
     if kind in REMOVING:
-        return site.constants["initial_A"].clone(), site.constants["initial_B"].clone()
+        return site.constants.initial_A.clone(), site.constants.initial_B.clone()
     if kind == "mica":
-        b = site.constants["lora_embedding_B" if site.kind == "embedding" else "lora_B"]
+        b = getattr(site.constants, "lora_embedding_B" if site.kind == "embedding" else "lora_B")
         return b.new_zeros(r, site.in_features), b
     if kind == "loftq":
         return _loftq(config, site, r, weights)[1:]

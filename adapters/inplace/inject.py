@@ -357,9 +357,9 @@ def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], 
 
 def _started(config: AdapterConfig, site: Site, leaves: Mapping[str, Tensor]) -> Site:
     """The site with the values that leaves started with as their dtype has them."""
-    names = {name: leaf for leaf, name in config.form.starts.items() if name in site.constants}
-    rounded = {name: site.constants[name].to(leaves[leaf].dtype) for name, leaf in names.items()}
-    return dataclasses.replace(site, constants={**site.constants, **rounded}) if rounded else site
+    names = {name: leaf for leaf, name in config.form.starts.items() if getattr(site.constants, name, None) is not None}
+    rounded = {name: getattr(site.constants, name).to(leaves[leaf].dtype) for name, leaf in names.items()}
+    return dataclasses.replace(site, constants=site.constants.replace(rounded)) if rounded else site
 
 
 def _parents(

@@ -129,7 +129,7 @@ class BaseTunerLayer(nn.Module):
         """
         self.check_unwritten()
         entry = self._entries[name]
-        site = dataclasses.replace(entry.site, constants={**entry.site.constants, **constants})
+        site = dataclasses.replace(entry.site, constants=entry.site.constants.replace(constants))
         self._entries[name] = dataclasses.replace(entry, site=site)
         self.remerge(self.merged_adapters)
 

@@ -326,5 +326,5 @@ def placed(entry: SiteAdapter, device: torch.device | None) -> SiteAdapter:
     if all(value.device == device for value in here.values()):
         return entry
     moved = {key: _COPIES.setdefault(value, {}).setdefault(device, value.to(device)) for key, value in here.items()}
-    site = dataclasses.replace(entry.site, constants={**entry.site.constants, **moved})
+    site = dataclasses.replace(entry.site, constants=entry.site.constants.replace(moved))
     return dataclasses.replace(entry, site=site)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft, bind
+from torchgraft.functional import Binding, Graft
 from torchgraft.functional.extending import (
     Site,
     TiedAdapter,
@@ -123,12 +122,11 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     fixed = exact(expressed(config, sites), list(sites), modules_of(base))
     # What was planned may have changed since: scaling factors that were set, fixed tensors that were loaded.
     planned = {
-        path: {**layer.entries[adapter_name].site.constants, **_fixed(layer, adapter_name)}
+        path: layer.entries[adapter_name].site.constants.replace(_fixed(layer, adapter_name))
         for path, layer in layers(model).items()
         if path in sites
     }
-    vars(fixed)["method"] = dataclasses.replace(config.method, plan=lambda config, sites, weights: planned)
-    return bind(base, fixed, allow_unreached=True)
+    return Graft(base, Binding.plan(base, {"": fixed}, False, {"": planned}), allow_unreached=True)
 
 
 def extract_config(model: nn.Module, adapter_name: str = "default") -> AdapterConfig:
@@ -163,7 +161,7 @@ def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
     for path, entry in entries.items():
         if not isinstance(entry, TiedAdapter):
             continue
-        given, expected = (one.constants["scaling"] for one in (entry.site, sites[entry.tied.source]))
+        given, expected = (one.constants.scaling for one in (entry.site, sites[entry.tied.source]))
         if given != expected:
             raise ValueError(
                 f"{path}: scaling of adapter {adapter_name!r} is {given}, and {expected} at {entry.tied.source}, to "
@@ -235,7 +233,7 @@ def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -
         return {}
     entries = (layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries)
     constants = next(entries).site.constants
-    return {f"{SHARED}{name}": constants[name] for name in config.form.shared}
+    return {f"{SHARED}{name}": getattr(constants, name) for name in config.form.shared}
 
 
 def _given(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
@@ -410,7 +408,7 @@ def _laid_out(own: Any, value: Tensor) -> Tensor:
 def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -> None:
     """Use other shared constants than those that were drawn, in all layers."""
     mine = [layer for layer in layers(model).values() if adapter_name in layer.entries]
-    if torch.equal(mine[0].entries[adapter_name].site.constants[name].to(value), value):
+    if torch.equal(getattr(mine[0].entries[adapter_name].site.constants, name).to(value), value):
         return
     constants = {name: value.detach()}  # one tensor, which the layers go on sharing
     for layer in mine:

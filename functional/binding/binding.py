@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import trees
+from ..constants import Constants
 from ..method import Config, SiteAdapter, Tree
 from ..rows import PerAdapter
 from ..sites.parameters import Key, key_of
@@ -60,8 +61,20 @@ class Binding:
         return conflicts(self.replaced)
 
     @classmethod
-    def plan(cls, model: nn.Module, configs: Mapping[str, Config], named: bool) -> Binding:
+    def plan(
+        cls,
+        model: nn.Module,
+        configs: Mapping[str, Config],
+        named: bool,
+        constants: Mapping[str, Mapping[str, Constants]] | None = None,
+    ) -> Binding:
         """Bind configs to a model.
+
+        Args:
+            model: The user's model.
+            configs: The configs, by adapter name.
+            named: Whether trees are given by adapter name.
+            constants: The constants of each site by adapter name and path, where they are known.
 
         Raises:
             ValueError: A config that matches nothing, or a module that its method does not support.
@@ -74,7 +87,11 @@ class Binding:
         model = structure_for(configs.values(), model)
         configs = {name: for_model(copy.deepcopy(config), model) for name, config in configs.items()}
         modules = modules_of(model)
-        sites = {name: plan_sites(config, modules, config.targets(model)) for name, config in configs.items()}
+        known = constants or {}
+        sites = {
+            name: plan_sites(config, modules, config.targets(model), constants=known.get(name))
+            for name, config in configs.items()
+        }
         replaced = {name: plan_replaced(config, modules, model, sites[name]) for name, config in configs.items()}
         tied = {name: plan_tied(config, modules, sites[name]) for name, config in configs.items()}
         shapes = {name: shapes_of(config, sites[name], replaced[name]) for name, config in configs.items()}
@@ -170,18 +187,15 @@ class Binding:
         return sorted({path for path in paths if key_of(modules, path) not in seen})
 
 
-def _to(
-    constants: Mapping[str, Any], device: torch.device, moved: dict[tuple[int, torch.device], Tensor]
-) -> dict[str, Any]:
+def _to(constants: Constants, device: torch.device, moved: dict[tuple[int, torch.device], Tensor]) -> Constants:
     """Move tensors among a site's constants, each shared one once."""
     out: dict[str, Any] = {}
     for key, value in constants.items():
         tensor = value.values if isinstance(value, PerAdapter) else value
         if isinstance(tensor, Tensor) and tensor.device != device:
             tensor = moved.setdefault((id(tensor), device), tensor.to(device))
-            value = PerAdapter(tensor) if isinstance(value, PerAdapter) else tensor
-        out[key] = value
-    return out
+            out[key] = PerAdapter(tensor) if isinstance(value, PerAdapter) else tensor
+    return constants.replace(out)
 
 
 def _check(tree: Any, shapes: Shapes, what: str) -> None:

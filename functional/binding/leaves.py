@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from .. import trees
-from ..method import Config, Tree
+from ..abilities import SharesLeaves
+from ..method import SHARED, Config, Tree
 from ..sites.site import Site, wide_dtype
 from ..tensors.placement import agreed
 from ..tensors.wrappers import modules_of
@@ -33,13 +35,18 @@ def initialise(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
     modules = modules_of(model)
-    fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
+    with contextlib.nullcontext() if generator is None else torch.device(generator.device):
+        fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))
     made: Tree = copies(modules, replaced, dtype, device)
     for path, site in sites.items():
         weight = site.like(modules[site.owner])
         for leaf, value in fresh[path].items():
             value = agreed(value, weight)
             made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or wide_dtype(weight))
+        for name in site.shared.values():
+            if name not in made.setdefault(SHARED, {}):
+                value = agreed(fresh[SHARED][name], weight)
+                made[SHARED][name] = value.to(device or weight.device, dtype or wide_dtype(weight))
     return trees.sort(made)
 
 
@@ -48,4 +55,6 @@ def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict
     shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
     for path, leaf, one in each(replaced):
         shapes.setdefault(path, {})[leaf] = one.shape
+    if (sharing := config.method.ability(SharesLeaves)) is not None:
+        shapes[SHARED] = dict(sharing.shapes(config, list(sites.values())))
     return dict(sorted(shapes.items()))

@@ -8,8 +8,10 @@ from typing import TypeVar
 
 from torch import nn
 
+from ..abilities import SharesLeaves, TakesComplex
+from ..constants import Constants
 from ..layers.base import Base
-from ..method import Config, Weights
+from ..method import SHARED, Config, Weights
 from ..sites.kinds import describe
 from ..sites.parameters import describe_parameter, find
 from ..sites.site import Site
@@ -20,15 +22,13 @@ C = TypeVar("C", bound=Config)
 def structure_for(configs: Iterable[Config], model: nn.Module) -> nn.Module:
     """The model that configs are for: one that shares all tensors with this, where they ask for more layers."""
     for config in configs:
-        change = getattr(config, "structure", None)
-        model = model if change is None else change(model)
+        model = config.structure(model)
     return model
 
 
 def for_model(config: C, model: nn.Module) -> C:
     """The config with its targets named as a model has them, for configs that speak of kinds of models."""
-    change = getattr(config, "for_model", None)
-    return config if change is None else change(model)
+    return config.for_model(model)
 
 
 def plan_sites(
@@ -36,6 +36,7 @@ def plan_sites(
     modules: Mapping[str, nn.Module],
     paths: Iterable[str],
     base: Callable[[nn.Module, Site], Base] = Base,
+    constants: Mapping[str, Constants] | None = None,
 ) -> dict[str, Site]:
     """Describe the targeted modules and let the method plan its constants for all of them.
 
@@ -44,6 +45,7 @@ def plan_sites(
         modules: The model's modules by name.
         paths: Names of the targeted ones and of targeted parameters; what has two names is one site, under the first.
         base: How a module's original weight is read.
+        constants: The constants of each site, where they are known; by default the method plans them.
 
     Returns:
         `{path: site}`, in the order of `paths`.
@@ -55,6 +57,11 @@ def plan_sites(
     >>> list(plan_sites(LoraConfig(), {"a": nn.Linear(2, 2)}, ["a"]))
     ['a']
     """
+    if SHARED in modules:
+        raise ValueError(
+            f"{SHARED!r}: the model has a module of this name, under which trees have the leaves that sites share; "
+            "rename the module"
+        )
     sites: dict[str, Site] = {}
     seen: set[tuple[int, str]] = set()
     method = config.method
@@ -76,14 +83,26 @@ def plan_sites(
                 f"{path}: target_parameters names a parameter of a module that is adapted as a whole; leave one of the "
                 "two out"
             )
-        if site.like(module).is_complex() and (what := method.needs_real(config)) is not None:
+        if site.like(module).is_complex() and (what := _needs_real(config)) is not None:
             raise ValueError(
                 f"{path}: the weight is complex, {site.like(module).dtype}, and {what} is made for real ones; adapt it "
                 "with plain LoRA, or leave it out of target_modules"
             )
         sites[path] = dataclasses.replace(site, within=within)
-    constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
-    return {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
+    if constants is None:
+        constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
+    sites = {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
+    sharing = method.ability(SharesLeaves)
+    if sharing is None:
+        return sites
+    uses = sharing.uses(config, list(sites.values()))
+    return {path: dataclasses.replace(site, shared=dict(uses.get(path, {}))) for path, site in sites.items()}
+
+
+def _needs_real(config: Config) -> str | None:
+    """Return what of a config has no meaning for complex weights."""
+    ability = config.method.ability(TakesComplex)
+    return config.method.name if ability is None else ability.refuses(config)
 
 
 def weights_of(
@@ -125,7 +144,10 @@ def check_unchanged(path: str, site: Site, modules: Mapping[str, nn.Module]) -> 
     if module is None:
         raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
     now = describe_parameter(path, module, leaf) if leaf else describe(path, module)
-    if now is None or dataclasses.replace(now, constants=site.constants, within=site.within) != site:
+    if (
+        now is None
+        or dataclasses.replace(now, constants=site.constants, within=site.within, shared=site.shared) != site
+    ):
         raise ValueError(
             f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
             f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"

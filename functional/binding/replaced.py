@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..method import Tree
+from ..method import Config, Tree
 from ..sites.site import check_leaves
 from ..tensors.placement import resting, whole
 
@@ -101,14 +100,13 @@ def tensor_at(modules: Modules, name: str) -> Tensor:
     return tensor
 
 
-def plan_replaced(config: Any, modules: Modules, model: nn.Module, paths: Iterable[str]) -> Plan:
+def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Iterable[str]) -> Plan:
     """What a config replaces beside its sites; nothing, for configs that do not speak of it.
 
     Raises:
         ValueError: Two leaves that stand for the same tensor.
     """
-    find = getattr(config, "replaces", None)
-    plan: Plan = {} if find is None else find(modules, model, list(paths))
+    plan: Plan = config.replaces(modules, model, list(paths))
     leaves = list(each(plan))
     for i, (path, leaf, one) in enumerate(leaves):
         for other_path, other_leaf, other in leaves[:i]:

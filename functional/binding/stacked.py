@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import trees
-from ..method import Config, SiteAdapter, Tree
+from ..method import SHARED, Config, SiteAdapter, Tree
 from ..rows import PerAdapter, Rows, is_readable
 from ..sites.parameters import Key, key_of
 from ..sites.site import Site
@@ -65,7 +65,7 @@ class StackedBinding(Binding):
                 f"bind: {path} is tied to {tied.source} (ensure_weight_tying), and a stack of several configs has no "
                 "such ties; bind them apart, or stack trees of one config"
             )
-        paths = sorted({*sites, *each_replaces[0]})
+        paths = sorted({*sites, *each_replaces[0], *({SHARED} & own[0].keys())})
         shapes = {path: _largest(path, sites.get(path), own) for path in paths}
         return cls(
             model,
@@ -203,7 +203,7 @@ def check_configs(configs: Sequence[Config]) -> None:
                 f"bind: configs[{i}] is a {type(config).__name__} and configs[0] a {type(first).__name__}; a stack has "
                 "one method. Bind several methods by name: bind(model, {'first': ..., 'second': ...})"
             )
-        free = first.method.varying | getattr(first, "site_fields", frozenset())
+        free = first.method.varying | first.site_fields
         for field in dataclasses.fields(config):  # type: ignore[arg-type]
             name = field.name
             if name not in free and getattr(config, name) != getattr(first, name):
@@ -215,10 +215,10 @@ def check_configs(configs: Sequence[Config]) -> None:
 
 def _check_leaves(configs: Sequence[Config], plans: Sequence[Mapping[str, Site]]) -> None:
     """Refuse configs that train different leaves of one site."""
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, tuple[Any, ...]] = {}
     for config, plan in zip(configs, plans, strict=True):
         for path, site in plan.items():
-            own = tuple(sorted(config.method.shapes(config, site)))
+            own = (*sorted(config.method.shapes(config, site)), *sorted(site.shared.items()))
             if found.setdefault(path, own) != own:
                 raise ValueError(
                     f"{path}: the configs train different leaves: {list(found[path])} and {list(own)}; bind them apart"
@@ -242,24 +242,26 @@ def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
     having = [site for site in sites if site is not None]
     first = having[0]
     constants: dict[str, Any] = {}
-    for name in {name: None for site in having for name in site.constants}:
-        values = [None if site is None else site.constants.get(name) for site in sites]
+    for name in config.method.constants.names():
+        values = [None if site is None else getattr(site.constants, name) for site in sites]
+        if all(value is None for value in values):
+            continue
         value = next(one for one in values if one is not None)
-        if all(name in site.constants and _same(value, site.constants[name]) for site in having):
-            constants[name] = value
-        elif name in config.method.varying:
+        if all(_same(value, getattr(site.constants, name)) for site in having):
+            continue
+        elif name in config.method.constants.varying():
             constants[name] = PerAdapter(_padded_stack(values))
         else:
             raise ValueError(
                 f"{path}: the configs differ in {name!r}, which the adapters of a {config.method.name} stack share; "
                 "bind them apart"
             )
-    return dataclasses.replace(first, constants=constants)
+    return dataclasses.replace(first, constants=first.constants.replace(constants))
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and torch.equal(a, b))
+        return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
     return bool(a == b)
 
 

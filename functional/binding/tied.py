@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..method import Leaves, SiteAdapter, Tree
+from ..method import Config, Leaves, SiteAdapter, Tree, with_shared
 from ..sites.kinds import describe
 from ..sites.site import Site
 
@@ -52,14 +52,12 @@ class TiedAdapter(SiteAdapter):
     tied: TiedSite
 
     def leaves(self, tree: Tree) -> Leaves:
-        return self.tied.turned(tree[self.tied.source])
+        return self.tied.turned(with_shared(self.site, tree[self.tied.source], tree))
 
 
-def plan_tied(config: Any, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> TiedSites:
+def plan_tied(config: Config, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> TiedSites:
     """Which modules follow a config's sites; none, for configs that do not speak of it."""
-    find = getattr(config, "follows", None)
-    found: TiedSites = {} if find is None else find(modules, list(sites))
-    return found
+    return config.follows(modules, list(sites))
 
 
 def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, source: Site) -> TiedAdapter:
@@ -71,4 +69,4 @@ def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, sour
     site = describe(path, module)
     if site is None:
         raise ValueError(f"{path}: is tied to {tied.source}, and a {type(module).__name__} carries no adapter")
-    return TiedAdapter(config, dataclasses.replace(site, constants=source.constants), tied)
+    return TiedAdapter(config, dataclasses.replace(site, constants=source.constants, shared=source.shared), tied)

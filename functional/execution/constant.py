@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ..abilities import Precomputes
 from ..layers.adapted import Adapted
 from ..layers.base import Base
 from ..method import SiteAdapter
@@ -54,13 +55,14 @@ def precompute(skeleton: Skeleton) -> None:
             }
 
 
-def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, dict[str, Any]]]:
+def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, Mapping[str, Any]]]:
     """What each adapter around a module can compute, the outermost first."""
     while isinstance(layer, Adapted):
         entry = layer.entry
         method = entry.config.method
-        if method.precompute is not None and _is_single(layer):
-            yield entry, method.precompute(entry.config, entry.site, layer.leaves, layer.base)
+        ability = method.ability(Precomputes)
+        if ability is not None and _is_single(layer):
+            yield entry, ability.compute(entry.config, entry.site, layer.leaves, layer.base)
         layer = layer.base
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..abilities import SplitsProjection
 from ..locating.finder import Finder
 from ..method import ActiveTree, SiteAdapter, Tree
 from .adapted import Adapted
@@ -45,7 +46,7 @@ def compose(
         else:
             layer = tree.layer(layer, adapter, finder)  # type: ignore[union-attr]
         if part is not None and not part.whole:
-            split = adapter.config.method.part
-            assert split is not None
-            layer.leaves = split(adapter.config, adapter.site, layer.leaves, part.rows, part.columns)
+            ability = adapter.config.method.ability(SplitsProjection)
+            assert ability is not None
+            layer.leaves = ability.split(adapter.config, adapter.site, layer.leaves, part.rows, part.columns)
     return layer

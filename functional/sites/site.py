@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..constants import Constants
 from ..tensors.placement import resting, whole
 
 _CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -80,6 +81,7 @@ class Site:
         within: Path of the site whose module this one is a part of, for the output projection of an attention.
         experts: Number of matrices in a parameter of kind `"experts"`, else 0.
         constants: What the method planned for this site: scaling factors, ranks, frozen tensors.
+        shared: Leaves that it has together with other sites, and the names that these have under `"*"` in a tree.
 
     >>> site = Site("head", "linear", in_features=4, out_features=3)
     >>> site.weight_shape
@@ -100,7 +102,8 @@ class Site:
     blocks: tuple[int, ...] = ()
     within: str | None = None
     experts: int = 0
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    constants: Any = dataclasses.field(default_factory=Constants)
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def groups(self) -> int:

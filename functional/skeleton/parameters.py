@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..abilities import AddsProduct
 from ..layers.compose import compose
 from ..layers.routed import RoutedLayer
 from ..method import Leaves, SiteAdapter
@@ -110,7 +111,7 @@ def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = Fal
     """
     for entry, leaves, _ in chosen:
         check_leaves(entry.site.path, leaves, weight)
-    if all(entry.config.method.factors is not None for entry, _, _ in chosen):
+    if all(entry.config.method.ability(AddsProduct) is not None for entry, _, _ in chosen):
         factored = Factored(weight, [_term(*one) for one in chosen])
         return factored.dense() if dense else factored
     site = chosen[0][0].site
@@ -122,8 +123,9 @@ def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = Fal
 
 
 def _term(entry: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
-    factors: Any = entry.config.method.factors
-    up, down, scaling = factors(entry.config, entry.site, leaves)
+    ability = entry.config.method.ability(AddsProduct)
+    assert ability is not None
+    up, down, scaling = ability.factors(entry.config, entry.site, leaves)
     if on is not None:
         scaling = torch.where(on, scaling, 0.0)
     return Term(down.mT, up.mT, scaling) if entry.site.transposed else Term(up, down, scaling)

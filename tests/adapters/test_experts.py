@@ -138,7 +138,7 @@ def test_an_expression_for_some_layers_keeps_its_meaning():
     targets = r"model\.layers\.1\..*\.(q_proj|gate_proj|up_proj)"
     graft = bind(build("qwen3_moe"), LoraConfig(r=2, target_modules=targets))
     assert list(graft.sites[""]) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.experts.gate_up_proj"]
-    assert graft.sites[""]["model.layers.1.mlp.experts.gate_up_proj"].constants["r"] == 4
+    assert graft.sites[""]["model.layers.1.mlp.experts.gate_up_proj"].constants.r == 4
 
 
 def test_one_of_two_layers_that_were_fused_is_an_error():

@@ -138,7 +138,7 @@ def test_identity_at_init_bit_for_bit_in_half_precision():
 def test_a_feedforward_name_is_a_whole_name_or_an_end_after_a_dot():
     model = nn.ModuleDict({"w": nn.Linear(2, 3), "raw": nn.Linear(2, 3), "deep": nn.ModuleDict({"w": nn.Linear(2, 3)})})
     graft = bind(model, IA3Config(target_modules=["w", "raw"], feedforward_modules=["w"]))
-    assert {path: site.constants["feedforward"] for path, site in graft.sites[""].items()} == {
+    assert {path: site.constants.feedforward for path, site in graft.sites[""].items()} == {
         "w": True,
         "raw": False,
         "deep.w": True,

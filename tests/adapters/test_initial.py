@@ -46,7 +46,7 @@ def config(name, **fields):
 def everything(graft, tree, path):
     """`A` and `B` of a site, whether they are trained or not."""
     constants = graft.sites[""][path].constants
-    return tree[path]["lora_A"], tree[path].get("lora_B", constants.get("lora_B"))
+    return tree[path]["lora_A"], tree[path].get("lora_B", constants.lora_B)
 
 
 def away(tree, scale=0.1):
@@ -153,7 +153,7 @@ def test_mica_trains_a_alone():
     graft = bind(model, config("mica"))
     tree = graft.init()
     assert all(sorted(leaves) == ["lora_A"] and not leaves["lora_A"].any() for leaves in tree.values())
-    b = graft.sites[""]["first"].constants["lora_B"]
+    b = graft.sites[""]["first"].constants.lora_B
     weight = model.first.weight.detach()
     u, s, _ = torch.linalg.svd(weight)
     torch.testing.assert_close(b.mT @ weight @ weight.mT @ b, s[-4:].square().diag())
@@ -174,7 +174,7 @@ def test_mica_of_an_embedding_is_pefts():
     )
     assert list(graft.init()["0"]) == ["lora_embedding_A"]
     torch.testing.assert_close(
-        graft.sites[""]["0"].constants["lora_embedding_B"], other[0].lora_embedding_B["default"].detach()
+        graft.sites[""]["0"].constants.lora_embedding_B, other[0].lora_embedding_B["default"].detach()
     )
 
 

@@ -95,7 +95,7 @@ def test_eva_is_pefts(how):
     planned = bind(model, fitted).sites[""]
     for path, site in planned.items():
         layer = wrapped.base_model.model.get_submodule(path)
-        assert (site.constants["r"], site.constants["scaling"]) == (layer.r["default"], layer.scaling["default"])
+        assert (site.constants.r, site.constants.scaling) == (layer.r["default"], layer.scaling["default"])
 
 
 def wrap(expected):
@@ -137,7 +137,7 @@ def test_modules_without_rank_are_no_targets_any_more():
     given = LoraConfig(r=1, target_modules=["0", "1"], init_lora_weights="eva")
     fitted = fit_eva(model, given, batches, passes=50, **QUIET)
     graft = bind(model, fitted)
-    assert list(graft.sites[""]) in (["1"], ["0", "1"]) and sum(s.constants["r"] for s in graft.sites[""].values()) == 2
+    assert list(graft.sites[""]) in (["1"], ["0", "1"]) and sum(s.constants.r for s in graft.sites[""].values()) == 2
     assert given.target_modules == ["0", "1"] and given.statistics is None
 
 

@@ -101,7 +101,7 @@ def test_patterns_speak_of_parameters():
     graft = bind(build(), lora(**fields)[0])
     found = {path: site.constants for path, site in graft.sites[""].items()}
     first, second = (found[f"model.layers.{i}.mlp.experts.down_proj"] for i in (0, 1))
-    assert (first["r"], first["scaling"], second["r"]) == (4, 4.0, 2) and second["scaling"] == 8 / 2**0.5
+    assert (first.r, first.scaling, second.r) == (4, 4.0, 2) and second.scaling == 8 / 2**0.5
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,8 @@ def test_rank_and_alpha_patterns_reach_the_sites():
     )
     graft = bind(Model(), config)
     sites = graft.sites[""]
-    assert dict(sites["layers.0.v_proj"].constants) == {"lora_alpha": 6, "r": 2, "scaling": 3.0}
-    assert dict(sites["layers.1.v_proj"].constants) == {"lora_alpha": 8, "r": 2, "scaling": 4.0}
-    assert dict(sites["q_proj"].constants) == {"lora_alpha": 8, "r": 4, "scaling": 2.0}
+    assert dict(sites["layers.0.v_proj"].constants.items()) == {"lora_alpha": 6, "r": 2, "scaling": 3.0}
+    assert dict(sites["layers.1.v_proj"].constants.items()) == {"lora_alpha": 8, "r": 2, "scaling": 4.0}
+    assert dict(sites["q_proj"].constants.items()) == {"lora_alpha": 8, "r": 4, "scaling": 2.0}
     assert graft.init()["layers.0.v_proj"]["lora_A"].shape == (2, 2)
     assert torch.get_default_dtype() == torch.float32

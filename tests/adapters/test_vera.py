@@ -41,7 +41,7 @@ def test_linear_is_its_equation(linear):
     graft = bind(model, VeraConfig(r=4, target_modules=["0"]))
     params, x = randomised(graft.init()), torch.randn(2, 5, 8, dtype=torch.float64)
     constants, leaves = graft.sites[""]["0"].constants, params["0"]
-    a, b = constants["vera_A"].double(), constants["vera_B"].double()
+    a, b = constants.vera_A.double(), constants.vera_B.double()
     delta = torch.diag(leaves["vera_lambda_b"]) @ b @ torch.diag(leaves["vera_lambda_d"]) @ a
     weight = model[0].weight.T if linear is Conv1D else model[0].weight
     oracle = F.linear(x, weight + delta, model[0].bias)
@@ -62,8 +62,8 @@ def test_outputs_and_shared_matrices_are_those_of_peft(key, linear, dtype):
     twin = injected(model, config)
     for path, leaves in params.items():
         layer, constants = twin.get_submodule(path), graft.sites[""][path].constants
-        assert torch.equal(layer.vera_A["default"].float(), constants["vera_A"])
-        assert torch.equal(layer.vera_B["default"].float(), constants["vera_B"])
+        assert torch.equal(layer.vera_A["default"].float(), constants.vera_A)
+        assert torch.equal(layer.vera_B["default"].float(), constants.vera_B)
         for leaf, value in leaves.items():
             getattr(layer, leaf)["default"].data.copy_(value)
     torch.testing.assert_close(graft(params, x), twin(x), **TOLERANCE[dtype])
@@ -89,11 +89,11 @@ def test_all_sites_share_one_pair_of_matrices_that_the_global_random_state_does_
     sites = bind(net(), VeraConfig(r=4, target_modules=TARGETS)).sites[""].values()
     torch.manual_seed(2)
     again = bind(net(), VeraConfig(r=4, target_modules=TARGETS)).sites[""]
-    assert len({id(site.constants["vera_A"]) for site in sites}) == 1
-    assert len({id(site.constants["vera_B"]) for site in sites}) == 1
-    assert torch.equal(next(iter(sites)).constants["vera_A"], again["0"].constants["vera_A"])
-    assert again["0"].constants["vera_A"].shape == (4, 9)
-    assert again["0"].constants["vera_B"].shape == (9, 4)
+    assert len({id(site.constants.vera_A) for site in sites}) == 1
+    assert len({id(site.constants.vera_B) for site in sites}) == 1
+    assert torch.equal(next(iter(sites)).constants.vera_A, again["0"].constants.vera_A)
+    assert again["0"].constants.vera_A.shape == (4, 9)
+    assert again["0"].constants.vera_B.shape == (9, 4)
 
 
 def test_identity_at_init_bit_for_bit_in_half_precision():
@@ -112,8 +112,8 @@ def test_dropout_is_on_the_adapter_input_in_training_mode():
     torch.manual_seed(5)
     y = graft(params, x)
     torch.manual_seed(5)
-    inner = F.dropout(x, 0.5) @ site["vera_A"].T * params["0"]["vera_lambda_d"]
-    torch.testing.assert_close(y, model(x) + inner @ site["vera_B"].T * params["0"]["vera_lambda_b"])
+    inner = F.dropout(x, 0.5) @ site.vera_A.T * params["0"]["vera_lambda_d"]
+    torch.testing.assert_close(y, model(x) + inner @ site.vera_B.T * params["0"]["vera_lambda_b"])
     model.eval()
     assert torch.equal(graft(params, x), graft(params, x))
 

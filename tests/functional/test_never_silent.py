@@ -294,7 +294,7 @@ def effective(model, graft, params):
     """The oracle for computed weights: plain layers with W_eff + s B A."""
     twin = nn.Sequential(*(nn.Linear(m.in_features, m.out_features) for m in model))
     for (path, leaves), new, old in zip(params.items(), twin, model, strict=True):
-        scaling = graft.sites[""][path].constants["scaling"]
+        scaling = graft.sites[""][path].constants.scaling
         new.weight.data = (old.weight + scaling * leaves["lora_B"] @ leaves["lora_A"]).detach()
         new.bias.data = old.bias.data
     return twin

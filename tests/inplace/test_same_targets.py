@@ -77,7 +77,7 @@ def shapes(make):
 def by_bind(config, name):
     graft = bind(model(name), config, allow_unreached=True)
     tree = {path: {leaf: tuple(t.shape) for leaf, t in leaves.items()} for path, leaves in graft.init().items()}
-    return tree, {path: site.constants["scaling"] for path, site in graft.sites[""].items()}, graft.configs[""]
+    return tree, {path: site.constants.scaling for path, site in graft.sites[""].items()}, graft.configs[""]
 
 
 def by_injecting(config, name, first=None):

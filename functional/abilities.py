@@ -1,0 +1,96 @@
+"""Abilities: what a few methods can beyond what all have to, each a small object in `Method.abilities`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .sites.site import Dense, Site
+
+Leaves = dict[str, Tensor]
+Original = Callable[[], Dense]
+"""The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitsProjection:
+    """Can be on some of the outputs of a linear map, from some of its inputs: for sites of the kind `"attention"`.
+
+    Attributes:
+        split: `(config, site, leaves, rows, columns) -> leaves`; leaves may be stacked.
+    """
+
+    split: Callable[[Any, Site, Leaves, slice, slice], Leaves]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddsProduct:
+    """Adds `scaling * up @ down` to a bare parameter, which is multiplied out only where the model asks for more.
+
+    Attributes:
+        factors: `(config, site, leaves) -> (up, down, scaling)`, `"[experts] out r"` and `"[experts] r in"`.
+    """
+
+    factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergesOver:
+    """Has a meaning that depends on the base's own weight, also where other adapters are in the one beneath.
+
+    Attributes:
+        merge: `(config, site, leaves, weight, bias, original) -> (weight, bias)`.
+    """
+
+    merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None, Original], Dense]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precomputes:
+    """Computes something from the leaves and the base's weight alone, once for a view that is said to be constant.
+
+    Attributes:
+        compute: `(config, site, leaves, base) -> constants`, which `apply` then finds among the site's.
+    """
+
+    compute: Callable[[Any, Site, Leaves, Any], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepsDtype:
+    """Has leaves that `merge` gets as they are, because what they were rounded to counts.
+
+    Attributes:
+        leaves: Their names.
+    """
+
+    leaves: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TakesComplex:
+    """Has a meaning for complex weights.
+
+    Attributes:
+        refuses: `config -> description` of what of a config has none; `None` for nothing.
+    """
+
+    refuses: Callable[[Any], str | None] = lambda config: None
+
+
+@dataclasses.dataclass(frozen=True)
+class SharesLeaves:
+    """Trains leaves that several sites have together; they stand under `"*"` beside the paths of a tree.
+
+    `apply`, `merge` and the rest find them among a site's own leaves.
+
+    Attributes:
+        uses: `(config, sites) -> {path: {leaf: name}}`: by which name under `"*"` a site's leaf goes.
+        shapes: `(config, sites) -> {name: shape}`. `init` returns them under `"*"`.
+    """
+
+    uses: Callable[[Any, list[Site]], Mapping[str, Mapping[str, str]]]
+    shapes: Callable[[Any, list[Site]], Mapping[str, tuple[int, ...]]]

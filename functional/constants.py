@@ -1,0 +1,58 @@
+"""Constants of a method: what binding fixes for each site, as a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self, TypeVar
+
+T = TypeVar("T")
+
+_VARIES = "varies along a stack"
+
+Varying = Annotated[T, _VARIES]
+"""`Varying[float]` marks a constant that may differ between the adapters of a stack, and is a tensor there."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constants:
+    """Base class of a method's constants; a method without any uses this one.
+
+    A subclass is a frozen dataclass. What is `None` at a site is not there.
+
+    >>> @dataclasses.dataclass(frozen=True, eq=False)
+    ... class Scaled(Constants):
+    ...     r: int
+    ...     scaling: Varying[float]
+    >>> Scaled.varying(), dict(Scaled(4, 2.0).items())
+    (frozenset({'scaling'}), {'r': 4, 'scaling': 2.0})
+    """
+
+    @classmethod
+    @functools.cache
+    def varying(cls) -> frozenset[str]:
+        """Return the names of those that may differ along a stack."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return frozenset(name for name, hint in hints.items() if _VARIES in getattr(hint, "__metadata__", ()))
+
+    @classmethod
+    @functools.cache
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of each that is there."""
+        for name, value in vars(self).items():
+            if value is not None:
+                yield name, value
+
+    def replace(self, values: Mapping[str, Any]) -> Self:
+        """Return the constants with some replaced.
+
+        Raises:
+            TypeError: A name that does not exist.
+        """
+        return dataclasses.replace(self, **values) if values else self
