@@ -105,9 +105,9 @@ class Lessened:
 def base_of(site: Site, base: Layer) -> Layer:
     """The layer that a site's adapter is for: the base, or the base with its weight quantised.
 
-    >>> from torchgraft.functional.extending import describe
+    >>> from torchgraft.adapters.lora_constants import LoraConstants
     >>> linear = torch.nn.Linear(2, 2)
-    >>> base_of(describe("head", linear), linear) is linear
+    >>> base_of(Site("head", "linear", 2, 2, constants=LoraConstants(4, 8.0, 2.0)), linear) is linear
     True
     """
     return Quantised(base, site) if site.constants.rounding is not None else base
