@@ -228,7 +228,7 @@ def test_abilities_are_of_different_kinds():
 def test_constants_have_the_names_that_they_declare():
     assert BankConstants.varying() == {"scaling"}
     with pytest.raises(AttributeError):
-        BankConstants(1.0).rank
+        _ = BankConstants(1.0).rank
     with pytest.raises(TypeError, match="rank"):
         BankConstants(1.0).replace({"rank": 2})
     assert dataclasses.fields(Constants) == ()
