@@ -24,7 +24,7 @@ ALLOWED = {
     "adapters": {"torch", "optree", "safetensors", "torchgraft.functional", "torchgraft.adapters"},
 }
 
-OPTIONAL = {"adapters/progress.py": {"tqdm"}}
+OPTIONAL = {"adapters/calibration/progress.py": {"tqdm"}}
 """What a file imports where it is installed, within a function, and goes without else."""
 
 

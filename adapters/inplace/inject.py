@@ -32,12 +32,12 @@ from torchgraft.functional.extending import (
     with_parts,
 )
 
-from ..config import AdapterConfig
-from ..keys import names_of, split_key
-from ..replaced import saved_modules
-from ..replication import replicating
-from ..targets import exact, find_targets
-from ..tokens import LEAF as TOKENS
+from ..config.base import AdapterConfig
+from ..config.keys import names_of, split_key
+from ..config.replaced import saved_modules
+from ..config.replication import replicating
+from ..config.targets import exact, find_targets
+from ..config.tokens import LEAF as TOKENS
 from . import root
 from .biases import ATTRIBUTE, Biases, biases_of
 from .gathering import check_averaged, gathered

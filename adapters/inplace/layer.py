@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Adapted, Base, Entry, unwrapped, whole
 
-from ..called import make_dropout
+from ..methods.shared.called import make_dropout
 from .containers import Dropouts, Modules, Parameters
 from .holders import Holders, Traits, Watch, traits
 from .live import Live

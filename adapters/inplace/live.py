@@ -29,7 +29,7 @@ from torchgraft.functional.extending import (
     whole,
 )
 
-from ..called import in_memory
+from ..methods.shared.called import in_memory
 from .containers import Parameters
 from .holders import Holders, Watch
 from .originals import Originals

@@ -29,11 +29,11 @@ from torchgraft.functional.extending import (
     whole,
 )
 
-from ..config import AdapterConfig
-from ..keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key
-from ..scalings import check_raw, expressed
-from ..targets import exact
-from ..tokens import LEAF as TOKENS
+from ..config.base import AdapterConfig
+from ..config.keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key
+from ..config.targets import exact
+from ..config.tokens import LEAF as TOKENS
+from ..methods.shared.scalings import check_raw, expressed
 from .biases import biases_of, put_bias
 from .gathering import fill, is_flat, kept, on_gathered
 from .layer import BaseTunerLayer
