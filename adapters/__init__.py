@@ -11,10 +11,10 @@ from .calibration.statistics import fit_eva as fit_eva
 from .calibration.statistics import fit_lora_ga as fit_lora_ga
 from .config.base import AdapterConfig as AdapterConfig
 from .config.peft_type import PeftType as PeftType
-from .files.adapters import load_adapter as load_adapter
-from .files.adapters import load_config as load_config
-from .files.adapters import save_adapter as save_adapter
-from .files.adapters import save_config as save_config
+from .files.configs import load_config as load_config
+from .files.configs import save_config as save_config
+from .files.load import load_adapter as load_adapter
+from .files.save import save_adapter as save_adapter
 from .inplace import BaseTunerLayer as BaseTunerLayer
 from .inplace import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .inplace import adapter_names as adapter_names

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft, bind
 from torchgraft.functional.extending import Site
 
-from ..config.base import require
-from ..config.keys import names_of
+from ..config.messages import names_of, require
 from ..methods.lora.lora import LoraConfig
 from .initial import FROM_DATA
 from .initial.configs import PLAIN

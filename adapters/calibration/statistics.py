@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft
 from torchgraft.functional.extending import Site, modules_of, weights_of, with_weights
 
-from ..config.base import require
-from ..config.keys import names_of
+from ..config.messages import names_of, require
 from ..config.targets import exact
 from ..methods.lora.lora import LoraConfig
 from ..methods.shared.scalings import alpha_at

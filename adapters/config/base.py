@@ -6,23 +6,21 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from torchgraft.functional import Method
 from torchgraft.functional.extending import modules_of
 
+from ..files.disk.config_file import about, read_fields, write_fields
 from .architectures import with_targets
 from .fields import check_fields
-from .fields import require as require
 from .form import Form
-from .patterns import match
+from .messages import require
 from .peft_type import PeftType
 from .replaced import Plan, find_replaced
 from .targets import find_targets
-
-T = TypeVar("T")
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files these are."""
@@ -199,9 +197,7 @@ class AdapterConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
         """Write `adapter_config.json` into a directory; a file is replaced as a whole or not at all."""
-        from ..files.adapters import save_config
-
-        save_config(self, save_directory)
+        write_fields(save_directory, self.to_dict())
 
     @classmethod
     def from_pretrained(
@@ -213,9 +209,9 @@ class AdapterConfig:
             FileNotFoundError, ValueError: No such file, or one that is no config; names the file and the field.
             TypeError: The config of another method than this class's.
         """
-        from ..files.adapters import load_config
-
-        config = load_config(pretrained_model_name_or_path, subfolder)
+        file, fields = read_fields(pretrained_model_name_or_path, subfolder)
+        with about(file):
+            config = AdapterConfig.from_dict(fields)
         if not isinstance(config, cls):
             raise TypeError(f"{cls.__name__}: {pretrained_model_name_or_path} holds a {type(config).__name__}")
         return config
@@ -247,17 +243,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
     return getattr(value, "value", value)
-
-
-def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """The value of the first pattern that matches the end of a path, as PEFT's `rank_pattern` has it.
-
-    >>> by_pattern({"q_proj": 4, "^head": 2}, "layers.0.q_proj", 8)
-    4
-    >>> by_pattern({"q_proj": 4, "^head": 2}, "lm.head", 8)
-    8
-    """
-    for pattern, value in patterns.items():
-        if match(rf"(.*\.)?({pattern})$", path, "rank_pattern or alpha_pattern"):
-            return value
-    return default

@@ -18,8 +18,8 @@ from torch import nn
 
 from torchgraft.functional.extending import describe, is_linear
 
-from .fields import require
 from .matching import excluded, linear_names, matches
+from .messages import require
 from .target_parameters import parameter_names
 
 C = TypeVar("C", bound=Any)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -114,10 +114,3 @@ def from_keys(config: AdapterConfig, state_dict: Mapping[str, Tensor]) -> tuple[
         else:
             tree.setdefault(split[0], {})[split[1]] = tensor
     return tree, rest
-
-
-def names_of(keys: Iterable[str], most: int = 4) -> str:
-    """Some of these keys, and how many there are."""
-    keys = list(keys)
-    shown = ", ".join(map(repr, keys[:most]))
-    return f"{shown}, ... ({len(keys)} in all)" if len(keys) > most else shown

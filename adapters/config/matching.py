@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from torchgraft.functional.extending import is_linear
 
 from . import patterns
+
+T = TypeVar("T")
 
 
 def matches(config: Any, name: str) -> bool:
@@ -64,3 +66,17 @@ def linear_names(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     if output is None and callable(get_output) and config.task_type == "SEQ_CLS":
         output = next((modules[name] for name in ("score", "classifier") if name in modules), None)
     return {name for name, module in modules.items() if is_linear(module) and module is not output}
+
+
+def by_pattern(by_name: Mapping[str, T], path: str, default: T) -> T:
+    """Return the value of the first pattern that matches the end of a path, as PEFT's `rank_pattern` has it.
+
+    >>> by_pattern({"q_proj": 4, "^head": 2}, "layers.0.q_proj", 8)
+    4
+    >>> by_pattern({"q_proj": 4, "^head": 2}, "lm.head", 8)
+    8
+    """
+    for pattern, value in by_name.items():
+        if patterns.match(rf"(.*\.)?({pattern})$", path, "rank_pattern or alpha_pattern"):
+            return value
+    return default

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Replaced, each, replaced
 
-from .fields import require
+from .messages import require
 from .ties import names_by_tensor, source
 from .tokens import LEAF, find_tokens
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from .fields import require
+from .messages import require
 from .token_fields import TokenFields
 
 Ranges = Sequence[Sequence[int]]

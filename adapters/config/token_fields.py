@@ -11,7 +11,7 @@ from torch import nn
 from torchgraft.functional.extending import Follow
 
 from .base import AdapterConfig
-from .fields import require
+from .messages import require
 from .ties import tied_to
 
 _TURNED = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}

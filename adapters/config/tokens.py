@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Replaced, replaced
 
-from .fields import require
+from .messages import require
 from .ties import input_embeddings, names_by_tensor
 
 LEAF = "trainable_tokens_delta"

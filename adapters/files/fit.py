@@ -15,7 +15,8 @@ from torch import Tensor
 from torchgraft.functional.extending import Follows, Plan, Site, each
 
 from ..config.base import AdapterConfig
-from ..config.keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key, split_key
+from ..config.keys import PREFIX, SHARED, held_at, join, places, replaced_key, split_key
+from ..config.messages import names_of
 from ..config.replaced import other_names
 from .disk.headers import Spec, Weights
 

@@ -33,7 +33,8 @@ from torchgraft.functional.extending import (
 )
 
 from ..config.base import AdapterConfig
-from ..config.keys import names_of, split_key
+from ..config.keys import split_key
+from ..config.messages import names_of
 from ..config.replaced import saved_modules
 from ..config.replication import replicating
 from ..config.targets import exact, find_targets

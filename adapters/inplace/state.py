@@ -30,7 +30,8 @@ from torchgraft.functional.extending import (
 )
 
 from ..config.base import AdapterConfig
-from ..config.keys import PREFIX, SHARED, held_at, join, names_of, places, replaced_key
+from ..config.keys import PREFIX, SHARED, held_at, join, places, replaced_key
+from ..config.messages import names_of
 from ..config.targets import exact
 from ..config.tokens import LEAF as TOKENS
 from ..methods.shared.scalings import check_raw, expressed

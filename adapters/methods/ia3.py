@@ -19,8 +19,9 @@ from torch import Tensor
 from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
 from ..config import patterns
-from ..config.base import AdapterConfig, require
+from ..config.base import AdapterConfig
 from ..config.form import Form
+from ..config.messages import require
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Layer, Method, Site, Weights, widen
 
-from ..config.base import AdapterConfig, require
+from ..config.base import AdapterConfig
 from ..config.form import Form, Value
+from ..config.messages import require
 from .shared.called import Called, Holder
 
 

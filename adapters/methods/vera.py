@@ -19,8 +19,9 @@ from torch import Tensor
 
 from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
 
-from ..config.base import AdapterConfig, require
+from ..config.base import AdapterConfig
 from ..config.form import Form, Value
+from ..config.messages import require
 from .shared.called import DROPOUT, dropped
 
 

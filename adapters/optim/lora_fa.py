@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Graft, PerAdapter, Site, Tree
 
-from ..config.keys import names_of
+from ..config.messages import names_of
 from ..inplace.layer import BaseTunerLayer
 from ..inplace.walk import layers, unwrap
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from torchgraft.functional import Site, Weights
 
-from ...config.base import require
-from ...config.keys import names_of
+from ...config.messages import names_of, require
 from .configs import LoftQConfig, LoraGAConfig, made
 from .corda import corda
 from .loftq import loftq

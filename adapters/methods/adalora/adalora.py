@@ -20,8 +20,8 @@ from torch import Tensor
 
 from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
-from ...config.base import require
 from ...config.form import Form, Value
+from ...config.messages import require
 from ..lora.fields import LoraFields
 from ..shared.called import DROPOUT, dropped
 from ..shared.low_rank import add_scaled, add_to_linear, route_to_linear

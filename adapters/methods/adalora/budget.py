@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchgraft.functional.extending import Leaves, Tree
 
-from ...config.base import require
+from ...config.messages import require
 from .adalora import AdaLoraConfig
 
 _LEAVES = ("lora_A", "lora_B", "lora_E")

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from ...calibration.initial.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from ...config.base import require
+from ...config.messages import require
 from ...config.replication import ReplicationFields
 
 

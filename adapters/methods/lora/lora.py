@@ -26,8 +26,10 @@ from torchgraft.functional.extending import PARAMETERS
 
 from ...calibration.initial import FROM_DATA, NAMES, Statistics, constants, factors, kind_of, warn_of_plain
 from ...calibration.initial.configs import CONFIGS, made
-from ...config.base import AdapterConfig, by_pattern, require
+from ...config.base import AdapterConfig
 from ...config.form import Form, Value
+from ...config.matching import by_pattern
+from ...config.messages import require
 from ..shared.called import DROPOUT
 from ..shared.scalings import alpha_at, of_lora, scaling_of, written
 from . import dora, forward

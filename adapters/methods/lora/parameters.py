@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchgraft.functional import Site
 
-from ...config.base import require
+from ...config.messages import require
 
 _OF_MODULES = (
     "lora_dropout", "lora_bias", "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config",

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchgraft.functional import PerAdapter, Site
 
 from ...calibration.initial import REMOVING, kind_of
-from ...config.base import by_pattern, require
+from ...config.matching import by_pattern
+from ...config.messages import require
 
 C = TypeVar("C", bound=Any)
 Sites = Mapping[str, Site]

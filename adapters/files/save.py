@@ -1,17 +1,13 @@
-"""Adapters in files, as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters written to files, as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
@@ -21,15 +17,13 @@ from ..config.base import AdapterConfig
 from ..config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from ..config.replaced import other_names, saved_buffers
 from ..inplace import get_peft_model_state_dict
-from ..inplace.gathering import check_averaged, gathered, groups_of, kept, once
+from ..inplace.gathering import gathered, groups_of, kept, once
 from ..inplace.state import config_of, shared_tensors, source_sites
 from ..inplace.walk import layers, unwrap
 from ..methods.lora.to_plain import plain as to_plain
 from ..methods.lora.to_plain import raw
-from .disk.folder import WEIGHTS, Folder, check_name, find_folder, open_pair, read_config, write_config, write_pair
-from .disk.headers import open_weights
-from .disk.strict_json import parse_object
-from .loading import Stored, load_into_graft, load_into_model
+from .disk.config_file import make_folder, to_json
+from .disk.folder import check_name, write_pair
 
 
 def save_adapter(
@@ -83,141 +77,10 @@ def save_adapter(
     weights = safetensors.torch.save(
         {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
     )
-    fields = _to_json(_fields(config, model, sites))
+    fields = to_json(_fields(config, model, sites))
     root = Path(path)
     folder = root if adapter_name == "default" else root / adapter_name
-    once(groups, lambda: write_pair(_made(path, adapter_name), fields, weights), folder)
-    return folder
-
-
-def load_adapter(
-    target: nn.Module | Graft,
-    path: str | os.PathLike[str],
-    adapter_name: str = "default",
-    *,
-    check_finite: bool = False,
-    is_trainable: bool = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Any:
-    """Read an adapter from a directory that `save_adapter` or PEFT wrote.
-
-    A model gets the adapter injected, as its active one. For a graft, which has a config already, the files give the
-    parameters, and their config has to mean the same as the graft's.
-
-    Only JSON and safetensors are read, never a pickle, and nothing is downloaded. Config, keys, shapes and dtypes are
-    held against the model before any tensor is read; on any error the model is what it was. Several threads can load
-    into several models at once. Of a model that is sharded, all processes take part, and each reads the files.
-
-    Args:
-        target: A model, or a graft.
-        path: The directory. If it has a subdirectory of the adapter's name with an adapter in it, that is read.
-        adapter_name: Name for the adapter, which may have been saved under another one; of a graft with named adapters,
-            the one to load.
-        check_finite: Refuse NaN and infinite values.
-        is_trainable: Whether the injected adapter is to be trained; of no effect for a graft.
-        dtype: Dtype of the parameters. By default that of the base in a model, as `inject_adapter_in_model` has it; for
-            a graft float32, or the base's where that is wider, as `Graft.init` has it.
-        device: Device of the parameters; by default each site's own.
-
-    Returns:
-        The model, or the adapter's tree for the graft.
-
-    Raises:
-        FileNotFoundError: No such directory or file.
-        ValueError: Files that are damaged, that contradict each other, the model or the graft, or that lead out of the
-            directory; a name that is taken.
-        KeyError: Tensors that are missing, or that nothing has a use for.
-        TypeError: A target that is neither a model nor a graft.
-
-    >>> import tempfile
-    >>> from torchgraft.adapters import LoraConfig
-    >>> from torchgraft.functional import bind
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> graft = bind(model, LoraConfig(target_modules=["0"]))
-    >>> params = graft.init()
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = save_adapter(graft, folder, params=params)
-    ...     loaded = load_adapter(graft, folder)
-    ...     model = load_adapter(model, folder)
-    >>> torch.equal(loaded["0"]["lora_A"], params["0"]["lora_A"]), model[0].active_adapters
-    (True, ['default'])
-    """
-    model = target if isinstance(target, Graft) else unwrap(target)
-    with open_pair(find_folder(path, adapter_name)) as (config_file, data, handle):
-        config = _to_config(config_file, data)
-        weights_file = config_file.parent / WEIGHTS
-        with about(weights_file):
-            stored = Stored(config, open_weights(handle, weights_file), check_finite, dtype, device)
-        with about(config_file), gathered(target, writes=True):
-            if isinstance(model, Graft):
-                return load_into_graft(model, stored, adapter_name)
-            check_averaged(target, is_trainable)
-            load_into_model(model, stored, adapter_name, is_trainable)
-            return target
-
-
-def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
-    """Write `adapter_config.json` into a directory; the file is replaced as a whole or not at all.
-
-    Raises:
-        OSError: A file that cannot be written.
-
-    >>> import tempfile
-    >>> from torchgraft.adapters import IA3Config
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_config(IA3Config(target_modules=["k"]), folder)
-    ...     load_config(folder).target_modules
-    ['k']
-    """
-    write_config(_made(path, "default"), _to_json(config.to_dict()))
-
-
-def load_config(path: str | os.PathLike[str], subfolder: str | None = None) -> AdapterConfig:
-    """Read `adapter_config.json` from a directory.
-
-    Args:
-        path: The directory.
-        subfolder: A directory within it.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: A file that is no config, or that leads out of the directory; names the file and the field.
-    """
-    root = Path(path)
-    folder = Folder(root, root / subfolder if subfolder else root)
-    if not folder.path.is_dir():
-        raise FileNotFoundError(f"{folder.path}: no such directory; nothing is downloaded here, fetch it first")
-    with contextlib.ExitStack() as stack:
-        weights = None
-        with contextlib.suppress(FileNotFoundError):
-            weights = stack.enter_context(folder.open(WEIGHTS))
-        file, data = read_config(folder, weights)
-    return _to_config(file, data)
-
-
-def _to_config(file: Path, data: bytes) -> AdapterConfig:
-    fields = parse_object(data, file)
-    if "peft_type" not in fields:
-        raise ValueError(f"{file}: has no peft_type, expected the config of an adapter, such as LORA")
-    with about(file):
-        return AdapterConfig.from_dict(fields)
-
-
-def _to_json(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, indent=2, sort_keys=True).encode()
-
-
-def _made(path: str | os.PathLike[str], adapter_name: str) -> Path:
-    """The directory for an adapter, made if it is not there."""
-    root = Path(path)
-    folder = root if adapter_name == "default" else root / adapter_name
-    for one in (root, folder):
-        if one.exists() and not one.is_dir():
-            raise NotADirectoryError(f"{one}: is a file, expected a directory")
-    os.makedirs(root, exist_ok=True)
-    Folder(root, folder)
-    os.makedirs(folder, exist_ok=True)
+    once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
     return folder
 
 
@@ -307,16 +170,3 @@ def _fields(config: AdapterConfig, model: nn.Module, sites: Mapping[str, Site]) 
     if "fan_in_fan_out" in fields:
         fields["fan_in_fan_out"] |= any(site.kind == "linear" and site.transposed for site in sites.values())
     return fields
-
-
-@contextlib.contextmanager
-def about(file: Path) -> Iterator[None]:
-    """Have errors name the file."""
-    try:
-        yield
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
-        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        if text.startswith((str(file), str(file.parent / WEIGHTS))):
-            raise
-        kind = next((one for one in (KeyError, RuntimeError, TypeError) if isinstance(error, one)), ValueError)
-        raise kind(f"{file}: {text}") from error
