@@ -62,7 +62,7 @@ def load_adapter(
         TypeError: A target that is neither a model nor a graft.
 
     >>> import tempfile
-    >>> from torchgraft.adapters import LoraConfig
+    >>> from torchgraft.adapters import LoraConfig, save_adapter
     >>> from torchgraft.functional import bind
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> graft = bind(model, LoraConfig(target_modules=["0"]))
