@@ -39,8 +39,9 @@ ORDER = {
         methods: ia3 oft vera
         methods/lora: bases embedding_grad dora fields parameters forward lora to_plain
         methods/adalora: adalora budget
-        inplace: checksum containers gathering reads root values biases holders modules_to_save originals live tokens
-            layer parameters walk overlaps summaries switch merging restoring inject state __init__
+        inplace: checksum gathering reads root originals placed biases modules_to_save tokens containers holders leaves
+            weights live values layer parameters walk bare overlaps layouts base_state summaries switch merging restoring
+            inject extract state __init__
         files: configs fit stored save into_graft into_model load
         calibration: progress observing statistics
         optim: lora_plus lora_fa

@@ -18,7 +18,7 @@ from ..config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from ..config.replaced import other_names, saved_buffers
 from ..inplace import get_peft_model_state_dict
 from ..inplace.gathering import gathered, groups_of, kept, once
-from ..inplace.state import config_of, shared_tensors, source_sites
+from ..inplace.layouts import config_of, shared_tensors, source_sites
 from ..inplace.walk import layers, unwrap
 from ..methods.lora.to_plain import plain as to_plain
 from ..methods.lora.to_plain import raw

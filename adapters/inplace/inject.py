@@ -43,9 +43,10 @@ from . import root
 from .biases import ATTRIBUTE, Biases, biases_of
 from .gathering import check_averaged, gathered
 from .layer import BaseTunerLayer
+from .leaves import key_of
 from .modules_to_save import ModulesToSaveWrapper
 from .overlaps import check_apart, check_names, check_overlap, check_tokens
-from .parameters import ParameterLayer, key_of
+from .parameters import ParameterLayer
 from .restoring import restoring
 from .switch import adapter_names, take_out
 from .tokens import TrainableTokensWrapper

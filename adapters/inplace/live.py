@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,7 @@ from ..methods.shared.called import in_memory
 from .containers import Parameters
 from .holders import Holders, Watch
 from .originals import Originals
-
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
+from .weights import MergingLayer
 
 _COPIES: Any = WeakIdKeyDictionary()
 """Constants on other devices, so that layers that share one keep sharing it."""
@@ -112,11 +110,11 @@ class Live:
         names: Their names, which the forward does not read.
         entries: Config and site of each, with constants where the base is.
         merged: The base's original weights, while other adapters are merged into it.
-        held: Leaves of each, as `BaseTunerLayer.held` has them.
+        held: Leaves of each, as `LayerLeaves.held` has them.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
     """
 
-    def __init__(self, layer: BaseTunerLayer, names: Iterable[str]):
+    def __init__(self, layer: MergingLayer, names: Iterable[str]):
         self.names = list(names)
         self.merged = layer.originals if layer.merged else None
         base: Any = unwrapped(layer.base_layer)  # FSDP wraps the base in another module
@@ -130,10 +128,10 @@ class Live:
         inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
         self.shell = None if inherited or not self.names else Shell(base, plain, self.entries, self.merged)
 
-    def _hold(self, layer: BaseTunerLayer) -> None:
+    def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""
         self.held = [layer.held(name) for name in self.names]
-        self.holders = [Holders(layer, name, layer.entries[name]) for name in self.names]
+        self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name]) for name in self.names]
         self.watch = Watch(self.holders)
         modules: Any = layer._modules
         self._hung = [
@@ -201,7 +199,7 @@ class Live:
             return self.leaves()
         return [holders.maps(called=False) for holders in self.holders]
 
-    def stale(self, layer: BaseTunerLayer) -> bool:
+    def stale(self, layer: MergingLayer) -> bool:
         """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""
         containers: Any = layer._modules
         for attribute, container, registry, name, one in self._hung:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import Cell, Entry, Key, ParameterSocket, names_grouped, parametrised_class
+from torchgraft.functional.extending import Cell, Entry, ParameterSocket, names_grouped, parametrised_class
 
 from .layer import BaseTunerLayer
 from .live import Live, placed, run_in_place_of
@@ -67,7 +67,15 @@ class ParameterLayer(BaseTunerLayer):
         """What the names of the module's tensors start with in this layer."""
         return "base_layer." * (1 + len(list(self.inner())))
 
-    def place(self, path: str) -> str:
+    def under_names(self, name: str) -> Iterable[tuple[str, BaseTunerLayer]]:
+        """This layer and those within, each under the name of its parameter."""
+        return [(f"{name}.{layer.parameter_name}", layer) for layer in self.chain()]
+
+    def without_adapters(self) -> nn.Module:
+        """The user's module."""
+        return self.get_base_layer()
+
+    def place_in_model(self, path: str, carriers: Collection[str]) -> str:
         """Where this layer hangs in the model, where its parameter is at `path`."""
         return path.rpartition(".")[0] + ".base_layer" * self.depth
 
@@ -173,8 +181,3 @@ class Sockets(Mapping[str, ParameterSocket]):
 
     def __len__(self) -> int:
         return len(self.layers)
-
-
-def key_of(layer: BaseTunerLayer) -> Key:
-    """What a layer is around: a module, or one of its parameters."""
-    return id(layer.get_base_layer()), layer.parameter_name if isinstance(layer, ParameterLayer) else ""

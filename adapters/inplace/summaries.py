@@ -10,12 +10,9 @@ import optree
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.extending import Entry, Follower, Tree
+from torchgraft.functional.extending import Entry, Tree
 
-from .biases import biases_of
-from .modules_to_save import ModulesToSaveWrapper
-from .tokens import TrainableTokensWrapper
-from .walk import bare_modules, layers, named, unwrap
+from .walk import bare_modules, layers, parts, unwrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,18 +163,7 @@ def _row(name: str, entries: list[Entry], tensors: Sequence[Tensor], state: str,
 
 
 def _injected(model: nn.Module, name: str) -> list[Tensor]:
-    own: list[Tensor] = [
-        p
-        for layer in layers(model).values()
-        if name in layer.entries and not isinstance(layer.entries[name], Follower)
-        for p in layer.leaves(name).values()
-    ]
-    if (biases := biases_of(model)) is not None and biases.adapter == name:
-        own += biases.tensors().values()
-    for tokens in named(model, TrainableTokensWrapper).values():
-        own += [p for key, p in tokens.token_adapter.trainable_tokens_delta.items() if key == name]
-    copies = [wrapper.modules_to_save for wrapper in named(model, ModulesToSaveWrapper).values()]
-    return _values(own + [p for copy in copies if name in copy for p in copy[name].parameters()])
+    return _values(tensor for part in parts(model) for tensor in part.tensors_of(name))
 
 
 def _state(model: nn.Module, name: str) -> str:
