@@ -40,8 +40,8 @@ ORDER = {
         methods/lora: bases embedding_grad dora fields parameters forward lora to_plain
         methods/adalora: adalora budget
         inplace: checksum gathering reads root originals placed biases modules_to_save tokens containers holders leaves
-            weights live values layer parameters walk bare overlaps layouts base_state summaries switch merging restoring
-            inject extract state __init__
+            weights live values layer parameters walk bare layouts overlaps switch merging summaries restoring
+            base_state extract state targets_from_keys initial_leaves injection positions placing inject __init__
         files: configs fit stored save into_graft into_model load
         calibration: progress observing statistics
         optim: lora_plus lora_fa
