@@ -32,16 +32,17 @@ OPTIONAL = {"adapters/calibration/progress.py": {"tqdm"}}
 ORDER = {
     "adapters": """
         files/disk: folder strict_json headers config_file
-        config: form messages patterns fields matching peft_type target_parameters experts architectures ties targets
+        config: peft_format messages patterns fields matching peft_type target_parameters experts architectures ties targets
             tokens replaced base token_fields replication keys
         calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         methods/shared: called fused low_rank scalings
         methods: ia3 oft vera
-        methods/lora: bases embedding_grad dora fields parameters forward lora to_plain
+        methods/lora: bases embedding_grad dora fields parameters forward leaves lora to_plain
         methods/adalora: adalora budget
-        inplace: checksum gathering reads root originals placed biases modules_to_save tokens containers holders leaves
-            weights live values layer parameters walk bare layouts overlaps switch merging summaries restoring
-            base_state extract state targets_from_keys initial_leaves injection positions placing inject __init__
+        inplace: checksum gathering reads root originals placed biases modules_to_save token_rows tokens containers
+            holders leaves weights called_base shell active values layer parameters walk bare layouts overlaps switch
+            merging summaries restoring base_state extract state targets_from_keys initial_leaves injection positions
+            placing inject __init__
         files: configs fit stored save into_graft into_model load
         calibration: progress observing statistics
         optim: lora_plus lora_fa

@@ -16,8 +16,8 @@ from torchgraft.functional.extending import modules_of
 from ..files.disk.config_file import about, read_fields, write_fields
 from .architectures import with_targets
 from .fields import check_fields
-from .form import Form
 from .messages import require
+from .peft_format import PeftFormat
 from .peft_type import PeftType
 from .replaced import Plan, find_replaced
 from .targets import find_targets
@@ -51,7 +51,7 @@ class AdapterConfig:
     """
 
     method: ClassVar[Method]
-    form: ClassVar[Form]
+    form: ClassVar[PeftFormat]
     site_fields: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"}

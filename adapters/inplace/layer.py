@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .active import ActiveAdapters
 from .containers import Modules, Parameters
-from .live import Live
 from .placed import own_modules
 from .reads import computes
 from .values import Values
@@ -180,8 +180,8 @@ class BaseTunerLayer(MergingLayer):
         names = [] if self._disabled else [name for name in self._active if name in self._entries]
         self._live = self._collect(self._inside_out(name for name in names if name not in self.merged_adapters))
 
-    def _collect(self, names: Iterable[str]) -> Live:
-        return Live(self, names)
+    def _collect(self, names: Iterable[str]) -> ActiveAdapters:
+        return ActiveAdapters(self, names)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
         """Set the mode of this layer, its module and its adapters."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Cell, Entry, ParameterSocket, names_grouped, parametrised_class
 
+from .active import ActiveAdapters, placed
 from .layer import BaseTunerLayer
-from .live import Live, placed, run_in_place_of
+from .shell import run_in_place_of
 
 
 class ParameterLayer(BaseTunerLayer):
@@ -79,8 +80,8 @@ class ParameterLayer(BaseTunerLayer):
         """Where this layer hangs in the model, where its parameter is at `path`."""
         return path.rpartition(".")[0] + ".base_layer" * self.depth
 
-    def _collect(self, names: Iterable[str]) -> Live:
-        return ParameterLive(self, names)
+    def _collect(self, names: Iterable[str]) -> ActiveAdapters:
+        return ActiveOnParameter(self, names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the active adapters of this parameter and of those within."""
@@ -110,7 +111,7 @@ class ParameterLayer(BaseTunerLayer):
         return self
 
 
-class ParameterLive(Live):
+class ActiveOnParameter(ActiveAdapters):
     """What a forward needs of a parameter's active adapters.
 
     Attributes:

@@ -20,8 +20,8 @@ from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
 from ..config import patterns
 from ..config.base import AdapterConfig
-from ..config.form import Form
 from ..config.messages import require
+from ..config.peft_format import PeftFormat
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -171,7 +171,7 @@ def _infer(config: IA3Config, found: Mapping[str, Mapping[str, Tensor]]) -> dict
     return {"feedforward_modules": rows}
 
 
-IA3Config.form = Form(
+IA3Config.form = PeftFormat(
     prefix="ia3_",
     parameters=("ia3_l",),
     facts=lambda config, site: {"is_feedforward": site.constants["feedforward"]},

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torchgraft.functional import Layer, Method, Site, Weights, widen
 
 from ..config.base import AdapterConfig
-from ..config.form import Form, Value
 from ..config.messages import require
+from ..config.peft_format import PeftFormat, Value
 from .shared.called import Called, Holder
 
 
@@ -278,7 +278,7 @@ class Rotation(Holder):
         self.weight = nn.Parameter(torch.empty(shape, device="meta"))
 
 
-OFTConfig.form = Form(
+OFTConfig.form = PeftFormat(
     prefix="oft_",
     modules=("oft_R", "oft_embedding_R"),
     holder=lambda config, site, leaf: Rotation(shapes(config, site)[leaf]),

@@ -20,8 +20,8 @@ from torch import Tensor
 from torchgraft.functional import Layer, Method, PerAdapter, Rows, Site, Weights, widen
 
 from ..config.base import AdapterConfig
-from ..config.form import Form, Value
 from ..config.messages import require
+from ..config.peft_format import PeftFormat, Value
 from .shared.called import DROPOUT, dropped
 
 
@@ -158,7 +158,7 @@ def _check(config: VeraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> Non
         require(shape == (config.r,), config, what)
 
 
-VeraConfig.form = Form(
+VeraConfig.form = PeftFormat(
     prefix="vera_",
     dropout="vera_dropout",
     parameters=("vera_lambda_b", "vera_lambda_d"),

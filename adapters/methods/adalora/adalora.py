@@ -20,8 +20,8 @@ from torch import Tensor
 
 from torchgraft.functional import Layer, Method, Rows, Site, Weights, widen
 
-from ...config.form import Form, Value
 from ...config.messages import require
+from ...config.peft_format import PeftFormat, Value
 from ..lora.fields import LoraFields
 from ..shared.called import DROPOUT, dropped
 from ..shared.low_rank import add_scaled, add_to_linear, route_to_linear
@@ -232,7 +232,7 @@ def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> 
     }
 
 
-AdaLoraConfig.form = Form(
+AdaLoraConfig.form = PeftFormat(
     prefix="lora_",
     dropout="lora_dropout",
     infer=_infer,

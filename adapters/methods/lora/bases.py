@@ -57,7 +57,7 @@ class Quantised:
         return self.base.training
 
 
-class Lessened:
+class BaseMinusInitial:
     """A layer that lost `s B0 A0`.
 
     Attributes:
@@ -95,7 +95,7 @@ class Lessened:
     @property
     def original(self) -> Layer:
         below = self.base.original
-        return self if below is self.base else Lessened(below, self.site)
+        return self if below is self.base else BaseMinusInitial(below, self.site)
 
     @property
     def training(self) -> bool:

@@ -116,7 +116,7 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class DoraTerms:
     """One site's DoRA as a call has it.
 
     Attributes:

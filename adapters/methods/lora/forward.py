@@ -24,7 +24,7 @@ from ..shared.low_rank import (
     route_to_linear,
 )
 from . import dora
-from .bases import Lessened, base_of
+from .bases import BaseMinusInitial, base_of
 from .embedding_grad import as_embedding
 from .parameters import factors_of_parameter
 
@@ -44,19 +44,20 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     dropout: Dropout = leaves.get(DROPOUT, config.lora_dropout)
     called = isinstance(leaves.get("lora_A"), Called)
     if "initial_A" in site.constants and (called or (dropout and base.training)):
-        base, (a, b) = Lessened(base, site), own_factors(site, leaves)  # what the base lost sees the whole input
+        a, b = own_factors(site, leaves)
+        base = BaseMinusInitial(base, site)  # what the base lost sees the whole input
     else:
         a, b = factors(site, leaves)
     if site.kind == "linear" and not (called or config.use_dora or config.lora_bias):
         return add_to_linear(base, x, a, b, scaling, dropout)
     y = base(x)
     if config.use_dora and isinstance(leaves[dora.MAGNITUDE], Called):
-        return dora.Part(site, leaves, a, b, base).add_called(y, x, dropout)
+        return dora.DoraTerms(site, leaves, a, b, base).add_called(y, x, dropout)
     if called:
         return add_called(y, x, a, b, scaling, dropout)
     dtype, d = y.dtype, _dropped(dropout, site, base, x)
     if config.use_dora:
-        y, b = dora.Part(site, leaves, a, b, base).rescale(y, d)
+        y, b = dora.DoraTerms(site, leaves, a, b, base).rescale(y, d)
     if config.lora_bias:
         y = _with_bias(y, leaves[BIAS].view(-1, *(1 for _ in site.kernel_size)), scaling)
     if d is not None:
@@ -84,7 +85,7 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
     y = base(x)
     dtype, d = y.dtype, _dropped(config.lora_dropout, site, base, x)
     if config.use_dora:
-        y, b = dora.Part(site, leaves, a, b, base).rescale_rows(y, d, rows)
+        y, b = dora.DoraTerms(site, leaves, a, b, base).rescale_rows(y, d, rows)
     if config.lora_bias:
         y = _with_bias_of_rows(y, leaves[BIAS], scaling, rows)
     if d is not None:
@@ -145,7 +146,7 @@ def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: 
     if not config.use_dora or site.kind in PARAMETERS:
         return {}
     base = base_of(site, base)
-    part = dora.Part(site, leaves, *factors(site, leaves), base)
+    part = dora.DoraTerms(site, leaves, *factors(site, leaves), base)
     return {dora.GAINS: part.gains(base.original.weight)}
 
 

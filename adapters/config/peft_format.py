@@ -25,7 +25,7 @@ class Value:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class PeftFormat:
     """How PEFT's layers and files hold a method's parameters.
 
     Attributes:
@@ -90,7 +90,7 @@ class Form:
     def place(self, leaf: str) -> tuple[str, str | None]:
         """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
 
-        >>> Form("lora_", modules=("lora_B",), biases={"lora_B_bias": "lora_B"}).place("lora_B_bias")
+        >>> PeftFormat("lora_", modules=("lora_B",), biases={"lora_B_bias": "lora_B"}).place("lora_B_bias")
         ('lora_B', 'bias')
         """
         if leaf in self.biases:
@@ -100,7 +100,7 @@ class Form:
     def key(self, leaf: str) -> str:
         """Name of a leaf in PEFT's files, after the module's.
 
-        >>> Form("lora_", modules=("lora_A",)).key("lora_A")
+        >>> PeftFormat("lora_", modules=("lora_A",)).key("lora_A")
         'lora_A.weight'
         """
         attribute, parameter = self.place(leaf)

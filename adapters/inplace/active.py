@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional.extending import (
     Adapted,
     Base,
-    Cell,
     Entry,
-    Part,
-    Site,
-    Socket,
-    adapted_class,
-    check_base,
-    inner_class,
-    is_sharded,
-    is_unit,
     plain_class,
     unwrapped,
-    whole,
 )
 
-from ..methods.shared.called import in_memory
+from .called_base import CalledBase, CalledOverMerged, is_parallel, own_or_computed
 from .containers import Parameters
 from .holders import Holders, Watch
-from .originals import Originals
+from .shell import Shell
 from .weights import MergingLayer
 
 _COPIES: Any = WeakIdKeyDictionary()
@@ -43,65 +32,7 @@ _REGISTRY = ("_modules", "_parameters")
 """Where a container of modules, and one of bare parameters, has them."""
 
 
-class CalledBase(Base):
-    """The wrapped module, called as a module, so that its own hooks run."""
-
-    __slots__ = ()
-
-    def run(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self.plain is not None:
-            check_base(self.site.path, self.plain_tensors()[0], x)
-        return self.module(x, *self.args, **self.kwargs)
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight and bias, whole and in memory."""
-        if "_hf_hook" not in vars(self.module):
-            weight, bias = super().dense()
-        else:
-            with in_memory(self.module):
-                weight, bias = super().dense()
-        return whole(weight), None if bias is None else whole(bias)
-
-    @property
-    def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
-        """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
-        own = vars(self.module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        return None if "forward" in own or has_global_hooks() else super().plain
-
-
-class BaseOverMerged(Base):
-    """A base that adapters are merged into: its own weights are kept elsewhere."""
-
-    __slots__ = ("originals",)
-
-    originals: Originals
-
-    @property
-    def original(self) -> Base:
-        return self.originals.base(self.module, self.site)
-
-
-class CalledOverMerged(CalledBase, BaseOverMerged):
-    """The same, called as a module."""
-
-    __slots__ = ()
-
-
-def is_parallel(base: Any, site: Site) -> bool:
-    """Whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
-    sharded = base._forward_pre_hooks and not is_unit(base)
-    return bool(sharded) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
-
-
-def own_or_computed(module: Any, name: str) -> Tensor:
-    """What a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
-    own = module._parameters.get(name)
-    return getattr(module, name) if own is None else own
-
-
-class Live:
+class ActiveAdapters:
     """The adapters that run, the innermost first, under names that stay the same when others become active.
 
     A compiled forward guards on every name it reads, so with the adapters' names it would be compiled for each.
@@ -212,94 +143,6 @@ class Live:
             and bool(self)
             and is_parallel(base, self.entries[0].site)
         )
-
-
-@dataclasses.dataclass(eq=False)
-class SocketOverMerged(Socket):
-    """A socket of a module that adapters are merged into."""
-
-    originals: Originals
-
-    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: Part | None) -> Any:
-        if part is not None:
-            return super()._base(site, args, kwargs, part)
-        base = BaseOverMerged(self.inner, site, args, kwargs)
-        base.originals = self.originals
-        return base
-
-
-class Shell:
-    """A module of a class with its own forward, with the adapters around the forward that this one inherits.
-
-    It shares the wrapped module's tensors, hooks and flags; the wrapped module itself stays as it is.
-    """
-
-    def __init__(self, base: Any, plain: Any, entries: list[Entry], merged: Originals | None):
-        self.cell = Cell()
-        cls: Any = type(base)
-        self.inner: Any = object.__new__(inner_class(cls, plain))
-        self.module: Any = object.__new__(adapted_class(cls, plain, entries[0].site))
-        state: dict[str, Any] = {}
-        for one in (self.inner, self.module):
-            object.__setattr__(one, "__dict__", state)
-        named = {str(index): entry for index, entry in enumerate(entries)}
-        self.socket = Socket(entries[0].site.path, self.cell, named, self.inner, "input", cls, plain)
-        if merged is not None:
-            self.socket = SocketOverMerged(**vars(self.socket), originals=merged)
-        self.follow(base)
-
-    def follow(self, base: Any) -> None:
-        """Take over what the wrapped module has now."""
-        vars(self.module).update(vars(base), _socket=self.socket)
-        vars(self.module).pop("forward", None)
-
-    def run(
-        self,
-        base: Any,
-        entries: list[Entry],
-        leaves: list[dict[str, Any]],
-        x: Any,
-        args: tuple,
-        kwargs: Mapping[str, Any],
-    ) -> Tensor:
-        """The adapted output."""
-        path = self.socket.path
-        self.socket.entries = {str(index): entry for index, entry in enumerate(entries)}
-        self.cell.trees = {str(index): {path: one} for index, one in enumerate(leaves)}
-        return run_in_place_of(base, self.module, self.follow, path, (x, *args), kwargs)
-
-
-def run_in_place_of(
-    base: Any, module: Any, follow: Callable[[Any], None], path: str, args: tuple, kwargs: Mapping[str, Any]
-) -> Any:
-    """Call a module that shares a wrapped one's tensors, as that one would be called.
-
-    Args:
-        base: The wrapped module.
-        module: The other.
-        follow: Has it take over what the wrapped module has now.
-        path: Path of the site.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments.
-
-    Raises:
-        RuntimeError: Somebody has set another forward on the wrapped module.
-    """
-    if torch.compiler.is_compiling():
-        return module(*args, **kwargs)
-    own = vars(base).get("forward")
-    if own is None or getattr(own, "__func__", None) is type(base).forward:  # accelerate leaves the class's behind
-        follow(base)
-        return module(*args, **kwargs)
-    hook = vars(base).get("_hf_hook")
-    if hook is None:
-        raise RuntimeError(
-            f"{path}: this {type(base).__name__} has a forward set on itself, which would run without the adapter; "
-            "move it into a subclass, or into hooks"
-        )
-    args, kwargs = hook.pre_forward(base, *args, **kwargs)
-    follow(base)
-    return hook.post_forward(base, module(*args, **kwargs))
 
 
 def _device(entries: Iterable[Entry], base: Any) -> torch.device | None:
