@@ -73,40 +73,12 @@ def fit(
         KeyError: A key that is missing, or one that nothing has a use for.
         ValueError: Another shape, or another kind of dtype.
     """
-    at = places(sites)
-    shapes = {(path, leaf): shape for path, site in sites.items() for leaf, shape in _shapes(config, site).items()}
-    leaves = {join(config, at[path], leaf): (path, leaf) for path, leaf in shapes}
-    for path, leaf, one in each(replaced):
-        for adapted in (path not in sites, path in sites):  # PEFT writes either; the last is the one to ask for
-            leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf
-        shapes[path, leaf] = one.shape
-    tied = {name: (*where, False) for name, where in other_names(replaced).items()}
-    for path, follow in follows.items():
-        tied |= {
-            join(config, path, own): (follow.source, leaf, follow.transposed) for own, leaf in follow.leaves.items()
-        }
-    shared = {f"{SHARED}{name}": name for name in config.form.shared}
+    wanted = _wanted(config, sites, replaced, follows, saved)
     parts, rest = Parts({}, {}, {}, {}, {}), []
     for key, name in _stripped(weights).items():
-        if name in leaves:
-            if leaves[name] in parts.leaves:
-                raise KeyError(f"{weights.file}: has {key!r} and {parts.leaves[leaves[name]]!r}, which mean the same")
-            parts.leaves[leaves[name]] = key
-            _check(weights, key, shapes[leaves[name]], _own_kind(weights, key))
-        elif (other := name.replace(".base_layer.", ".")) in tied:
-            parts.tied[key] = tied[other]
-            shape = shapes[tied[other][:2]]
-            _check(weights, key, shape[::-1] if tied[other][2] else shape, _own_kind(weights, key))
-        elif name in saved:
-            parts.saved[name] = key
-            _check(weights, key, tuple(saved[name].shape), saved[name].dtype)
-        elif key in shared:
-            parts.shared[shared[key]] = key
-            constant = next(iter(sites.values())).constants[shared[key]]
-            _check(weights, key, tuple(constant.shape), constant.dtype)
-        elif not _is_spare(config, name, replaced):
+        if not _take(weights, key, name, wanted, sites, parts) and not _is_spare(config, name, replaced):
             rest.append(key)
-    _check_complete(config, weights, parts, leaves, saved, shared)
+    _check_complete(config, weights, parts, wanted)
     tensors = base() if rest else {}
     for key in rest:
         name = _base_name(key, tensors)
@@ -118,6 +90,67 @@ def fit(
         parts.base[name] = key
         _check(weights, key, tuple(tensors[name].shape), tensors[name].dtype)
     return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What an adapter needs of a file, by key without PEFT's prefix.
+
+    Attributes:
+        leaves: Path and name of each leaf; a leaf may have two keys, of which the last is the one to ask for.
+        shapes: The shape of each leaf, by path and name.
+        tied: Further copies of a leaf: its path and name, and whether it is transposed.
+        saved: The buffers of `modules_to_save`.
+        shared: The names of shared constants, by their whole key.
+    """
+
+    leaves: dict[str, tuple[str, str]]
+    shapes: dict[tuple[str, str], tuple[int, ...]]
+    tied: dict[str, tuple[str, str, bool]]
+    saved: Mapping[str, Tensor]
+    shared: dict[str, str]
+
+
+def _wanted(
+    config: AdapterConfig, sites: Mapping[str, Site], replaced: Plan, follows: Follows, saved: Mapping[str, Tensor]
+) -> _Wanted:
+    at = places(sites)
+    shapes = {(path, leaf): shape for path, site in sites.items() for leaf, shape in _shapes(config, site).items()}
+    leaves = {join(config, at[path], leaf): (path, leaf) for path, leaf in shapes}
+    for path, leaf, one in each(replaced):
+        for adapted in (path not in sites, path in sites):  # PEFT writes either
+            leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf
+        shapes[path, leaf] = one.shape
+    tied = {name: (*where, False) for name, where in other_names(replaced).items()}
+    for path, follow in follows.items():
+        tied |= {
+            join(config, path, own): (follow.source, leaf, follow.transposed) for own, leaf in follow.leaves.items()
+        }
+    return _Wanted(leaves, shapes, tied, saved, {f"{SHARED}{name}": name for name in config.form.shared})
+
+
+def _take(weights: Weights, key: str, name: str, wanted: _Wanted, sites: Mapping[str, Site], parts: Parts) -> bool:
+    """Enter a key into the parts of a file, and return whether it is one that is wanted."""
+    if name in wanted.leaves:
+        where = wanted.leaves[name]
+        if where in parts.leaves:
+            raise KeyError(f"{weights.file}: has {key!r} and {parts.leaves[where]!r}, which mean the same")
+        parts.leaves[where] = key
+        _check(weights, key, wanted.shapes[where], _own_kind(weights, key))
+    elif (other := name.replace(".base_layer.", ".")) in wanted.tied:
+        path, leaf, transposed = parts.tied[key] = wanted.tied[other]
+        shape = wanted.shapes[path, leaf]
+        _check(weights, key, shape[::-1] if transposed else shape, _own_kind(weights, key))
+    elif name in wanted.saved:
+        parts.saved[name] = key
+        _check(weights, key, tuple(wanted.saved[name].shape), wanted.saved[name].dtype)
+    elif key in wanted.shared:
+        parts.shared[wanted.shared[key]] = key
+        constant = next(iter(sites.values())).constants[wanted.shared[key]]
+        _check(weights, key, tuple(constant.shape), constant.dtype)
+    else:
+        return False
+    return True
 
 
 def _shapes(config: AdapterConfig, site: Site) -> dict[str, tuple[int, ...]]:
@@ -169,20 +202,13 @@ def _check(weights: Weights, key: str, shape: tuple[int, ...], dtype: torch.dtyp
         raise ValueError(f"{weights.file}: {key!r} has dtype {spec.dtype}, expected {kind}")
 
 
-def _check_complete(
-    config: AdapterConfig,
-    weights: Weights,
-    parts: Parts,
-    leaves: Mapping[str, tuple[str, str]],
-    saved: Mapping[str, Tensor],
-    shared: Mapping[str, str],
-) -> None:
+def _check_complete(config: AdapterConfig, weights: Weights, parts: Parts, wanted: _Wanted) -> None:
     """Refuse a file that lacks keys."""
-    wanted = {where: key for key, where in leaves.items()}
-    missing = [f"{PREFIX}{key}" for where, key in wanted.items() if where not in parts.leaves]
-    missing += [f"{PREFIX}{name}" for name in saved if name not in parts.saved]
+    keys = {where: key for key, where in wanted.leaves.items()}
+    missing = [f"{PREFIX}{key}" for where, key in keys.items() if where not in parts.leaves]
+    missing += [f"{PREFIX}{name}" for name in wanted.saved if name not in parts.saved]
     if config.form.saves_shared(config) or parts.shared:
-        missing += [key for key, name in shared.items() if name not in parts.shared]
+        missing += [key for key, name in wanted.shared.items() if name not in parts.shared]
     if missing:
         raise KeyError(
             f"{weights.file}: lacks {names_of(missing)}, which the config asks for on this model; it has "

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from torchgraft.functional.extending import (
+    Plan,
     Site,
     Tree,
     plan_follows,
@@ -58,13 +59,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
             "says that such tensors are not in the file; set save_projection in it to true"
         )
     embeddings = _embeddings(model, modules, stored, parts, tensors)
-    tree: Tree = {}
-    of_base = dataclasses.replace(stored, dtype=None)
-    for (path, leaf), key in parts.leaves.items():
-        base = base_of(path, leaf, modules, sites, replaced)
-        dtype = trainable_dtype(base)
-        reader = of_base if leaf in replaced.get(path, {}) else stored
-        tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, dtype)
+    tree = _tree(stored, parts, tensors, modules, sites, replaced)
     fixed = {path: {leaf: tree[path].pop(leaf) for leaf in fixed_leaves(stored.config, sites[path])} for path in sites}
     constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
@@ -72,14 +67,37 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     inject_adapter_in_model(config, model, adapter_name, params=tree)
     if parts.saved:
         set_peft_model_state_dict(model, {name: tensors[key] for name, key in parts.saved.items()}, adapter_name)
+    _put_constants(model, adapter_name, fixed, constants)
+    for module, leaf, value in embeddings:
+        fill(module, leaf, value)
+
+
+def _tree(
+    stored: Stored,
+    parts: Parts,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
+    replaced: Plan,
+) -> Tree:
+    """The parameters of the file, each with the dtype and the device of the base where it belongs."""
+    tree: Tree = {}
+    of_base = dataclasses.replace(stored, dtype=None)
+    for (path, leaf), key in parts.leaves.items():
+        base = base_of(path, leaf, modules, sites, replaced)
+        reader = of_base if leaf in replaced.get(path, {}) else stored
+        tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, trainable_dtype(base))
+    return tree
+
+
+def _put_constants(model: nn.Module, adapter_name: str, fixed: Tree, constants: Mapping[str, Tensor]) -> None:
+    """Have an injected adapter use the file's leaves that are not trained, and its shared constants."""
     for path, layer in layers(model).items():
         for leaf, value in fixed.get(path, {}).items():
             layer.set_leaf(adapter_name, leaf, nn.Parameter(value, requires_grad=False))
     for layer in layers(model).values() if constants else ():
         if adapter_name in layer.entries:
             layer.set_constants(adapter_name, constants)
-    for module, leaf, value in embeddings:
-        fill(module, leaf, value)
 
 
 def _constant(sites: Mapping[str, Site], name: str) -> Tensor:
