@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.adapters.fused import linear
+from torchgraft.adapters.methods.shared.fused import linear
 
 
 class ByHand(nn.Module):

@@ -1,6 +1,8 @@
 """The rules between the folders: who may import what."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,8 +26,34 @@ ALLOWED = {
     "adapters": {"torch", "optree", "safetensors", "torchgraft.functional", "torchgraft.adapters"},
 }
 
-OPTIONAL = {"adapters/progress.py": {"tqdm"}}
+OPTIONAL = {"adapters/calibration/progress.py": {"tqdm"}}
 """What a file imports where it is installed, within a function, and goes without else."""
+
+ORDER = {
+    "adapters": """
+        files/disk: folder strict_json headers config_file
+        config: peft_format messages patterns fields matching peft_type target_parameters experts architectures ties
+            targets tokens replaced base token_fields replication keys
+        calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
+        methods/shared: called fused low_rank scalings
+        methods: ia3 oft vera
+        methods/lora: bases embedding_grad dora fields parameters forward leaves lora to_plain
+        methods/adalora: adalora budget
+        inplace: checksum gathering reads root originals placed biases modules_to_save token_rows tokens containers
+            holders leaves weights called_base shell active values layer parameters walk bare layouts overlaps switch
+            merging summaries restoring base_state extract state targets_from_keys initial_leaves injection positions
+            placing inject __init__
+        files: configs fit stored save into_graft into_model load
+        calibration: progress observing statistics
+        optim: lora_plus lora_fa
+        peft: peft_modules alias
+        .: __init__
+    """,
+}
+"""The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.
+
+An `__init__` that imports nothing stands nowhere.
+"""
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -73,6 +101,81 @@ def test_imports_only_what_its_folder_may(file: Path) -> None:
     allowed |= OPTIONAL.get(str(file), set())
     refused = sorted({name for name in names if not within(name, allowed)})
     assert not refused, f"{file} imports {refused}; {file.parts[0]}/ may import {sorted(ALLOWED[file.parts[0]])}"
+
+
+def ordered(folder: str) -> list[str]:
+    """The files of a folder in their declared order, as paths."""
+    rooms = re.findall(r"([\w./]+):([^:]*)(?=\s[\w./]+:|$)", ORDER[folder])
+    return [os.path.normpath(f"{folder}/{room}/{name}.py") for room, names in rooms for name in names.split()]
+
+
+def at_runtime(source: str) -> str:
+    """A module without what only type checkers see."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+            self.generic_visit(node)
+            return (node.orelse or ast.Pass()) if ast.unparse(node.test).endswith("TYPE_CHECKING") else node
+
+    return ast.unparse(Strip().visit(ast.parse(source)))
+
+
+def files_of(name: str) -> list[str]:
+    """The files that an import of a name within `torchgraft` runs: the packages that it is in, and the module."""
+    parts = name.split(".")[1:]
+    found = [os.path.join(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
+    found += [os.path.join(*parts[:count]) + ".py" for count in (len(parts) - 1, len(parts)) if count]
+    return [file for file in found if (ROOT / file).exists()]
+
+
+def upward(file: Path, order: list[str], source: str) -> list[str]:
+    """The imports of a module that do not go down in an order, each with the file that it reaches."""
+    below, package = set(order[: order.index(str(file))]), package_of(file)
+    around = {str(parent / "__init__.py") for parent in file.parents}
+    found = []
+    for name in imported(at_runtime(source), package):
+        *packages, target = files_of(name) if within(name, {f"torchgraft.{file.parts[0]}"}) else [""]
+        reached = [one for one in packages if one not in around] + [target]
+        found += [f"{name} ({one})" for one in reached if one in order and one not in below]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("from .base import AdapterConfig", []),
+        ("from ..calibration.initial.configs import made", ["configs", "__init__"]),
+        ("def f():\n    from ..inplace import inject_adapter_in_model", ["__init__"]),
+        ("from ..methods.lora import lora", ["lora"]),
+        ("from .. import LoraConfig", ["__init__"]),
+        ("if TYPE_CHECKING:\n    from ..methods.lora.lora import LoraConfig", []),
+    ],
+)
+def test_an_import_that_goes_up_is_seen(source: str, names: list[str]) -> None:
+    found = upward(Path("adapters/config/keys.py"), ordered("adapters"), source)
+    assert sorted(Path(one.split(" (")[1].rstrip(")")).stem for one in found) == sorted(names)
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_the_order_names_each_file_once(folder: str) -> None:
+    order = ordered(folder)
+    bare = [
+        str(file) for file in FILES if file.name == "__init__.py" and not [*imported((ROOT / file).read_text(), "")]
+    ]
+    files = {str(file) for file in FILES if file.parts[0] == folder} - set(bare)
+    assert len(order) == len(set(order)), "a file stands twice in ORDER"
+    assert set(order) == files, f"ORDER lacks {sorted(files - set(order))}, and has {sorted(set(order) - files)} more"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parts[0] in ORDER], ids=str)
+def test_imports_go_down(file: Path) -> None:
+    order = ordered(file.parts[0])
+    if str(file) in order:
+        found = upward(file, order, (ROOT / file).read_text())
+        assert not found, (
+            f"{file} imports {', '.join(found)}, which stands above it. From the bottom up:{ORDER[file.parts[0]]}"
+            "Move what is needed to a lower file, pass it in, or have the lower file declare a protocol for it"
+        )
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -1,5 +1,10 @@
 """Adapters in the user's own model: PEFT's low-level API, and what it lacks."""
 
+from .base_state import get_base_model_state_dict as get_base_model_state_dict
+from .base_state import set_base_model_state_dict as set_base_model_state_dict
+from .extract import extract_config as extract_config
+from .extract import extract_graft as extract_graft
+from .extract import extract_params as extract_params
 from .inject import inject_adapter_in_model as inject_adapter_in_model
 from .layer import BaseTunerLayer as BaseTunerLayer
 from .merging import merge_adapter as merge_adapter
@@ -7,12 +12,7 @@ from .merging import merge_and_unload as merge_and_unload
 from .merging import unload as unload
 from .merging import unmerge_adapter as unmerge_adapter
 from .modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
-from .state import extract_config as extract_config
-from .state import extract_graft as extract_graft
-from .state import extract_params as extract_params
-from .state import get_base_model_state_dict as get_base_model_state_dict
 from .state import get_peft_model_state_dict as get_peft_model_state_dict
-from .state import set_base_model_state_dict as set_base_model_state_dict
 from .state import set_peft_model_state_dict as set_peft_model_state_dict
 from .switch import adapter_names as adapter_names
 from .switch import cast_adapter_dtype as cast_adapter_dtype

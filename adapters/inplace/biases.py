@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import offloading, whole, write
+from torchgraft.functional.extending import Tree, offloading, whole, write
 
-from .gathering import fill, put
+from ..config.keys import held_at, replaced_key
+from .gathering import fill, kept, put
+from .placed import Layout, Owners, Slot
 
 ATTRIBUTE = "_trained_biases"
 """Where a model keeps them, outside of its module tree."""
@@ -46,6 +49,13 @@ class Biases:
         self.merged_adapters: list[str] = []
         self._active: list[str] = []
         self._disabled = False
+
+    is_layer = False
+
+    @property
+    def carried_adapters(self) -> list[str]:
+        """The adapter."""
+        return [self.adapter]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's parameters by path of their module."""
@@ -87,6 +97,9 @@ class Biases:
         """Whether the base's own biases are in their places because adapters are disabled."""
         return self._disabled
 
+    def check_active(self, names: Iterable[str]) -> None:
+        """Do nothing: only one adapter has biases."""
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Have the adapter's biases in their places if it is among these, trainable unless `inference_mode`."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -117,8 +130,30 @@ class Biases:
             self.activate([], False)
             self.modules = {}
 
+    def widen_adapter(self, adapter_name: str) -> None:
+        """Do nothing: the biases have the base's dtype."""
+
+    def own_modules(self) -> Iterable[nn.Module]:
+        """None."""
+        return ()
+
+    def recall_adapters(self, active: list[str]) -> None:
+        """Have the biases of these active adapters in their places again."""
+        self.activate(active, False)
+
+    def merged_with(self, names: Iterable[str] | None) -> list[str]:
+        """What is merged together with these adapters, by default with the active ones."""
+        return list(dict.fromkeys((*self.merged_adapters, *(self._active if names is None else names))))
+
     def check_merge(self, names: Iterable[str]) -> None:
         """Do nothing: only one adapter has biases."""
+
+    def check_tied(self, path: str, names: Iterable[str], owners: Owners, placed: Mapping[int, Any]) -> None:
+        """Do nothing: the biases are in the places of the base's, whoever uses these."""
+
+    def merge_adapters(self, names: Iterable[str] | None, safe: bool) -> None:
+        """Count the adapter as merged if it is among these."""
+        self.remerge(self.merged_with(names), safe)
 
     def remerge(self, names: Iterable[str], safe: bool = False) -> None:
         """Count the adapter as merged if it is among these.
@@ -141,6 +176,42 @@ class Biases:
     def check_unwritten(self) -> None:
         """Do nothing: the base's own biases are kept."""
 
+    def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
+        """The adapter's biases, if this is the adapter."""
+        return self.tensors().values() if adapter_name == self.adapter else ()
+
+    def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
+        """None: the base's own are not what is beneath a merge, but beneath the adapter's, see `originals`."""
+        return {}
+
+    def unmerged(self, layout: Layout) -> dict[str, Tensor]:
+        """The adapter's biases by path, also where layers have merged them into their modules."""
+        if layout.adapter != self.adapter:
+            return {}
+        beneath = layout.unmerged if self._in else {}
+        return {path: beneath.get(f"{path}.bias", tensor) for path, tensor in self.tensors().items()}
+
+    def adapter_tree(self, path: str, layout: Layout) -> Tree:
+        """The adapter's biases."""
+        return {path: {"bias": kept(whole(bias))} for path, bias in self.unmerged(layout).items()}
+
+    def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
+        """The adapter's biases, under the names of the base's."""
+        found = {}
+        for path, bias in self.unmerged(layout).items():
+            key = replaced_key(held_at(path, layout.carriers), "bias", path in layout.carriers)
+            name = replaced_key(held_at(path, layout.places), "bias", path in layout.places)
+            found[name] = Slot(key, bias, functools.partial(self.put, path))
+        return found
+
+    def put(self, path: str, value: Tensor) -> None:
+        """Load another value into one of the biases."""
+        tensor = self.tensors()[path]
+        if isinstance(tensor, nn.Parameter):
+            fill(self.modules[path], "bias", value)
+        else:
+            write(tensor, value)
+
     def _swap(self) -> None:
         wanted = self.adapter in [*self._active, *self.merged_adapters] and not self._disabled
         if wanted == self._in:
@@ -156,14 +227,3 @@ def biases_of(model: nn.Module) -> Biases | None:
     """The biases that an adapter of the model trains."""
     found: Any = vars(model).get(ATTRIBUTE)
     return found if found is not None and found.modules else None
-
-
-def put_bias(model: nn.Module, path: str, value: Tensor) -> None:
-    """Load one of them."""
-    found = biases_of(model)
-    assert found is not None
-    tensor = found.tensors()[path]
-    if isinstance(tensor, nn.Parameter):
-        fill(found.modules[path], "bias", value)
-    else:
-        write(tensor, value)

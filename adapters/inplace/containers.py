@@ -7,20 +7,24 @@ does, `load_state_dict(assign=True)` does) has to reach that collection.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
+
+class Refreshing(Protocol):
+    """A layer that has to know when what hangs in it is replaced."""
+
+    def refresh(self) -> None:
+        """Take notice of other parameters."""
 
 
 class Parameters(nn.ParameterDict):
     """Bare parameters by adapter name."""
 
-    _layer: BaseTunerLayer
+    _layer: Refreshing
 
-    def __init__(self, layer: BaseTunerLayer):
+    def __init__(self, layer: Refreshing):
         super().__init__()
         vars(self)["_layer"] = layer  # not a submodule
 
@@ -43,9 +47,9 @@ class Parameters(nn.ParameterDict):
 class Modules(nn.ModuleDict):
     """Modules that hold a parameter, or do something for an adapter, by its name."""
 
-    _layer: BaseTunerLayer
+    _layer: Refreshing
 
-    def __init__(self, layer: BaseTunerLayer):
+    def __init__(self, layer: Refreshing):
         super().__init__()
         vars(self)["_layer"] = layer
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from torchgraft.functional.extending import PARAMETERS, SiteAdapter
 
-from ..called import DROPOUT, Called, Holder, read
+from ..methods.shared.called import DROPOUT, Called, Holder, read
 from .containers import Parameters
-
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout)
 _TRAITS = ("stride", "padding", "dilation", "groups", "padding_mode", "inplace")
@@ -54,6 +51,12 @@ class Part(NamedTuple):
 class Holders:
     """The modules that hold one adapter's leaves on a layer.
 
+    Args:
+        modules: What hangs in the layer, by attribute.
+        made: What the modules computed that were made to hold leaves, by attribute and adapter.
+        name: The adapter's name.
+        entry: Its config and site.
+
     Attributes:
         parts: Each of them.
         containers: The containers of bare parameters.
@@ -61,17 +64,22 @@ class Holders:
         p: The probability of dropout.
     """
 
-    def __init__(self, layer: BaseTunerLayer, name: str, entry: SiteAdapter):
+    def __init__(
+        self,
+        modules: Mapping[str, Any],
+        made: Mapping[tuple[str, str], Traits | None],
+        name: str,
+        entry: SiteAdapter,
+    ):
         config: Any = entry.config
         self._entry, self._name, form = entry, name, config.form
         self._called = entry.site.kind not in ("attention", *PARAMETERS)
-        modules: Any = layer._modules
         self._biases = {form.place(leaf)[0]: leaf for leaf in form.biases if getattr(config, form.biased, False)}
         holders = {leaf: leaf for leaf in (*form.modules, *form.bare_modules)}
         if entry.site.kind not in ("embedding", *PARAMETERS):  # those ignore it, as in PEFT
             holders[form.dropout] = DROPOUT
         self.parts = [
-            self._part(leaf, modules[attribute]._modules[name], layer.made.get((attribute, name)))
+            self._part(leaf, modules[attribute]._modules[name], made.get((attribute, name)))
             for attribute, leaf in holders.items()
             if name in modules.get(attribute, ())
         ]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from torchgraft.functional.extending import child_of_wrapper, is_unit, unwrapped
+from torchgraft.functional.extending import child_of_wrapper, is_unit
 
 from . import root
 from .biases import ATTRIBUTE, biases_of
 from .gathering import hand_over, on_gathered
-from .layer import BaseTunerLayer
-from .modules_to_save import ModulesToSaveWrapper
-from .parameters import ParameterLayer
+from .placed import Owners
 from .switch import adapter_names as names_in
-from .switch import take_out
-from .tokens import TrainableTokensWrapper
-from .walk import bare_modules, layers, parts, unwrap
+from .switch import in_order_of_merging, take_out
+from .walk import bare_modules, layers, named_parts, parts, placed_in, placed_modules, unwrap
 
 
 @on_gathered(writes=True)
@@ -58,34 +55,24 @@ def _merge(model: nn.Module, adapter_names: list[str] | None, safe: bool, alone:
         alone: Whether active adapters that are not merged go, and so are not in the way of what is merged.
     """
     _check_names(model, adapter_names)
-    found = layers(model)
-    if any(layer.disable_adapters for layer in found.values()):
+    if any(layer.disable_adapters for layer in layers(model).values()):
         raise RuntimeError("the adapters are disabled, so merging them would switch them on; enable them first")
-    new = {path: layer for path, layer in found.items() if layer.unmerged(adapter_names)}
-    _check_tied(model, new)
-    beside = {part: _union(part, adapter_names) for part in parts(model) if not isinstance(part, BaseTunerLayer)}
-    for part, names in beside.items():
-        part.check_merge(names if alone else dict.fromkeys((*names, *part.active_adapters)))
-    _check_tied_tokens(model, beside)
-    changed = [*new.values(), *beside]
-    before = {part: list(part.merged_adapters) for part in changed}
+    found = named_parts(model)
+    owners = Owners(bare_modules(model))
+    placed = {id(part.user_module): part for _, part in placed_modules(model)}
+    for path, part in found:
+        names = part.merged_with(adapter_names)
+        part.check_merge(names if alone else [*names, *part.active_adapters])
+        part.check_tied(path, names, owners, placed)
+    before = [(part, list(part.merged_adapters)) for _, part in found]
     try:
-        for part, names in beside.items():  # first, for layers merge the biases that are in their places
-            part.remerge(names, safe)
-        for layer in new.values():
-            layer.merge(safe_merge=safe, adapter_names=adapter_names)
+        for part, _ in in_order_of_merging(before):
+            part.merge_adapters(adapter_names, safe)
     except Exception:
-        for part in changed:
-            if part.merged_adapters != before[part]:
-                part.remerge(before[part])
+        for part, merged in before:
+            if part.merged_adapters != merged:
+                part.remerge(merged)
         raise
-
-
-def _union(part: Any, adapter_names: list[str] | None) -> list[str]:
-    """What is merged into a part then: what is already, and these adapters."""
-    return list(
-        dict.fromkeys((*part.merged_adapters, *(part.active_adapters if adapter_names is None else adapter_names)))
-    )
 
 
 @on_gathered(writes=True)
@@ -144,14 +131,8 @@ def _strip(model: nn.Module) -> None:
             while child is not None and (inner := child_of_wrapper(child)) is not None:
                 parent, name, child = child, inner, child._modules[inner]
             unit: Any = child
-            if isinstance(child, ModulesToSaveWrapper):
-                child = child.merged_module
-            if isinstance(child, TrainableTokensWrapper):
-                child = _without_tokens(child)
-            if isinstance(child, ParameterLayer):
-                child = child.get_base_layer()
-            elif isinstance(child, BaseTunerLayer):
-                child = child.base_layer
+            if (part := placed_in(child)) is not None:
+                child = part.without_adapters()
             parent._modules[name] = child
             if child is not None and child is not unit and is_unit(unit):
                 hand_over(unit, child)
@@ -162,16 +143,6 @@ def _strip(model: nn.Module) -> None:
     root.detach(model)
 
 
-def _without_tokens(wrapper: TrainableTokensWrapper) -> Any:
-    """The module that tokens were trained of, within what torch wrapped around it and its tokens."""
-    held: Any = wrapper._modules["token_adapter"]
-    inner = child_of_wrapper(held)
-    if inner is None:
-        return held.base_layer
-    held._modules[inner] = unwrapped(held).base_layer
-    return held
-
-
 def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:
     known = names_in(model)
     if not known:
@@ -179,56 +150,3 @@ def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:
     missing = [name for name in names or () if name not in known]
     if missing:
         raise ValueError(f"the model has no adapter {missing[0]!r}; it has {known}")
-
-
-def _check_tied(model: nn.Module, found: dict[str, BaseTunerLayer]) -> None:
-    """Refuse to change a weight that another module uses too."""
-    owners = _owners(model)
-    for path, layer in found.items():
-        site = next(iter(layer.entries.values())).site
-        module = layer.get_base_layer()
-        for leaf in site.names if site.has_bias else site.weight_names:
-            tied = owners.get(id(module._parameters.get(leaf)), {})
-            _refuse_tied(path, leaf, "adapter", [name for key, name in tied.items() if key != id(module)])
-
-
-def _check_tied_tokens(model: nn.Module, beside: Mapping[Any, list[str]]) -> None:
-    """Refuse to change rows of a weight that another module uses too without having the same rows."""
-    wrappers = {id(one.token_adapter.base_layer): one for one in beside if isinstance(one, TrainableTokensWrapper)}
-    owners = _owners(model) if wrappers else {}
-    for key, wrapper in wrappers.items():
-        for name in [name for name in beside[wrapper] if name in wrapper.adapters]:
-            tied = owners.get(id(wrapper.token_adapter.base_layer._parameters.get("weight")), {})
-            rows = wrapper.rows(name)[0]
-            others = [
-                path
-                for other, path in tied.items()
-                if other != key
-                and not (
-                    other in wrappers and name in wrappers[other].adapters and wrappers[other].rows(name)[0] is rows
-                )
-            ]
-            _refuse_tied(wrapper.path, "weight", "rows", others)
-
-
-def _has_rows(wrapper: TrainableTokensWrapper | None, name: str, rows: Tensor) -> bool:
-    """Whether a module has these very rows for an adapter."""
-    return wrapper is not None and name in wrapper.adapters and wrapper.rows(name)[0] is rows
-
-
-def _owners(model: nn.Module) -> dict[int, dict[int, str]]:
-    """The modules that have each parameter, with its name in each, all by identity."""
-    owners: dict[int, dict[int, str]] = {}
-    for name, module in bare_modules(model).items():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), {})[id(module)] = f"{name}.{leaf}"
-    return owners
-
-
-def _refuse_tied(path: str, leaf: str, what: str, others: list[str]) -> None:
-    if others:
-        raise ValueError(
-            f"{path}: its {leaf} is tied to {others[0]}, which would change with it; untie the two, or leave the "
-            f"{what} unmerged"
-        )

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .gathering import loaded_copy
+from torchgraft.functional.extending import Tree, unwrapped, whole
+
+from .gathering import kept, loaded_copy
+from .placed import Layout, Owners, Slot, own_modules
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -28,6 +31,13 @@ class ModulesToSaveWrapper(nn.Module):
         self._tied: dict[str, set[str]] = {}
         self._active: list[str] = []
         self._disabled = False
+
+    is_layer = False
+
+    @property
+    def carried_adapters(self) -> list[str]:
+        """Names of the adapters that have a copy here."""
+        return list(self.modules_to_save)
 
     def add(
         self, name: str, given: Mapping[str, Tensor] | None = None, tied: Mapping[str, nn.Parameter] | None = None
@@ -88,7 +98,7 @@ class ModulesToSaveWrapper(nn.Module):
             ValueError: Several of the adapters have a copy, and only one can run.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check(names)
+        self.check_active(names)
         for name, module in self.modules_to_save.items():
             if name not in names:
                 module.requires_grad_(False)
@@ -99,7 +109,7 @@ class ModulesToSaveWrapper(nn.Module):
         self._active = [name for name in names if name in self.modules_to_save]
         self.set_requires_grad(self._active, trained)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check_active(self, names: Iterable[str]) -> None:
         """Refuse several adapters that have a copy here."""
         here = [name for name in names if name in self.modules_to_save]
         if len(here) > 1:
@@ -128,6 +138,16 @@ class ModulesToSaveWrapper(nn.Module):
             del self.modules_to_save[adapter_name]
         self._active = [name for name in self._active if name != adapter_name]
 
+    def widen_adapter(self, adapter_name: str) -> None:
+        """Do nothing: copies have the dtype of the user's module."""
+
+    def own_modules(self) -> Iterable[nn.Module]:
+        """This wrapper and its copies."""
+        return own_modules(self)
+
+    def recall_adapters(self, active: list[str]) -> None:
+        """Do nothing: which copy runs is read in each call."""
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """The name in this wrapper of each tensor of an adapter's copy, by its name in files."""
         if adapter_name not in self.modules_to_save:
@@ -136,28 +156,52 @@ class ModulesToSaveWrapper(nn.Module):
         return {name: f"modules_to_save.{adapter_name}.{name}" for name in names}
 
     @property
+    def user_module(self) -> Any:
+        """The user's module, without what torch has wrapped around it."""
+        return unwrapped(self.original_module)
+
+    def under_names(self, name: str) -> Iterable[tuple[str, ModulesToSaveWrapper]]:
+        """This wrapper, under the name of the user's module."""
+        return [(name, self)]
+
+    def copied_module(self, adapter_name: str) -> nn.Module:
+        """An adapter's copy, or the user's module where it has none."""
+        copied = self.modules_to_save._modules.get(adapter_name)
+        return self.original_module if copied is None else copied
+
+    @property
     def current(self) -> nn.Module:
         """The module that runs now."""
         return self.original_module if self._disabled else self._of([*self.merged_adapters, *self._active])
 
-    @property
-    def merged_module(self) -> nn.Module:
+    def without_adapters(self) -> nn.Module:
         """The copy of a merged adapter, or else the user's module."""
         return self._of(self.merged_adapters)
 
     def _of(self, names: list[str]) -> nn.Module:
         return self.modules_to_save[names[0]] if names else self.original_module
 
+    def merged_with(self, names: Iterable[str] | None) -> list[str]:
+        """What is merged together with these adapters, by default with the active ones."""
+        return list(dict.fromkeys((*self.merged_adapters, *(self._active if names is None else names))))
+
     def check_merge(self, names: Iterable[str]) -> None:
         """Refuse several adapters that have a copy here."""
-        here = [name for name in names if name in self.modules_to_save]
+        here = [name for name in dict.fromkeys(names) if name in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(
                 f"adapters {here} each have a copy of {type(self.original_module).__name__} (modules_to_save), so "
                 "only one of them can be merged; name one in adapter_names"
             )
 
-    def remerge(self, names: Iterable[str], safe: bool = False) -> None:
+    def check_tied(self, path: str, names: Iterable[str], owners: Owners, placed: Mapping[int, Any]) -> None:
+        """Do nothing: no weight is changed here."""
+
+    def merge_adapters(self, names: Iterable[str] | None, safe: bool) -> None:
+        """Count these adapters as merged too."""
+        self.remerge(self.merged_with(names))
+
+    def remerge(self, names: Iterable[str]) -> None:
         """Count just these adapters as merged."""
         self.merged_adapters = [name for name in names if name in self.modules_to_save]
 
@@ -168,6 +212,29 @@ class ModulesToSaveWrapper(nn.Module):
 
     def check_unwritten(self) -> None:
         """Do nothing: no weight is changed here."""
+
+    def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
+        """The parameters of an adapter's copy."""
+        return self.modules_to_save[adapter_name].parameters() if adapter_name in self.modules_to_save else ()
+
+    def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
+        """None: no weight is changed here."""
+        return {}
+
+    def adapter_tree(self, path: str, layout: Layout) -> Tree:
+        """The parameters of the adapter's copy."""
+        return {
+            f"{path}.{inner}" if inner else path: {leaf: kept(whole(tensor)) for leaf, tensor in leaves.items()}
+            for inner, leaves in self.leaves(layout.adapter).items()
+        }
+
+    def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
+        """The parameters and the buffers of the adapter's copy."""
+        name = layout.adapter
+        if name not in self.modules_to_save:
+            return {}
+        own = self.modules_to_save[name].state_dict(keep_vars=True)
+        return {f"{path}.{key}": Slot(f"{path}.modules_to_save.{name}.{key}", tensor) for key, tensor in own.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy, or the user's module."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from torchgraft.functional.extending import PARAMETERS, Site, SiteAdapter
 
+from .leaves import key_of
 from .modules_to_save import ModulesToSaveWrapper
-from .parameters import ParameterLayer, key_of
 from .tokens import TrainableTokensWrapper
 from .walk import layers, named
 
@@ -62,7 +62,7 @@ def check_tokens(
 
 def check_apart(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> None:
     """Refuse an adapter on a module of which a parameter is adapted, or the reverse."""
-    whole = {id(layer.get_base_layer()): not isinstance(layer, ParameterLayer) for layer in layers(model).values()}
+    whole = {id(layer.get_base_layer()): not layer.parameter_name for layer in layers(model).values()}
     for path, site in sites.items():
         parameter = site.kind in PARAMETERS
         if whole.get(id(modules[site.owner]), not parameter) is parameter:

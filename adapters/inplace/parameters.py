@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchgraft.functional.extending import (
     CallContext,
-    Key,
     ParameterRuntime,
     SiteAdapter,
     names_grouped,
     parametrised_class,
 )
 
+from .active import ActiveAdapters, placed
 from .layer import BaseTunerLayer
-from .live import Live, placed, run_in_place_of
+from .shell import run_in_place_of
 
 
 class ParameterLayer(BaseTunerLayer):
@@ -74,12 +74,20 @@ class ParameterLayer(BaseTunerLayer):
         """What the names of the module's tensors start with in this layer."""
         return "base_layer." * (1 + len(list(self.inner())))
 
-    def place(self, path: str) -> str:
+    def under_names(self, name: str) -> Iterable[tuple[str, BaseTunerLayer]]:
+        """This layer and those within, each under the name of its parameter."""
+        return [(f"{name}.{layer.parameter_name}", layer) for layer in self.chain()]
+
+    def without_adapters(self) -> nn.Module:
+        """The user's module."""
+        return self.get_base_layer()
+
+    def place_in_model(self, path: str, carriers: Collection[str]) -> str:
         """Where this layer hangs in the model, where its parameter is at `path`."""
         return path.rpartition(".")[0] + ".base_layer" * self.depth
 
-    def _collect(self, names: Iterable[str]) -> Live:
-        return ParameterLive(self, names)
+    def _collect(self, names: Iterable[str]) -> ActiveAdapters:
+        return ActiveOnParameter(self, names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the active adapters of this parameter and of those within."""
@@ -109,7 +117,7 @@ class ParameterLayer(BaseTunerLayer):
         return self
 
 
-class ParameterLive(Live):
+class ActiveOnParameter(ActiveAdapters):
     """What a forward needs of a parameter's active adapters.
 
     Attributes:
@@ -180,8 +188,3 @@ class Sockets(Mapping[str, ParameterRuntime]):
 
     def __len__(self) -> int:
         return len(self.layers)
-
-
-def key_of(layer: BaseTunerLayer) -> Key:
-    """What a layer is around: a module, or one of its parameters."""
-    return id(layer.get_base_layer()), layer.parameter_name if isinstance(layer, ParameterLayer) else ""

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from .biases import Biases
-from .layer import BaseTunerLayer
 from .switch import put_in
 from .walk import parts
 
@@ -25,33 +23,22 @@ def restoring(model: nn.Module) -> Iterator[None]:
     >>> len(model)
     1
     """
-    own = {id(module) for part in parts(model) if isinstance(part, nn.Module) for module in _without_base(part)}
+    own = {id(module) for part in parts(model) for module in part.own_modules()}
     states = [(vars(module), _state(module, id(module) in own or module is model)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     merged = [(part, list(part.merged_adapters)) for part in parts(model)]
-    active = [(part, list(part.active_adapters)) for part in parts(model) if isinstance(part, Biases)]
+    active = [(part, list(part.active_adapters)) for part in parts(model)]
     try:
         yield
     except BaseException:
         for attributes, state in states:
             _restore(attributes, state)
-        for biases, names in active:
-            biases.activate(names, False)
-        for part, _ in merged:
-            if isinstance(part, BaseTunerLayer):
-                part.refresh()
+        for part, names in active:
+            part.recall_adapters(names)
         put_in((part, names) for part, names in merged if part.merged_adapters != names)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         raise
-
-
-def _without_base(part: nn.Module) -> Iterator[nn.Module]:
-    """A layer or wrapper, and what it has beside the user's module."""
-    yield part
-    for name, child in part._modules.items():
-        if child is not None and name not in ("base_layer", "original_module"):
-            yield from _without_base(child)
 
 
 def _state(module: nn.Module, whole: bool) -> dict[str, Any]:

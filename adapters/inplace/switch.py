@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
-from .biases import Biases, biases_of
+from .biases import biases_of
 from .gathering import gathered, on_gathered
 from .layer import BaseTunerLayer
-from .modules_to_save import ModulesToSaveWrapper
-from .tokens import TrainableTokensWrapper
-from .walk import layers, named, parts, unwrap
+from .placed import Placed
+from .walk import layers, parts, unwrap
 
-_BESIDE = (Biases, ModulesToSaveWrapper, TrainableTokensWrapper)
-"""What adapters have in a model beside their layers."""
+T = TypeVar("T")
 
 
 def _swaps(model: nn.Module) -> bool:
@@ -31,7 +29,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     >>> adapter_names(nn.Linear(2, 2))
     []
     """
-    return list(dict.fromkeys(name for part in parts(unwrap(model)) for name in _names(part)))
+    return list(dict.fromkeys(name for part in parts(unwrap(model)) for name in part.carried_adapters))
 
 
 @on_gathered(writes=True, when=_swaps)
@@ -63,13 +61,12 @@ def set_adapter(
     >>> model[0].active_adapters
     ['a', 'b']
     """
-    chosen = list(parts(unwrap(model)))
+    found = parts(unwrap(model))
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     _check_known(model, names)
-    for part in chosen:
-        if isinstance(part, (ModulesToSaveWrapper, TrainableTokensWrapper)):
-            part.check(names)
-    chosen = [part for part in chosen if isinstance(part, (layer_cls, *_BESIDE))]
+    for part in found:
+        part.check_active(names)
+    chosen = _of_class(found, layer_cls)
     take_out(chosen)
     for part in chosen:
         part.set_adapter(names, inference_mode=inference_mode)
@@ -94,7 +91,7 @@ def disable_adapter_layers(model: nn.Module) -> None:
     Raises:
         RuntimeError: Something else wrote to the weights while adapters were merged.
     """
-    found = list(parts(unwrap(model)))
+    found = parts(unwrap(model))
     take_out(found)
     for part in found:
         part.enable_adapters(False)
@@ -107,7 +104,7 @@ def enable_adapter_layers(model: nn.Module) -> None:
         part.enable_adapters(True)
 
 
-def take_out(found: Iterable[Any], adapter_names: list[str] | None = None) -> None:
+def take_out(found: Iterable[Placed], adapter_names: list[str] | None = None) -> None:
     """Unmerge these layers, and what adapters have beside them: all of them or, on an error, none.
 
     Raises:
@@ -120,13 +117,20 @@ def take_out(found: Iterable[Any], adapter_names: list[str] | None = None) -> No
         part.unmerge(adapter_names)
 
 
-def put_in(merged: Iterable[tuple[Any, list[str]]]) -> None:
-    """Merge these adapters into these parts of a model, of which nothing is merged: `[(part, names), ...]`.
-
-    Layers come last, for they merge the biases that are in their places.
-    """
-    for part, names in sorted(merged, key=lambda one: isinstance(one[0], BaseTunerLayer)):
+def put_in(merged: Iterable[tuple[Placed, list[str]]]) -> None:
+    """Merge these adapters into these parts of a model, of which nothing is merged: `[(part, names), ...]`."""
+    for part, names in in_order_of_merging(merged):
         part.remerge(names)
+
+
+def in_order_of_merging(merged: Iterable[tuple[Placed, T]]) -> list[tuple[Placed, T]]:
+    """Parts of a model with layers last, for they merge the biases that are in their places."""
+    return sorted(merged, key=lambda one: one[0].is_layer)
+
+
+def _of_class(found: Iterable[Placed], layer_cls: type[nn.Module]) -> list[Placed]:
+    """The layers of a class, and what adapters have beside their layers."""
+    return [part for part in found if not part.is_layer or isinstance(part, layer_cls)]
 
 
 @contextlib.contextmanager
@@ -160,7 +164,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _state(part: Any) -> tuple[bool, list[str], list[str]]:
+def _state(part: Placed) -> tuple[bool, list[str], list[str]]:
     return part.disable_adapters, list(part.active_adapters), list(part.merged_adapters)
 
 
@@ -192,7 +196,7 @@ def delete_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
         )
-    chosen: list[Any] = [part for part in parts(model) if isinstance(part, (layer_cls, *_BESIDE))]
+    chosen = _of_class(parts(model), layer_cls)
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
     if active is not None:
         left = [name for name in active if name != adapter_name]
@@ -219,26 +223,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     _check_known(model, [adapter_name])
     if not autocast_adapter_dtype:
         return
-    for layer in layers(model).values():
-        if adapter_name in layer.entries:
-            narrow = {
-                leaf: p for leaf, p in layer.leaves(adapter_name).items() if p.is_floating_point() and p.itemsize < 4
-            }
-            for leaf, p in narrow.items():
-                layer.set_leaf(adapter_name, leaf, nn.Parameter(p.detach().float(), p.requires_grad))
-    for tokens in named(model, TrainableTokensWrapper).values():
-        rows = tokens.token_adapter.trainable_tokens_delta
-        if adapter_name in rows and rows[adapter_name].itemsize < 4:
-            old = rows[adapter_name]
-            rows[adapter_name] = nn.Parameter(old.detach().float(), old.requires_grad)
-
-
-def _names(part: Any) -> Iterable[str]:
-    if isinstance(part, Biases):
-        return [part.adapter]
-    if isinstance(part, TrainableTokensWrapper):
-        return part.adapters
-    return part.entries if isinstance(part, BaseTunerLayer) else part.modules_to_save
+    for part in parts(model):
+        part.widen_adapter(adapter_name)
 
 
 def _check_known(model: nn.Module, names: Iterable[str]) -> None:

@@ -6,72 +6,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import is_sharded, offloading, over, resting, spread, whole
+from torchgraft.functional.extending import (
+    Tree,
+    child_of_wrapper,
+    resting,
+    unwrapped,
+    whole,
+)
 
+from ..config.keys import replaced_key
+from ..config.tokens import LEAF
+from .gathering import kept
 from .originals import Originals
-
-
-class TrainableTokensLayer(nn.Module):
-    """A module with a matrix of embeddings, and the rows that adapters have of it.
-
-    Attributes:
-        base_layer: The user's module, frozen.
-        trainable_tokens_delta: The rows, by adapter name; those of the embedding, for a module that is tied to one.
-        token_indices: Which rows these are, by adapter name.
-    """
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__()
-        self.base_layer: Any = base_layer
-        self.trainable_tokens_delta = nn.ParameterDict().train(base_layer.training)
-        self.token_indices: dict[str, list[int]] = {}
-        self.training = base_layer.training
-
-    def weight_with(self, rows: Iterable[tuple[Tensor, list[int]]]) -> Tensor:
-        """The base's weight with these rows in it."""
-        weight = whole(resting(self.base_layer, "weight"))
-        for delta, indices in rows:
-            weight = over(weight, delta, torch.tensor(indices, device=weight.device))
-        return weight
-
-    def rows(self, name: str) -> tuple[Tensor, list[int]]:
-        """An adapter's rows and their indices."""
-        return resting(self.trainable_tokens_delta, name), self.token_indices[name]
-
-    def forward(self, names: Iterable[str], others: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward with the rows that adapters have here, and with others; called, so that hooks run."""
-        rows = [*others, *map(self.rows, names)]
-        if not rows:
-            return self.base_layer(x, *args, **kwargs)
-        return self.run(self.weight_with(rows), x, args, kwargs)
-
-    def run(self, weight: Tensor, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """The base's forward with another weight."""
-        base = self.base_layer
-        if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks):
-            return F.linear(x, weight, base.bias)
-        return _with_weight(base, weight)(x, *args, **kwargs)
-
-
-def _with_weight(base: Any, weight: Tensor) -> Any:
-    """A module with another weight, and with all else that it has, its hooks too.
-
-    Not `torch.func.functional_call`, which goes by the names of parameters: FSDP1 has tensors in their place during a
-    forward, and what accelerate loads would take the given weight's.
-    """
-    own, module = vars(base), object.__new__(type(base))
-    state = {key: value for key, value in own.items() if key != "weight"}
-    parameters = {name: resting(base, name) for name in own["_parameters"] if name != "weight"}
-    if next(offloading(base), None) is not None:
-        state = {key: value for key, value in state.items() if key not in ("_hf_hook", "_old_forward", "forward")}
-    laid = base.weight
-    if is_sharded(laid) and base._forward_pre_hooks:  # parallelize_module's hooks have it compute with shards
-        weight = spread(weight, laid.device_mesh, laid.placements)
-    vars(module).update(state, _parameters={**parameters, "weight": weight})
-    return module
+from .placed import Layout, Owners, Slot, own_modules, refuse_tied
+from .token_rows import TrainableTokensLayer
 
 
 class TrainableTokensWrapper(nn.Module):
@@ -109,9 +59,11 @@ class TrainableTokensWrapper(nn.Module):
         self._sources[name] = [source]
 
     @property
-    def adapters(self) -> list[str]:
+    def carried_adapters(self) -> list[str]:
         """Names of the adapters that have rows here."""
         return [*self.token_adapter.trainable_tokens_delta, *self._sources]
+
+    is_layer = False
 
     def rows(self, name: str) -> tuple[Tensor, list[int]]:
         """An adapter's rows and their indices."""
@@ -136,7 +88,7 @@ class TrainableTokensWrapper(nn.Module):
             ValueError: Adapters that have rows for the same token.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check(names)
+        self.check_active(names)
         for name, delta in self.token_adapter.trainable_tokens_delta.items():
             if name not in names:
                 delta.requires_grad_(False)
@@ -144,10 +96,10 @@ class TrainableTokensWrapper(nn.Module):
 
     def activate(self, names: Iterable[str], trained: bool) -> None:
         """Use the rows of these adapters, trainable or not; others stay as frozen as they are."""
-        self._active = [name for name in names if name in self.adapters]
+        self._active = [name for name in names if name in self.carried_adapters]
         self.set_requires_grad(self._active, trained)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check_active(self, names: Iterable[str]) -> None:
         """Refuse adapters that have rows for the same token."""
         for first, second, index in self._overlaps(names):
             raise ValueError(
@@ -168,7 +120,7 @@ class TrainableTokensWrapper(nn.Module):
     def _overlaps(self, names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
         """Pairs of these adapters that have rows for one token, and the token."""
         owners: dict[int, str] = {}
-        for name in [name for name in names if name in self.adapters]:
+        for name in [name for name in names if name in self.carried_adapters]:
             for index in self.rows(name)[1]:
                 if owners.setdefault(index, name) != name:
                     yield owners[index], name, index
@@ -176,7 +128,7 @@ class TrainableTokensWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapters' rows, or none."""
         self._disabled = not enabled
-        self.set_requires_grad(self._active if enabled else self.adapters, enabled)
+        self.set_requires_grad(self._active if enabled else self.carried_adapters, enabled)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the rows of these adapters."""
@@ -193,6 +145,42 @@ class TrainableTokensWrapper(nn.Module):
         self._sources.pop(adapter_name, None)
         self._active = [name for name in self._active if name != adapter_name]
 
+    def widen_adapter(self, adapter_name: str) -> None:
+        """Give an adapter's rows float32 where they have a lower precision."""
+        rows = self.token_adapter.trainable_tokens_delta
+        if adapter_name in rows and rows[adapter_name].itemsize < 4:
+            old = rows[adapter_name]
+            rows[adapter_name] = nn.Parameter(old.detach().float(), old.requires_grad)
+
+    def own_modules(self) -> Iterable[nn.Module]:
+        """This wrapper and its rows."""
+        return own_modules(self)
+
+    def recall_adapters(self, active: list[str]) -> None:
+        """Do nothing: which rows are used is read in each call."""
+
+    @property
+    def user_module(self) -> Any:
+        """The user's module, without what torch has wrapped around it and its rows."""
+        return unwrapped(unwrapped(self.token_adapter).base_layer)
+
+    def under_names(self, name: str) -> Iterable[tuple[str, TrainableTokensWrapper]]:
+        """This wrapper, under the name of the user's module."""
+        return [(name, self)]
+
+    def copied_module(self, adapter_name: str) -> nn.Module:
+        """The user's module."""
+        return self.token_adapter.base_layer
+
+    def without_adapters(self) -> nn.Module:
+        """The user's module, within what torch has wrapped around it and its rows."""
+        held: Any = self._modules["token_adapter"]
+        inner = child_of_wrapper(held)
+        if inner is None:
+            return held.base_layer
+        held._modules[inner] = unwrapped(held).base_layer
+        return held
+
     @property
     def weight(self) -> Tensor:
         """The weight with the active rows in it."""
@@ -203,12 +191,53 @@ class TrainableTokensWrapper(nn.Module):
         """The active adapters that are not merged."""
         return [] if self._disabled else [name for name in self._active if name not in self.merged_adapters]
 
-    @property
-    def originals(self) -> Mapping[str, Tensor]:
-        """The base's tensors as they are without merged rows, by name; those that merging changed."""
-        found = self._originals.tensors
+    def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
+        """The weight as it is without merged rows, if any are merged."""
+        return {f"{path}.{leaf}": tensor for leaf, tensor in self._beneath().items()}
+
+    def _beneath(self) -> Mapping[str, Tensor]:
         sources = (self._sources[name][0] for name in self.merged_adapters if self._is_shared(name))
-        return next((source.originals for source in sources), found)
+        return next((source._beneath() for source in sources), self._originals.tensors)
+
+    def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
+        """An adapter's rows, if they are this module's own."""
+        rows = self.token_adapter.trainable_tokens_delta
+        return [rows[adapter_name]] if adapter_name in rows else []
+
+    def adapter_tree(self, path: str, layout: Layout) -> Tree:
+        """The adapter's rows."""
+        tree: Tree = {}
+        for rows in self.tensors_of(layout.adapter):
+            tree[path] = {LEAF: kept(whole(rows))}
+        return tree
+
+    def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
+        """The adapter's rows."""
+        slots = {}
+        for rows in self.tensors_of(layout.adapter):
+            key = replaced_key(path, LEAF)
+            slots[key] = Slot(f"{key}.{layout.adapter}", rows)
+        return slots
+
+    def merged_with(self, names: Iterable[str] | None) -> list[str]:
+        """What is merged together with these adapters, by default with the active ones."""
+        return list(dict.fromkeys((*self.merged_adapters, *(self._active if names is None else names))))
+
+    def check_tied(self, path: str, names: Iterable[str], owners: Owners, placed: Mapping[int, Any]) -> None:
+        """Refuse to change rows of a weight that another module uses too without having the same rows."""
+        for name in [name for name in names if name in self.carried_adapters]:
+            rows = self.rows(name)[0]
+            tied = owners.others(self.user_module, "weight")
+            refuse_tied(
+                self.path,
+                "weight",
+                "rows",
+                [where for key, where in tied.items() if not _has_rows(placed.get(key), name, rows)],
+            )
+
+    def merge_adapters(self, names: Iterable[str] | None, safe: bool) -> None:
+        """Merge the rows of these adapters too."""
+        self.remerge(self.merged_with(names), safe)
 
     def _is_shared(self, name: str) -> bool:
         """Whether an adapter's rows are merged where another module has them, into the same parameter."""
@@ -222,7 +251,7 @@ class TrainableTokensWrapper(nn.Module):
             ValueError: Rows that are not finite where `safe`.
             RuntimeError: Something else wrote to the weight while rows were merged.
         """
-        names = [name for name in names if name in self.adapters]
+        names = [name for name in names if name in self.carried_adapters]
         base, own = self.token_adapter.base_layer, [name for name in names if not self._is_shared(name)]
         if self._originals.tensors:
             self._originals.restore(base, self.path)
@@ -267,3 +296,9 @@ class TrainableTokensWrapper(nn.Module):
             if name.startswith("_") or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.token_adapter.base_layer, name)
+
+
+def _has_rows(placed: Any, name: str, rows: Tensor) -> bool:
+    """Return whether what adapters have around a module are these very rows."""
+    has_rows = isinstance(placed, TrainableTokensWrapper) and name in placed.carried_adapters
+    return has_rows and placed.rows(name)[0] is rows

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
+from .weights import MergingLayer
 
 
 class Values(MutableMapping[str, Any]):
@@ -17,7 +16,7 @@ class Values(MutableMapping[str, Any]):
         TypeError: A number that is fixed, such as the rank.
     """
 
-    def __init__(self, layer: BaseTunerLayer, name: str):
+    def __init__(self, layer: MergingLayer, name: str):
         self._layer, self._name = layer, name
 
     def __getitem__(self, adapter: str) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from torchgraft import adapters
 from torchgraft.adapters import IA3Config, LoraConfig, as_peft, inject_adapter_in_model
-from torchgraft.adapters.stand_in import MODULES
+from torchgraft.adapters.peft.peft_modules import MODULES
 
 REAL = {name: importlib.import_module(name) for name in MODULES}
 

@@ -7,7 +7,7 @@ from peft.utils import constants
 from torch import nn
 
 from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, inject_adapter_in_model
-from torchgraft.adapters.architectures import TARGETS, with_targets
+from torchgraft.adapters.config.architectures import TARGETS, with_targets
 
 
 def model_of(kind):

@@ -23,12 +23,12 @@ from torchgraft.adapters import (
     LoraConfig,
     OFTConfig,
     VeraConfig,
-    headers,
     inject_adapter_in_model,
     load_adapter,
     load_config,
     save_adapter,
 )
+from torchgraft.adapters.files.disk import headers
 from torchgraft.functional import bind
 
 BOTH = {"target_modules": ["first", "second"]}

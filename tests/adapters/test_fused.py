@@ -15,9 +15,9 @@ from torchgraft.adapters import (
     LoraConfig,
     OFTConfig,
     VeraConfig,
-    fused,
     inject_adapter_in_model,
 )
+from torchgraft.adapters.methods.shared import fused
 from torchgraft.functional import bind, functional_call
 
 TRACED = {

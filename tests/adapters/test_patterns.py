@@ -7,7 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchgraft.adapters import AdapterConfig, IA3Config, LoraConfig, inject_adapter_in_model, patterns
+from torchgraft.adapters import AdapterConfig, IA3Config, LoraConfig, inject_adapter_in_model
+from torchgraft.adapters.config import patterns
 from torchgraft.functional import bind
 
 NAMES = (

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchgraft.adapters import IA3Config, LoraConfig, OFTConfig
-from torchgraft.adapters.low_rank import add_routed, choose
+from torchgraft.adapters.methods.shared.low_rank import add_routed, choose
 from torchgraft.functional import PerAdapter, bind, functional_call, merge, route, stack, unstack, value_and_grad
 from torchgraft.functional.rows import Rows
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchgraft import adapters
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model
-from torchgraft.adapters.inplace.live import Live
+from torchgraft.adapters.inplace.active import ActiveAdapters
 from torchgraft.functional import bind
 
 CONFIGS = {
@@ -141,8 +141,8 @@ def facts(self, x):
 def test_facts_cost_nothing(monkeypatch):
     model, x = built(facts)
     inject_adapter_in_model(targeted("lora"), model)
-    dense, calls = Live.dense, []
-    monkeypatch.setattr(Live, "dense", lambda self, *args: calls.append(args) or dense(self, *args))
+    dense, calls = ActiveAdapters.dense, []
+    monkeypatch.setattr(ActiveAdapters, "dense", lambda self, *args: calls.append(args) or dense(self, *args))
     torch.testing.assert_close(model(x), model.proj(x) * 26)
     assert not calls
     other, x = built(asks)

@@ -20,7 +20,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_adapter,
 )
-from torchgraft.adapters.inplace import inject
+from torchgraft.adapters.inplace.layer import BaseTunerLayer
 from torchgraft.functional import bind
 
 CONFIGS = {
@@ -134,7 +134,7 @@ def test_whatever_fails_leaves_the_model_as_it_was(when, late, monkeypatch):
             raise RuntimeError("in between")
         return original(self, *args)
 
-    cls, method = (inject.BaseTunerLayer, "activate") if late else (inject.BaseTunerLayer, "add")
+    cls, method = (BaseTunerLayer, "activate") if late else (BaseTunerLayer, "add")
     original = getattr(cls, method)
     if late:
         cls, method = (adapters.inplace.tokens.TrainableTokensWrapper, "activate")

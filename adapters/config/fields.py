@@ -1,0 +1,87 @@
+"""What a config's fields may hold: the types that they are declared with, and regular expressions that compile."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from .patterns import check
+
+NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
+"""Fields whose strings are regular expressions for a whole name."""
+PARTS = {
+    "layers_pattern": r"(?:^|.*?\.){}\.(\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+"""Fields whose strings, or keys, become a part of such an expression, in the place of `{}`."""
+
+
+def check_fields(config: Any) -> None:
+    """Hold a config's values against the types of its fields, and its regular expressions against `re`.
+
+    Any collection of names does where a list is declared, and an integer where a float is.
+
+    Raises:
+        ValueError: A value of another type, or a string that is no regular expression where one is expected; names
+            the field, the value and what was expected.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> LoraConfig(r="8")
+    Traceback (most recent call last):
+    ValueError: LoraConfig: r is '8', expected int
+    """
+    what, hints = type(config).__name__, _hints(type(config))
+    for name, value in vars(config).items():
+        if not fits(value, hints.get(name, Any)):
+            raise ValueError(f"{what}: {name} is {value!r:.200}, expected {_spell(hints[name])}")
+        for pattern in _patterns(name, value):
+            check(PARTS.get(name, "{}").replace("{}", pattern), f"{what}: {name}", pattern)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, with any collection for a list, and integers for floats.
+
+    >>> fits(8, int), fits("8", int), fits(True, int), fits(["a"], list[str] | None), fits({"a": "b"}, dict[str, int])
+    (True, False, False, True, False)
+    """
+    if hint is Any:
+        return True
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in args)
+    if origin in (None, types.NoneType):
+        return value is None
+    if origin in (int, float):
+        return isinstance(value, int if origin is int else (int, float)) and not isinstance(value, bool)
+    if not isinstance(origin, type):
+        return True
+    if issubclass(origin, Mapping):
+        key, item = args or (Any, Any)
+        return isinstance(value, Mapping) and all(fits(k, key) and fits(v, item) for k, v in value.items())
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))
+    if issubclass(origin, (Sequence, Set)) and origin is not str:
+        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(one, (args or (Any,))[0]) for one in value)
+    return isinstance(value, origin)
+
+
+def _patterns(name: str, value: Any) -> Iterable[str]:
+    if name in PARTS and value:
+        return [value] if isinstance(value, str) else value
+    return [value] if name in NAMES and isinstance(value, str) else []
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a config's fields; none for a user's class whose annotations cannot be resolved."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

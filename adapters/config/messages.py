@@ -1,0 +1,23 @@
+"""What errors are made of: the config that they are about, and some of many names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def require(condition: bool, config: Any, message: str) -> None:
+    """Raise a `ValueError` that starts with the config's name, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{type(config).__name__}: {message}")
+
+
+def names_of(keys: Iterable[str], most: int = 4) -> str:
+    """Return some of these keys, and how many there are.
+
+    >>> names_of(["a", "b", "c"], most=2)
+    "'a', 'b', ... (3 in all)"
+    """
+    keys = list(keys)
+    shown = ", ".join(map(repr, keys[:most]))
+    return f"{shown}, ... ({len(keys)} in all)" if len(keys) > most else shown

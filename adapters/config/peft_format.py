@@ -1,0 +1,107 @@
+"""The form that a method's parameters have in PEFT: attributes of its layers, keys of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchgraft.functional import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A number that layers show for each adapter, such as `layer.scaling["default"]`.
+
+    Attributes:
+        get: `(config, site) -> value`.
+        set: `(config, site, value) -> constants` that change with it; `None` where the value is fixed.
+    """
+
+    get: Callable[[Any, Site], Any]
+    set: Callable[[Any, Site, Any], Mapping[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT's layers and files hold a method's parameters.
+
+    Attributes:
+        prefix: What the names of PEFT's attributes start with (`"lora_"`).
+        parameters: Leaves that are bare parameters, `layer.<leaf>[adapter]`; their key in a file is the leaf's name.
+        modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
+        bare_modules: The same, but their key in a file is the leaf's name.
+        biases: Leaves that are the bias of such a module, by name, with the leaf that is its weight.
+        biased: The field of a config that says whether there are such biases.
+        holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
+        dropout: The attribute of dropout modules, and the field that has their probability; `""` for none.
+        values: Numbers that layers show for each adapter.
+        facts: `(config, site) -> {attribute: value}` of the layer itself.
+        shared: Constants that files hold once for the whole model, `base_model.<name>`.
+        fixed: `(config, site) -> leaves` that are not trained but constants of the site, by the leaf's name. Files hold
+            them as they hold leaves; an injected layer has them as frozen parameters.
+        starts: Constants that are the values that leaves started with, by leaf. In an injected layer they have the
+            leaf's dtype.
+        saves_shared: `(config) -> bool`, whether files hold them.
+        infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
+        express: `(config, {path: site}) -> fields` of a config that plans the numbers that these sites have now, where
+            values can be written; none where they are the config's own.
+        input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
+            is the outermost.
+        reads: Fields that change what `apply` computes beyond what `plan` makes of them; dropout, which is for training
+            alone, is not among them.
+        check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
+            config's. It runs before `plan`, for methods whose `plan` makes tensors as large as the config says.
+        only_here: Fields that PEFT's config of this method does not have; written only where they say something.
+    """
+
+    prefix: str
+    parameters: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    bare_modules: tuple[str, ...] = ()
+    biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    biased: str = ""
+    holder: Callable[[Any, Site, str], nn.Module] | None = None
+    dropout: str = ""
+    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
+    shared: tuple[str, ...] = ()
+    fixed: Callable[[Any, Site], tuple[str, ...]] = lambda config, site: ()
+    starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    saves_shared: Callable[[Any], bool] = lambda config: False
+    infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
+    express: Callable[[Any, Mapping[str, Site]], dict[str, Any]] | None = None
+    input_side: Callable[[Site], bool] = lambda site: False
+    reads: tuple[str, ...] = ()
+    check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
+    only_here: tuple[str, ...] = ()
+
+    def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
+        """The leaves of a site that are not trained, by name."""
+        return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The leaves that a module can have."""
+        return (*self.modules, *self.biases, *self.parameters, *self.bare_modules)
+
+    def place(self, leaf: str) -> tuple[str, str | None]:
+        """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
+
+        >>> PeftFormat("lora_", modules=("lora_B",), biases={"lora_B_bias": "lora_B"}).place("lora_B_bias")
+        ('lora_B', 'bias')
+        """
+        if leaf in self.biases:
+            return self.biases[leaf], "bias"
+        return leaf, None if leaf in self.parameters else "weight"
+
+    def key(self, leaf: str) -> str:
+        """Name of a leaf in PEFT's files, after the module's.
+
+        >>> PeftFormat("lora_", modules=("lora_A",)).key("lora_A")
+        'lora_A.weight'
+        """
+        attribute, parameter = self.place(leaf)
+        return attribute if parameter is None or leaf in self.bare_modules else f"{attribute}.{parameter}"

@@ -1,0 +1,171 @@
+"""What the forward of a layer needs of its active adapters, collected when they change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torchgraft.functional.extending import (
+    Adapted,
+    Base,
+    SiteAdapter,
+    plain_class,
+    unwrapped,
+)
+
+from .called_base import CalledBase, CalledOverMerged, is_parallel, own_or_computed
+from .containers import Parameters
+from .holders import Holders, Watch
+from .shell import Shell
+from .weights import MergingLayer
+
+_COPIES: Any = WeakIdKeyDictionary()
+"""Constants on other devices, so that layers that share one keep sharing it."""
+
+
+_REGISTRY = ("_modules", "_parameters")
+"""Where a container of modules, and one of bare parameters, has them."""
+
+
+class ActiveAdapters:
+    """The adapters that run, the innermost first, under names that stay the same when others become active.
+
+    A compiled forward guards on every name it reads, so with the adapters' names it would be compiled for each.
+
+    Attributes:
+        names: Their names, which the forward does not read.
+        entries: Config and site of each, with constants where the base is.
+        merged: The base's original weights, while other adapters are merged into it.
+        held: Leaves of each, as `LayerLeaves.held` has them.
+        shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
+    """
+
+    def __init__(self, layer: MergingLayer, names: Iterable[str]):
+        self.names = list(names)
+        self.merged = layer.originals if layer.merged else None
+        base: Any = unwrapped(layer.base_layer)  # FSDP wraps the base in another module
+        own = [layer.entries[name] for name in self.names]
+        self.device = _device(own, base)
+        self.entries = [placed(entry, self.device) for entry in own]
+        self._hold(layer)
+        attention = any(entry.site.kind == "attention" for entry in self.entries)
+        plain: Any = plain_class(base)
+        inherited = type(base).forward is plain.forward and not attention
+        inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
+        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries, self.merged)
+
+    def _hold(self, layer: MergingLayer) -> None:
+        """Take the leaves as they are, and where they hang."""
+        self.held = [layer.held(name) for name in self.names]
+        self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name]) for name in self.names]
+        self.watch = Watch(self.holders)
+        modules: Any = layer._modules
+        self._hung = [
+            (attribute, modules[attribute], registry, name, registry.get(name))
+            for name in self.names
+            for attribute in layer.attributes(name)
+            for registry in [vars(modules[attribute])[_REGISTRY[isinstance(modules[attribute], Parameters)]]]
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def leaves(self) -> list[dict[str, Tensor]]:
+        """The parameters of each adapter, as they are now."""
+        return [
+            {leaf: one if part is None else own_or_computed(one, part) for leaf, one, _, part in held}
+            for held in self.held
+        ]
+
+    def over(
+        self, base: Any, leaves: Iterable[dict[str, Any]], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Base | Adapted:
+        """The adapters around a wrapped module."""
+        layer: Base | Adapted
+        if self.merged is None:
+            layer = CalledBase(base, self.entries[0].site, args, kwargs)
+        else:
+            layer = CalledOverMerged(base, self.entries[0].site, args, kwargs)
+            layer.originals = self.merged
+        for entry, own in zip(self.entries, leaves, strict=True):
+            layer = Adapted(layer, entry, own)
+        return layer
+
+    def dense(self, base: Any, name: str) -> Tensor | None:
+        """The weight or bias that a wrapped module stores under a name, with the adapters in, in the base's dtype."""
+        site = self.entries[0].site
+        stored = self.watch.amid(lambda: site.stored(*self.over(base, self.tensors(base.training)).dense()))
+        value = stored.get(name)
+        return None if value is None else value.to(site.like(base).dtype)
+
+    def run(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The adapted output."""
+        if self.device is None or self.watch.attached(base.training):
+            return self._run_called(base, x, args, kwargs)
+        if self.shell is None:
+            return self.over(base, self.leaves(), args, kwargs)(x)
+        return self.shell.run(base, self.entries, self.leaves(), x, args, kwargs)
+
+    def _run_called(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The adapted output, through the modules that hold leaves."""
+        if self.device is None:
+            self.entries = [placed(entry, x.device) for entry in self.entries]
+
+        def run() -> Tensor:
+            leaves = [holders.maps() for holders in self.holders]
+            if self.shell is None:
+                return self.over(base, leaves, args, kwargs)(x)
+            return self.shell.run(base, self.entries, leaves, x, args, kwargs)
+
+        return self.watch.amid(run)
+
+    def tensors(self, training: bool) -> list[dict[str, Tensor]]:
+        """The parameters of each adapter, as they are now, for whoever computes with their numbers."""
+        if not self.watch.attached(training):
+            return self.leaves()
+        return [holders.maps(called=False) for holders in self.holders]
+
+    def stale(self, layer: MergingLayer) -> bool:
+        """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""
+        containers: Any = layer._modules
+        for attribute, container, registry, name, one in self._hung:
+            if registry.get(name) is not one or containers[attribute] is not container:
+                return True
+        base = containers["base_layer"]
+        return (
+            bool(base._forward_pre_hooks)
+            and self.shell is None
+            and bool(self)
+            and is_parallel(base, self.entries[0].site)
+        )
+
+
+def _device(entries: Iterable[SiteAdapter], base: Any) -> torch.device | None:
+    """Where the constants of some entries have to be; `None` where the base's tensors say so only in a call.
+
+    Offloaded ones rest on the meta device, and a module around the base may have taken them.
+    """
+    for entry in entries:
+        try:
+            device = entry.site.like(base).device
+        except AttributeError:
+            return None
+        return None if device.type == "meta" else device
+    return torch.device("cpu")
+
+
+def placed(entry: SiteAdapter, device: torch.device | None) -> SiteAdapter:
+    """An adapter's entry with its constants on a device."""
+    if device is None:
+        return entry
+    here = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}
+    if all(value.device == device for value in here.values()):
+        return entry
+    moved = {key: _COPIES.setdefault(value, {}).setdefault(device, value.to(device)) for key, value in here.items()}
+    site = dataclasses.replace(entry.site, constants=entry.site.constants.replace(moved))
+    return dataclasses.replace(entry, site=site)

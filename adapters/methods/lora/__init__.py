@@ -1,0 +1,1 @@
+"""LoRA, with DoRA, and LoRA on bare parameters."""

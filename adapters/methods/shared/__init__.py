@@ -1,0 +1,1 @@
+"""What several methods share: products of thin matrices, leaves that are modules, scaling factors."""

@@ -1,0 +1,1 @@
+"""Optimizers' rules for adapters: LoRA+ and LoRA-FA."""

@@ -1,0 +1,1 @@
+"""PEFT's names, for libraries that import `peft` by themselves."""
