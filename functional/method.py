@@ -33,6 +33,8 @@ class ActiveTree(Protocol):
     """What a call can have in place of an adapter's tree: a routed stack, one adapter of a padded one."""
 
     tree: Tree
+    per_row: ClassVar[bool]
+    """Whether each row of the batch has an adapter of its own."""
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         """Refuse a tree that does not have the leaves of one adapter, as `trees.check` does."""
@@ -49,6 +51,15 @@ class ActiveTree(Protocol):
     def tensors(self) -> Any:
         """Return all tensors that a call depends on."""
         ...
+
+
+def is_per_row(tree: Tree | ActiveTree) -> bool:
+    """Return whether what a call has for an adapter gives each row its own.
+
+    >>> is_per_row({"layers.0": {}})
+    False
+    """
+    return type(tree) is not dict and tree.per_row  # type: ignore[union-attr]
 
 
 class Layer(Protocol):

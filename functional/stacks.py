@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ class PaddedAdapter:
 
     tree: Tree
     index: int | Tensor
+    per_row: ClassVar[bool] = False
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         trees.check(self.tree, shapes, what)

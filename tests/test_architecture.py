@@ -37,7 +37,7 @@ ORDER = {
         calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         methods/shared: called fused low_rank scalings
         methods: ia3 oft vera
-        methods/lora: bases embedding_grad dora fields parameters forward leaves lora to_plain
+        methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
         methods/adalora: adalora budget
         inplace: checksum gathering reads root originals placed biases modules_to_save token_rows tokens containers
             holders leaves weights called_base shell active values layer parameters walk bare layouts overlaps switch
@@ -48,6 +48,19 @@ ORDER = {
         optim: lora_plus lora_fa
         peft: peft_modules alias
         .: __init__
+    """,
+    "functional": """
+        .: constants rows
+        tensors: placement wrappers
+        sites: site kernels kinds parameters factored
+        .: abilities method trees norms grads
+        locating: layout finder inputs observed look
+        layers: base adapted projection routed gathered no_weight compose
+        binding: tied replaced plan leaves binding stacked
+        skeleton: context saving recorded references sharded attention runtime parameters skeleton swaps
+        routing: route owners
+        execution: traced pool fill bound_model watched constant trial run entered views
+        .: graft call merge stacks base_with_weights bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ class GroupAdapter:
     """One group's part of a stack, given to a module in place of a tree."""
 
     part: Any
+    per_row: ClassVar[bool] = False
 
     def layer(self, below: Any, entry: SiteAdapter, finder: Any) -> SelectedAdapter:
         """The layer that the module gets."""

@@ -29,6 +29,8 @@ class Routed:
         check_all: Whether each call proves where its rows are, on all of them.
     """
 
+    per_row = True
+
     __slots__ = ("_source", "check_all", "declared", "members", "rows", "tree")
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..binding.replaced import Modules, Plan, Replaced, each, over, tensor_at
 from ..layers.no_weight import stand_in
-from ..routing.route import Routed
+from ..method import is_per_row
 from ..sites.site import check_leaves
 from ..tensors.placement import is_sharded, offloading, spread
 from .sharded import is_gathering
@@ -133,10 +133,10 @@ def swap_tensors(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:
         leaf = (tree if type(tree) is dict else tree.tree)[one.path][one.leaf]
         if leaf.is_meta:
             check_leaves(one.path, {one.leaf: leaf}, one.places[0][0][one.places[0][1]])
-        if not isinstance(tree, Routed):
+        if not is_per_row(tree):
             one.put(leaf)
     for one in active:
-        if isinstance(trees[one.adapter], Routed) and one.key not in kept:
+        if is_per_row(trees[one.adapter]) and one.key not in kept:
             container, name = one.places[0]
             kept[one.key] = current = container[name]
             one.hide(stand_in(current, one.path))
