@@ -87,7 +87,7 @@ def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
-def require(condition: bool, config: Any, message: str) -> None:
-    """Raise a `ValueError` that starts with the config's name, unless the condition holds."""
+def require(condition: bool, config: Any, message: str, error: type[ValueError] = ValueError) -> None:
+    """Raise a `ValueError`, or one of this class, that starts with the config's name, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{type(config).__name__}: {message}")
+        raise error(f"{type(config).__name__}: {message}")

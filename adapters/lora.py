@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Method, Site, Weights
+from torchgraft.functional import Method, Site, UnsupportedConfig, Weights
 from torchgraft.functional.extending import PARAMETERS
 
 from . import dora, lora_forward
@@ -168,12 +168,14 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, d
             not config.lora_bias or site.kind != "embedding",
             config,
             f"lora_bias is True, which {site.path}, an embedding, cannot have; leave it out of target_modules",
+            UnsupportedConfig,
         )
         require(
             site.kind != "attention" or (kind_of(config.init_lora_weights) is None and not config.use_dora),
             config,
             f"init_lora_weights is {config.init_lora_weights!r} and use_dora is {config.use_dora}; at {site.path}, a "
             "MultiheadAttention, only True, False or 'gaussian' work, without DoRA; leave it out of target_modules",
+            UnsupportedConfig,
         )
         scaling = scaling_of(config, r, alpha)
         planned[site.path] = {"lora_alpha": alpha, "r": r, "scaling": scaling}

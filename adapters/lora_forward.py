@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
+from torchgraft.functional import Layer, PerAdapter, Rows, Site, UnsupportedConfig, widen
 from torchgraft.functional.extending import PARAMETERS, Dense, Original
 
 from . import dora
@@ -110,7 +110,7 @@ def merge_over(
 ) -> Dense:
     """`merge` on a weight that other adapters are in; the norms of DoRA are those of the original one."""
     if site.groups > 1:
-        raise ValueError(
+        raise UnsupportedConfig(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
             "weight is its merged form; call the graft instead, or leave this module out of target_modules"
         )
@@ -127,7 +127,7 @@ def merge_over(
     weight = add_scaled(_quantised(site, (weight, bias))[0], product, scaling)
     if config.lora_bias:
         if bias is None:
-            raise ValueError(
+            raise UnsupportedConfig(
                 f"{site.path}: lora_bias adds a bias, and this module has none to merge it into; call the graft "
                 "instead, give the module a bias, or leave it out of target_modules"
             )

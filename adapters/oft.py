@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Layer, Method, Site, Weights, widen
+from torchgraft.functional import Layer, Method, Site, UnsupportedConfig, Weights, widen
 
 from .called import Called, Holder
 from .config import AdapterConfig, require
@@ -94,6 +94,7 @@ def plan(config: OFTConfig, sites: list[Site], weights: Weights) -> dict[str, di
             site.groups == 1,
             config,
             f"{site.path} is a convolution with {site.groups} groups, expected 1; leave it out of target_modules",
+            UnsupportedConfig,
         )
         width = _width(site)
         name = "r" if config.r else "oft_block_size"

@@ -18,6 +18,7 @@ from .method import Entry, Leaves
 from .placement import is_sharded, spread, whole
 from .routed import RoutedLayer
 from .site import Site, check_leaves
+from .unsupported import UnsupportedCall
 
 Chosen = tuple[Entry, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -134,7 +135,7 @@ class ParameterSocket:
             elif tree is not None:
                 layer = tree.layer(None, entry, self.cell.finder)
                 if isinstance(layer, RoutedLayer):
-                    raise RuntimeError(no_rows(self.path))
+                    raise UnsupportedCall(no_rows(self.path))
                 yield layer.entry, layer.leaves, layer.on
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:

@@ -22,6 +22,7 @@ from .parameters import no_rows
 from .route import Routed
 from .rows import Rows
 from .site import PARAMETERS
+from .unsupported import UnsupportedCall
 
 if TYPE_CHECKING:
     from .graft import Graft
@@ -159,7 +160,7 @@ def finder_of(
         for name, tree in active.items():
             bare = [path for path, site in graft.sites[name].items() if site.kind in PARAMETERS]
             if bare and isinstance(tree, Routed):
-                raise RuntimeError(no_rows(bare[0]))
+                raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(graft, pool, active, base, entered)
             record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
