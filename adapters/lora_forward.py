@@ -169,6 +169,8 @@ def factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return a, b
     a, a0 = widen(a, _of_all(site, "initial_A"))
     b, b0 = widen(b, _of_all(site, "initial_B"))
+    if more := a.shape[-2] - a0.shape[-2]:  # in a stack, of an adapter that starts otherwise
+        a0, b0 = F.pad(a0, (0, 0, 0, more)), F.pad(b0, (0, more))
     return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
 
 
