@@ -1,6 +1,7 @@
 """What every method refuses: fields that mean nothing, and trees that do not fit; the error says which and where."""
 
 import dataclasses
+import re
 import typing
 
 import pytest
@@ -15,9 +16,8 @@ from .methods import METHODS
 def test_wrong_values_are_errors_that_say_so(name):
     row = METHODS[name]
     for fields, words in row.wrong:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=re.escape(words)):
             bind(SITES["linear"]()[0], changed(row.config, fields))
-        assert words in str(caught.value)
 
 
 def test_values_of_a_wrong_type_are_errors_for_every_field(name):

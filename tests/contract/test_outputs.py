@@ -17,7 +17,7 @@ from .cases import KINDS, METHODS, SITES, Case, Conv1D, case, close, kind, same
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identity_at_init(name, site, dtype):
     one = case(name, site, dtype)
     rounding = 8 * torch.finfo(dtype).eps

@@ -27,7 +27,8 @@ WRITTEN = ("auto_mapping", "fan_in_fan_out", "inference_mode", "peft_version")
 PREFIX = "base_model.model."
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 
-pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape")  # PEFT's: a bias
+# PEFT takes the bias of `lora_B` for a part of a sharded weight.
+pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape")
 
 
 def theirs(one, seed=7):

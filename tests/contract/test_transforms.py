@@ -70,8 +70,11 @@ def test_gradients_of_gradients_are_the_formulas(name, site):
     one = case(name, site)
     leaves, treedef = optree.tree_flatten(one.params)
     x = one.x[:2]
-    functions = [lambda *own, call=call: call(optree.tree_unflatten(treedef, own), x) for call in (one.graft, one.oracle)]
-    close(*[second_order(f, leaves) for f in functions])
+
+    def of(call):
+        return second_order(lambda *own: call(optree.tree_unflatten(treedef, own), x), leaves)
+
+    close(of(one.graft), of(one.oracle))
 
 
 def test_gradients_of_gradients_are_differences(name, site):
@@ -106,5 +109,3 @@ def test_compiles_whole_and_once(name, site):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tree in one.trees[1:]:
             close(f(tree, one.x), one.loss(tree, one.x), torch.float32)
-
-
