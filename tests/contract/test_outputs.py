@@ -24,7 +24,7 @@ def test_identity_at_init(name, site, dtype):
     torch.testing.assert_close(one.graft(one.initial, one.x), one.model(one.x), rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_identity_at_init_bit_for_bit(name, site, dtype):
     one = case(name, site, dtype)
     expected = one.model(one.x)

@@ -77,6 +77,7 @@ def test_gradients_of_gradients_are_the_formulas(name, site):
     close(of(one.graft), of(one.oracle))
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients_are_differences(name, site):
     one = case(name, site)
     leaves, treedef = optree.tree_flatten(one.params)
@@ -86,7 +87,7 @@ def test_gradients_of_gradients_are_differences(name, site):
     def f(*leaves):
         return one.graft(optree.tree_unflatten(treedef, leaves), x).sum((0,))
 
-    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True, raise_exception=False)
 
 
 def test_leaves_from_another_network_get_gradients(name, site):
