@@ -70,7 +70,7 @@ class Case:
 
     def __init__(self, name, site, dtype):
         self.row, self.config, self.dtype = METHODS[name], METHODS[name].config, dtype
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model, shape = SITES[site]()
             for parameter in model.parameters():
