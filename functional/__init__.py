@@ -37,5 +37,8 @@ from .sites.site import widen as widen
 from .stacks import StackedGraft as StackedGraft
 from .trees import stack as stack
 from .trees import unstack as unstack
+from .unsupported import Unsupported as Unsupported
+from .unsupported import UnsupportedCall as UnsupportedCall
+from .unsupported import UnsupportedConfig as UnsupportedConfig
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """Every test starts from the same random state, on one thread; marks for what takes long, and a limit on the time."""
 
+import collections
 import os
 import random
 import time
@@ -35,6 +36,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
     if time.monotonic() - START > 60 * minutes:
         pytest.skip(f"the {minutes:g} minutes are over")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the exemptions from the contract that this run met, each with its reason."""
+    given = [report.wasxfail for report in terminalreporter.stats.get("xfailed", ())]
+    counts = collections.Counter(reason for reason in given if reason.startswith("exempt: "))
+    if counts:
+        terminalreporter.section("exemptions from the contract")
+    for reason, count in sorted(counts.items()):
+        terminalreporter.line(f"{reason.removeprefix('exempt: ')} ({count} tests)")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 python tests/test_options.py    writes the table
 """
 
+import contextlib
 import copy
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ from torchgraft.adapters import (
     load_adapter,
     save_adapter,
 )
-from torchgraft.functional import bind, merge, route, stack
+from torchgraft.functional import Unsupported, bind, merge, route, stack
 
 PAGE = Path(__file__).parents[1] / "adapters" / "LORA.md"
 START, END = "<!-- table: tests/test_options.py -->", "<!-- end of table -->"
@@ -92,7 +93,6 @@ OPTIONS = {
         for name in ("gaussian", "pissa", "olora", "orthogonal", "mica", "loftq", *FITTED)
     },
 }
-REFUSALS = (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError)
 
 
 def spread(tree, seed):
@@ -155,29 +155,21 @@ class Trial:
         torch.testing.assert_close(self.graft(loaded, self.x), self.ys[0], **CLOSE)
 
 
-def check_words(error, where):
-    """A refusal says more than a lookup that failed by accident."""
-    assert len(str(error)) > 40, f"{where}: {error!r}"
-
-
 def works(option, layer):
-    """The letters of the ways in which an option works on a layer type."""
+    """Return the letters of the ways in which an option works on a layer type; it is refused in the others."""
     found = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trial = Trial(option, layer)
             trial.f()
-        except REFUSALS as error:
-            check_words(error, f"{option} on {layer}")
+        except Unsupported:
             return "-"
         found = "F"
         for way in "IMSRD":
-            try:
+            with contextlib.suppress(Unsupported):
                 getattr(trial, way.lower())()
                 found += way
-            except REFUSALS as error:
-                check_words(error, f"{option} on {layer}, {WAYS[way]}")
     return found
 
 

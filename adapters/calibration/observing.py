@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft, bind
+from torchgraft.functional import Graft, UnsupportedConfig, bind
 from torchgraft.functional.extending import Site
 
 from ..config.messages import names_of, require
@@ -67,6 +67,7 @@ def looked_at(model: nn.Module, config: Any, kind: str) -> tuple[Graft, dict[str
             config,
             f"init_lora_weights is {kind!r}, which is for linear modules, and {path} is of kind {site.kind}; leave it "
             "out of target_modules",
+            UnsupportedConfig,
         )
     return graft, {path: site for path, site in graft.sites[""].items() if site.kind == "linear"}
 

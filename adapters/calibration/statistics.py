@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft
+from torchgraft.functional import Graft, UnsupportedConfig
 from torchgraft.functional.extending import Site, modules_of, weights_of, with_weights
 
 from ..config.messages import names_of, require
@@ -297,6 +297,13 @@ def fit_lora_ga(
         )
         assert own is not None
         weights[f"{path}.weight" if path else "weight"] = own.detach().requires_grad_()
+    require(
+        bool(weights),
+        config,
+        "init_lora_weights is 'lora_ga', which is for linear modules, and none of the targeted modules is one; set it "
+        "to True, or target linear modules too",
+        UnsupportedConfig,
+    )
     sums: dict[str, Tensor] = {}
     _, rest = first(batches, 1)
     count = 0

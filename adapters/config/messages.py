@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def require(condition: bool, config: Any, message: str) -> None:
-    """Raise a `ValueError` that starts with the config's name, unless the condition holds."""
+def require(condition: bool, config: Any, message: str, error: type[ValueError] = ValueError) -> None:
+    """Raise a `ValueError`, or one of this class, that starts with the config's name, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{type(config).__name__}: {message}")
+        raise error(f"{type(config).__name__}: {message}")
 
 
 def names_of(keys: Iterable[str], most: int = 4) -> str:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Site, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Site, UnsupportedConfig, Weights, widen
 
 from ..config.base import AdapterConfig
 from ..config.messages import require
@@ -104,6 +104,7 @@ def plan(config: OFTConfig, sites: list[Site], weights: Weights) -> dict[str, OF
             site.groups == 1,
             config,
             f"{site.path} is a convolution with {site.groups} groups, expected 1; leave it out of target_modules",
+            UnsupportedConfig,
         )
         width = _width(site)
         name = "r" if config.r else "oft_block_size"

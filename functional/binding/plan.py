@@ -15,6 +15,7 @@ from ..method import SHARED, Config, Weights
 from ..sites.kinds import describe
 from ..sites.parameters import describe_parameter, find
 from ..sites.site import Site
+from ..unsupported import UnsupportedConfig
 
 C = TypeVar("C", bound=Config)
 
@@ -74,7 +75,7 @@ def plan_sites(
         site = describe_parameter(path, module, leaf) if leaf else describe(path, module)
         if site is None or site.kind not in method.kinds:
             kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
-            raise ValueError(
+            raise UnsupportedConfig(
                 f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
                 f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
             )

@@ -31,6 +31,7 @@ from ..rows import Rows
 from ..sites.site import PARAMETERS
 from ..skeleton.parameters import no_rows
 from ..tensors.wrappers import modules_of
+from ..unsupported import UnsupportedCall
 from .bound_model import BoundModel
 from .fill import fill
 from .pool import Pool
@@ -167,7 +168,7 @@ def finder_of(
         for name, tree in active.items():
             bare = [path for path, site in bound.binding.sites[name].items() if site.kind in PARAMETERS]
             if bare and isinstance(tree, Routed):
-                raise RuntimeError(no_rows(bare[0]))
+                raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(bound, pool, active, base, entered)
             record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))

@@ -19,6 +19,7 @@ from ..sites.factored import Factored, Term
 from ..sites.parameters import Key
 from ..sites.site import check_leaves
 from ..tensors.placement import is_sharded, spread, whole
+from ..unsupported import UnsupportedCall
 from . import saving
 from .context import CallContext
 
@@ -75,7 +76,7 @@ class ParameterRuntime:
         found: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):
-                raise RuntimeError(no_rows(self.path))
+                raise UnsupportedCall(no_rows(self.path))
             found.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
             layer = layer.base
         return found[::-1]

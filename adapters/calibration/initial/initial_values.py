@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Site, Weights
+from torchgraft.functional import Site, UnsupportedConfig, Weights
 
 from ...config.messages import names_of, require
 from .configs import LoftQConfig, LoraGAConfig, made
@@ -159,6 +159,7 @@ def _supports(config: LoraConfig, kind: str, site: Site, r: int) -> bool:
         config,
         f"init_lora_weights is {name!r}, which is for {' and '.join(kinds)} modules, and {path} is of kind {site.kind}"
         "; leave it out of target_modules, or bind it with a config of its own",
+        UnsupportedConfig,
     )
     smaller = min(site.in_features, site.out_features)
     most = {"orthogonal": r, "lora_ga": smaller // 2, "eva": site.in_features}.get(kind, smaller)

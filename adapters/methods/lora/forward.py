@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
+from torchgraft.functional import Layer, PerAdapter, Rows, Site, UnsupportedConfig, widen
 from torchgraft.functional.extending import PARAMETERS, Dense, Original
 
 from ..shared.called import DROPOUT, Called, Dropout, dropped
@@ -111,7 +111,7 @@ def merge_over(
 ) -> Dense:
     """`merge` on a weight that other adapters are in; the norms of DoRA are those of the original one."""
     if site.groups > 1:
-        raise ValueError(
+        raise UnsupportedConfig(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
             "weight is its merged form; call the graft instead, or leave this module out of target_modules"
         )
@@ -128,7 +128,7 @@ def merge_over(
     weight = add_scaled(_quantised(site, (weight, bias))[0], product, scaling)
     if config.lora_bias:
         if bias is None:
-            raise ValueError(
+            raise UnsupportedConfig(
                 f"{site.path}: lora_bias adds a bias, and this module has none to merge it into; call the graft "
                 "instead, give the module a bias, or leave it out of target_modules"
             )
@@ -170,6 +170,8 @@ def factors(site: Site, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return a, b
     a, a0 = widen(a, _of_all(site, "initial_A"))
     b, b0 = widen(b, _of_all(site, "initial_B"))
+    if more := a.shape[-2] - a0.shape[-2]:  # in a stack, of an adapter that starts otherwise
+        a0, b0 = F.pad(a0, (0, 0, 0, more)), F.pad(b0, (0, more))
     return torch.cat([a, a - a0], -2), torch.cat([b - b0, b0.expand_as(b)], -1)
 
 

@@ -28,6 +28,7 @@ from torchgraft.functional import (
     Site,
     SplitsProjection,
     TakesComplex,
+    UnsupportedConfig,
     Weights,
 )
 from torchgraft.functional.extending import PARAMETERS
@@ -192,12 +193,14 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
         not config.lora_bias or site.kind != "embedding",
         config,
         f"lora_bias is True, which {site.path}, an embedding, cannot have; leave it out of target_modules",
+        UnsupportedConfig,
     )
     require(
         site.kind != "attention" or (kind_of(config.init_lora_weights) is None and not config.use_dora),
         config,
         f"init_lora_weights is {config.init_lora_weights!r} and use_dora is {config.use_dora}; at {site.path}, a "
         "MultiheadAttention, only True, False or 'gaussian' work, without DoRA; leave it out of target_modules",
+        UnsupportedConfig,
     )
 
 

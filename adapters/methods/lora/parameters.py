@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchgraft.functional import Site
+from torchgraft.functional import Site, UnsupportedConfig
 
 from ...config.messages import require
 
@@ -33,10 +33,10 @@ def check_parameter(config: Any, site: Site) -> None:
     for name in _OF_MODULES:
         value = getattr(config, name, None)
         what = f"{name} is {value!r} at {site.path}, a parameter of target_parameters, which this is not made for"
-        require(not value, config, f"{what}; leave it out, or target modules")
+        require(not value, config, f"{what}; leave it out, or target modules", UnsupportedConfig)
     given = config.init_lora_weights
     what = f"init_lora_weights is {given!r} at {site.path}, a parameter; expected True, False or 'gaussian'"
-    require(given in (True, False, "gaussian"), config, what)
+    require(given in (True, False, "gaussian"), config, what, UnsupportedConfig)
 
 
 def factors_of_parameter(

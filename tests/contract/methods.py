@@ -1,0 +1,293 @@
+"""The table of the contract: one row for each method and each variant of one, and from a row every promise.
+
+What a new row has to give:
+
+- `config`, for a model whose two layers are `first` and `second`, small enough for layers of 4 and 6 features;
+- `formula`, the dense meaning from the paper, in float64, in tensors alone: nothing of the library, and not its code
+  written down again. It reads the config's fields and the tree's leaves by PEFT's names, so that these are tested too;
+- `other`, a config of the same method that may stand beside it in a stack, and differs in as much as a stack allows;
+- `apart`, fields that make it a config that no stack takes;
+- `wrong`, values that the config refuses (or, on linear layers, `bind`), each with what the error says of them. Values
+  of a wrong type need not be named: they are tried for every field;
+- `peft`, fields that PEFT's config of the same name needs beside those that differ from the defaults here, or `None`
+  where PEFT has no such method;
+- `sites`, where the variant supports fewer kinds of layer than the method does;
+- `exempt`, the promises that it does not keep, by the names of the tests, with the reason and, where some sites keep
+  them, the sites that do not. The reasons stand at the end of each run, and a promise that is kept all the same is a
+  failure.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Exempt:
+    """Promises that a method does not keep: why, on which sites (none: on all), and what is raised instead."""
+
+    promises: tuple[str, ...]
+    reason: str
+    sites: frozenset[str] = frozenset()
+    raises: type[Exception] | tuple[type[Exception], ...] = AssertionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What a formula may know of a layer: its name, its type, the base's dtype and all layers' `(out, in)`."""
+
+    path: str
+    layer: type[nn.Module]
+    dtype: torch.dtype
+    sizes: Mapping[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method or variant; see above for what the fields are.
+
+    A formula is `(config, where, leaves, weight, bias) -> (weight, bias)`. Weights are linear maps, `"out in"`: of an
+    embedding `"dim vocab"`, of a convolution `"out in *kernel"`.
+    """
+
+    config: AdapterConfig
+    formula: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    other: AdapterConfig
+    apart: Mapping[str, Any]
+    wrong: tuple[tuple[Mapping[str, Any], str], ...]
+    peft: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    sites: frozenset[str] = frozenset()
+    exempt: tuple[Exempt, ...] = ()
+
+
+# -- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def product(leaves, weight):
+    """`B A`, of convolutions as matrices."""
+    a, b = (next(t for name, t in leaves.items() if name in (f"lora_{x}", f"lora_embedding_{x}")) for x in "AB")
+    return (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+
+
+def scaling(config):
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def lora(config, where, leaves, weight, bias):
+    """`W + s B A`, and with `lora_bias` `bias + s b`: Hu et al., 2021; rank-stabilised: Kalajdzievski, 2023."""
+    if config.lora_bias:
+        bias = bias + scaling(config) * leaves["lora_B_bias"]
+    return weight + scaling(config) * product(leaves, weight), bias
+
+
+def pissa(config, where, leaves, weight, bias):
+    """LoRA, on a base without the first `r` of its singular triplets: Meng et al., 2024."""
+    if config.init_lora_weights == "pissa":
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        weight = weight - (u[:, : config.r] * s[: config.r]) @ v[: config.r]
+    return lora(config, where, leaves, weight, bias)
+
+
+def mica(config, where, leaves, weight, bias):
+    """LoRA whose `B` is fixed: the last `r` left singular vectors, whose signs depend on the precision."""
+    wide = weight.to(torch.promote_types(where.dtype, torch.float32))
+    b = torch.linalg.svd(wide, full_matrices=False)[0][:, -config.r :].to(weight)
+    return lora(config, where, {**leaves, "lora_B": b}, weight, bias)
+
+
+def dora(config, where, leaves, weight, bias):
+    """`m (W + s B A) / |W + s B A|`, whose norm is a constant of the gradient: Liu et al., 2024, section 4.3."""
+    ones = (1,) * (weight.ndim - 1)
+    direction = weight + scaling(config) * product(leaves, weight)
+    norm = direction.detach().flatten(1).square().sum(1).sqrt().view(-1, *ones)
+    return leaves["lora_magnitude_vector"].view(-1, *ones) * direction / norm, bias
+
+
+def ia3(config, where, leaves, weight, bias):
+    """Rows, and the bias, times a vector; columns where the layer is feed-forward: Liu et al., 2022."""
+    ones, scale = (1,) * (weight.ndim - 2), leaves["ia3_l"].flatten()
+    if where.path in config.feedforward_modules:
+        return weight * scale.view(1, -1, *ones), bias
+    return weight * scale.view(-1, 1, *ones), None if bias is None else bias * scale
+
+
+def adalora(config, where, leaves, weight, bias):
+    """`W + s B diag(E) A`: Zhang et al., 2023, with PEFT's scaling factor."""
+    delta = leaves["lora_B"] @ torch.diag(leaves["lora_E"].flatten()) @ leaves["lora_A"]
+    return weight + config.lora_alpha / (config.init_r + 1e-5) * delta.reshape(weight.shape), bias
+
+
+def oft(config, where, leaves, weight, bias):
+    """`W R^T`, of an embedding `R^T W`, with Cayley's `R` or five terms of its series: Qiu et al., 2023 and 2025.
+
+    Both turn as PEFT does: the series is that of `(I + Q) (I - Q)^-1`, the exact form `(I + Q)^-1 (I - Q)`.
+    """
+    flat = weight.mT if where.layer is nn.Embedding else weight.flatten(1)
+    blocks = []
+    vectors = next(iter(leaves.values()))
+    size = flat.shape[1] // config.r if config.r else config.oft_block_size
+    for vector in vectors:
+        q = torch.zeros(size, size).to(vector)
+        q[tuple(torch.triu_indices(size, size, 1))] = vector
+        q, one = q - q.T, torch.eye(size).to(vector)
+        series = one + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+        blocks.append(series if config.use_cayley_neumann else torch.linalg.inv(one + q) @ (one - q))
+    turn = torch.block_diag(*blocks)
+    return ((flat @ turn).mT if where.layer is nn.Embedding else (flat @ turn.T).reshape(weight.shape)), bias
+
+
+def vera(config, where, leaves, weight, bias):
+    """`W + diag(b) B diag(d) A` with `A` and `B` from a seed, as large as the largest layer: Kopiczko et al., 2023."""
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    outputs, inputs = (max(sizes) for sizes in zip(*where.sizes.values(), strict=True))
+    a, b = torch.empty(config.r, inputs), torch.empty(outputs, config.r)
+    for matrix in (a, b):
+        nn.init.kaiming_uniform_(matrix, nonlinearity="relu", generator=generator)
+    a, b = a[:, : weight.shape[1]].to(weight), b[: weight.shape[0]].to(weight)
+    return weight + leaves["vera_lambda_b"].diag() @ b @ leaves["vera_lambda_d"].diag() @ a, bias
+
+
+# -- the rows --------------------------------------------------------------------------------------------------------
+
+BOTH = {"target_modules": ["first", "second"]}
+OF_LORA = (
+    ({"r": 0}, "LoraConfig: r is 0 at first, expected a positive integer"),
+    ({"lora_dropout": 1.5}, "LoraConfig: lora_dropout is 1.5, expected 0 <= p < 1"),
+    ({"init_lora_weights": "magic"}, "LoraConfig: init_lora_weights is 'magic', expected True, False"),
+    ({"bias": "some"}, "LoraConfig: bias is 'some', expected 'none', 'all' or 'lora_only'"),
+)
+DROPPED = {"lora_dropout": 0.5}
+
+
+PEFTS = ("test_outputs_are_pefts_with_either_ones_parameters", "test_files_go_to_peft_and_back")
+CONVOLVED = Exempt(
+    PEFTS,
+    "PEFT's A is a convolution without the base's dilation and padding mode",
+    frozenset({"conv2d", "conv2d (dilated)"}),
+    (AssertionError, RuntimeError),
+)
+NOT_IN_PEFTS = (*PEFTS, "test_state_dicts_and_seeds_are_pefts", "test_seeds_are_pefts_bit_for_bit")
+OF_OFT = (
+    Exempt(NOT_IN_PEFTS, "PEFT's OFT does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
+    Exempt(NOT_IN_PEFTS, "PEFT's OFT refuses dilation", frozenset({"conv2d (dilated)"}), ValueError),
+    Exempt(
+        PEFTS,
+        "PEFT's forward rotates overlapping patches and adds them up, which is not what it merges",
+        frozenset({"conv2d"}),
+    ),
+)
+
+
+def row_of_lora(formula, fields, other, wrong=(), **rest):
+    """A row of a LoRA variant; fields hold for both configs but where `other` says otherwise."""
+    fields = {"lora_alpha": 3, **BOTH, **fields}
+    config, beside = LoraConfig(**fields), LoraConfig(**{**fields, **other})
+    return Row(config, formula, beside, DROPPED, (*wrong, *OF_LORA), **rest)
+
+
+METHODS = {
+    "lora": row_of_lora(lora, {"r": 2}, {"r": 3, "lora_alpha": 5, "use_rslora": True}, exempt=(CONVOLVED,)),
+    "rslora": row_of_lora(lora, {"r": 4, "use_rslora": True}, {"r": 1, "use_rslora": False}, exempt=(CONVOLVED,)),
+    "pissa": row_of_lora(
+        pissa,
+        {"r": 2, "init_lora_weights": "pissa"},
+        {"r": 3, "init_lora_weights": True},
+        [({"r": 5}, "r is 5 at first, whose weight is 6 x 4; 'pissa' needs r <= 4")],
+        sites=frozenset({"linear"}),
+    ),
+    "mica": row_of_lora(
+        mica,
+        {"r": 2, "init_lora_weights": "mica"},
+        {"r": 3, "lora_alpha": 1},
+        [({"r": 5}, "r is 5 at first, whose weight is 6 x 4; 'mica' needs r <= 4")],
+        sites=frozenset({"linear", "embedding"}),
+    ),
+    "lora with bias": row_of_lora(
+        lora,
+        {"r": 2, "lora_bias": True, "target_modules": ["first"]},
+        {"r": 3},
+        [({"use_dora": True}, "use_dora and lora_bias are both True, and DoRA has no bias; set one")],
+        sites=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+        exempt=(CONVOLVED,),
+    ),
+    "dora": row_of_lora(
+        dora,
+        {"r": 2, "use_dora": True},
+        {"r": 3, "lora_alpha": 1},
+        [({"lora_bias": True}, "use_dora and lora_bias are both True, and DoRA has no bias; set one")],
+        exempt=(
+            Exempt(
+                ("test_gradients_of_gradients_are_differences",),
+                "the norm is a constant of the gradient (section 4.3 of the paper), which differences of outputs vary",
+            ),
+            CONVOLVED,
+        ),
+    ),
+    "ia3": Row(
+        IA3Config(feedforward_modules=["second"], **BOTH),
+        ia3,
+        IA3Config(feedforward_modules=["second"], init_ia3_weights=False, **BOTH),
+        {"bias": "all"},
+        (({"feedforward_modules": ["third"]}, "IA3Config: feedforward_modules has ['third'], expected a subset"),),
+    ),
+    "adalora": Row(
+        AdaLoraConfig(init_r=3, target_r=2, total_step=10, **BOTH),
+        adalora,
+        AdaLoraConfig(init_r=2, target_r=1, lora_alpha=5, **BOTH),
+        DROPPED,
+        (
+            ({"init_r": 0}, "AdaLoraConfig: init_r is 0, expected a positive integer"),
+            ({"beta1": 1.0}, "AdaLoraConfig: beta1 is 1.0, expected 0 < beta < 1"),
+            ({"tinit": 10}, "leave no step to allocate in, expected tinit < total_step - tfinal"),
+            ({"lora_dropout": -0.5}, "AdaLoraConfig: lora_dropout is -0.5, expected 0 <= p < 1"),
+        ),
+        exempt=(Exempt(PEFTS, "PEFT pads with zeros, whatever the base's padding mode", frozenset({"conv2d"})),),
+    ),
+    "oft": Row(
+        OFTConfig(oft_block_size=2, **BOTH),
+        oft,
+        OFTConfig(oft_block_size=2, init_weights=False, **BOTH),
+        {"num_cayley_neumann_terms": 4},
+        (
+            ({"r": 2}, "OFTConfig: r is 2 and oft_block_size is 2, expected one positive and the other 0"),
+            ({"eps": 0.0}, "OFTConfig: eps is 0.0, expected a positive number"),
+            ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms is 1, expected 2 or more"),
+        ),
+        exempt=OF_OFT,
+    ),
+    "oft exact": Row(
+        OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, **BOTH),
+        oft,
+        OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, init_weights=False, **BOTH),
+        {"use_cayley_neumann": True},
+        (
+            ({"r": 4}, "r=4 makes blocks of 1 at first, which has 4 coordinates; expected blocks of 2 or more"),
+            ({"module_dropout": 1.0}, "OFTConfig: module_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        exempt=(
+            Exempt(
+                ("test_two_in_place_are_two_that_are_named",),
+                "of several rotations of an input the first that is active is the outermost in place, as in PEFT, and "
+                "the innermost in a graft (blocks of 2, as the other row has, commute)",
+                frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "conv2d", "conv2d (dilated)"}),
+            ),
+            *OF_OFT,
+        ),
+    ),
+    "vera": Row(
+        VeraConfig(r=3, **BOTH),
+        vera,
+        VeraConfig(r=2, projection_prng_key=1, d_initial=0.3, **BOTH),
+        {"vera_dropout": 0.5},
+        (
+            ({"r": 0}, "VeraConfig: r is 0, expected a positive integer"),
+            ({"vera_dropout": 1.0}, "VeraConfig: vera_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+    ),
+}

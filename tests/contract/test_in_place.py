@@ -1,0 +1,110 @@
+"""Every method in place: the same numbers as the functional style, and every bit of the base back."""
+
+import copy
+
+import optree
+import torch
+from torch.func import grad
+
+from torchgraft.adapters import (
+    disable_adapter,
+    extract_params,
+    get_base_model_state_dict,
+    inject_adapter_in_model,
+    merge_adapter,
+    merge_and_unload,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+)
+from torchgraft.functional import bind
+
+from .cases import case, close, same
+
+
+def injected(one, params=None):
+    """Return a copy of the model with a copy of the parameters planted in it."""
+    return inject_adapter_in_model(one.config, copy.deepcopy(one.model), params=copy.deepcopy(params))
+
+
+def base_of(model):
+    """Return the tensors that the base's own layers have now, merged or not."""
+    layers = {path: getattr(layer, "base_layer", layer) for path, layer in model.named_children()}
+    return {f"{path}.{name}": p.detach() for path, layer in layers.items() for name, p in layer.named_parameters()}
+
+
+def bits(model):
+    """Return these tensors' content and where they lie."""
+    return {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in base_of(model).items()}
+
+
+def unchanged(model, before):
+    now = bits(model)
+    return now.keys() == before.keys() and all(
+        now[name][0] == where and torch.equal(now[name][1], tensor) for name, (where, tensor) in before.items()
+    )
+
+
+def test_in_place_starts_as_the_functional_style(name, site):
+    one = case(name, site, torch.float32)
+    torch.manual_seed(4)
+    expected = one.graft.init()
+    torch.manual_seed(4)
+    assert same(extract_params(injected(one)), expected)
+
+
+def test_in_place_is_functional(name, site):
+    one = case(name, site)
+    model = injected(one, one.params)
+    close(model(one.x), one.graft(one.params, one.x))
+    with disable_adapter(model):
+        assert torch.equal(model(one.x), one.model(one.x))
+    tree = extract_params(model)
+    assert same(tree, one.params)
+    trained = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    leaves = [trained.pop(leaf.data_ptr()) for leaf in optree.tree_leaves(tree)]
+    assert not trained
+    given = torch.autograd.grad(model(one.x).square().mean(), leaves)
+    close(list(given), optree.tree_leaves(grad(one.loss)(one.params, one.x)))
+    with torch.no_grad():
+        for leaf, other in zip(leaves, optree.tree_leaves(one.trees[1]), strict=True):
+            leaf.copy_(other)
+    close(model(one.x), one.graft(one.trees[1], one.x))
+
+
+def test_merging_in_place_is_the_formula_and_unmerging_restores_every_bit(name, site):
+    one = case(name, site)
+    model = injected(one, one.params)
+    before, y = bits(model), model(one.x)
+    merge_adapter(model)
+    close(base_of(model), one.dense(one.params))
+    assert same(dict(get_base_model_state_dict(model)), dict(one.model.state_dict()))
+    close(model(one.x), y)
+    unmerge_adapter(model)
+    assert unchanged(model, before)
+    assert torch.equal(model(one.x), y)
+    merged = merge_and_unload(model)
+    close(dict(merged.state_dict()), one.dense(one.params))
+    assert [type(m) for m in merged.modules()] == [type(m) for m in one.model.modules()]
+
+
+def test_unloading_restores_every_bit(name, site):
+    one = case(name, site)
+    model = injected(one, one.params)
+    before = bits(model)
+    plain = unload(model)
+    assert unchanged(plain, before) and torch.equal(plain(one.x), one.model(one.x))
+    assert list(plain.state_dict()) == list(one.model.state_dict())
+
+
+def test_two_in_place_are_two_that_are_named(name, site):
+    one = case(name, site)
+    model = injected(one, one.trees[0])
+    inject_adapter_in_model(one.config, model, "other", params=copy.deepcopy(one.trees[1]))
+    set_adapter(model, "other")
+    close(model(one.x), one.graft(one.trees[1], one.x))
+    for names in (["default", "other"], ["other", "default"]):
+        set_adapter(model, names)
+        graft = bind(one.model, dict.fromkeys(names, one.config))
+        trees = {"default": one.trees[0], "other": one.trees[1]}
+        close(model(one.x), graft({name: trees[name] for name in names}, one.x))

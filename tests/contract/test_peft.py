@@ -1,0 +1,117 @@
+"""Every method beside PEFT's: seeds, state dicts, files and outputs; files and trees of trees here."""
+
+import copy
+import dataclasses
+import warnings
+
+import optree
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from torchgraft.adapters import (
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_adapter,
+    load_config,
+    save_adapter,
+    set_peft_model_state_dict,
+)
+from torchgraft.functional import bind
+
+from .cases import Conv1D, case, close, same
+
+WRITTEN = ("auto_mapping", "fan_in_fan_out", "inference_mode", "peft_version")
+"""Fields that say of a file where it came from."""
+PREFIX = "base_model.model."
+SHARED = ("base_model.vera_A", "base_model.vera_B")
+
+# PEFT takes the bias of `lora_B` for a part of a sharded weight.
+pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape")
+
+
+def theirs(one, seed=7):
+    """Return PEFT's model with PEFT's adapter, from the same weights."""
+    if one.row.peft is None:
+        pytest.skip("PEFT has no such method")
+    plain = type(one.config)()
+    fields = {name: value for name, value in vars(one.config).items() if value != getattr(plain, name)}
+    if isinstance(one.model.first, Conv1D) and hasattr(peft.LoraConfig(), "fan_in_fan_out"):
+        fields["fan_in_fan_out"] = True
+    names = {field.name for field in dataclasses.fields(getattr(peft, type(one.config).__name__))}
+    fields = {name: value for name, value in {**fields, **one.row.peft}.items() if name in names}
+    config = getattr(peft, type(one.config).__name__)(**copy.deepcopy(fields))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        return peft.get_peft_model(copy.deepcopy(one.model), config, autocast_adapter_dtype=False).eval()
+
+
+def mine(one, seed=7):
+    torch.manual_seed(seed)
+    return inject_adapter_in_model(one.config, copy.deepcopy(one.model))
+
+
+def state_of(model):
+    """Return PEFT's state dict without the prefix of its wrapper."""
+    return {key.removeprefix(PREFIX): tensor for key, tensor in peft.get_peft_model_state_dict(model).items()}
+
+
+def test_state_dicts_and_seeds_are_pefts(name, site):
+    one = case(name, site, torch.float32)
+    state, expected = get_peft_model_state_dict(mine(one)), state_of(theirs(one))
+    assert {key: (t.shape, t.dtype) for key, t in state.items()} == {
+        key: (t.shape, t.dtype) for key, t in expected.items()
+    }
+    close(dict(state), expected, torch.float32)
+
+
+def test_seeds_are_pefts_bit_for_bit(name, site):
+    one = case(name, site, torch.float32)
+    assert same(dict(sorted(get_peft_model_state_dict(mine(one)).items())), dict(sorted(state_of(theirs(one)).items())))
+
+
+def test_outputs_are_pefts_with_either_ones_parameters(name, site):
+    one = case(name, site, torch.float32)
+    model, other = mine(one), theirs(one)
+    state = {key: t if key in SHARED else t + 0.3 * torch.randn_like(t) for key, t in state_of(other).items()}
+    assert set_peft_model_state_dict(model, state) == ([], [])
+    peft.set_peft_model_state_dict(other, {key if key in SHARED else PREFIX + key: t for key, t in state.items()})
+    close(model(one.x), other(one.x), torch.float32)
+    assert same(dict(sorted(get_peft_model_state_dict(model).items())), dict(sorted(state_of(other).items())))
+
+
+def test_files_go_to_peft_and_back(name, site, tmp_path):
+    one = case(name, site, torch.float32)
+    save_adapter(one.graft, tmp_path / "mine", params=one.params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.PeftModel.from_pretrained(
+            copy.deepcopy(one.model), tmp_path / "mine", autocast_adapter_dtype=False
+        ).eval()
+        close(one.graft(one.params, one.x), other(one.x), torch.float32)
+        other.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / whose / "adapter_model.safetensors") for whose in ("mine", "theirs")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    graft = bind(one.model, load_config(tmp_path / "theirs"))
+    assert same(load_adapter(graft, tmp_path / "theirs"), one.params)
+    close(graft(one.params, one.x), one.graft(one.params, one.x), torch.float32)
+
+
+def test_saved_and_loaded_is_the_same_bit_for_bit(name, site, tmp_path):
+    one = case(name, site)
+    save_adapter(one.graft, tmp_path, params=one.params)
+    config = load_config(tmp_path)
+    assert config == dataclasses.replace(one.config, **{name: getattr(config, name) for name in WRITTEN})
+    graft = bind(one.model, config)
+    assert same(load_adapter(graft, tmp_path), one.params)
+    assert torch.equal(graft(one.params, one.x), one.graft(one.params, one.x))
+
+
+def test_trees_of_safetensors(name, site, tmp_path):
+    one = case(name, site)
+    paths, leaves, treedef = optree.tree_flatten_with_path(one.params)
+    save_file({".".join(path): leaf for path, leaf in zip(paths, leaves, strict=True)}, tmp_path / "a.safetensors")
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert same(optree.tree_unflatten(treedef, [loaded[".".join(path)] for path in paths]), one.params)
