@@ -146,7 +146,7 @@ def _take(weights: Weights, key: str, name: str, wanted: _Wanted, sites: Mapping
         _check(weights, key, tuple(wanted.saved[name].shape), wanted.saved[name].dtype)
     elif key in wanted.shared:
         parts.shared[wanted.shared[key]] = key
-        constant = next(iter(sites.values())).constants[wanted.shared[key]]
+        constant = getattr(next(iter(sites.values())).constants, wanted.shared[key])
         _check(weights, key, tuple(constant.shape), constant.dtype)
     else:
         return False
