@@ -27,6 +27,7 @@ from .method import Tree as Tree
 from .method import Weights as Weights
 from .norms import clip_by_norm as clip_by_norm
 from .norms import norms as norms
+from .places import Places as Places
 from .routing.route import Routed as Routed
 from .routing.route import route as route
 from .rows import PerAdapter as PerAdapter

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .abilities import KeepsDtype, Leaves, MergesOver, Original
 from .constants import Constants
+from .places import Places
 from .rows import Rows
 from .sites.site import Dense, Site, check_leaves
 
@@ -219,7 +220,7 @@ class SiteAdapter:
         site = dataclasses.replace(self.site, constants=self.site.constants.replace(constants))
         return dataclasses.replace(self, site=site)
 
-    def along(self, members: Tensor | None, rows: Rows) -> tuple[SiteAdapter, Rows]:
+    def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
         """This part for a stack: constants as the stack's members have them, and rows that have this site."""
         return self, rows
 

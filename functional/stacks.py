@@ -16,6 +16,7 @@ from .graft import Graft
 from .layers.routed import SelectedAdapter
 from .locating.finder import Finder
 from .method import Config, SiteAdapter, Tree
+from .places import Places
 
 
 class StackedGraft(Graft):
@@ -86,6 +87,44 @@ class StackedGraft(Graft):
             KeyError, TypeError, ValueError: A stack that does not fit.
         """
         return self.binding.unstack(stacked)
+
+    def pad(self, tree: Tree) -> Tree:
+        """Pad one adapter's tree with zeros to what a place of the stack has room for; differentiable.
+
+        Raises:
+            ValueError: A leaf that the stack has no room for.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(torch.nn.Linear(4, 3), [LoraConfig(r=r, target_modules="all-linear") for r in (1, 4)])
+        >>> graft.pad(graft.member(0).init())[""]["lora_A"].shape
+        torch.Size([4, 4])
+        """
+        return self.binding.pad(tree)
+
+    def places(self, configs: Sequence[Config | None] | None = None) -> Places:
+        """Plan what is in each place of a stack beside its leaves: tensors, so that a place can get another adapter.
+
+        The graft was bound for the largest adapters that a place can hold; what is there can change without binding
+        again: `graft(route(many, rows, places=places.put(2, graft.places([config]))), x)`.
+
+        Args:
+            configs: The config of each place, `None` for an empty one; by default those that were bound.
+
+        Raises:
+            TypeError: Configs of several methods.
+            ValueError: A config that the graft has no room for: a site, a rank; one that differs in what the adapters
+                of a stack share.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> large = LoraConfig(r=4, target_modules="all-linear")
+        >>> graft = bind(torch.nn.Linear(4, 3), [large, large])
+        >>> places = graft.places().put(1, graft.places([LoraConfig(r=1, lora_alpha=3, target_modules="all-linear")]))
+        >>> places.constants[""]["scaling"]
+        tensor([2., 3.], dtype=torch.float64)
+        """
+        return self.binding.places(configs)
 
     def member(self, index: int) -> Graft:
         """Return the graft of one config alone, for trees that `unstack` returns."""

@@ -50,7 +50,7 @@ ORDER = {
         .: __init__
     """,
     "functional": """
-        .: constants rows unsupported
+        .: constants places rows unsupported
         tensors: placement wrappers
         sites: site kernels kinds parameters factored
         .: abilities method trees norms grads

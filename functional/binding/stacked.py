@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import trees
 from ..method import SHARED, Config, SiteAdapter, Tree
+from ..places import Places
 from ..rows import PerAdapter, Rows, is_readable
 from ..sites.parameters import Key, key_of
 from ..sites.site import Site
@@ -119,6 +120,25 @@ class StackedBinding(Binding):
                 stacked[path][name] = torch.stack(parts)
         return trees.sort(stacked)
 
+    def pad(self, tree: Tree) -> Tree:
+        """Pad one adapter's tree, as `StackedGraft.pad` does."""
+        like = next((leaf for leaves in tree.values() for leaf in leaves.values()), None)
+        padded: Tree = {}
+        for path, leaves in tree.items():
+            for name, leaf in leaves.items():
+                room = self.shapes[""].get(path, {}).get(name, ())
+                if leaf.ndim != len(room) or any(a > b for a, b in zip(leaf.shape, room, strict=True)):
+                    raise ValueError(
+                        f"pad: {name} of {path!r} has shape {tuple(leaf.shape)}, and this graft was bound with room "
+                        f"for {room or 'none'}"
+                    )
+                padded.setdefault(path, {})[name] = _padded(leaf, room)
+        for path, leaves in self.shapes[""].items():
+            for name, room in leaves.items():
+                if name not in padded.setdefault(path, {}):
+                    padded[path][name] = torch.zeros(room) if like is None else like.new_zeros(room)
+        return trees.sort(padded)
+
     def unstack(self, stacked: Tree) -> list[Tree]:
         """Split a stack, as `StackedGraft.unstack` does."""
         trees.check(stacked, self.shapes[""], "the stack", stacked=len(self.members))
@@ -138,13 +158,53 @@ class StackedBinding(Binding):
                 "tree"
             )
         active = super().active(params)
-        rows, members = getattr(params, "rows", None), getattr(params, "members", None)
-        if rows is not None and rows.count != (len(self.members) if members is None else len(members)):
+        rows, members, places = (getattr(params, name, None) for name in ("rows", "members", "places"))
+        held = self.members if members is None else members
+        if rows is not None and places is not None and rows.count != len(places):
+            raise ValueError(
+                f"the stack has {rows.count} adapters, and places of it are given for {len(places)}; give one for each"
+            )
+        if rows is not None and places is None and rows.count != len(held):
             raise ValueError(
                 f"the stack has {rows.count} adapters, and this graft was bound with {len(self.members)} configs; say "
                 f"which of them it holds: route(stacked, rows, members=...) with {rows.count} indices"
             )
         return active
+
+    def places(self, configs: Sequence[Config | None] | None = None) -> Places:
+        """Plan what is in each place of a stack, as `StackedGraft.places` does."""
+        given = self.members if configs is None else configs
+        check_configs([self.members[0], *(config for config in given if config is not None)])
+        modules, plans = modules_of(self.model), []
+        for i, config in enumerate(given):
+            if config is not None:
+                config = for_model(config, self.model)
+                plans.append(plan_sites(config, modules, config.targets(self.model)))
+                self._check_fits(i, config, plans[-1])
+            else:
+                plans.append({})
+        constants, present = {}, {}
+        for path, site in self.sites[""].items():
+            device = site.like(modules[site.owner]).device
+            own = [plan.get(path) for plan in plans]
+            present[path] = torch.tensor([one is not None for one in own], device=device)
+            constants[path] = _in_places(path, site, own, device)
+        return Places(constants, present)
+
+    def _check_fits(self, place: int, config: Config, sites: Mapping[str, Site]) -> None:
+        """Refuse a config that the stack has no room for."""
+        for path, leaves in shapes_of(config, sites, self.replaced[""]).items():
+            most = self.shapes[""].get(path, {})
+            site = self.sites[""].get(path)
+            whole = site is not None and (site.groups > 1 or site.experts > 0)
+            for leaf, shape in leaves.items():
+                room = most.get(leaf, ())
+                fits = len(room) == len(shape) and all(a <= b for a, b in zip(shape, room, strict=True))
+                if not fits or (whole and shape != room):
+                    raise ValueError(
+                        f"places: configs[{place}] has {leaf} of shape {shape} at {path!r}, and this graft was bound "
+                        f"with room for {room or 'none'}; bind it with a config that is as large"
+                    )
 
     def adapters(self, name: str) -> dict[str, SiteAdapter]:
         return {path: self._adapter(path, adapter) for path, adapter in super().adapters(name).items()}
@@ -162,7 +222,10 @@ class StackedAdapter(SiteAdapter):
     present: Tensor
     known: tuple[bool, ...]
 
-    def along(self, members: Tensor | None, rows: Rows) -> tuple[SiteAdapter, Rows]:
+    def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
+        if places is not None:
+            here = {name: PerAdapter(values) for name, values in places.constants[self.site.path].items()}
+            return self.with_constants(here), rows.only(places.present[self.site.path], None)
         if members is None:
             return self, rows.only(self.present, self.known)
         constants = {
@@ -257,6 +320,31 @@ def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
                 "bind them apart"
             )
     return dataclasses.replace(first, constants=first.constants.replace(constants))
+
+
+def _in_places(path: str, site: Site, own: Sequence[Site | None], device: torch.device) -> dict[str, Tensor]:
+    """Return the constants that may vary, one for each place, padded to what was bound."""
+    found: dict[str, Tensor] = {}
+    for name in site.constants.names():
+        bound = getattr(site.constants, name)
+        values = [None if one is None else getattr(one.constants, name) for one in own]
+        if bound is None and all(value is None for value in values):
+            continue
+        if bound is None or name not in site.constants.varying():
+            if any(value is not None and not _same(value, bound) for value in values):
+                raise ValueError(
+                    f"{path}: a config differs in {name!r} from those that the graft was bound with, which the "
+                    "adapters of the stack share; bind them apart"
+                )
+            continue
+        one = bound.values[0] if isinstance(bound, PerAdapter) else bound
+        like = one if isinstance(one, Tensor) else torch.tensor(one, dtype=torch.float64)
+        parts = [
+            like.new_zeros(like.shape) if value is None else _padded(torch.as_tensor(value).to(like), tuple(like.shape))
+            for value in values
+        ]
+        found[name] = torch.stack(parts).to(device)
+    return found
 
 
 def _same(a: Any, b: Any) -> bool:

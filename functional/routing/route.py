@@ -13,6 +13,7 @@ from ..layers.routed import RoutedLayer
 from ..locating.finder import Finder
 from ..locating.look import Declared
 from ..method import SiteAdapter, Tree
+from ..places import Places
 from ..rows import Rows, is_readable, rows_of
 
 _NOTHING = Declared()
@@ -27,11 +28,12 @@ class Routed:
         members: Which adapters of the bound stack the leading axis holds, for grafts of several configs.
         declared: What the user said of where rows are.
         check_all: Whether each call proves where its rows are, on all of them.
+        places: What is in each place of the stack beside its leaves, where it is not what was bound.
     """
 
     per_row = True
 
-    __slots__ = ("_source", "check_all", "declared", "members", "rows", "tree")
+    __slots__ = ("_source", "check_all", "declared", "members", "places", "rows", "tree")
 
     def __init__(
         self,
@@ -41,9 +43,10 @@ class Routed:
         declared: Declared = _NOTHING,
         check_all: bool = False,
         source: Tensor | None = None,
+        places: Places | None = None,
     ):
         self.tree, self.rows, self.members, self.declared, self.check_all = tree, rows, members, declared, check_all
-        self._source = source
+        self._source, self.places = source, places
 
     def named(self, name: str) -> Routed:
         """The part of one named adapter, over the same rows."""
@@ -67,7 +70,7 @@ class Routed:
         return self._with(self.tree, self.rows)
 
     def _with(self, tree: Tree, rows: Rows) -> Routed:
-        return Routed(tree, rows, self.members, self.declared, self.check_all, self._source)
+        return Routed(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         """Hold the stack against the shapes of one adapter, as `trees.check` does."""
@@ -75,7 +78,7 @@ class Routed:
 
     def along(self, entry: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
         """A site's part for this stack: constants as its members have them, and rows that have the site."""
-        return entry.along(self.members, rows)
+        return entry.along(self.members, rows, self.places)
 
     def layer(self, below: Any, entry: SiteAdapter, finder: Finder | None) -> RoutedLayer:
         """The layer that a site gets."""
@@ -84,7 +87,8 @@ class Routed:
 
     def tensors(self) -> Any:
         """Everything that a call depends on."""
-        return self.tree, self.rows.index, self.members
+        held = None if self.places is None else (dict(self.places.constants), dict(self.places.present))
+        return self.tree, self.rows.index, self.members, held
 
     def __repr__(self) -> str:
         said = [f"{name}={value!r}" for name, value in vars(self.declared).items() if value not in (None, ())]
@@ -100,6 +104,7 @@ def route(
     mixed: Sequence[str] = (),
     check: bool = False,
     members: Tensor | None = None,
+    places: Places | None = None,
 ) -> Routed:
     """Give each row of a batch its own adapter: `graft(route(many, rows), x)`.
 
@@ -133,6 +138,8 @@ def route(
         check: Prove each call, on all of its rows; takes eight times as long.
         members: `"N"`, long: which of the configs of `bind(model, [...])` the leading axis holds, where it is not all
             of them in order.
+        places: What is in each place of the stack beside its leaves, where it is not what `bind(model, [...])` was
+            given: `graft.places([...])`, and `put`, which changes one of them without binding again.
 
     Raises:
         TypeError, ValueError: Rows that are no vector of integers, or out of range; a stack without leaves.
@@ -150,7 +157,7 @@ def route(
         raise ValueError("route: the stacked tree has no leaves with a leading axis; make it with stack([tree, ...])")
     declared = _declared(batch_dim, mixed)
     if rows is None:
-        return Routed(stacked, Rows(None, len(leaf)), members, declared, check)
+        return Routed(stacked, Rows(None, len(leaf)), members, declared, check, None, places)
     if not isinstance(rows, Tensor):
         raise TypeError(f"route: rows is of type {type(rows).__name__}, expected a tensor: torch.tensor(rows)")
     if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
@@ -168,7 +175,7 @@ def route(
             ((index >= -1) & (index < len(leaf))).all(),
             f"route: a row's index is outside of -1 to {len(leaf) - 1}, the {len(leaf)} adapters in the stack",
         )
-    return Routed(stacked, found, members, declared, check, rows)
+    return Routed(stacked, found, members, declared, check, rows, places)
 
 
 def _placed(rows: Tensor, leaf: Tensor) -> Tensor:

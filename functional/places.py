@@ -1,0 +1,50 @@
+"""What is in each place of a stack beside its leaves: tensors too, so that it can change without binding again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Places:
+    """Constants of the adapters of a stack, and which sites each has; made by `StackedGraft.places`.
+
+    Attributes:
+        constants: `{path: {name: "N ..."}}`.
+        present: `{path: "N"}`, whether an adapter has the site.
+    """
+
+    constants: Mapping[str, Mapping[str, Tensor]]
+    present: Mapping[str, Tensor]
+
+    def put(self, index: int, other: Places) -> Places:
+        """Return the same places with another adapter in one of them.
+
+        Args:
+            index: The place.
+            other: Places of which the first holds the adapter, as `graft.places([config])`.
+
+        >>> places = Places({"0": {"scaling": torch.ones(3)}}, {"0": torch.ones(3, dtype=torch.bool)})
+        >>> places.put(1, Places({"0": {"scaling": torch.tensor([2.0])}}, {"0": torch.tensor([False])})).present["0"]
+        tensor([ True, False,  True])
+        """
+        at = torch.tensor([index])
+        constants = {
+            path: {
+                name: value.index_copy(0, at.to(value.device), other.constants[path][name][:1].to(value))
+                for name, value in own.items()
+            }
+            for path, own in self.constants.items()
+        }
+        present = {
+            path: value.index_copy(0, at.to(value.device), other.present[path][:1].to(value.device))
+            for path, value in self.present.items()
+        }
+        return Places(constants, present)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.present.values())))
