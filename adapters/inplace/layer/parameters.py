@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchgraft.functional.extending import Cell, Entry, ParameterSocket, names_grouped, parametrised_class
 
 from .active import ActiveAdapters, placed
-from .layer import BaseTunerLayer
 from .shell import run_in_place_of
+from .tuner_layer import BaseTunerLayer
 
 
 class ParameterLayer(BaseTunerLayer):
