@@ -37,9 +37,9 @@ from .inplace import set_peft_model_state_dict as set_peft_model_state_dict
 from .inplace import set_requires_grad as set_requires_grad
 from .inplace import unload as unload
 from .inplace import unmerge_adapter as unmerge_adapter
-from .inplace.summaries import Row as Row
-from .inplace.summaries import Summary as Summary
-from .inplace.summaries import summary as summary
+from .inplace.states.summaries import Row as Row
+from .inplace.states.summaries import Summary as Summary
+from .inplace.states.summaries import summary as summary
 from .methods.adalora.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adalora.budget import adalora_state as adalora_state
 from .methods.adalora.budget import allocate as allocate

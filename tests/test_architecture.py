@@ -39,10 +39,14 @@ ORDER = {
         methods: ia3 oft vera
         methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
         methods/adalora: adalora budget
-        inplace: checksum gathering reads root originals placed biases modules_to_save token_rows tokens containers
-            holders leaves weights called_base shell active values layer parameters walk bare layouts overlaps switch
-            merging summaries restoring base_state extract state targets_from_keys initial_leaves injection positions
-            placing inject __init__
+        inplace: root placed
+        inplace/tensors: checksum gathering originals
+        inplace/beside: biases modules_to_save token_rows tokens
+        inplace/layer: reads containers holders leaves weights called_base shell active values tuner_layer parameters
+        inplace: walk switch merging
+        inplace/states: bare layouts base_state extract state summaries
+        inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
+        inplace: inject __init__
         files: configs fit stored save into_graft into_model load
         calibration: progress observing statistics
         optim: lora_plus lora_fa

@@ -21,7 +21,7 @@ from torchgraft.functional.extending import (
 
 from ..config.replaced import saved_buffers
 from ..inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from ..inplace.gathering import fill
+from ..inplace.tensors.gathering import fill
 from ..inplace.walk import bare_modules, layers
 from .fit import Parts, fit
 from .stored import Stored, base_of, fixed_leaves, other_base, other_shared

@@ -11,7 +11,7 @@ from torch import nn
 from torchgraft.functional import Graft
 
 from ..config.base import AdapterConfig
-from ..inplace.gathering import check_averaged, gathered
+from ..inplace.tensors.gathering import check_averaged, gathered
 from ..inplace.walk import unwrap
 from .disk.config_file import about, parse_fields
 from .disk.folder import WEIGHTS, find_folder, open_pair

@@ -17,8 +17,8 @@ from ..config.base import AdapterConfig
 from ..config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from ..config.replaced import other_names, saved_buffers
 from ..inplace import get_peft_model_state_dict
-from ..inplace.gathering import gathered, groups_of, kept, once
-from ..inplace.layouts import config_of, shared_tensors, source_sites
+from ..inplace.states.layouts import config_of, shared_tensors, source_sites
+from ..inplace.tensors.gathering import gathered, groups_of, kept, once
 from ..inplace.walk import layers, unwrap
 from ..methods.lora.to_plain import plain as to_plain
 from ..methods.lora.to_plain import raw

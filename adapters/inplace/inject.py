@@ -15,12 +15,12 @@ from torchgraft.functional.extending import (
 from ..config.base import AdapterConfig
 from ..config.replication import replicating
 from . import root
-from .gathering import check_averaged, gathered
-from .injection import Injection, bind_injection, check_injection
-from .placing import place
-from .positions import Positions
-from .restoring import restoring
+from .injection.bound import Injection, bind_injection, check_injection
+from .injection.placing import place
+from .injection.positions import Positions
+from .injection.restoring import restoring
 from .switch import adapter_names
+from .tensors.gathering import check_averaged, gathered
 from .walk import layers, outermost, parts, unwrap
 
 

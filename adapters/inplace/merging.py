@@ -10,11 +10,11 @@ from torch import nn
 from torchgraft.functional.extending import child_of_wrapper, is_unit
 
 from . import root
-from .biases import ATTRIBUTE, biases_of
-from .gathering import hand_over, on_gathered
+from .beside.biases import ATTRIBUTE, biases_of
 from .placed import Owners
 from .switch import adapter_names as names_in
 from .switch import in_order_of_merging, take_out
+from .tensors.gathering import hand_over, on_gathered
 from .walk import bare_modules, layers, named_parts, parts, placed_in, placed_modules, unwrap
 
 

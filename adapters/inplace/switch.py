@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from .biases import biases_of
-from .gathering import gathered, on_gathered
-from .layer import BaseTunerLayer
+from .beside.biases import biases_of
+from .layer.tuner_layer import BaseTunerLayer
 from .placed import Placed
+from .tensors.gathering import gathered, on_gathered
 from .walk import layers, parts, unwrap
 
 T = TypeVar("T")

@@ -10,13 +10,13 @@ from torch import nn
 from torchgraft.functional import Site
 from torchgraft.functional.extending import Base, unwrapped
 
-from .biases import biases_of
-from .layer import BaseTunerLayer
-from .leaves import key_of
-from .modules_to_save import ModulesToSaveWrapper
-from .parameters import ParameterLayer
+from .beside.biases import biases_of
+from .beside.modules_to_save import ModulesToSaveWrapper
+from .beside.tokens import TrainableTokensWrapper
+from .layer.leaves import key_of
+from .layer.parameters import ParameterLayer
+from .layer.tuner_layer import BaseTunerLayer
 from .placed import Placed, PlacedModule
-from .tokens import TrainableTokensWrapper
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft, PerAdapter, Site, Tree
 
 from ..config.messages import names_of
-from ..inplace.layer import BaseTunerLayer
+from ..inplace.layer.tuner_layer import BaseTunerLayer
 from ..inplace.walk import layers, unwrap
 
 _RIDGE = 1e-8

@@ -20,7 +20,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_adapter,
 )
-from torchgraft.adapters.inplace.layer import BaseTunerLayer
+from torchgraft.adapters.inplace.layer.tuner_layer import BaseTunerLayer
 from torchgraft.functional import bind
 
 CONFIGS = {
@@ -137,7 +137,7 @@ def test_whatever_fails_leaves_the_model_as_it_was(when, late, monkeypatch):
     cls, method = (BaseTunerLayer, "activate") if late else (BaseTunerLayer, "add")
     original = getattr(cls, method)
     if late:
-        cls, method = (adapters.inplace.tokens.TrainableTokensWrapper, "activate")
+        cls, method = (adapters.inplace.beside.tokens.TrainableTokensWrapper, "activate")
         original, calls = getattr(cls, method), [None, None]
     monkeypatch.setattr(cls, method, fail)
     with pytest.raises(RuntimeError, match="in between"):

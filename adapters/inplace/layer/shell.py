@@ -19,8 +19,8 @@ from torchgraft.functional.extending import (
     inner_class,
 )
 
+from ..tensors.originals import Originals
 from .called_base import BaseOverMerged
-from .originals import Originals
 
 
 @dataclasses.dataclass(eq=False)

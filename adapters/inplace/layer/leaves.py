@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, unwrapped, whole
 
-from ..config.keys import held_at, join
-from ..methods.shared.called import make_dropout
+from ...config.keys import held_at, join
+from ...methods.shared.called import make_dropout
+from ..placed import Layout, Slot
+from ..tensors.gathering import kept
 from .containers import Dropouts, Modules, Parameters
-from .gathering import kept
 from .holders import Holders, Traits, Watch, traits
-from .placed import Layout, Slot
 
 
 class LayerLeaves(nn.Module):

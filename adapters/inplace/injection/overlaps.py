@@ -9,10 +9,10 @@ from torch import nn
 
 from torchgraft.functional.extending import PARAMETERS, Site, SiteAdapter
 
-from .leaves import key_of
-from .modules_to_save import ModulesToSaveWrapper
-from .tokens import TrainableTokensWrapper
-from .walk import layers, named
+from ..beside.modules_to_save import ModulesToSaveWrapper
+from ..beside.tokens import TrainableTokensWrapper
+from ..layer.leaves import key_of
+from ..walk import layers, named
 
 
 def check_overlap(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Tree, unwrapped, whole
 
-from .gathering import kept, loaded_copy
-from .placed import Layout, Owners, Slot, own_modules
+from ..placed import Layout, Owners, Slot, own_modules
+from ..tensors.gathering import kept, loaded_copy
 
 
 class ModulesToSaveWrapper(nn.Module):

@@ -17,8 +17,8 @@ from torchgraft.functional.extending import (
     whole,
 )
 
-from ..methods.shared.called import in_memory
-from .originals import Originals
+from ...methods.shared.called import in_memory
+from ..tensors.originals import Originals
 
 
 class CalledBase(Base):

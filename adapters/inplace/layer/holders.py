@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from torchgraft.functional.extending import PARAMETERS, SiteAdapter
 
-from ..methods.shared.called import DROPOUT, Called, Holder, read
+from ...methods.shared.called import DROPOUT, Called, Holder, read
 from .containers import Parameters
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout)

@@ -13,14 +13,14 @@ from torchgraft.functional.extending import (
     sort,
 )
 
-from ..config.base import AdapterConfig
-from ..config.targets import exact
-from ..methods.shared.scalings import check_raw, expressed
+from ...config.base import AdapterConfig
+from ...config.targets import exact
+from ...methods.shared.scalings import check_raw, expressed
+from ..layer.tuner_layer import BaseTunerLayer
+from ..tensors.gathering import is_flat, kept, on_gathered
+from ..walk import layers, named_parts, unwrap
 from .bare import bare_copy
-from .gathering import is_flat, kept, on_gathered
-from .layer import BaseTunerLayer
 from .layouts import config_of, layout_of, source_sites
-from .walk import layers, named_parts, unwrap
 
 
 @on_gathered()

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..placed import own_modules
 from .active import ActiveAdapters
 from .containers import Modules, Parameters
-from .placed import own_modules
 from .reads import computes
 from .values import Values
 from .weights import MergingLayer

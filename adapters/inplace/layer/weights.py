@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Adapted, Base
 
+from ..placed import Owners, refuse_tied
+from ..tensors.originals import Originals, refresh_after_loading, refuse_while_merged
 from .leaves import LayerLeaves
-from .originals import Originals, refresh_after_loading, refuse_while_merged
-from .placed import Owners, refuse_tied
 
 
 class MergingLayer(LayerLeaves):

@@ -25,15 +25,15 @@ from torchgraft.functional.extending import (
     weights_of,
 )
 
-from ..config.base import AdapterConfig
-from ..config.replaced import saved_modules
-from ..config.targets import find_targets
-from ..config.tokens import LEAF as TOKENS
-from .biases import biases_of
+from ...config.base import AdapterConfig
+from ...config.replaced import saved_modules
+from ...config.targets import find_targets
+from ...config.tokens import LEAF as TOKENS
+from ..beside.biases import biases_of
+from ..walk import bare_modules, original_base
 from .initial_leaves import initial_leaves, started
 from .overlaps import check_apart, check_names, check_overlap, check_tokens
 from .targets_from_keys import from_keys
-from .walk import bare_modules, original_base
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torchgraft.functional.extending import (
     with_parts,
 )
 
-from ..config.base import AdapterConfig
-from ..config.keys import split_key
-from ..config.messages import names_of
-from ..config.targets import exact, find_targets
+from ...config.base import AdapterConfig
+from ...config.keys import split_key
+from ...config.messages import names_of
+from ...config.targets import exact, find_targets
 
 
 def from_keys(

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .switch import put_in
-from .walk import parts
+from ..switch import put_in
+from ..walk import parts
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import Tree, offloading, whole, write
 
-from ..config.keys import held_at, replaced_key
-from .gathering import fill, kept, put
-from .placed import Layout, Owners, Slot
+from ...config.keys import held_at, replaced_key
+from ..placed import Layout, Owners, Slot
+from ..tensors.gathering import fill, kept, put
 
 ATTRIBUTE = "_trained_biases"
 """Where a model keeps them, outside of its module tree."""

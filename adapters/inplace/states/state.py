@@ -18,15 +18,15 @@ from torchgraft.functional.extending import (
     whole,
 )
 
-from ..config.keys import PREFIX, SHARED
-from ..config.messages import names_of
+from ...config.keys import PREFIX, SHARED
+from ...config.messages import names_of
+from ..layer.tuner_layer import BaseTunerLayer
+from ..placed import Layout, Slot
+from ..switch import put_in, take_out
+from ..tensors.gathering import fill, kept, on_gathered
+from ..walk import layers, parts, unwrap
 from .base_state import IncompatibleKeys
-from .gathering import fill, kept, on_gathered
-from .layer import BaseTunerLayer
 from .layouts import layout_of, shared_tensors, slots_of
-from .placed import Layout, Slot
-from .switch import put_in, take_out
-from .walk import layers, parts, unwrap
 
 
 @on_gathered()

@@ -16,7 +16,7 @@ from torchgraft.functional.extending import (
     trainable_dtype,
 )
 
-from ..config.base import AdapterConfig
+from ...config.base import AdapterConfig
 
 
 def initial_leaves(

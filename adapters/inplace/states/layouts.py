@@ -11,10 +11,10 @@ from torchgraft.functional.extending import (
     TiedAdapter,
 )
 
-from ..config.base import AdapterConfig
-from ..config.keys import SHARED, places
-from .placed import Layout, Slot
-from .walk import layers, named_parts
+from ...config.base import AdapterConfig
+from ...config.keys import SHARED, places
+from ..placed import Layout, Slot
+from ..walk import layers, named_parts
 
 
 def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:

@@ -17,8 +17,8 @@ from torchgraft.functional.extending import (
     unwrapped,
 )
 
-from .biases import ATTRIBUTE, biases_of
-from .walk import placed_in, placed_modules
+from ..beside.biases import ATTRIBUTE, biases_of
+from ..walk import placed_in, placed_modules
 
 
 def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:

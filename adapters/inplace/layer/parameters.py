@@ -16,8 +16,8 @@ from torchgraft.functional.extending import (
 )
 
 from .active import ActiveAdapters, placed
-from .layer import BaseTunerLayer
 from .shell import run_in_place_of
+from .tuner_layer import BaseTunerLayer
 
 
 class ParameterLayer(BaseTunerLayer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchgraft.functional import Graft
 from torchgraft.functional.extending import SiteAdapter, Tree
 
-from .walk import bare_modules, layers, parts, unwrap
+from ..walk import bare_modules, layers, parts, unwrap
 
 
 @dataclasses.dataclass(frozen=True)

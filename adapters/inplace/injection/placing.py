@@ -9,17 +9,17 @@ from torch import nn
 
 from torchgraft.functional.extending import PARAMETERS, each
 
-from ..config.tokens import LEAF as TOKENS
-from .biases import ATTRIBUTE, Biases
-from .injection import Injection, Shared, within
-from .layer import BaseTunerLayer
-from .leaves import key_of
-from .modules_to_save import ModulesToSaveWrapper
-from .parameters import ParameterLayer
+from ...config.tokens import LEAF as TOKENS
+from ..beside.biases import ATTRIBUTE, Biases
+from ..beside.modules_to_save import ModulesToSaveWrapper
+from ..beside.tokens import TrainableTokensWrapper
+from ..layer.leaves import key_of
+from ..layer.parameters import ParameterLayer
+from ..layer.tuner_layer import BaseTunerLayer
+from ..switch import take_out
+from ..walk import layers, named, parts
+from .bound import Injection, Shared, within
 from .positions import Positions
-from .switch import take_out
-from .tokens import TrainableTokensWrapper
-from .walk import layers, named, parts
 
 Placements = Iterator[tuple[nn.Module, BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper]]
 """Modules of the user's, and what takes the place of each."""

@@ -16,11 +16,11 @@ from torchgraft.functional.extending import (
     store,
 )
 
+from ..beside.biases import biases_of
+from ..tensors.gathering import kept, on_gathered
+from ..walk import layers, unwrap
 from .bare import bare_copy
-from .biases import biases_of
-from .gathering import kept, on_gathered
 from .layouts import unmerged_tensors
-from .walk import layers, unwrap
 
 
 class IncompatibleKeys(NamedTuple):

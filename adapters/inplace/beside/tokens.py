@@ -16,11 +16,11 @@ from torchgraft.functional.extending import (
     whole,
 )
 
-from ..config.keys import replaced_key
-from ..config.tokens import LEAF
-from .gathering import kept
-from .originals import Originals
-from .placed import Layout, Owners, Slot, own_modules, refuse_tied
+from ...config.keys import replaced_key
+from ...config.tokens import LEAF
+from ..placed import Layout, Owners, Slot, own_modules, refuse_tied
+from ..tensors.gathering import kept
+from ..tensors.originals import Originals
 from .token_rows import TrainableTokensLayer
 
 

@@ -1,0 +1,1 @@
+"""Injection in steps: an adapter is bound to a model, checked, placed and made active."""
