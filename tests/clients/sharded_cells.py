@@ -350,9 +350,9 @@ def disabling(cell):
 
 def saving(cell):
     model = cell.injected()
-    folder = shared_folder()
-    if dist.get_rank() == 0 or "FSDP" in cell.wrapper:
-        save_adapter(model, folder)
+    together = "FSDP" in cell.wrapper or cell.wrapper == "tensor parallel"  # else two would write the same files
+    folder = shared_folder() if together else tempfile.mkdtemp()
+    save_adapter(model, folder)
     dist.barrier()
     close(load_adapter(Net(), folder)(IDS), cell.y)
 
