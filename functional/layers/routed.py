@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..abilities import Leaves
 from ..locating.finder import BatchDim, Finder, locate
 from ..locating.layout import LEADING, Layout
-from ..method import Layer, Leaves, SiteAdapter, Weighted
+from ..method import Layer, SiteAdapter, Weighted
 from ..rows import Groups, PerAdapter, Rows
 from ..sites.site import check_leaves
 
@@ -69,8 +70,9 @@ class RoutedLayer(Weighted):
         groups = [self.rows.groups()] if alone else [layer.rows.expanded(size).each() for layer in layers]
         parts = [layer._pick(group) for layer, group in zip(layers, groups, strict=True)]
 
-        def one(parts: list, x: Tensor) -> Tensor:
-            return self._build(iter(parts), outermost=True)(x)
+        def one(parts: list[Any], x: Tensor) -> Tensor:
+            result: Tensor = self._build(iter(parts), outermost=True)(x)
+            return result
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
@@ -117,7 +119,8 @@ class RoutedLayer(Weighted):
 
     @property
     def training(self) -> bool:
-        return self.base.training
+        result: bool = self.base.training
+        return result
 
 
 def _under_autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
@@ -166,7 +169,8 @@ class SelectedAdapter(Weighted):
 
     @property
     def training(self) -> bool:
-        return self.base.training
+        result: bool = self.base.training
+        return result
 
 
 class _Moved:
