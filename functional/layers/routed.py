@@ -92,9 +92,20 @@ class RoutedLayer(Weighted):
 
     def _pick(self, groups: Groups) -> tuple[Leaves, dict[str, Tensor], dict[str, Tensor]]:
         """What each group has of this layer: leaves, constants and whether there is an adapter at all."""
-        leaves = {name: groups.pick(leaf) for name, leaf in self.leaves.items()}
+        leaves = {name: self._pick_leaf(name, leaf, groups) for name, leaf in self.leaves.items()}
         constants = {name: groups.pick(c.values) for name, c in _varying(self.entry).items()}
         return leaves, constants, {"on": groups.active(1)} if groups.base else {}
+
+    def _pick_leaf(self, name: str, leaf: Tensor, groups: Groups) -> Tensor:
+        """Return each group's own part of a leaf; what sites share is picked once for all of them."""
+        shared, picked = self.entry.site.shared.get(name), getattr(self.owner, "picked", None)
+        if shared is None or picked is None or groups.index is None:
+            return groups.pick(leaf)
+        key = shared, id(groups.index), groups.base
+        if key not in picked:
+            picked[key] = groups.index, groups.pick(leaf)  # the index stays, and with it its identity
+        part: Tensor = picked[key][1]
+        return part
 
     def _build(self, parts: Iterator[Any], outermost: bool = False) -> Any:
         leaves, constants, on = next(parts)
