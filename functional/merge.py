@@ -62,18 +62,18 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
         names.setdefault(id(tensor), []).append(bare_name(name))
     by_key, _ = graft.binding.adapters_by_key(active)
     tied: dict[str, set[int]] = {}
-    carriers: dict[Key, list[tuple[SiteAdapter, Tree]]] = {}
+    carriers: dict[Key, dict[str, SiteAdapter]] = {}
     for key, adapters in by_key.items():
         for name, adapter in adapters.items():
             if isinstance(adapter, TiedAdapter):
                 tied.setdefault(adapter.tied.source, set()).add(key[0])
             else:
-                carriers.setdefault(key, []).append((adapter, active[name]))
+                carriers.setdefault(key, {})[name] = adapter
     own = {module for module, _ in carriers}
-    for pairs in carriers.values():
-        site = pairs[0][0].site
+    for adapters in carriers.values():
+        site = next(iter(adapters.values())).site
         replaced = {leaf: given[name] for leaf in site.names if (name := f"{site.owner}.{leaf}".lstrip(".")) in given}
-        layer = compose(BaseWithTensors(modules[site.owner], site, replaced), pairs)
+        layer = compose(BaseWithTensors(modules[site.owner], site, replaced), adapters, active)
         for leaf, value in site.stored(*layer.dense()).items():
             _write(state, names, modules, site.path, leaf, value, tied.get(site.path, set()) - own)
     return state

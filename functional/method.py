@@ -212,7 +212,9 @@ class SiteAdapter:
 
     def leaves(self, tree: Tree) -> Leaves:
         """Return this part's leaves in its adapter's tree, those that it shares with other sites among them."""
-        return with_shared(self.site, tree[self.site.path], tree)
+        site = self.site
+        own: Leaves = tree[site.path]
+        return with_shared(site, own, tree) if site.shared else own
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""
@@ -262,8 +264,6 @@ def with_shared(site: Site, leaves: Leaves, tree: Tree) -> Leaves:
     >>> sorted(with_shared(site, {"logits": torch.ones(1)}, {"*": {"bank.0": torch.ones(2)}}))
     ['bank', 'logits']
     """
-    if not site.shared:
-        return leaves
     here = next((leaf.device for leaf in leaves.values()), None)
     return leaves | {leaf: tree[SHARED][name].to(here) for leaf, name in site.shared.items()}
 

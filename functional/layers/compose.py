@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from ..abilities import SplitsProjection
@@ -14,7 +14,8 @@ from .projection import ProjectionSlice
 
 def compose(
     base: Any,
-    adapters: Iterable[tuple[SiteAdapter, Tree | ActiveTree]],
+    adapters: Mapping[str, SiteAdapter],
+    trees: Mapping[str, Tree | ActiveTree],
     finder: Finder | None = None,
     part: ProjectionSlice | None = None,
 ) -> Any:
@@ -22,7 +23,8 @@ def compose(
 
     Args:
         base: The layer at the bottom.
-        adapters: Adapters of one site, the innermost first, each with the tree that is active in the call.
+        adapters: Adapters of one site by name, the innermost first.
+        trees: The trees that are active in the call, by adapter name.
         finder: Finds where the rows of a routed call are.
         part: The part of an attention's projection that the base is, if it is one.
 
@@ -35,12 +37,15 @@ def compose(
     >>> from torchgraft.functional.layers.base import Base
     >>> graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=2, target_modules="all-linear"))
     >>> adapter = graft.binding.adapters("")[""]
-    >>> layer = compose(Base(graft.model, adapter.site), [(adapter, graft.init())])
+    >>> layer = compose(Base(graft.model, adapter.site), {"": adapter}, {"": graft.init()})
     >>> layer(torch.ones(1, 4)).shape, layer.weight.shape
     (torch.Size([1, 3]), torch.Size([3, 4]))
     """
     layer = base
-    for adapter, tree in adapters:
+    for name, adapter in adapters.items():
+        tree = trees.get(name)
+        if tree is None:
+            continue
         if type(tree) is dict:
             layer = Adapted(layer, adapter, adapter.leaves(tree))
         else:

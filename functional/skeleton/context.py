@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from ..locating.finder import Finder
-from ..method import SiteAdapter
 
 
 class CallContext:
@@ -31,8 +30,8 @@ class CallContext:
         self.reached: set[str] | None = None
         self.kept: dict[int, Tensor] | None = None
 
-    def active(self, path: str, adapters: Mapping[str, SiteAdapter]) -> list[tuple[SiteAdapter, Any]]:
-        """Return those of a site's adapters that are active, with their trees.
+    def active(self, path: str) -> Mapping[str, Any]:
+        """Return the active trees by adapter name, for the site at a path.
 
         Raises:
             RuntimeError: No call is in progress.
@@ -42,8 +41,7 @@ class CallContext:
                 f"{path}: this adapted module ran outside any call of its graft; to keep an adapted module, take it "
                 "from graft.view(params)"
             )
-        trees = self.trees
-        return [(adapter, trees[name]) for name, adapter in adapters.items() if name in trees]
+        return self.trees
 
     def clear(self) -> None:
         """End the call."""

@@ -72,7 +72,7 @@ class ParameterRuntime:
 
     def _selected(self) -> list[Selected]:
         """Return the adapters that are active, the innermost first."""
-        layer = compose(None, self.context.active(self.path, self.entries), self.context.finder)
+        layer = compose(None, self.entries, self.context.active(self.path), self.context.finder)
         found: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):

@@ -43,7 +43,7 @@ class SiteRuntime:
     ) -> Any:
         """The base under the active adapters, the first innermost; or a part of an attention's projection."""
         base = self._base(next(iter(self.entries.values())).site, args, kwargs, part)
-        return compose(base, self.context.active(self.path, self.entries), self.context.finder, part)
+        return compose(base, self.entries, self.context.active(self.path), self.context.finder, part)
 
     def _base(
         self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None
