@@ -41,8 +41,9 @@ def save_adapter(
     moment leaves the old pair or the new one.
 
     Where the adapter is sharded (FSDP1, FSDP2), all processes call this: its tensors are gathered, the first process
-    writes, and the others return when the files are there. Where each process has all of it (DDP, tensor parallelism),
-    one process calls this.
+    writes, and the others return when the files are there. So they do under tensor parallelism for trained tensors of
+    the base that are spread (biases, whole modules). Where each process has all of it (DDP, other adapters under tensor
+    parallelism), one process calls this.
 
     Args:
         target: A model with injected adapters, or a graft.
