@@ -263,8 +263,29 @@ def with_shared(site: Site, leaves: Leaves, tree: Tree) -> Leaves:
     """
     if not site.shared:
         return leaves
-    here = next((leaf.device for leaf in leaves.values()), None)
-    return leaves | {leaf: tree[SHARED][name].to(here) for leaf, name in site.shared.items()}
+    return beside(site, leaves | {leaf: tree[SHARED][name] for leaf, name in site.shared.items()})
+
+
+def beside(site: Site, leaves: Leaves) -> Leaves:
+    """Return a site's leaves with those that it shares on the device of its own."""
+    if not site.shared:
+        return leaves
+    own = (one for leaf, one in leaves.items() if leaf not in site.shared and isinstance(one, Tensor))
+    here = next((one.device for one in own), None)
+    return leaves | {leaf: leaves[leaf].to(here) for leaf in site.shared}
+
+
+def as_tree(path: str, site: Site, leaves: Leaves) -> Tree:
+    """Return the tree of a site's leaves at a path, with those that it shares where trees have them.
+
+    >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0"})
+    >>> as_tree("a", site, {"bank": torch.ones(2), "logits": torch.ones(1)})
+    {'a': {'logits': tensor([1.])}, '*': {'bank.0': tensor([1., 1.])}}
+    """
+    if not site.shared:
+        return {path: leaves}
+    own = {leaf: one for leaf, one in leaves.items() if leaf not in site.shared}
+    return {path: own, SHARED: {name: leaves[leaf] for leaf, name in site.shared.items()}}
 
 
 def _widened(dense: Dense, dtype: torch.dtype) -> Dense:

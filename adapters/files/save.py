@@ -17,7 +17,7 @@ from ..config.base import AdapterConfig
 from ..config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from ..config.replaced import other_names, saved_buffers
 from ..inplace import get_peft_model_state_dict
-from ..inplace.states.layouts import config_of, shared_tensors, source_sites
+from ..inplace.states.layouts import config_of, shared_keys, shared_tensors, source_sites
 from ..inplace.tensors.gathering import gathered, groups_of, kept, once
 from ..inplace.walk import layers, unwrap
 from ..methods.lora.to_plain import plain as to_plain
@@ -127,7 +127,7 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: 
     state = get_peft_model_state_dict(target, adapter_name=adapter_name)
     model = unwrap(target)
     config = config_of(model, adapter_name)
-    shared = shared_tensors(model, config, adapter_name)
+    shared = {*shared_tensors(model, config, adapter_name), *shared_keys(model, adapter_name)}
     sites = {
         path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
     }

@@ -55,6 +55,12 @@ def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict
     shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
     for path, leaf, one in each(replaced):
         shapes.setdefault(path, {})[leaf] = one.shape
-    if (sharing := config.method.ability(SharesLeaves)) is not None:
-        shapes[SHARED] = dict(sharing.shapes(config, list(sites.values())))
+    if config.method.ability(SharesLeaves) is not None:
+        shapes[SHARED] = shared_shapes(config, sites)
     return dict(sorted(shapes.items()))
+
+
+def shared_shapes(config: Config, sites: Mapping[str, Site]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that several sites share, by the names that these have under `"*"`."""
+    sharing = config.method.ability(SharesLeaves)
+    return {} if sharing is None else dict(sharing.shapes(config, list(sites.values())))

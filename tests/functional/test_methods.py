@@ -1,20 +1,17 @@
 """What a method's author meets: a toy method whose sites share what they train, and the errors of the interface."""
 
 import dataclasses
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import grad, vmap
 
-from torchgraft.adapters import AdapterConfig, LoraConfig
+from torchgraft.adapters import LoraConfig
 from torchgraft.functional import (
     Constants,
     Method,
-    SharesLeaves,
     TakesComplex,
-    Varying,
     bind,
     functional_call,
     merge,
@@ -24,77 +21,8 @@ from torchgraft.functional import (
     value_and_grad,
 )
 
-
-@dataclasses.dataclass(kw_only=True)
-class BankConfig(AdapterConfig):
-    """`y = base(x) + s sum_k mix_k bank_k x`, the bank trained by all sites of a size together."""
-
-    size: int = 3
-    alpha: float = 1.0
-    method: ClassVar[Method]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BankConstants(Constants):
-    scaling: Varying[float]
-
-
-def apply(config, site, leaves, base, x):
-    weight = torch.einsum("k,koi->oi", leaves["mix"], leaves["bank"])
-    scaling = site.constants.scaling
-    return base(x) + (x @ weight.mT) * (scaling.to(x.dtype) if isinstance(scaling, Tensor) else scaling)
-
-
-def merge_bank(config, site, leaves, weight, bias):
-    return weight + site.constants.scaling * torch.einsum("k,koi->oi", leaves["mix"], leaves["bank"]), bias
-
-
-def bank_of(site) -> str:
-    return f"bank.{site.out_features}x{site.in_features}"
-
-
-def draw(config, sites, generator, weights) -> dict[str, Any]:
-    made: dict[str, Any] = {"*": {}}
-    for site in sites:
-        made[site.path] = {"mix": torch.zeros(config.size)}
-        shape = (config.size, site.out_features, site.in_features)
-        made["*"].setdefault(bank_of(site), torch.randn(shape, generator=generator))
-    return made
-
-
-METHOD = {
-    "name": "BANK",
-    "config": BankConfig,
-    "kinds": frozenset({"linear"}),
-    "plan": lambda config, sites, weights: {site.path: BankConstants(config.alpha / config.size) for site in sites},
-    "shapes": lambda config, site: {"mix": (config.size,)},
-    "init": draw,
-    "apply": apply,
-    "merge": merge_bank,
-    "constants": BankConstants,
-    "varying": frozenset({"alpha"}),
-    "abilities": (
-        SharesLeaves(
-            lambda config, sites: {site.path: {"bank": bank_of(site)} for site in sites},
-            lambda config, sites: {bank_of(s): (config.size, s.out_features, s.in_features) for s in sites},
-        ),
-    ),
-}
-BankConfig.method = Method(**METHOD)
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-CONFIG = {"target_modules": ["first", "second", "out"]}
+from .. import toy_methods
+from ..toy_methods import CONFIG, METHOD, BankConfig, BankConstants, Model, X, dense
 
 
 def made(**fields):
@@ -102,25 +30,7 @@ def made(**fields):
 
 
 def away(graft, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    params = graft.init(generator)
-    return {
-        path: {leaf: t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for leaf, t in leaves.items()}
-        for path, leaves in params.items()
-    }
-
-
-def dense(model, params, scaling=1 / 3):
-    """The formula, written apart from the method."""
-    twin = Model().double()
-    twin.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for path in CONFIG["target_modules"]:
-            layer = twin.get_submodule(path)
-            bank = params["*"][f"bank.{layer.out_features}x{layer.in_features}"]
-            for mix, matrix in zip(params[path]["mix"], bank, strict=True):
-                layer.weight += scaling * mix * matrix
-    return twin
+    return toy_methods.away(graft.init(torch.Generator().manual_seed(seed)), seed)
 
 
 def test_shared_leaves_stand_under_a_star():
