@@ -211,7 +211,7 @@ class SiteAdapter:
 
     def leaves(self, tree: Tree) -> Leaves:
         """Return this part's leaves in its adapter's tree, those that it shares with other sites among them."""
-        return with_shared(self.site, tree[self.site.path], tree)
+        return with_shared(self.site, tree.get(self.site.path, {}), tree)
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""
@@ -285,7 +285,8 @@ def as_tree(path: str, site: Site, leaves: Leaves) -> Tree:
     if not site.shared:
         return {path: leaves}
     own = {leaf: one for leaf, one in leaves.items() if leaf not in site.shared}
-    return {path: own, SHARED: {name: leaves[leaf] for leaf, name in site.shared.items()}}
+    shared = {SHARED: {name: leaves[leaf] for leaf, name in site.shared.items()}}
+    return {path: own} | shared if own else shared
 
 
 def _widened(dense: Dense, dtype: torch.dtype) -> Dense:

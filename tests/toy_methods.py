@@ -119,10 +119,10 @@ def dense(model, params, scaling=1 / 3):
     twin = Model().double()
     twin.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
     with torch.no_grad():
-        for path in set(CONFIG["target_modules"]) & params.keys():
+        for path in CONFIG["target_modules"]:
             layer = twin.get_submodule(path)
             shape = layer.out_features, layer.in_features
             bank = params["*"].get("bank", params["*"].get("bank.{}x{}".format(*shape)))
-            for mix, matrix in zip(params[path].get("mix", torch.ones(len(bank))), bank, strict=True):
+            for mix, matrix in zip(params.get(path, {}).get("mix", torch.ones(len(bank))), bank, strict=True):
                 layer.weight += scaling * mix.double() * matrix.double()[: shape[0], : shape[1]]
     return twin

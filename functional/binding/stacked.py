@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import trees
-from ..method import SHARED, Config, SiteAdapter, Tree
+from ..method import Config, SiteAdapter, Tree
 from ..places import Places
 from ..rows import PerAdapter, Rows, is_readable
 from ..sites.parameters import Key, key_of
@@ -66,7 +66,7 @@ class StackedBinding(Binding):
                 f"bind: {path} is tied to {tied.source} (ensure_weight_tying), and a stack of several configs has no "
                 "such ties; bind them apart, or stack trees of one config"
             )
-        paths = sorted({*sites, *each_replaces[0], *({SHARED} & own[0].keys())})
+        paths = sorted({path for shapes in own for path in shapes})
         shapes = {path: _largest(path, sites.get(path), own) for path in paths}
         return cls(
             model,

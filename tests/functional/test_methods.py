@@ -91,8 +91,9 @@ def test_named_adapters_have_banks_of_their_own():
     torch.testing.assert_close(graft(params, X), dense(graft.model, params["bank"])(X))
 
 
-def test_adapters_of_a_stack_with_scalings_of_their_own():
-    graft = bind(Model().double(), [BankConfig(**CONFIG, alpha=alpha) for alpha in (1.0, 3.0)])
+@pytest.mark.parametrize("fields", [{}, {"by_size": False}, {"mixed": False}], ids=str)
+def test_adapters_of_a_stack_with_scalings_of_their_own(fields):
+    graft = bind(Model().double(), [BankConfig(**CONFIG, **fields, alpha=alpha) for alpha in (1.0, 3.0)])
     trees = [away(graft.member(i), i) for i in range(2)]
     rows = torch.tensor([1, 0, 1, -1])
     y = graft(route(graft.stack(trees), rows), X)
@@ -123,6 +124,19 @@ def test_trees_without_what_is_shared_are_refused():
     params = graft.init()
     with pytest.raises(KeyError, match=r"\*"):
         graft({path: leaves for path, leaves in params.items() if path != "*"}, X.float())
+
+
+def test_sites_without_a_leaf_of_their_own():
+    graft = made(mixed=False)
+    params = away(graft)
+    assert list(params) == ["*"]
+    expected = dense(graft.model, params)
+    torch.testing.assert_close(graft(params, X), expected(X))
+    torch.testing.assert_close(graft.view(params)(X), expected(X))
+    torch.testing.assert_close(merge(graft, params)["out.weight"], expected.out.weight)
+    many, rows = stack([params, away(graft, 1)]), torch.tensor([1, 0, -1, 0])
+    torch.testing.assert_close(graft(route(many, rows), X)[[1, 3]], expected(X)[[1, 3]])
+    torch.testing.assert_close(graft(route(many, rows), X)[2], graft.model(X)[2])
 
 
 def test_what_no_config_has_cannot_vary():
