@@ -48,7 +48,8 @@ class PeftFormat:
         starts: Constants that are the values that leaves started with, by leaf. In an injected layer they have the
             leaf's dtype.
         saves_shared: `(config) -> bool`, whether files hold them.
-        infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
+        infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks. Shared
+            leaves are at `"*"` there.
         express: `(config, {path: site}) -> fields` of a config that plans the numbers that these sites have now, where
             values can be written; none where they are the config's own.
         input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
