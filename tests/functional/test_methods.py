@@ -11,6 +11,7 @@ from torchgraft.adapters import LoraConfig
 from torchgraft.functional import (
     Constants,
     Method,
+    Site,
     TakesComplex,
     bind,
     functional_call,
@@ -20,6 +21,7 @@ from torchgraft.functional import (
     unstack,
     value_and_grad,
 )
+from torchgraft.functional.method import with_shared
 
 from .. import toy_methods
 from ..toy_methods import CONFIG, METHOD, BankConfig, BankConstants, Model, X, dense
@@ -137,6 +139,15 @@ def test_sites_without_a_leaf_of_their_own():
     many, rows = stack([params, away(graft, 1)]), torch.tensor([1, 0, -1, 0])
     torch.testing.assert_close(graft(route(many, rows), X)[[1, 3]], expected(X)[[1, 3]])
     torch.testing.assert_close(graft(route(many, rows), X)[2], graft.model(X)[2])
+
+
+def test_shared_leaves_go_where_a_site_is():
+    site, there = Site("a", "linear", 2, 2, shared={"bank": "bank.0"}), torch.device("meta")
+    tree = {"a": {"mix": torch.ones(2, device=there)}, "*": {"bank.0": torch.ones(2)}}
+    assert {leaf: tensor.device for leaf, tensor in with_shared(site, tree["a"], tree).items()} == {
+        "mix": there,
+        "bank": there,
+    }
 
 
 def test_what_no_config_has_cannot_vary():
