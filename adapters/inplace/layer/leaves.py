@@ -114,14 +114,13 @@ class LayerLeaves(nn.Module):
     def drop(self, name: str) -> None:
         """Take an adapter's parameters out of this layer, and an adapter that no layer has out of what they share."""
         entry: Any = self._entries.pop(name, None)
-        shared = {} if entry is None else entry.site.shared
         for attribute in [] if entry is None else self.attributes(name):
-            container = self._container(attribute)
-            others = [one.entries[name].site.shared for one in container.layers if name in one.entries]
-            left = {names[attribute] for names in others if attribute in names and attribute in shared}
-            if not left:
+            container, own = self._container(attribute), entry.site.shared.get(attribute)
+            there = (one.entries[name].site.shared for one in container.layers if own and name in one.entries)
+            others = (names[attribute] for names in there if attribute in names)
+            if (other := next(others, None)) is None:
                 del container[name]
-            elif isinstance(container, Modules) and shared[attribute] not in left:
+            elif isinstance(container, Modules) and other != own and own not in others:
                 held: Any = container[name]
                 del held[entry.config.form.places(entry.site)[attribute][1]]
 
