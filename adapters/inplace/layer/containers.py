@@ -108,4 +108,7 @@ class SharedContainers:
 
     def get(self, leaf: str, kind: type[Parameters] | type[Modules]) -> Any:
         """The container of a leaf, of parameters or of dicts of them; made where there is none."""
-        return self._found.setdefault((leaf, kind is Parameters), kind())
+        where = leaf, kind is Parameters
+        if where not in self._found:
+            self._found[where] = kind()
+        return self._found[where]
