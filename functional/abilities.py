@@ -85,7 +85,7 @@ class TakesComplex:
 class SharesLeaves:
     """Trains leaves that several sites have together; they stand under `"*"` beside the paths of a tree.
 
-    `apply`, `merge` and the rest find them among a site's own leaves.
+    `apply`, `merge` and the rest find them among a site's own leaves. A site that has none of its own is not in a tree.
 
     Attributes:
         uses: `(config, sites) -> {path: {leaf: name}}`: by which name under `"*"` a site's leaf goes.

@@ -6,6 +6,7 @@ Users need none of it, and it may change from one version to the next.
 from .abilities import Leaves as Leaves
 from .abilities import Original as Original
 from .base_with_weights import with_weights as with_weights
+from .binding.leaves import shared_shapes as shared_shapes
 from .binding.plan import structure_for as structure_for
 from .binding.plan import weights_of as weights_of
 from .binding.plan import with_parts as with_parts
@@ -23,8 +24,11 @@ from .layers.adapted import Adapted as Adapted
 from .layers.base import Base as Base
 from .layers.base import BaseWithTensors as BaseWithTensors
 from .layers.projection import ProjectionSlice as ProjectionSlice
+from .method import SHARED as SHARED
 from .method import SiteAdapter as SiteAdapter
 from .method import Tree as Tree
+from .method import as_tree as as_tree
+from .method import beside as beside
 from .sites.kernels import has_rows as has_rows
 from .sites.kinds import describe as describe
 from .sites.kinds import is_linear as is_linear

@@ -213,8 +213,10 @@ class SiteAdapter:
     def leaves(self, tree: Tree) -> Leaves:
         """Return this part's leaves in its adapter's tree, those that it shares with other sites among them."""
         site = self.site
+        if site.shared:
+            return with_shared(site, tree.get(site.path, {}), tree)
         own: Leaves = tree[site.path]
-        return with_shared(site, own, tree) if site.shared else own
+        return own
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""
@@ -264,8 +266,28 @@ def with_shared(site: Site, leaves: Leaves, tree: Tree) -> Leaves:
     >>> sorted(with_shared(site, {"logits": torch.ones(1)}, {"*": {"bank.0": torch.ones(2)}}))
     ['bank', 'logits']
     """
-    here = next((leaf.device for leaf in leaves.values()), None)
-    return leaves | {leaf: tree[SHARED][name].to(here) for leaf, name in site.shared.items()}
+    return beside(site, leaves | {leaf: tree[SHARED][name] for leaf, name in site.shared.items()})
+
+
+def beside(site: Site, leaves: Leaves) -> Leaves:
+    """Return a site's leaves with those that it shares on the device of its own."""
+    own = (one for leaf, one in leaves.items() if leaf not in site.shared and isinstance(one, Tensor))
+    here = next((one.device for one in own), None)
+    return leaves | {leaf: leaves[leaf].to(here) for leaf in site.shared}
+
+
+def as_tree(path: str, site: Site, leaves: Leaves) -> Tree:
+    """Return the tree of a site's leaves at a path, with those that it shares where trees have them.
+
+    >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0"})
+    >>> as_tree("a", site, {"bank": torch.ones(2), "logits": torch.ones(1)})
+    {'a': {'logits': tensor([1.])}, '*': {'bank.0': tensor([1., 1.])}}
+    """
+    if not site.shared:
+        return {path: leaves}
+    own = {leaf: one for leaf, one in leaves.items() if leaf not in site.shared}
+    shared = {SHARED: {name: leaves[leaf] for leaf, name in site.shared.items()}}
+    return {path: own} | shared if own else shared
 
 
 def _widened(dense: Dense, dtype: torch.dtype) -> Dense:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from torchgraft.functional.extending import PARAMETERS, Site, Tree
+from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 
 from .base import AdapterConfig
 from .tokens import LEAF as TOKENS
@@ -43,6 +44,8 @@ def to_keys(
 ) -> dict[str, Tensor]:
     """The leaves of a tree under PEFT's keys, with each site `at` its place, by default its path.
 
+    Those that several sites share have no `prefix`.
+
     >>> from torchgraft.adapters import LoraConfig
     >>> list(to_keys(LoraConfig(), {"head": {"weight": None}, "layers.0": {"lora_A": None, "lora_B": None}}))
     ['head.weight', 'layers.0.lora_A.weight', 'layers.0.lora_B.weight']
@@ -50,8 +53,11 @@ def to_keys(
     at = at or {}
     own = set(config.form.leaves)
     adapted = [path for path, leaves in tree.items() if not own.isdisjoint(leaves)]
-    keys = {}
+    keys: dict[str, Tensor] = {}
     for path, leaves in tree.items():
+        if path == SHARED_LEAVES:
+            keys |= {f"{SHARED}{name}": tensor for name, tensor in leaves.items()}
+            continue
         place = held_at(path, adapted)
         for leaf, tensor in leaves.items():
             key = join(config, at.get(path, place), leaf) if leaf in own else replaced_key(place, leaf, path in adapted)
@@ -92,11 +98,16 @@ def join(config: AdapterConfig, path: str, leaf: str, prefix: str = "") -> str:
 def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
     """Place and leaf that a key speaks of, with or without PEFT's prefix; `None` for other keys.
 
+    Leaves that several sites share are at `"*"`, by their names there.
+
     >>> from torchgraft.adapters import LoraConfig
     >>> split_key(LoraConfig(), "base_model.model.layers.0.lora_A.weight")
     ('layers.0', 'lora_A')
     """
-    key = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
+    key = key.removeprefix("_orig_mod.")
+    if config.form.shared_name(name := key.removeprefix(SHARED)) is not None and name != key:
+        return SHARED_LEAVES, name
+    key = key.removeprefix(PREFIX)
     for leaf in config.form.leaves:
         if key.endswith(suffix := f".{config.form.key(leaf)}"):
             return re.sub(r"\.base_layer(?=\.out_proj$)", "", key.removesuffix(suffix)), leaf

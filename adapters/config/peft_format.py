@@ -33,6 +33,9 @@ class PeftFormat:
         parameters: Leaves that are bare parameters, `layer.<leaf>[adapter]`; their key in a file is the leaf's name.
         modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
         bare_modules: The same, but their key in a file is the leaf's name.
+        shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
+            the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
+            have the same container. Files hold each once for the whole model, `base_model.<name>`.
         biases: Leaves that are the bias of such a module, by name, with the leaf that is its weight.
         biased: The field of a config that says whether there are such biases.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
@@ -45,7 +48,8 @@ class PeftFormat:
         starts: Constants that are the values that leaves started with, by leaf. In an injected layer they have the
             leaf's dtype.
         saves_shared: `(config) -> bool`, whether files hold them.
-        infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks.
+        infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks. Shared
+            leaves are at `"*"` there.
         express: `(config, {path: site}) -> fields` of a config that plans the numbers that these sites have now, where
             values can be written; none where they are the config's own.
         input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
@@ -61,6 +65,7 @@ class PeftFormat:
     parameters: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     bare_modules: tuple[str, ...] = ()
+    shared_leaves: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
     holder: Callable[[Any, Site, str], nn.Module] | None = None
@@ -84,7 +89,7 @@ class PeftFormat:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The leaves that a module can have."""
+        """The leaves that a module can have of its own."""
         return (*self.modules, *self.biases, *self.parameters, *self.bare_modules)
 
     def place(self, leaf: str) -> tuple[str, str | None]:
@@ -96,6 +101,41 @@ class PeftFormat:
         if leaf in self.biases:
             return self.biases[leaf], "bias"
         return leaf, None if leaf in self.parameters else "weight"
+
+    def places(self, site: Site) -> dict[str, tuple[str, str | None]]:
+        """Where the layer of a site holds each leaf that it can have, those that it shares among them.
+
+        Raises:
+            ValueError: A shared leaf that is not declared, or under a name that says nothing of it.
+
+        >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0"})
+        >>> PeftFormat("bank_", parameters=("mix",), shared_leaves=("bank",)).places(site)
+        {'mix': ('mix', None), 'bank': ('bank', '0')}
+        """
+        shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in site.shared.items()}
+        return {leaf: self.place(leaf) for leaf in self.leaves} | shared
+
+    def _shared_key(self, path: str, leaf: str, name: str) -> str | None:
+        """What a shared leaf goes by among those of its adapter; `None` where it is the only one."""
+        found = self.shared_name(name)
+        if leaf not in self.shared_leaves or found is None or found[0] != leaf:
+            raise ValueError(
+                f"{path}: shares its leaf {leaf!r} under the name {name!r}, expected one of shared_leaves "
+                f"{self.shared_leaves}, under its own name or '<leaf>.<key>' with a key without dots"
+            )
+        return found[1]
+
+    def shared_name(self, name: str) -> tuple[str, str | None] | None:
+        """Leaf and key of a name that shared leaves have under `"*"`; `None` for other names.
+
+        >>> form = PeftFormat("bank_", shared_leaves=("bank",))
+        >>> form.shared_name("bank"), form.shared_name("bank.5x5"), form.shared_name("banks")
+        (('bank', None), ('bank', '5x5'), None)
+        """
+        leaf, dot, key = name.partition(".")
+        if leaf not in self.shared_leaves or "." in key or (dot and not key):
+            return None
+        return leaf, key or None
 
     def key(self, leaf: str) -> str:
         """Name of a leaf in PEFT's files, after the module's.

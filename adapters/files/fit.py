@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from torchgraft.functional.extending import Plan, Site, TiedSites, each
+from torchgraft.functional.extending import SHARED as SHARED_LEAVES
+from torchgraft.functional.extending import Plan, Site, TiedSites, each, shared_shapes
 
 from ..config.base import AdapterConfig
 from ..config.keys import PREFIX, SHARED, held_at, join, places, replaced_key, split_key
@@ -26,7 +27,7 @@ class Parts:
     """Keys of a file by what they are.
 
     Attributes:
-        leaves: Of the adapter's leaves, by `(path, leaf)`.
+        leaves: Of the adapter's leaves, by `(path, leaf)`; those that sites share are at `"*"`.
         saved: Of buffers of `modules_to_save`, by their name in the model.
         shared: Of shared constants, by name.
         base: Of tensors of the base model, by their name there.
@@ -121,6 +122,9 @@ def _wanted(
         for adapted in (path not in sites, path in sites):  # PEFT writes either
             leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf
         shapes[path, leaf] = one.shape
+    for name, shape in shared_shapes(config, sites).items():
+        leaves[f"{SHARED}{name}"] = SHARED_LEAVES, name
+        shapes[SHARED_LEAVES, name] = shape
     tied = {name: (*where, False) for name, where in other_names(replaced).items()}
     for path, follow in follows.items():
         tied |= {
@@ -205,7 +209,11 @@ def _check(weights: Weights, key: str, shape: tuple[int, ...], dtype: torch.dtyp
 def _check_complete(config: AdapterConfig, weights: Weights, parts: Parts, wanted: _Wanted) -> None:
     """Refuse a file that lacks keys."""
     keys = {where: key for key, where in wanted.leaves.items()}
-    missing = [f"{PREFIX}{key}" for where, key in keys.items() if where not in parts.leaves]
+    missing = [
+        key if where[0] == SHARED_LEAVES else f"{PREFIX}{key}"
+        for where, key in keys.items()
+        if where not in parts.leaves
+    ]
     missing += [f"{PREFIX}{name}" for name in wanted.saved if name not in parts.saved]
     if config.form.saves_shared(config) or parts.shared:
         missing += [key for key, name in wanted.shared.items() if name not in parts.shared]

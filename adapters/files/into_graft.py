@@ -111,6 +111,9 @@ def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Ma
         where = "graft" if only[0] in sites else "file"
         raise ValueError(f"the config adapts other modules than the graft: only the {where} has {only[0]!r}{remedy}")
     for path, site in sites.items():
+        if site.shared != planned[path].shared:
+            what = f"{dict(planned[path].shared)} in the file and {dict(site.shared)} in the graft"
+            raise ValueError(f"{path} shares {what}{remedy}")
         for constant, value in site.constants.items():
             other = getattr(planned[path].constants, constant)
             if f"{SHARED}{constant}" in stored.weights.specs or _equal(value, other):

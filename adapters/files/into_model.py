@@ -56,6 +56,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     embeddings = _embeddings(model, modules, stored, parts, tensors)
     tree = _tree(stored, parts, tensors, modules, sites, replaced)
     fixed = {path: {leaf: tree[path].pop(leaf) for leaf in fixed_leaves(stored.config, sites[path])} for path in sites}
+    tree = {path: leaves for path, leaves in tree.items() if leaves}
     constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
     config = dataclasses.replace(stored.config, inference_mode=not is_trainable)

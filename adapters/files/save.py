@@ -17,7 +17,7 @@ from ..config.base import AdapterConfig
 from ..config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from ..config.replaced import other_names, saved_buffers
 from ..inplace import get_peft_model_state_dict
-from ..inplace.states.layouts import config_of, shared_tensors, source_sites
+from ..inplace.states.layouts import config_of, shared_keys, shared_tensors, source_sites
 from ..inplace.tensors.gathering import gathered, groups_of, kept, once
 from ..inplace.walk import layers, unwrap
 from ..methods.lora.to_plain import plain as to_plain
@@ -103,9 +103,8 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     graft.binding.active({name: tree} if graft.binding.named else tree)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
-    state = to_keys(
-        config, {path: leaves | fixed.get(path, {}) for path, leaves in tree.items()}, PREFIX, places(graft.sites[name])
-    )
+    whole_tree = {path: tree.get(path, {}) | fixed.get(path, {}) for path in fixed | tree}
+    state = to_keys(config, whole_tree, PREFIX, places(graft.sites[name]))
     modules = modules_of(graft.model)
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
     for other, (at, leaf) in other_names(graft.binding.replaced[name]).items():
@@ -128,7 +127,7 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: 
     state = get_peft_model_state_dict(target, adapter_name=adapter_name)
     model = unwrap(target)
     config = config_of(model, adapter_name)
-    shared = shared_tensors(model, config, adapter_name)
+    shared = {*shared_tensors(model, config, adapter_name), *shared_keys(model, adapter_name)}
     sites = {
         path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
     }

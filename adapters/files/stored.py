@@ -105,7 +105,8 @@ def base_of(
     """The tensor of the base that says where a leaf belongs."""
     if leaf in replaced.get(path, {}):
         return tensor_at(modules, replaced[path][leaf].names[0])
-    return sites[path].like(modules[sites[path].owner])
+    site = sites[path] if path in sites else next(one for one in sites.values() if leaf in one.shared.values())
+    return site.like(modules[site.owner])
 
 
 def fixed_leaves(config: AdapterConfig, site: Site) -> tuple[str, ...]:

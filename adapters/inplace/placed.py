@@ -170,7 +170,7 @@ class Placed(Protocol):
         """The parameters of all adapters here, and the user's that are in their places."""
 
     def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
-        """What an adapter has here that no other part has."""
+        """What an adapter has here; layers that share a tensor each have it."""
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
         """Tensors of the base as they are without what is merged here, by name; those that merging changed."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
+from torchgraft.functional.extending import SHARED as SHARED_LEAVES
+
 from .. import inplace
 from ..calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..config.base import AdapterConfig, config_types
@@ -125,6 +127,8 @@ def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
     for config in configs:
         if (split := split_key(config, key)) is not None:
             path, leaf = split
+            if path == SHARED_LEAVES:
+                return key
             return f"{path}.{config.form.key(leaf).replace(leaf, f'{leaf}.{adapter_name}', 1)}"
     return key.removeprefix(PREFIX)
 

@@ -40,7 +40,7 @@ def initialise(
     made: Tree = copies(modules, replaced, dtype, device)
     for path, site in sites.items():
         weight = site.like(modules[site.owner])
-        for leaf, value in fresh[path].items():
+        for leaf, value in fresh.get(path, {}).items():
             value = agreed(value, weight)
             made.setdefault(path, {})[leaf] = value.to(device or weight.device, dtype or wide_dtype(weight))
         for name in site.shared.values():
@@ -51,10 +51,16 @@ def initialise(
 
 
 def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of one config's leaves, by path and leaf, sorted."""
-    shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
+    """Shapes of one config's leaves, by path and leaf, sorted; without sites that have no leaf of their own."""
+    shapes = {path: own for path, site in sites.items() if (own := dict(config.method.shapes(config, site)))}
     for path, leaf, one in each(replaced):
         shapes.setdefault(path, {})[leaf] = one.shape
-    if (sharing := config.method.ability(SharesLeaves)) is not None:
-        shapes[SHARED] = dict(sharing.shapes(config, list(sites.values())))
+    if config.method.ability(SharesLeaves) is not None:
+        shapes[SHARED] = shared_shapes(config, sites)
     return dict(sorted(shapes.items()))
+
+
+def shared_shapes(config: Config, sites: Mapping[str, Site]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that several sites share, by the names that these have under `"*"`."""
+    sharing = config.method.ability(SharesLeaves)
+    return {} if sharing is None else dict(sharing.shapes(config, list(sites.values())))

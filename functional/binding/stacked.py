@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import trees
-from ..method import SHARED, Config, SiteAdapter, Tree
+from ..method import Config, SiteAdapter, Tree
 from ..places import Places
 from ..rows import PerAdapter, Rows, is_readable
 from ..sites.parameters import Key, key_of
@@ -71,7 +71,7 @@ class StackedBinding(Binding):
                 "such ties; bind them apart, or stack trees of one config"
             )
         sites = _union(members[0], [single.sites[""] for single in singles], model)
-        paths = sorted({*sites, *replaced, *({SHARED} & own[0].keys())})
+        paths = sorted({path for shapes in own for path in shapes})
         shapes = {path: _largest(path, sites.get(path), own) for path in paths}
         first = singles[0]
         return cls(

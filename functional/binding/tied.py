@@ -53,7 +53,7 @@ class TiedAdapter(SiteAdapter):
     tied: TiedSite
 
     def leaves(self, tree: Tree) -> Leaves:
-        return self.tied.turned(with_shared(self.site, tree[self.tied.source], tree))
+        return self.tied.turned(with_shared(self.site, tree.get(self.tied.source, {}), tree))
 
 
 def plan_tied(config: Config, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> TiedSites:

@@ -14,15 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torchgraft.adapters import (
     LoraConfig,
     delete_adapter,
+    extract_params,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     load_adapter,
     merge_adapter,
     save_adapter,
     set_adapter,
+    set_peft_model_state_dict,
     unmerge_adapter,
 )
 from torchgraft.functional import bind, functional_call, route, stack
+
+from .. import toy_methods
 
 CONFIG = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
 X = torch.linspace(-1, 1, 32).view(4, 8)
@@ -200,3 +204,32 @@ def test_a_file_in_the_way_is_an_error_for_the_process_that_writes(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file, expected a directory"):
         save_adapter(sharded(inject_adapter_in_model(CONFIG, mlp())), tmp_path / "file")
+
+
+@pytest.mark.parametrize("placed", ["one group", "layers", "offloaded"])
+@pytest.mark.parametrize("fields", [{}, {"by_size": False}, {"mixed": False}], ids=str)
+def test_leaves_that_layers_share(fields, placed, tmp_path):
+    config = toy_methods.BankConfig(**toy_methods.CONFIG, **fields)
+    graft = bind(toy_methods.Model().double(), config)
+    params = toy_methods.away(graft.init(torch.Generator().manual_seed(0)))
+    expected = graft(params, toy_methods.X)
+    model = inject_adapter_in_model(config, toy_methods.Model().double(), params=params)
+    before = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    mesh, shared = init_device_mesh("cpu", (1,)), {p for name, p in model.named_parameters() if ".bank." in name}
+    if placed == "offloaded":
+        offloaded(model)
+    elif placed == "layers":
+        fully_shard(model.second, mesh=mesh, ignored_params=shared)
+    if placed != "offloaded":
+        fully_shard(model, mesh=mesh)
+    close(model(toy_methods.X), expected)
+    for key, tensor in get_peft_model_state_dict(model).items():
+        close(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, before[key])
+    merge_adapter(model)
+    close(model(toy_methods.X), expected)
+    unmerge_adapter(model)
+    close(model(toy_methods.X), expected)
+    close(extract_params(model), params)
+    set_peft_model_state_dict(model, {key: 2 * tensor for key, tensor in before.items()})
+    save_adapter(model, tmp_path)
+    close(load_adapter(graft, tmp_path), {path: {k: 2 * t for k, t in own.items()} for path, own in params.items()})

@@ -1,20 +1,18 @@
 """What a method's author meets: a toy method whose sites share what they train, and the errors of the interface."""
 
 import dataclasses
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import grad, vmap
 
-from torchgraft.adapters import AdapterConfig, LoraConfig
+from torchgraft.adapters import LoraConfig
 from torchgraft.functional import (
     Constants,
     Method,
-    SharesLeaves,
+    Site,
     TakesComplex,
-    Varying,
     bind,
     functional_call,
     merge,
@@ -23,79 +21,11 @@ from torchgraft.functional import (
     unstack,
     value_and_grad,
 )
+from torchgraft.functional.method import with_shared
 from torchgraft.functional.rows import Groups
 
-
-@dataclasses.dataclass(kw_only=True)
-class BankConfig(AdapterConfig):
-    """`y = base(x) + s sum_k mix_k bank_k x`, the bank trained by all sites of a size together."""
-
-    size: int = 3
-    alpha: float = 1.0
-    method: ClassVar[Method]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BankConstants(Constants):
-    scaling: Varying[float]
-
-
-def apply(config, site, leaves, base, x):
-    weight = torch.einsum("k,koi->oi", leaves["mix"], leaves["bank"])
-    scaling = site.constants.scaling
-    return base(x) + (x @ weight.mT) * (scaling.to(x.dtype) if isinstance(scaling, Tensor) else scaling)
-
-
-def merge_bank(config, site, leaves, weight, bias):
-    return weight + site.constants.scaling * torch.einsum("k,koi->oi", leaves["mix"], leaves["bank"]), bias
-
-
-def bank_of(site) -> str:
-    return f"bank.{site.out_features}x{site.in_features}"
-
-
-def draw(config, sites, generator, weights) -> dict[str, Any]:
-    made: dict[str, Any] = {"*": {}}
-    for site in sites:
-        made[site.path] = {"mix": torch.zeros(config.size)}
-        shape = (config.size, site.out_features, site.in_features)
-        made["*"].setdefault(bank_of(site), torch.randn(shape, generator=generator))
-    return made
-
-
-METHOD = {
-    "name": "BANK",
-    "config": BankConfig,
-    "kinds": frozenset({"linear"}),
-    "plan": lambda config, sites, weights: {site.path: BankConstants(config.alpha / config.size) for site in sites},
-    "shapes": lambda config, site: {"mix": (config.size,)},
-    "init": draw,
-    "apply": apply,
-    "merge": merge_bank,
-    "constants": BankConstants,
-    "varying": frozenset({"alpha"}),
-    "abilities": (
-        SharesLeaves(
-            lambda config, sites: {site.path: {"bank": bank_of(site)} for site in sites},
-            lambda config, sites: {bank_of(s): (config.size, s.out_features, s.in_features) for s in sites},
-        ),
-    ),
-}
-BankConfig.method = Method(**METHOD)
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-CONFIG = {"target_modules": ["first", "second", "out"]}
+from .. import toy_methods
+from ..toy_methods import CONFIG, METHOD, BankConfig, BankConstants, Model, X, dense
 
 
 def made(**fields):
@@ -103,25 +33,7 @@ def made(**fields):
 
 
 def away(graft, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    params = graft.init(generator)
-    return {
-        path: {leaf: t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for leaf, t in leaves.items()}
-        for path, leaves in params.items()
-    }
-
-
-def dense(model, params, scaling=1 / 3):
-    """The formula, written apart from the method."""
-    twin = Model().double()
-    twin.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for path in CONFIG["target_modules"]:
-            layer = twin.get_submodule(path)
-            bank = params["*"][f"bank.{layer.out_features}x{layer.in_features}"]
-            for mix, matrix in zip(params[path]["mix"], bank, strict=True):
-                layer.weight += scaling * mix * matrix
-    return twin
+    return toy_methods.away(graft.init(torch.Generator().manual_seed(seed)), seed)
 
 
 def test_shared_leaves_stand_under_a_star():
@@ -201,8 +113,9 @@ def test_named_adapters_have_banks_of_their_own():
     torch.testing.assert_close(graft(params, X), dense(graft.model, params["bank"])(X))
 
 
-def test_adapters_of_a_stack_with_scalings_of_their_own():
-    graft = bind(Model().double(), [BankConfig(**CONFIG, alpha=alpha) for alpha in (1.0, 3.0)])
+@pytest.mark.parametrize("fields", [{}, {"by_size": False}, {"mixed": False}], ids=str)
+def test_adapters_of_a_stack_with_scalings_of_their_own(fields):
+    graft = bind(Model().double(), [BankConfig(**CONFIG, **fields, alpha=alpha) for alpha in (1.0, 3.0)])
     trees = [away(graft.member(i), i) for i in range(2)]
     rows = torch.tensor([1, 0, 1, -1])
     y = graft(route(graft.stack(trees), rows), X)
@@ -233,6 +146,28 @@ def test_trees_without_what_is_shared_are_refused():
     params = graft.init()
     with pytest.raises(KeyError, match=r"\*"):
         graft({path: leaves for path, leaves in params.items() if path != "*"}, X.float())
+
+
+def test_sites_without_a_leaf_of_their_own():
+    graft = made(mixed=False)
+    params = away(graft)
+    assert list(params) == ["*"]
+    expected = dense(graft.model, params)
+    torch.testing.assert_close(graft(params, X), expected(X))
+    torch.testing.assert_close(graft.view(params)(X), expected(X))
+    torch.testing.assert_close(merge(graft, params)["out.weight"], expected.out.weight)
+    many, rows = stack([params, away(graft, 1)]), torch.tensor([1, 0, -1, 0])
+    torch.testing.assert_close(graft(route(many, rows), X)[[1, 3]], expected(X)[[1, 3]])
+    torch.testing.assert_close(graft(route(many, rows), X)[2], graft.model(X)[2])
+
+
+def test_shared_leaves_go_where_a_site_is():
+    site, there = Site("a", "linear", 2, 2, shared={"bank": "bank.0"}), torch.device("meta")
+    tree = {"a": {"mix": torch.ones(2, device=there)}, "*": {"bank.0": torch.ones(2)}}
+    assert {leaf: tensor.device for leaf, tensor in with_shared(site, tree["a"], tree).items()} == {
+        "mix": there,
+        "bank": there,
+    }
 
 
 def test_what_no_config_has_cannot_vary():

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Weights
+from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 from torchgraft.functional.extending import (
     Site,
     Tree,
     agreed,
+    shared_shapes,
     trainable_dtype,
 )
 
@@ -27,26 +29,38 @@ def initial_leaves(
     meta: bool,
     params: Tree | None,
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each site: planted, empty, or drawn and cast to what the base has."""
-    shapes = {path: config.method.shapes(config, site) for path, site in sites.items()}
-    if params is not None:
-        planted = {path: {leaf: nn.Parameter(params[path][leaf].detach()) for leaf in shapes[path]} for path in sites}
-        return {path: planted[path] | _fixed(config, site, modules, meta) for path, site in sites.items()}
-    if meta:
-        with torch.device("meta"):
-            drawn = {path: {leaf: torch.empty(shape) for leaf, shape in shapes[path].items()} for path in sites}
-    else:
-        drawn = config.method.init(config, list(sites.values()), None, weights)
-    made = {}
-    for path in sites:
-        weight = sites[path].like(modules[sites[path].owner])
-        dtype = trainable_dtype(weight)
-        device = "meta" if meta else weight.device
-        made[path] = {
-            leaf: nn.Parameter(agreed(tensor, weight).to(device, dtype)) for leaf, tensor in drawn[path].items()
-        }
-        made[path] |= _fixed(config, sites[path], modules, meta)
+    """The parameters of each site: planted, empty, or drawn and cast to what the base has.
+
+    What sites share is one parameter in all of them.
+    """
+    values = params if params is not None else _values(config, sites, weights, meta)
+    made: dict[str, dict[str, nn.Parameter]] = {}
+    together: dict[str, nn.Parameter] = {}
+    for path, site in sites.items():
+        weight = site.like(modules[site.owner])
+
+        def start(value: Tensor, weight: Tensor = weight) -> nn.Parameter:
+            if params is not None:
+                return nn.Parameter(value.detach())
+            return nn.Parameter(agreed(value, weight).to("meta" if meta else weight.device, trainable_dtype(weight)))
+
+        made[path] = {leaf: start(values[path][leaf]) for leaf in config.method.shapes(config, site)}
+        for leaf, name in site.shared.items():
+            if name not in together:
+                together[name] = start(values[SHARED_LEAVES][name])
+            made[path][leaf] = together[name]
+        made[path] |= _fixed(config, site, modules, meta)
     return made
+
+
+def _values(config: AdapterConfig, sites: Mapping[str, Site], weights: Weights, meta: bool) -> Tree:
+    """A tree of fresh numbers, or of tensors without any."""
+    if not meta:
+        return config.method.init(config, list(sites.values()), None, weights)
+    shapes = {path: config.method.shapes(config, site) for path, site in sites.items()}
+    shapes[SHARED_LEAVES] = shared_shapes(config, sites)
+    with torch.device("meta"):
+        return {path: {leaf: torch.empty(shape) for leaf, shape in own.items()} for path, own in shapes.items()}
 
 
 def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:

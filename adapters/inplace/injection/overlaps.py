@@ -79,8 +79,8 @@ def check_names(model: nn.Module, modules: Mapping[str, nn.Module], entries: Map
     for path, entry in entries.items():
         layer = carriers.get((id(modules[entry.site.owner]), entry.site.leaf))
         for name, other in layer.entries.items() if layer is not None else ():
-            own, theirs = (_places(one.config) for one in (entry, other))
-            taken = [one for one in own if one in theirs and own[one] is not theirs[one]]
+            own, theirs = (_places(one.config, one.site) for one in (entry, other))
+            taken = [one for one in own if one in theirs and own[one] != theirs[one]]
             if taken:
                 methods = entry.config.method.name, other.config.method.name
                 raise ValueError(
@@ -90,6 +90,7 @@ def check_names(model: nn.Module, modules: Mapping[str, nn.Module], entries: Map
                 )
 
 
-def _places(config: Any) -> dict[str, bool]:
-    """The attributes of a layer that hold a method's leaves, and whether these are bare parameters."""
-    return {attribute: part is None for attribute, part in map(config.form.place, config.form.leaves)}
+def _places(config: Any, site: Site) -> dict[str, tuple[bool, bool]]:
+    """The attributes of a layer that hold leaves, whether these are bare parameters, and whether layers share them."""
+    where = config.form.places(site).items()
+    return {attribute: (part is None, leaf in site.shared) for leaf, (attribute, part) in where}

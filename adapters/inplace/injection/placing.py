@@ -13,6 +13,7 @@ from ...config.tokens import LEAF as TOKENS
 from ..beside.biases import ATTRIBUTE, Biases
 from ..beside.modules_to_save import ModulesToSaveWrapper
 from ..beside.tokens import TrainableTokensWrapper
+from ..layer.containers import SharedContainers
 from ..layer.leaves import key_of
 from ..layer.parameters import ParameterLayer
 from ..layer.tuner_layer import BaseTunerLayer
@@ -51,7 +52,9 @@ def place(injection: Injection, model: nn.Module, positions: Positions) -> None:
 
 def _layers(injection: Injection, model: nn.Module, positions: Positions) -> Placements:
     """Add the adapter to the layers of its targets, which are made where there are none."""
-    carriers = {key_of(layer): layer for layer in layers(model).values()}
+    found = layers(model).values()
+    carriers = {key_of(layer): layer for layer in found}
+    containers = SharedContainers(layer.shared_containers() for layer in found)
     for path, module in injection.targets.items():
         entry = injection.entries[path]
         layer = carriers.get((id(module), entry.site.leaf))
@@ -60,7 +63,7 @@ def _layers(injection: Injection, model: nn.Module, positions: Positions) -> Pla
             positions.tops[id(module)] = layer
         elif layer is None:
             layer = BaseTunerLayer(module, positions.parents(module))
-        layer.add(injection.name, entry, injection.leaves[path])
+        layer.add(injection.name, entry, injection.leaves[path], containers)
         yield module, layer
 
 

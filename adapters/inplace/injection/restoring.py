@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -48,7 +49,7 @@ def _state(module: nn.Module, whole: bool) -> dict[str, Any]:
 
 
 def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, (dict, list, set)) else value
+    return value.copy() if isinstance(value, (dict, list, set, WeakSet)) else value
 
 
 def _restore(attributes: dict[str, Any], state: dict[str, Any]) -> None:

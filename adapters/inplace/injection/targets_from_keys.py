@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import (
-    with_parts,
-)
+from torchgraft.functional.extending import SHARED as SHARED_LEAVES
+from torchgraft.functional.extending import with_parts
 
 from ...config.base import AdapterConfig
 from ...config.keys import split_key
@@ -31,11 +30,11 @@ def from_keys(
     for key, tensor in state_dict.items():
         if (split := split_key(config, key)) is not None:
             found.setdefault(split[0], {})[split[1]] = tensor
-    if not found:
+    if not found.keys() - {SHARED_LEAVES}:
         raise ValueError(
             f"state_dict has no key of {config.method.name}, expected keys like '<module>.{config.form.leaves[0]}'"
         )
-    unknown = sorted(path for path in found if path not in modules)
+    unknown = sorted(path for path in found if path not in modules and path != SHARED_LEAVES)
     if unknown:
         raise ValueError(f"state_dict names modules that the model does not have: {names_of(unknown)}")
     paths = [path for path in modules if path in found]

@@ -14,6 +14,7 @@ from torchgraft.functional.extending import (
     Adapted,
     Base,
     SiteAdapter,
+    beside,
     plain_class,
     unwrapped,
 )
@@ -42,6 +43,7 @@ class ActiveAdapters:
         entries: Config and site of each, with constants where the base is.
         merged: The base's original weights, while other adapters are merged into it.
         held: Leaves of each, as `LayerLeaves.held` has them.
+        sharing: Whether one has leaves together with other layers.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
     """
 
@@ -62,6 +64,7 @@ class ActiveAdapters:
     def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""
         self.held = [layer.held(name) for name in self.names]
+        self.sharing = any(entry.site.shared for entry in self.entries)
         self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name]) for name in self.names]
         self.watch = Watch(self.holders)
         modules: Any = layer._modules
@@ -77,10 +80,15 @@ class ActiveAdapters:
 
     def leaves(self) -> list[dict[str, Tensor]]:
         """The parameters of each adapter, as they are now."""
-        return [
+        found = [
             {leaf: one if part is None else own_or_computed(one, part) for leaf, one, _, part in held}
             for held in self.held
         ]
+        return self._together(found) if self.sharing else found
+
+    def _together(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The leaves of each adapter, with those that layers share where its own are."""
+        return [beside(entry.site, leaves) for entry, leaves in zip(self.entries, found, strict=True)]
 
     def over(
         self, base: Any, leaves: Iterable[dict[str, Any]], args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -117,7 +125,7 @@ class ActiveAdapters:
             self.entries = [placed(entry, x.device) for entry in self.entries]
 
         def run() -> Tensor:
-            leaves = [holders.maps() for holders in self.holders]
+            leaves = self._together([holders.maps() for holders in self.holders])
             if self.shell is None:
                 return self.over(base, leaves, args, kwargs)(x)
             return self.shell.run(base, self.entries, leaves, x, args, kwargs)
@@ -128,7 +136,7 @@ class ActiveAdapters:
         """The parameters of each adapter, as they are now, for whoever computes with their numbers."""
         if not self.watch.attached(training):
             return self.leaves()
-        return [holders.maps(called=False) for holders in self.holders]
+        return self._together([holders.maps(called=False) for holders in self.holders])
 
     def stale(self, layer: MergingLayer) -> bool:
         """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""

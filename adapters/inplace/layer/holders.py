@@ -72,7 +72,7 @@ class Holders:
         entry: SiteAdapter,
     ):
         config: Any = entry.config
-        self._entry, self._name, form = entry, name, config.form
+        self._entry, form = entry, config.form
         self._called = entry.site.kind not in ("attention", *PARAMETERS)
         self._biases = {form.place(leaf)[0]: leaf for leaf in form.biases if getattr(config, form.biased, False)}
         holders = {leaf: leaf for leaf in (*form.modules, *form.bare_modules)}
@@ -83,9 +83,13 @@ class Holders:
             for attribute, leaf in holders.items()
             if name in modules.get(attribute, ())
         ]
-        self.containers = [modules[leaf] for leaf in form.parameters if name in modules.get(leaf, ())]
-        self.moved = any(name not in box._parameters for box in self.containers)
-        self._bare = [leaf for leaf in form.parameters if name in modules.get(leaf, ())]
+        self._bare = [(leaf, modules[leaf], name) for leaf in form.parameters if name in modules.get(leaf, ())]
+        for leaf, (attribute, key) in form.places(entry.site).items() if entry.site.shared else ():
+            if leaf in entry.site.shared:
+                box = modules[attribute]
+                self._bare.append((leaf, box, name) if key is None else (leaf, box[name], key))
+        self.containers = [box for _, box, _ in self._bare]
+        self.moved = any(key not in box._parameters for _, box, key in self._bare)
         self.p = getattr(config, form.dropout) if form.dropout else 0.0
 
     def _part(self, leaf: str, module: Any, made: Traits | None) -> Part:
@@ -104,7 +108,7 @@ class Holders:
             called: Whether modules will do; else all are tensors, and dropout is left out.
         """
         path = self._entry.site.path
-        found = {leaf: getattr(box, self._name) for leaf, box in zip(self._bare, self.containers, strict=True)}
+        found = {leaf: getattr(box, key) for leaf, box, key in self._bare}
         for leaf, module, *_ in self.parts:
             if called and (self._called or leaf == DROPOUT):
                 found[leaf] = Called(module, path, leaf)

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, unwrapped, whole
+from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, as_tree, unwrapped, whole
 
-from ...config.keys import held_at, join
+from ...config.keys import SHARED, held_at, join
 from ...methods.shared.called import make_dropout
 from ..placed import Layout, Slot
 from ..tensors.gathering import kept
-from .containers import Dropouts, Modules, Parameters
+from .containers import Dropouts, Modules, Parameters, SharedContainers
 from .holders import Holders, Traits, Watch, traits
 
 
@@ -62,22 +62,27 @@ class LayerLeaves(nn.Module):
             if isinstance(child, kinds) and name != "base_layer" and not isinstance(child, Dropouts)
         )
 
-    def add(self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter]) -> None:
+    def add(
+        self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter], containers: SharedContainers
+    ) -> None:
         """Put an adapter on this layer; it is not active yet.
 
         Args:
             name: The adapter's name.
             entry: Its config and this site.
             leaves: Its parameters; each is registered as it is.
+            containers: Where those hang that layers of the model share.
         """
         config: Any = entry.config
-        for attribute, part in map(config.form.place, config.form.leaves):
+        for leaf, (attribute, part) in config.form.places(entry.site).items():
             kind = Parameters if part is None else Modules
-            if not isinstance(self._modules.get(attribute), kind):  # of a deleted adapter's method, it is empty
+            if leaf in entry.site.shared:
+                self._join(attribute, name, containers.get(leaf, kind))
+            elif not self._is_own(attribute, kind):  # of a deleted adapter's method, it is empty
                 self.add_module(attribute, kind(self).train(self.training))
         self._entries[name] = entry
         for leaf in leaves:
-            if config.form.place(leaf)[1] == "weight":
+            if leaf not in entry.site.shared and config.form.place(leaf)[1] == "weight":
                 self._put(leaf, name, config.form.holder(config, entry.site, leaf))
         if dropout := config.form.dropout:
             if dropout not in self._modules:
@@ -89,6 +94,36 @@ class LayerLeaves(nn.Module):
             setattr(self, fact, value)
         self.refresh()
 
+    def _is_own(self, attribute: str, kind: type[Parameters] | type[Modules]) -> bool:
+        """Whether a container of this kind hangs here, and in no other layer."""
+        container = self._modules.get(attribute)
+        return isinstance(container, kind) and not any(layer is not self for layer in container.layers)
+
+    def _join(self, attribute: str, name: str, container: Any) -> None:
+        """Hang in the container of leaves that layers share, with a dict of the adapter's where it has several."""
+        if self._modules.get(attribute) is not container:
+            self.add_module(attribute, container.train(self.training))
+            container.tell(self)
+        if isinstance(container, Modules) and name not in container:
+            container[name] = Parameters().train(self.training)
+
+    def shared_containers(self) -> dict[str, Any]:
+        """The containers of the leaves that adapters here share with other layers, by leaf."""
+        return {leaf: self._modules[leaf] for entry in self._entries.values() for leaf in entry.site.shared}
+
+    def drop(self, name: str) -> None:
+        """Take an adapter's parameters out of this layer, and an adapter that no layer has out of what they share."""
+        entry: Any = self._entries.pop(name, None)
+        for attribute in [] if entry is None else self.attributes(name):
+            container, own = self._container(attribute), entry.site.shared.get(attribute)
+            there = (one.entries[name].site.shared for one in container.layers if own and name in one.entries)
+            others = (names[attribute] for names in there if attribute in names)
+            if (other := next(others, None)) is None:
+                del container[name]
+            elif isinstance(container, Modules) and other != own and own not in others:
+                held: Any = container[name]
+                del held[entry.config.form.places(entry.site)[attribute][1]]
+
     def _put(self, attribute: str, name: str, module: nn.Module) -> None:
         """Hang a module of an adapter in, and note what it computes."""
         self.made[attribute, name] = traits(module)
@@ -97,11 +132,12 @@ class LayerLeaves(nn.Module):
     def set_leaf(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
         """Register another parameter for one of an adapter's leaves."""
         config: Any = self._entries[name].config
-        attribute, part = config.form.place(leaf)
-        if part is None:
-            self._container(attribute)[name] = parameter
-        else:
-            setattr(self._container(attribute)[name], part, parameter)
+        attribute, part = config.form.places(self._entries[name].site)[leaf]
+        held, key = (self._container(attribute), name) if part is None else (self._container(attribute)[name], part)
+        if not isinstance(held, nn.ParameterDict):
+            setattr(held, key, parameter)
+        elif held._parameters.get(key) is not parameter:
+            held[key] = parameter
         self.refresh()
 
     def _container(self, leaf: str) -> Any:
@@ -151,9 +187,13 @@ class LayerLeaves(nn.Module):
         for container in map(self._container, self.adapter_layer_names):
             if isinstance(container, nn.ParameterDict):
                 held_by_name: Any = container._parameters
-                yield from held_by_name.items()
+                yield from ((name, one) for name, one in held_by_name.items() if name in self._entries)
                 continue
             for name, held in container._modules.items():
+                if isinstance(held, nn.ParameterDict):
+                    shared: Any = held._parameters
+                    yield from ((name, one) for one in shared.values() if name in self._entries)
+                    continue
                 # Without nn.Module.__getattr__: with many adapters this is most of the time of set_adapter.
                 own = held._parameters.get("weight")
                 own = getattr(held, "weight", None) if own is None else own
@@ -166,8 +206,7 @@ class LayerLeaves(nn.Module):
         """An adapter's leaves: name; parameter, or the module that has it; attribute it hangs in; and as what there."""
         config: Any = self._entries[name].config
         found = []
-        for leaf in sorted(config.form.leaves):
-            attribute, part = config.form.place(leaf)
+        for leaf, (attribute, part) in sorted(config.form.places(self._entries[name].site).items()):
             container: Any = self._modules[attribute]
             if name in container and (part is None or getattr(container[name], part, None) is not None):
                 found.append((leaf, container[name], attribute, part))
@@ -203,16 +242,22 @@ class LayerLeaves(nn.Module):
         if not self.is_source(name):
             return {}
         fixed = self.fixed(name)
-        return {path: {leaf: kept(own) for leaf, own in self.numbers(name).items() if leaf not in fixed}}
+        leaves = {leaf: kept(own) for leaf, own in self.numbers(name).items() if leaf not in fixed}
+        return as_tree(path, self._entries[name].site, leaves)
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
         """The adapter's leaves."""
-        name, found = layout.adapter, {}
-        for leaf, parameter in self.leaves(name).items() if name in self._entries else ():
-            attribute, part = layout.config.form.place(leaf)
+        name, found = layout.adapter, dict[str, Slot]()
+        if name not in self._entries:
+            return found
+        site = self._entries[name].site
+        where = layout.config.form.places(site)
+        for leaf, parameter in self.leaves(name).items():
+            attribute, part = where[leaf]
             key = f"{self.place_in_model(path, layout.carriers)}.{attribute}.{name}"
             slot = Slot(key if part is None else f"{key}.{part}", parameter)
-            found[join(layout.config, layout.places[path], leaf)] = slot
+            shared = f"{SHARED}{site.shared[leaf]}" if leaf in site.shared else None
+            found[shared or join(layout.config, layout.places[path], leaf)] = slot
         return found
 
 

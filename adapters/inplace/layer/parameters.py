@@ -11,11 +11,13 @@ from torchgraft.functional.extending import (
     CallContext,
     ParameterRuntime,
     SiteAdapter,
+    as_tree,
     names_grouped,
     parametrised_class,
 )
 
 from .active import ActiveAdapters, placed
+from .containers import SharedContainers
 from .shell import run_in_place_of
 from .tuner_layer import BaseTunerLayer
 
@@ -64,9 +66,11 @@ class ParameterLayer(BaseTunerLayer):
         """The base's parameter."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
-    def add(self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter]) -> None:
+    def add(
+        self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter], containers: SharedContainers
+    ) -> None:
         """Put an adapter on this parameter; it is not active yet."""
-        super().add(name, entry, leaves)
+        super().add(name, entry, leaves, containers)
         self.num_experts = max(entry.site.experts, 1)
 
     @property
@@ -145,7 +149,8 @@ class ActiveOnParameter(ActiveAdapters):
     def ready(self, training: bool) -> None:
         """Have the socket know the parameters as they are now."""
         path = self.socket.path
-        self.socket.context.trees = {str(index): {path: one} for index, one in enumerate(self.tensors(training))}
+        found = zip(self.entries, self.tensors(training), strict=True)
+        self.socket.context.trees = {str(i): as_tree(path, entry.site, one) for i, (entry, one) in enumerate(found)}
 
 
 class ParameterBody:

@@ -16,6 +16,7 @@ from torchgraft.functional.extending import (
     SiteAdapter,
     SiteRuntime,
     adapted_class,
+    as_tree,
     inner_class,
 )
 
@@ -74,7 +75,8 @@ class Shell:
         """The adapted output."""
         path = self.socket.path
         self.socket.entries = {str(index): entry for index, entry in enumerate(entries)}
-        self.cell.trees = {str(index): {path: one} for index, one in enumerate(leaves)}
+        found = zip(entries, leaves, strict=True)
+        self.cell.trees = {str(index): as_tree(path, entry.site, one) for index, (entry, one) in enumerate(found)}
         return run_in_place_of(base, self.module, self.follow, path, (x, *args), kwargs)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..placed import own_modules
 from .active import ActiveAdapters
-from .containers import Modules, Parameters
+from .containers import Container
 from .reads import computes
 from .values import Values
 from .weights import MergingLayer
@@ -101,10 +101,7 @@ class BaseTunerLayer(MergingLayer):
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter(model) before deleting it")
-        for container in self._modules.values():
-            if isinstance(container, (Modules, Parameters)) and adapter_name in container:
-                del container[adapter_name]
-        self._entries.pop(adapter_name, None)
+        self.drop(adapter_name)
         if adapter_name in self._active:
             rest = [name for name in self._active if name != adapter_name]
             if not rest and self._entries:
@@ -196,6 +193,9 @@ class BaseTunerLayer(MergingLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for container in self._modules.values():
+            if isinstance(container, Container):
+                container.tell(self)
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import Adapted, Base
+from torchgraft.functional.extending import Adapted, Base, beside
 
 from ..placed import Owners, refuse_tied
 from ..tensors.originals import Originals, refresh_after_loading, refuse_while_merged
@@ -66,7 +66,8 @@ class MergingLayer(LayerLeaves):
         Raises:
             KeyError: No such adapter on this layer.
         """
-        entry, leaves = self._entries[adapter_name], self.numbers(adapter_name)
+        entry = self._entries[adapter_name]
+        leaves = beside(entry.site, self.numbers(adapter_name))
         weight, bias = self.originals.base(self.get_base_layer(), entry.site).dense()
         delta = entry.merge(leaves, weight.double(), None if bias is None else bias.double())[0] - weight
         parts = [*entry.site.stored(delta, None).values()]
@@ -144,7 +145,7 @@ class MergingLayer(LayerLeaves):
         for name in names:
             entry = self._entries[name]
             layer = layer or self.originals.base(module, entry.site)
-            layer = Adapted(layer, entry, self.numbers(name))
+            layer = Adapted(layer, entry, beside(entry.site, self.numbers(name)))
         if isinstance(layer, Adapted):
             self.originals.replace(module, layer, names, safe)
         else:

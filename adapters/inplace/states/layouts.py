@@ -61,6 +61,12 @@ def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -
     return {f"{SHARED}{name}": getattr(constants, name) for name in config.form.shared}
 
 
+def shared_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """Keys in files of the leaves that an adapter's layers share."""
+    entries = [layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries]
+    return [f"{SHARED}{name}" for name in dict.fromkeys(name for one in entries for name in one.site.shared.values())]
+
+
 def layout_of(model: nn.Module, adapter_name: str) -> Layout:
     """What the keys of an adapter's tensors depend on.
 
@@ -85,5 +91,6 @@ def slots_of(model: nn.Module, layout: Layout) -> dict[str, Slot]:
     """Each tensor of an adapter by its key in files."""
     found: dict[str, Slot] = {}
     for path, part in named_parts(model):
-        found |= part.adapter_slots(path, layout)
+        for key, slot in part.adapter_slots(path, layout).items():
+            found.setdefault(key, slot)  # what layers share has the name that it has in the first
     return found

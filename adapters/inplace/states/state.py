@@ -58,15 +58,18 @@ def get_peft_model_state_dict(
         state = {key: kept(_values(model, slot.key, slot.tensor)) for key, slot in slots.items()}
     else:
         given = {bare_name(key): tensor for key, tensor in state_dict.items()}
-        state = {key: _given(given, slot.key).detach() for key, slot in slots.items()}
+        state = {key: _given(given, slot, model).detach() for key, slot in slots.items()}
     return state | shared_tensors(model, layout.config, adapter_name)
 
 
-def _given(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
-    found = state_dict.get(key, state_dict.get(f"module.{key}"))
+def _given(state_dict: Mapping[str, Tensor], slot: Slot, model: nn.Module) -> Tensor:
+    found = state_dict.get(slot.key, state_dict.get(f"module.{slot.key}"))
+    if found is None:  # what layers share may be there under one of its names
+        names = (bare_name(name) for name, one in model.named_parameters(remove_duplicate=False) if one is slot.tensor)
+        found = next((state_dict[name] for name in names if name in state_dict), None)
     if found is None:
         raise KeyError(
-            f"state_dict lacks {key!r}, expected the state dict of the whole model; it has {names_of(state_dict)}"
+            f"state_dict lacks {slot.key!r}, expected the state dict of the whole model; it has {names_of(state_dict)}"
         )
     return found
 
