@@ -162,7 +162,7 @@ class AdapterConfig:
         fields = {name: plain(getattr(self, name)) for name in names}
         unknown = fields.pop("unknown_fields")
         for name in self.form.only_here:
-            if fields[name] in (None, [], "none"):
+            if fields[name] in (None, [], "none", False):
                 del fields[name]
         fields["peft_type"] = str(getattr(self.peft_type, "value", self.peft_type))
         fields["peft_version"] = fields["peft_version"] or PEFT_VERSION
