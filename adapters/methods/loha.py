@@ -161,13 +161,10 @@ def _dropped(config: LoHaConfig, leaves: dict[str, Tensor], training: bool) -> d
         return leaves
     b = leaves["hada_w1_a"]
     rows = b.mT if "hada_t1" in leaves else b
-    kept = torch.rand(1, device=b.device) > config.module_dropout
+    factor = (torch.rand(1, device=b.device) > config.module_dropout).to(torch.promote_types(b.dtype, torch.float32))
     if config.rank_dropout:
-        outputs = torch.rand(len(rows), device=b.device) > config.rank_dropout
-        share = outputs.float().mean().clamp(min=1 / len(rows))
-        factor = torch.where(kept & outputs, 1 / share, 0)
-    else:
-        factor = kept.float()
+        kept = torch.rand(len(rows), device=b.device) > config.rank_dropout
+        factor = factor * kept * len(rows) / kept.sum().clamp(min=1)
     rows = rows * factor.to(b.dtype).unsqueeze(1)
     return {**leaves, "hada_w1_a": rows.mT if "hada_t1" in leaves else rows}
 

@@ -192,6 +192,10 @@ OF_LOHA = (
     ({"rank_dropout": 1.0}, "LoHaConfig: rank_dropout is 1.0, expected 0 <= p < 1"),
     ({"module_dropout": -0.5}, "LoHaConfig: module_dropout is -0.5, expected 0 <= p < 1"),
 )
+EXEMPT_LOHA = (
+    Exempt(NOT_IN_PEFTS, "PEFT's LoHa does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
+    PADDED,
+)
 OF_OFT = (
     Exempt(NOT_IN_PEFTS, "PEFT's OFT does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
     Exempt(NOT_IN_PEFTS, "PEFT's OFT refuses dilation", frozenset({"conv2d (dilated)"}), ValueError),
@@ -274,10 +278,7 @@ METHODS = {
         LoHaConfig(r=3, alpha=5, **BOTH),
         {"rank_dropout": 0.5},
         OF_LOHA,
-        exempt=(
-            Exempt(NOT_IN_PEFTS, "PEFT's LoHa does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
-            PADDED,
-        ),
+        exempt=EXEMPT_LOHA,
     ),
     "loha tucker": Row(
         LoHaConfig(r=2, use_effective_conv2d=True, **BOTH),
@@ -285,8 +286,7 @@ METHODS = {
         LoHaConfig(r=3, alpha=5, use_effective_conv2d=True, init_weights=False, **BOTH),
         {"use_effective_conv2d": False},
         OF_LOHA,
-        sites=frozenset({"conv1d", "conv2d"}),
-        exempt=(PADDED,),
+        exempt=EXEMPT_LOHA,
     ),
     "oft": Row(
         OFTConfig(oft_block_size=2, **BOTH),
