@@ -15,19 +15,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Site, TakesComplex, Varying, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Rows, Site, TakesComplex, Varying, Weights, widen
 from torchgraft.functional.extending import add_scaled
 
 from ..config.base import AdapterConfig
 from ..config.matching import by_pattern
 from ..config.messages import require
 from ..config.peft_format import PeftFormat, Value
-from .shared.low_rank import add_to_linear
+from .shared.low_rank import add_to_linear, route_to_linear
 from .shared.scalings import alpha_at, of_patterns, ranks_of, scaling_of, warn_of_unused_patterns, written
 
 
@@ -148,6 +148,15 @@ def apply(config: LoHaConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     return add_scaled(y, site.pointwise(x, up[ones]), scaling)
 
 
+def routed(config: LoHaConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
+    """`apply` with factors for each row; convolutions, weights that are made and dropouts take the general way."""
+    dropping = base.training and (config.rank_dropout or config.module_dropout)
+    if site.kind != "linear" or dropping or not _pays(site, leaves):
+        return NotImplemented
+    up, down = _factors(site, leaves)
+    return route_to_linear(base, x, down, up, site.constants.scaling, 0.0, rows)
+
+
 def merge(
     config: LoHaConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +180,7 @@ def _dropped(config: LoHaConfig, leaves: dict[str, Tensor], training: bool) -> d
 
 def _pays(site: Site, leaves: dict[str, Tensor]) -> bool:
     """Return whether the factors take fewer multiplications than the weight."""
-    square = len(leaves["hada_w1_b"]) ** 2
+    square = leaves["hada_w1_b"].shape[-2] ** 2
     out, fan_in, *kernel = site.weight_shape
     size = math.prod(kernel)
     tucker = fan_in + out + square * size
@@ -182,14 +191,16 @@ def _pays(site: Site, leaves: dict[str, Tensor]) -> bool:
 def _factors(site: Site, leaves: dict[str, Tensor]) -> list[Tensor]:
     """Factors of rank `r^2` of the product: `"out r*r"`, for Tucker `"r*r r*r *kernel"`, and `"r*r in*kernel"`.
 
-    Their rows and columns are products of those of `B1` and `B2`, `T1` and `T2`, `A1` and `A2`, each with each.
+    Their rows and columns are products of those of `B1` and `B2`, `T1` and `T2`, `A1` and `A2`, each with each. Of a
+    stack they are stacked, but for Tucker's.
     """
     b1, a1, b2, a2 = (leaves[leaf] for leaf in LEAVES[:4])
-    down = (a1.unsqueeze(1) * a2).flatten(0, 1)
+    down = (a1.unsqueeze(-2) * a2.unsqueeze(-3)).flatten(-3, -2)
     if "hada_t1" not in leaves:
-        return [(b1.unsqueeze(2) * b2.unsqueeze(1)).flatten(1), down]
+        return [(b1.unsqueeze(-1) * b2.unsqueeze(-2)).flatten(-2), down]
     core = torch.einsum("ij...,kl...->ikjl...", leaves["hada_t1"], leaves["hada_t2"]).flatten(0, 1).flatten(1, 2)
-    return [(b1.unsqueeze(1) * b2).flatten(0, 1).mT, core.reshape(*core.shape[:2], *site.kernel_size), down]
+    up = (b1.unsqueeze(-2) * b2.unsqueeze(-3)).flatten(-3, -2).mT
+    return [up, core.reshape(*core.shape[:2], *site.kernel_size), down]
 
 
 def _delta(site: Site, leaves: dict[str, Tensor]) -> Tensor:
@@ -215,12 +226,13 @@ LoHaConfig.method = Method(
     apply=apply,
     merge=merge,
     constants=LoHaConstants,
+    routed=routed,
     varying=frozenset({"r", "alpha", "init_weights", "rank_pattern", "alpha_pattern"}),
     abilities=(TakesComplex(),),
 )
 
 
-def _infer(config: LoHaConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, object]:
+def _infer(config: LoHaConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Ranks that differ from the config's, and whether kernels are decomposed as tensors."""
     ranks = {path: len(leaves["hada_w1_b"]) for path, leaves in found.items() if "hada_w1_b" in leaves}
     tucker = config.use_effective_conv2d or any("hada_t1" in leaves for leaves in found.values())

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, inject_adapter_in_model
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    inject_adapter_in_model,
+)
 from torchgraft.functional import bind, route, stack
 
 CONFIGS = {
@@ -18,6 +26,7 @@ CONFIGS = {
     "lora_bias": lambda **fields: LoraConfig(r=2, lora_bias=True, **fields),
     "dora": lambda **fields: LoraConfig(r=2, use_dora=True, **fields),
     "ia3": IA3Config,
+    "loha": lambda **fields: LoHaConfig(r=2, **fields),
     "vera": lambda **fields: VeraConfig(r=2, d_initial=0.0, **fields),
     "adalora": lambda **fields: AdaLoraConfig(init_r=2, target_r=1, total_step=10, **fields),
     "oft": lambda **fields: OFTConfig(r=0, oft_block_size=2, **fields),
