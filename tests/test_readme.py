@@ -1,5 +1,6 @@
-"""The README and the page on LoRA: their Python runs; the README's tables are what is so, and it stays short."""
+"""The README and other pages: their Python runs; the README's tables are what is so, and it stays short."""
 
+import gc
 import json
 import re
 import subprocess
@@ -39,6 +40,23 @@ def test_every_python_block_of_the_page_on_rows_runs():
     for block in blocks:
         exec(compile(block, "ROWS.md", "exec"), namespace)
     assert repr(namespace["routed"]) == "Routed(3 adapters, 4 rows, declared: batch_dim=0)"
+
+
+def test_the_page_for_contributors_runs_quotes_and_links_what_there_is():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks, namespace = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), {}
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    quoted = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    assert quoted and all(quote in (ROOT / "tests" / "contract" / "methods.py").read_text() for quote in quoted)
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", page)
+    assert named and not [name for name in named if f"def {name}" not in tests]
+    assert not [target for target in re.findall(r"\]\(([^)]+)\)", page) if not (ROOT / target).exists()]
+    assert len(page.splitlines()) <= 120
+    namespace.clear()
+    gc.collect()  # and its config from the registry
 
 
 def test_the_table_of_methods_is_true():
