@@ -48,7 +48,7 @@ test-full: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy -p torchgraft.functional -p torchgraft.adapters
+	$(BIN)/mypy --strict -p torchgraft.functional -p torchgraft.adapters
 	$(BIN)/mypy $(SCRIPTS)
 
 format: $(VENV)/.test

@@ -19,12 +19,19 @@ def lines() -> list[str]:
     variants = _read("variants")["ratios_to_frozen_base"]
     experts = _read("experts")["ratios_to_frozen_base"]
     rows = ["| time | torchgraft | PEFT 0.21.2 | frozen base |", "|---|---|---|---|"]
-    for setting, cases in [*single.items()][:3]:
-        rows.append(_row(f"{setting} (base = 1)", cases, "torchgraft, functional", "PEFT", "frozen base"))
-    setting = "training step, grouped product, batch 4 x 64"
     names = ("torchgraft, functional", "PEFT", "frozen base")
-    rows.append(_row("LoRA on 32 experts: training step (base = 1)", experts[setting], *names))
-    for setting, method in (("DoRA: training step", ", DoRA"), ("MultiheadAttention: training step", "")):
+    for setting, cases in single.items():
+        rows.append(_row(f"{setting} (base = 1)", cases, *names))
+        if "launch-bound" in setting:
+            rows.append(_row("the same, in place", cases, "torchgraft, in place", *names[1:]))
+    for way in ("grouped product", "one expert after the other"):
+        cases = experts[f"training step, {way}, batch 4 x 64"]
+        rows.append(_row(f"LoRA on 32 experts, {way}: training step (base = 1)", cases, *names))
+    for setting, method in (
+        ("DoRA: training step", ", DoRA"),
+        ("DoRA: training step with dropout 0.1", ", DoRA"),
+        ("MultiheadAttention: training step", ""),
+    ):
         ours = f"torchgraft{method or ', functional'}"
         rows.append(_row(f"{setting} (base = 1)", variants[setting], ours, f"PEFT{method}", "frozen base"))
     for setting, cases in [*many.items()][::2] + [*many.items()][3:]:

@@ -1,8 +1,9 @@
 """The cost of one adapter over the frozen base: training, with dropout, inference, memory, calls, binding.
 
 A Llama with random weights, LoRA of rank 16 on all linear layers. Peers in the same rounds: the frozen base (forward,
-and backward to the embeddings), PEFT, adapted layers written by hand (the limit: nothing but their kernels), full
-fine-tuning, `torch.func.functional_call` with a materialised `W + s B A`.
+and backward to the embeddings), PEFT, layers written by hand with plain `F.linear`, the library's own kernel with
+nothing around it (the limit of what its layers can reach), full fine-tuning, `torch.func.functional_call` with a
+materialised `W + s B A`.
 
     python benchmarks/single.py [--quick]
 """
@@ -18,7 +19,7 @@ import optree
 import peft
 import torch
 import torch.nn.functional as F
-from _by_hand import by_hand
+from _by_hand import Kernel, Plain, by_hand
 from _memory import saved_bytes
 from _models import LINEARS, lively, llama, tokens, trained
 from _picture import bars
@@ -30,6 +31,7 @@ from torchgraft.adapters import LoraConfig, inject_adapter_in_model
 from torchgraft.functional import bind, merge
 
 RANK = 16
+HAND, KERNEL = "plain F.linear, by hand", "torchgraft's kernel alone"
 FIELDS: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": LINEARS}
 
 
@@ -65,13 +67,15 @@ def training(model: Any, ids: Tensor, dropout: float, peers: bool) -> Cases:
     params = lively(graft.init())
     theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(model))
     ours: Any = inject_adapter_in_model(LoraConfig(**fields), copy.deepcopy(model))
-    hand = by_hand(model, LINEARS, RANK, 2.0, dropout)
+    hand = by_hand(Plain, model, LINEARS, RANK, 2.0, dropout)
+    kernel = by_hand(Kernel, model, LINEARS, RANK, 2.0, dropout)
     cases = {
         "frozen base": frozen(model, ids),
         "torchgraft, functional": step(lambda: graft(params, ids).logits, trained(params), ids),
         "torchgraft, in place": step(lambda: ours(ids).logits, [p for p in ours.parameters() if p.requires_grad], ids),
         "PEFT": step(lambda: theirs(ids).logits, [p for p in theirs.parameters() if p.requires_grad], ids),
-        "written by hand": step(lambda: hand(ids).logits, [p for p in hand.parameters() if p.requires_grad], ids),
+        HAND: step(lambda: hand(ids).logits, [p for p in hand.parameters() if p.requires_grad], ids),
+        KERNEL: step(lambda: kernel(ids).logits, [p for p in kernel.parameters() if p.requires_grad], ids),
     }
     if peers:
         full: Any = copy.deepcopy(model).requires_grad_(True)
@@ -91,7 +95,7 @@ def inference(model: Any, ids: Tensor) -> Cases:
     view: Any = graft.view(params)
     theirs: Any = peft.inject_adapter_in_model(peft.LoraConfig(**FIELDS), copy.deepcopy(model))
     ours: Any = inject_adapter_in_model(LoraConfig(**FIELDS), copy.deepcopy(model))
-    hand = by_hand(model, LINEARS, RANK, 2.0)
+    hand, kernel = (by_hand(layer, model, LINEARS, RANK, 2.0) for layer in (Plain, Kernel))
     merged: Any = copy.deepcopy(model)
     merged.load_state_dict(merge(graft, params))
     cases = {
@@ -101,7 +105,8 @@ def inference(model: Any, ids: Tensor) -> Cases:
         "torchgraft, in place": lambda: ours(ids),
         "torchgraft, merged": lambda: merged(ids),
         "PEFT": lambda: theirs(ids),
-        "written by hand": lambda: hand(ids),
+        HAND: lambda: hand(ids),
+        KERNEL: lambda: kernel(ids),
     }
     return {name: torch.no_grad()(run) for name, run in cases.items()}
 

@@ -6,8 +6,6 @@ Users need none of it, and it may change from one version to the next.
 from .abilities import Leaves as Leaves
 from .abilities import Original as Original
 from .base_with_weights import with_weights as with_weights
-from .binding.leaves import shapes_of as shapes_of
-from .binding.plan import plan_sites as plan_sites
 from .binding.plan import structure_for as structure_for
 from .binding.plan import weights_of as weights_of
 from .binding.plan import with_parts as with_parts
@@ -15,13 +13,11 @@ from .binding.replaced import Plan as Plan
 from .binding.replaced import Replaced as Replaced
 from .binding.replaced import each as each
 from .binding.replaced import over as over
-from .binding.replaced import plan_replaced as plan_replaced
 from .binding.replaced import replaced as replaced
 from .binding.replaced import tensor_at as tensor_at
 from .binding.tied import TiedAdapter as TiedAdapter
 from .binding.tied import TiedSite as TiedSite
 from .binding.tied import TiedSites as TiedSites
-from .binding.tied import plan_tied as plan_tied
 from .binding.tied import tied_adapter as tied_adapter
 from .layers.adapted import Adapted as Adapted
 from .layers.base import Base as Base

@@ -81,7 +81,8 @@ def value_and_grad(
         for start in range(0, count, chunk_size):
             stop = min(start + chunk_size, count)
             results.append(run(stop - start, _part(args, in_dims, argnums, start, stop, count), kwargs))
-        return optree.tree_map(_join, *results, none_is_leaf=True)
+        result: tuple[Any, Any] = optree.tree_map(_join, *results, none_is_leaf=True)
+        return result
 
     return wrapped
 
@@ -185,7 +186,9 @@ def _checkpoints_reentrantly(total: Tensor) -> bool:
     return False
 
 
-def _total(f: Callable[..., Any], has_aux: bool, count: int | None, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple]:
+def _total(
+    f: Callable[..., Any], has_aux: bool, count: int | None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, tuple[Any, ...]]:
     """What is differentiated: losses are independent, so the gradient of their sum is that of each."""
     out = f(*args, **kwargs)
     what = "scalar" if count is None else "losses"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .abilities import KeepsDtype, Leaves, MergesOver, Original
-from .constants import Constants
+from .constants import Constants, register
 from .places import Places
 from .rows import Rows
 from .sites.site import Dense, Site, check_leaves
@@ -167,6 +167,7 @@ class Method:
         if len(by_type) != len(self.abilities):
             raise TypeError(f"{self.name}: abilities has two objects of one type; give one of each")
         object.__setattr__(self, "_by_type", by_type)
+        register(self.constants)
 
     def ability(self, kind: type[A]) -> A | None:
         """Return the ability of a type, `None` where the method does not have it."""

@@ -29,7 +29,8 @@ def norms(stacked: Any) -> Tensor:
     count = adapters_in(stacked, "norms")
     leaves = optree.tree_leaves(stacked)
     each = [torch.linalg.vector_norm(leaf.reshape(count, -1), dim=1) for leaf in leaves]
-    return torch.linalg.vector_norm(torch.stack([norm.to(each[0]) for norm in each]), dim=0)
+    result: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(each[0]) for norm in each]), dim=0)
+    return result
 
 
 def clip_by_norm(stacked: Any, max_norm: float | Tensor) -> Any:

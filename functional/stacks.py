@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import trees
-from .binding.binding import Binding
 from .binding.stacked import StackedAdapter, StackedBinding
 from .graft import Graft
 from .layers.routed import SelectedAdapter
@@ -128,8 +127,7 @@ class StackedGraft(Graft):
 
     def member(self, index: int) -> Graft:
         """Return the graft of one config alone, for trees that `unstack` returns."""
-        binding = Binding.plan(self.model, {"": self.members[index]}, False)
-        return Graft(self.model, binding, allow_unreached=self.bound.allow_unreached)
+        return Graft(self.model, self.binding.singles[index], allow_unreached=self.bound.allow_unreached)
 
     def at(self, index: int | Tensor) -> Member:
         """The graft of one adapter as the stack has it, padded: for `torch.vmap` over stack and index.

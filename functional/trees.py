@@ -53,7 +53,8 @@ def stack(trees: Sequence[Tree]) -> Tree:
                     f"stack: leaf {path} has shape {tuple(flat[0][path].shape)} in tree 0 and "
                     f"{tuple(other[path].shape)} in tree {index}; stack adapters of one rank and one base"
                 )
-    return optree.tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
+    result: Tree = optree.tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
+    return result
 
 
 def unstack(tree: Tree) -> list[Tree]:

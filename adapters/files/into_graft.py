@@ -16,7 +16,6 @@ from torchgraft.functional.extending import (
     Tree,
     each,
     modules_of,
-    plan_replaced,
     sort,
     state_of,
     wide_dtype,
@@ -43,9 +42,9 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     config: Any = graft.configs[name]
     _check_method(stored.config, config)
     stored = dataclasses.replace(stored, config=stored.config.recall(config).for_model(graft.model, modules))
-    planned, replaced = stored.plan(modules, graft.model), graft.binding.replaced[name]
-    _check_same(stored, config, sites, planned)
-    _check_same_replaced(replaced, plan_replaced(stored.config, modules, graft.model, planned))
+    meant, replaced = stored.bind(modules, graft.model), graft.binding.replaced[name]
+    _check_same(stored, config, sites, meant.sites[""])
+    _check_same_replaced(replaced, meant.replaced[""])
     parts = fit(
         stored.config, stored.weights, sites, replaced, graft.binding.tied[name], {}, lambda: state_of(graft.model)
     )

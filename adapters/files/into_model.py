@@ -12,8 +12,6 @@ from torchgraft.functional.extending import (
     Plan,
     Site,
     Tree,
-    plan_replaced,
-    plan_tied,
     resting,
     structure_for,
     trainable_dtype,
@@ -43,13 +41,10 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     shape = structure_for([stored.config], model)
     modules = bare_modules(shape)
     stored = dataclasses.replace(stored, config=stored.config.for_model(shape, modules))
-    sites = stored.plan(modules, shape)
-    replaced = plan_replaced(stored.config, modules, model, sites)
+    binding = stored.bind(modules, shape)
+    sites, replaced, tied = binding.sites[""], binding.replaced[""], binding.tied[""]
     saved = saved_buffers(stored.config, modules)
-    follows = plan_tied(stored.config, modules, sites)
-    parts = fit(
-        stored.config, stored.weights, sites, replaced, follows, saved, lambda: get_base_model_state_dict(shape)
-    )
+    parts = fit(stored.config, stored.weights, sites, replaced, tied, saved, lambda: get_base_model_state_dict(shape))
     tensors = stored.read()
     stored.check_tied(parts, tensors)
     others = other_shared(sites, parts, tensors)

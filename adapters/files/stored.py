@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from torchgraft.functional import Binding
 from torchgraft.functional.extending import (
     Plan,
     Site,
-    plan_sites,
     tensor_at,
     whole,
 )
@@ -42,8 +42,8 @@ class Stored:
     dtype: torch.dtype | None
     device: torch.device | str | None
 
-    def plan(self, modules: Mapping[str, nn.Module], model: nn.Module) -> dict[str, Site]:
-        """The sites that the config means on this model."""
+    def bind(self, modules: Mapping[str, nn.Module], model: nn.Module) -> Binding:
+        """Return what the config means on this model."""
         found = found_leaves(self.config, self.weights)
         if not found:
             raise KeyError(
@@ -51,7 +51,8 @@ class Stored:
                 f"{names_of(self.weights.specs)}"
             )
         self.config.form.check(self.config, found)
-        return plan_sites(self.config, modules, find_targets(self.config, modules, model), original_base(model))
+        paths = {"": find_targets(self.config, modules, model)}
+        return Binding.of_modules(model, {"": self.config}, modules, paths=paths, base=original_base(model))
 
     def read(self) -> dict[str, Tensor]:
         """The tensors by key, on the CPU."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import trees
 from ..constants import Constants
+from ..layers.base import Base
 from ..method import Config, SiteAdapter, Tree
 from ..rows import PerAdapter
 from ..sites.parameters import Key, key_of
@@ -86,10 +87,37 @@ class Binding:
         """
         model = structure_for(configs.values(), model)
         configs = {name: for_model(copy.deepcopy(config), model) for name, config in configs.items()}
-        modules = modules_of(model)
-        known = constants or {}
+        return cls.of_modules(model, configs, modules_of(model), named=named, constants=constants)
+
+    @classmethod
+    def of_modules(
+        cls,
+        model: nn.Module,
+        configs: Mapping[str, Config],
+        modules: Mapping[str, nn.Module],
+        *,
+        named: bool = False,
+        paths: Mapping[str, Iterable[str]] | None = None,
+        base: Callable[[nn.Module, Site], Base] = Base,
+        constants: Mapping[str, Mapping[str, Constants]] | None = None,
+    ) -> Binding:
+        """Bind configs, which are made for this model already, to some modules of it.
+
+        Args:
+            model: The model.
+            configs: The configs, by adapter name.
+            modules: The model's modules by name, without what is around them.
+            named: Whether trees are given by adapter name.
+            paths: Names of the targets by adapter name; by default what the configs say.
+            base: How a module's original weight is read.
+            constants: The constants of each site by adapter name and path, where they are known.
+
+        Raises:
+            ValueError: A module that its method does not support.
+        """
+        known, given = constants or {}, paths or {}
         sites = {
-            name: plan_sites(config, modules, config.targets(model), constants=known.get(name))
+            name: plan_sites(config, modules, given.get(name) or config.targets(model), base, known.get(name))
             for name, config in configs.items()
         }
         replaced = {name: plan_replaced(config, modules, model, sites[name]) for name, config in configs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +19,7 @@ from ..sites.parameters import Key, key_of
 from ..sites.site import Site
 from ..tensors.wrappers import modules_of
 from .binding import Binding, Shapes
-from .leaves import initialise, shapes_of
-from .plan import for_model, plan_sites, structure_for
-from .replaced import plan_replaced
-from .tied import plan_tied
+from .plan import for_model, structure_for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,13 +28,21 @@ class StackedBinding(Binding):
 
     Attributes:
         members: The configs, in the order of the stack.
-        plans: The sites of each, by path.
-        own: The shapes of each one's own leaves; those of the stack are the largest.
+        singles: The binding of each config alone; leaves of the stack are as large as the largest of theirs.
     """
 
     members: Sequence[Config] = ()  # type: ignore[misc]
-    plans: Sequence[Mapping[str, Site]] = ()
-    own: Sequence[Shapes] = ()
+    singles: Sequence[Binding] = ()
+
+    @property
+    def plans(self) -> list[Mapping[str, Site]]:
+        """The sites of each config alone, by path."""
+        return [single.sites[""] for single in self.singles]
+
+    @property
+    def own(self) -> list[Shapes]:
+        """The shapes of each one's own leaves."""
+        return [single.shapes[""] for single in self.singles]
 
     @classmethod
     def plan_stack(cls, model: nn.Module, members: Sequence[Config]) -> StackedBinding:
@@ -47,38 +53,37 @@ class StackedBinding(Binding):
             ValueError: Configs that differ in what the adapters of a stack share, or that do not fit the model.
         """
         model = structure_for(members, model)
-        members = [for_model(config, model) for config in members]
+        members = [for_model(copy.deepcopy(config), model) for config in members]
         check_configs(members)
         modules = modules_of(model)
-        plans = [plan_sites(config, modules, config.targets(model)) for config in members]
-        _check_leaves(members, plans)
-        each_replaces = [plan_replaced(config, modules, model, own) for config, own in zip(members, plans, strict=True)]
-        for i, other in enumerate(each_replaces[1:], start=1):
-            if differing := set(other) ^ set(each_replaces[0]):
+        singles = [Binding.of_modules(model, {"": config}, modules) for config in members]
+        _check_leaves(singles)
+        replaced, own = singles[0].replaced[""], [single.shapes[""] for single in singles]
+        for i, other in enumerate(singles[1:], start=1):
+            if differing := set(other.replaced[""]) ^ set(replaced):
                 raise ValueError(
                     f"bind: only one of configs[0] and configs[{i}] replaces tensors of {min(differing)!r}, which the "
                     "adapters of a stack do together; bind them apart"
                 )
-        own = [shapes_of(config, sites, each_replaces[0]) for config, sites in zip(members, plans, strict=True)]
-        sites = _union(members[0], plans, model)
-        for path, tied in plan_tied(members[0], modules, sites).items():
+        for path, tied in ((path, tied) for single in singles for path, tied in single.tied[""].items()):
             raise ValueError(
                 f"bind: {path} is tied to {tied.source} (ensure_weight_tying), and a stack of several configs has no "
                 "such ties; bind them apart, or stack trees of one config"
             )
-        paths = sorted({*sites, *each_replaces[0], *({SHARED} & own[0].keys())})
+        sites = _union(members[0], [single.sites[""] for single in singles], model)
+        paths = sorted({*sites, *replaced, *({SHARED} & own[0].keys())})
         shapes = {path: _largest(path, sites.get(path), own) for path in paths}
+        first = singles[0]
         return cls(
             model,
-            {"": members[0]},
-            False,
-            {"": sites},
-            {"": each_replaces[0]},
-            {"": {}},
-            {"": shapes},
-            members,
-            plans,
-            own,
+            first.configs,
+            named=False,
+            sites={"": sites},
+            replaced=first.replaced,
+            tied=first.tied,
+            shapes={"": shapes},
+            members=members,
+            singles=singles,
         )
 
     def init(
@@ -94,12 +99,8 @@ class StackedBinding(Binding):
             raise ValueError(
                 f"init: got {len(generators)} generators, expected one for each of the {count} adapters, or one for all"
             )
-        return self.stack(
-            [
-                initialise(self.model, config, plan, own, dtype, device, self.replaced[""])
-                for config, plan, own in zip(self.members, self.plans, generators, strict=True)
-            ]
-        )
+        fresh = [single.init(own, dtype, device) for single, own in zip(self.singles, generators, strict=True)]
+        return self.stack(fresh)
 
     def stack(self, adapters: Sequence[Tree]) -> Tree:
         """Stack one tree of each config, as `StackedGraft.stack` does."""
@@ -175,14 +176,13 @@ class StackedBinding(Binding):
         """Plan what is in each place of a stack, as `StackedGraft.places` does."""
         given = self.members if configs is None else configs
         check_configs([self.members[0], *(config for config in given if config is not None)])
-        modules, plans = modules_of(self.model), []
+        modules = modules_of(self.model)
+        plans: list[Mapping[str, Site]] = [{} for _ in given]
         for i, config in enumerate(given):
             if config is not None:
-                config = for_model(config, self.model)
-                plans.append(plan_sites(config, modules, config.targets(self.model)))
-                self._check_fits(i, config, plans[-1])
-            else:
-                plans.append({})
+                single = Binding.plan(self.model, {"": config}, False)
+                self._check_fits(i, single.shapes[""])
+                plans[i] = single.sites[""]
         constants, present = {}, {}
         for path, site in self.sites[""].items():
             device = site.like(modules[site.owner]).device
@@ -191,9 +191,9 @@ class StackedBinding(Binding):
             constants[path] = _in_places(path, site, own, device)
         return Places(constants, present)
 
-    def _check_fits(self, place: int, config: Config, sites: Mapping[str, Site]) -> None:
+    def _check_fits(self, place: int, shapes: Shapes) -> None:
         """Refuse a config that the stack has no room for."""
-        for path, leaves in shapes_of(config, sites, self.replaced[""]).items():
+        for path, leaves in shapes.items():
             most = self.shapes[""].get(path, {})
             site = self.sites[""].get(path)
             whole = site is not None and (site.groups > 1 or site.experts > 0)
@@ -276,12 +276,12 @@ def check_configs(configs: Sequence[Config]) -> None:
                 )
 
 
-def _check_leaves(configs: Sequence[Config], plans: Sequence[Mapping[str, Site]]) -> None:
+def _check_leaves(singles: Sequence[Binding]) -> None:
     """Refuse configs that train different leaves of one site."""
     found: dict[str, tuple[Any, ...]] = {}
-    for config, plan in zip(configs, plans, strict=True):
-        for path, site in plan.items():
-            own = (*sorted(config.method.shapes(config, site)), *sorted(site.shared.items()))
+    for single in singles:
+        for path, site in single.sites[""].items():
+            own = (*sorted(single.configs[""].method.shapes(single.configs[""], site)), *sorted(site.shared.items()))
             if found.setdefault(path, own) != own:
                 raise ValueError(
                     f"{path}: the configs train different leaves: {list(found[path])} and {list(own)}; bind them apart"

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..method import Config, Leaves, SiteAdapter, Tree, with_shared
+from ..abilities import Leaves
+from ..method import Config, SiteAdapter, Tree, with_shared
 from ..sites.kinds import describe
 from ..sites.site import Site
 

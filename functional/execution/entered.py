@@ -52,7 +52,7 @@ class RoutedView:
         self._modules = [own for _, own in skeleton.modules]
         self._inside = False
 
-    def call(self, path: str, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module's forward; the first of a call finds out where rows are."""
         if self._inside:
             return forward(*args, **kwargs)

@@ -20,7 +20,7 @@ def fill(
     skeleton: Skeleton,
     active: dict[str, Any],
     base: Mapping[str, Tensor],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     current: Mapping[int, Tensor],
 ) -> None:
@@ -82,7 +82,7 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
 
 
 def _batched_zero(
-    active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
+    active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
     """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if not _is_transformed():

@@ -43,7 +43,7 @@ def run(
     bound: BoundModel,
     active: dict[str, Any],
     base: Mapping[str, Tensor],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     return_buffers: bool,
 ) -> Any:
@@ -72,7 +72,7 @@ def _traced(
     bound: BoundModel,
     active: dict[str, Any],
     base: Mapping[str, Tensor],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     return_buffers: bool,
 ) -> Any:
@@ -104,7 +104,7 @@ def _traced(
 def _forward(
     bound: BoundModel,
     skeleton: Skeleton,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     return_buffers: bool,
     current: Mapping[int, Tensor],

@@ -169,7 +169,7 @@ def _forget(context: Any) -> None:
 @functools.cache
 def _compile_whole() -> None:
     """Have dynamo compile a call as a part of what calls it or not at all: then it compiles the model's own code."""
-    from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy
+    from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy  # type: ignore[attr-defined,unused-ignore]
 
     for name in _MACHINERY:
         module = sys.modules[f"{_PACKAGE}.{name}"]

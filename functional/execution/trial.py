@@ -143,7 +143,7 @@ def finder_of(
     pool: Pool,
     active: Mapping[str, Any],
     base: BaseTensors,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     entered: Entered,
 ) -> Finder | None:
@@ -229,7 +229,11 @@ def modes_of(pool: Pool) -> tuple[bool, ...]:
 
 def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bool:
     """Whether the model can be run aside now: not while anything compiles, traces, transforms or captures the call."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return False
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
@@ -288,7 +292,8 @@ def _random(tree: Tree) -> Tree:
         values = (values * scale).to(leaf.device, dtype)
         return values.requires_grad_(leaf.requires_grad or torch._C._functorch.is_gradtrackingtensor(leaf))
 
-    return _nested(drawn, tree)
+    result: Tree = _nested(drawn, tree)
+    return result
 
 
 def _nested(change: Callable[[Tensor], Tensor], tree: Any) -> Any:

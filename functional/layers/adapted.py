@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..method import Leaves, SiteAdapter, Weighted
+from ..abilities import Leaves
+from ..method import SiteAdapter, Weighted
 from ..sites.kernels import over_values
 from ..sites.site import check_leaves
 from .base import Base

@@ -20,7 +20,7 @@ class Base(Weighted):
 
     __slots__ = ("args", "kwargs", "module", "site")
 
-    def __init__(self, module: Any, site: Site, args: tuple = (), kwargs: Mapping[str, Any] | None = None):
+    def __init__(self, module: Any, site: Site, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None):
         self.module, self.site, self.args, self.kwargs = module, site, args, kwargs or {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -29,14 +29,14 @@ class Base(Weighted):
     def run(self, x: Tensor) -> Tensor:
         """The module's own output."""
         module = self.module
-        if torch.compiler.is_compiling():
-            return type(module).forward(module, x, *self.args, **self.kwargs)
-        if self.site.kind == "linear" and is_plain_linear(module) and not self.site.transposed:
+        plain = not torch.compiler.is_compiling() and is_plain_linear(module)
+        if plain and self.site.kind == "linear" and not self.site.transposed:
             weight, bias = self.plain_tensors()
             check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
-        return type(module).forward(module, x, *self.args, **self.kwargs)
+        result: Tensor = type(module).forward(module, x, *self.args, **self.kwargs)
+        return result
 
     def _packed(self, x: Tensor) -> Tensor:
         """The output with the gradient of the dequantised weight, where the kernel for a packed one has none."""
@@ -66,7 +66,8 @@ class Base(Weighted):
 
     @property
     def training(self) -> bool:
-        return self.module.training
+        result: bool = self.module.training
+        return result
 
 
 class BaseWithTensors(Base):

@@ -20,14 +20,17 @@ class Gathered(Weighted):
         self.base, self.mesh, self.placements = base, mesh, placements
 
     def __call__(self, x: Tensor) -> Tensor:
-        return whole(self.base(spread(x, self.mesh, self.placements)))
+        result: Tensor = whole(self.base(spread(x, self.mesh, self.placements)))
+        return result
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.base.dense()
+        result: tuple[Tensor, Tensor | None] = self.base.dense()
+        return result
 
     @property
     def training(self) -> bool:
-        return self.base.training
+        result: bool = self.base.training
+        return result
 
 
 def run_on_shards(layer: Any, x: Any) -> Any:

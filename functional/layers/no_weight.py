@@ -12,7 +12,7 @@ from torch import Tensor
 class NoWeight(Tensor):
     """Stands for the weight of a routed module: answers what does not depend on the row, refuses everything else."""
 
-    _facts: frozenset[Callable] = frozenset(
+    _facts: frozenset[Callable[..., Any]] = frozenset(
         {
             getattr(Tensor, name).__get__
             for name in (
@@ -38,7 +38,7 @@ class NoWeight(Tensor):
         return new
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in cls._facts:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

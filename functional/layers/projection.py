@@ -55,4 +55,5 @@ class Projection(Weighted):
 
     @property
     def training(self) -> bool:
-        return self.module.training
+        result: bool = self.module.training
+        return result

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..abilities import Leaves
 from ..locating.finder import BatchDim, Finder, locate
 from ..locating.layout import LEADING, Layout
-from ..method import Layer, Leaves, SiteAdapter, Weighted
+from ..method import Layer, SiteAdapter, Weighted
 from ..rows import Groups, PerAdapter, Rows
 from ..sites.site import check_leaves
 
@@ -69,8 +70,9 @@ class RoutedLayer(Weighted):
         groups = [self.rows.groups()] if alone else [layer.rows.expanded(size).each() for layer in layers]
         parts = [layer._pick(group) for layer, group in zip(layers, groups, strict=True)]
 
-        def one(parts: list, x: Tensor) -> Tensor:
-            return self._build(iter(parts), outermost=True)(x)
+        def one(parts: list[Any], x: Tensor) -> Tensor:
+            result: Tensor = self._build(iter(parts), outermost=True)(x)
+            return result
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
@@ -90,9 +92,20 @@ class RoutedLayer(Weighted):
 
     def _pick(self, groups: Groups) -> tuple[Leaves, dict[str, Tensor], dict[str, Tensor]]:
         """What each group has of this layer: leaves, constants and whether there is an adapter at all."""
-        leaves = {name: groups.pick(leaf) for name, leaf in self.leaves.items()}
+        leaves = {name: self._pick_leaf(name, leaf, groups) for name, leaf in self.leaves.items()}
         constants = {name: groups.pick(c.values) for name, c in _varying(self.entry).items()}
         return leaves, constants, {"on": groups.active(1)} if groups.base else {}
+
+    def _pick_leaf(self, name: str, leaf: Tensor, groups: Groups) -> Tensor:
+        """Return each group's own part of a leaf; what sites share is picked once for all of them."""
+        shared, picked = self.entry.site.shared.get(name), getattr(self.owner, "picked", None)
+        if shared is None or picked is None or groups.index is None:
+            return groups.pick(leaf)
+        key = shared, id(groups.index), groups.base
+        if key not in picked:
+            picked[key] = groups.index, groups.pick(leaf)  # the index stays, and with it its identity
+        part: Tensor = picked[key][1]
+        return part
 
     def _build(self, parts: Iterator[Any], outermost: bool = False) -> Any:
         leaves, constants, on = next(parts)
@@ -117,7 +130,8 @@ class RoutedLayer(Weighted):
 
     @property
     def training(self) -> bool:
-        return self.base.training
+        result: bool = self.base.training
+        return result
 
 
 def _under_autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
@@ -166,7 +180,8 @@ class SelectedAdapter(Weighted):
 
     @property
     def training(self) -> bool:
-        return self.base.training
+        result: bool = self.base.training
+        return result
 
 
 class _Moved:

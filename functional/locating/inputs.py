@@ -249,7 +249,7 @@ class _Cut(TorchFunctionMode):
         whole = [one for one in lists_in(sample.inputs) if sample.reading.is_rows(one)]
         self._whole = {id(x) for one in whole for x in one}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         x, memo = args

@@ -42,7 +42,8 @@ class Layout:
 
     def each(self, x: Tensor, size: int) -> Tensor:
         """`x` by rows, `"size parts ..."`; a shared tensor is every row's."""
-        return self.to_rows(x, size).unflatten(0, (size, -1))
+        result: Tensor = self.to_rows(x, size).unflatten(0, (size, -1))
+        return result
 
 
 LEADING = Layout()

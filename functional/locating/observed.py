@@ -116,7 +116,8 @@ class Recorder:
         if key not in self._directions:
             drawn = torch.randn(size, _DIRECTIONS, generator=torch.Generator().manual_seed(size), dtype=dtype)
             self._directions[key] = drawn.to(x.device) / size**0.5
-        return torch.tensordot(x.to(dtype), self._directions[key], dims=([features], [0]))
+        result: Tensor = torch.tensordot(x.to(dtype), self._directions[key], dims=([features], [0]))
+        return result
 
 
 def outputs_of(*results: Any) -> dict[str, Tensor]:
@@ -164,7 +165,7 @@ class _Calm(TorchFunctionMode):
         super().__init__()
         self._drawn = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
@@ -177,7 +178,7 @@ class _Calm(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._alike(func, func(*args, **kwargs), args, kwargs)
 
-    def _alike(self, func: Any, y: Tensor, args: tuple, kwargs: Any) -> Tensor:
+    def _alike(self, func: Any, y: Tensor, args: tuple[Any, ...], kwargs: Any) -> Tensor:
         """What was drawn, with one row for all: the same in each run, however many rows it has."""
         if y.ndim < 2 or not len(y):
             return y

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..abilities import Leaves
 from ..binding.replaced import over
 from ..layers.routed import SelectedAdapter
 from ..locating.finder import locate
-from ..method import Leaves, SiteAdapter
+from ..method import SiteAdapter
 from ..rows import Groups, PerAdapter
 from ..sites.kinds import describe
 from ..sites.site import Site

@@ -29,11 +29,12 @@ class Routed:
         declared: What the user said of where rows are.
         check_all: Whether each call proves where its rows are, on all of them.
         places: What is in each place of the stack beside its leaves, where it is not what was bound.
+        picked: Parts of leaves that sites share, as one call's groups of rows have them.
     """
 
     per_row = True
 
-    __slots__ = ("_source", "check_all", "declared", "members", "places", "rows", "tree")
+    __slots__ = ("_source", "check_all", "declared", "members", "picked", "places", "rows", "tree")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Routed:
     ):
         self.tree, self.rows, self.members, self.declared, self.check_all = tree, rows, members, declared, check_all
         self._source, self.places = source, places
+        self.picked: dict[Any, Any] = {}
 
     def named(self, name: str) -> Routed:
         """The part of one named adapter, over the same rows."""

@@ -192,7 +192,8 @@ class Site:
     def like(self, module: Any) -> Tensor:
         """A tensor of the device and dtype that the module's adapter goes by: its weight, or its parameters' first."""
         for name in self.weight_names:
-            return resting(module, name)
+            result: Tensor = resting(module, name)
+            return result
         return next(itertools.chain(module.parameters(), module.buffers()), _NOWHERE)
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -263,7 +264,8 @@ def own_tensor(module: Any, name: str) -> Tensor | None:
     torch.Size([1, 2])
     """
     held = module._parameters.get(name)
-    return module._buffers.get(name) if held is None else held
+    result: Tensor | None = module._buffers.get(name) if held is None else held
+    return result
 
 
 def trainable_dtype(weight: Tensor) -> torch.dtype:

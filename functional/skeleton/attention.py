@@ -40,7 +40,8 @@ class AdaptedAttention:
         runtime.reach()
         if query.is_nested:  # torch has only its fused kernel for these, which reads the weights
             rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return runtime.plain.forward(self, query, key, value, *rest)
+            result: tuple[Tensor, Tensor | None] = runtime.plain.forward(self, query, key, value, *rest)
+            return result
         q, k, v = _project(runtime, query, key, value)
         first = query.ndim == 2 or self.batch_first
         q, k, v = (x.unsqueeze(0) if query.ndim == 2 else x if first else x.transpose(0, 1) for x in (q, k, v))
@@ -67,7 +68,10 @@ def _project(runtime: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
         return tuple(runtime.project(part, x) for part, x in zip(parts, (query, key, value), strict=True))
     name, columns = site.weight_names[0], slice(None)
     if query is key and key is value:
-        return runtime.project(ProjectionSlice(name, slice(None), columns, whole=True), query).chunk(3, -1)
+        result: tuple[Tensor, ...] = runtime.project(
+            ProjectionSlice(name, slice(None), columns, whole=True), query
+        ).chunk(3, -1)
+        return result
     q = runtime.project(ProjectionSlice(name, slice(0, dim), columns), query)
     if key is value:
         return q, *runtime.project(ProjectionSlice(name, slice(dim, None), columns), key).chunk(2, -1)

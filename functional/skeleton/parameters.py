@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..abilities import AddsProduct
+from ..abilities import AddsProduct, Leaves
 from ..layers.compose import compose
 from ..layers.routed import RoutedLayer
-from ..method import Leaves, SiteAdapter
+from ..method import SiteAdapter
 from ..sites.factored import Factored, Term
 from ..sites.parameters import Key
 from ..sites.site import check_leaves
@@ -165,7 +165,8 @@ class AdaptedParameters:
         revive, args, state = self.__reduce_ex__(4)
         new = memo[id(self)] = revive(*copy.deepcopy(args, memo))
         new.__dict__.update(copy.deepcopy(state, memo))
-        return new
+        result: AdaptedParameters = new
+        return result
 
     def extra_repr(self) -> str:
         runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
@@ -228,4 +229,5 @@ def _revive(cls: Any, runtimes: Mapping[str, ParameterRuntime]) -> nn.Module:
     """A module with adapted parameters and without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
     adapt_parameters(shell, cls, runtimes)
-    return shell
+    result: nn.Module = shell
+    return result

@@ -39,19 +39,22 @@ class SiteRuntime:
     plain: Any
 
     def layer(
-        self, args: tuple = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
+        self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
     ) -> Any:
         """The base under the active adapters, the first innermost; or a part of an attention's projection."""
         base = self._base(next(iter(self.entries.values())).site, args, kwargs, part)
         return compose(base, self.context.active(self.path, self.entries), self.context.finder, part)
 
-    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None) -> Any:
+    def _base(
+        self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None
+    ) -> Any:
         return Base(self.inner, site, args, kwargs) if part is None else Projection(self.inner, site, part)
 
     def project(self, part: ProjectionSlice, x: Tensor) -> Tensor:
         """A part of an attention's projection, under the adapters."""
         self.look(x)
-        return self.layer(part=part)(x)
+        result: Tensor = self.layer(part=part)(x)
+        return result
 
     def look(self, x: Tensor) -> None:
         """Show an input to whoever wants to see."""
@@ -67,7 +70,8 @@ class SiteRuntime:
         """The weight or bias that the module stores under a name, with the active adapters in, in the base's dtype."""
         layer, own = self.layer(), getattr(self.inner, name)
         if isinstance(layer, Base) or (own is not None and own.is_meta and resting(self.inner, name) is own):
-            return own  # without values there is nothing to adapt: who offloads weights asks for these
+            result: Tensor | None = own  # without values there is nothing to adapt: who offloads weights asks for these
+            return result
         if _is_routed(layer):
             return self._without_value(getattr(self.inner, name))
         site: Site = layer.entry.site
@@ -112,7 +116,8 @@ class AdaptedForward:
         runtime.reach()
         runtime.look(x)
         layer = runtime.layer(args, kwargs)
-        return layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
+        result: Tensor = layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
+        return result
 
 
 class AdaptedModule:
@@ -142,7 +147,8 @@ class AdaptedModule:
         revive, args, state = self.__reduce_ex__(4)
         new = memo[id(self)] = revive(*copy.deepcopy(args, memo))
         new.__dict__.update(copy.deepcopy(state, memo))
-        return new
+        result: AdaptedModule = new
+        return result
 
 
 def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
@@ -154,7 +160,10 @@ def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
 def _adapted_class(cls: Any, plain: Any, weights: tuple[str, ...], bias: str, attention: bool) -> type[nn.Module]:
     core = _subclass(plain, (AdaptedAttention if attention else AdaptedForward, plain))
     held = {name: _held(name, True) for name in weights} | ({bias: _held(bias, False)} if weights else {})
-    return _subclass(cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core), **held)
+    result: type[nn.Module] = _subclass(
+        cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core), **held
+    )
+    return result
 
 
 def _held(name: str, counts: bool) -> property:
@@ -175,7 +184,8 @@ def _held(name: str, counts: bool) -> property:
 @functools.lru_cache(maxsize=256)
 def inner_class(cls: Any, plain: Any) -> type[nn.Module]:
     """`cls` with the forward of `plain`."""
-    return cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
+    result: type[nn.Module] = cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
+    return result
 
 
 def _subclass(cls: Any, bases: tuple[Any, ...], **members: Any) -> Any:
@@ -217,4 +227,5 @@ def _revive(cls: Any, plain: Any, path: str, context: CallContext, entries: Mapp
     """An adapted module without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
     adapt(shell, cls, plain, path, context, entries)
-    return shell
+    result: nn.Module = shell
+    return result

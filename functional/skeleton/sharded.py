@@ -86,7 +86,7 @@ class Gather:
 
     policy: Policy
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         kept = vars(module).setdefault(_KEPT, [])
         for owner in list(_own_modules(module)):
             for name, tensor in owner._parameters.items():
@@ -108,7 +108,7 @@ class Release:
 
     policy: Policy
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for registry, name, tensor in vars(module).pop(_KEPT, ()):
             registry[name] = tensor
         return _cast_all(output, self.policy.output_dtype)

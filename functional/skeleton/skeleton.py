@@ -236,7 +236,8 @@ class Skeleton:
 
     def _module(self, x: nn.Module) -> nn.Module:
         if isinstance(x, torch.jit.ScriptModule):
-            return self._remember(x, x)
+            self._remember(x, x)
+            return x
         if (type(x).__module__, type(x).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule"):
             raise TypeError(
                 f"{self._modules.get(id(x)) or 'the model'}: a module compiled by torch.compile hides its structure; "
@@ -245,7 +246,7 @@ class Skeleton:
         check_flat(self._modules.get(id(x)) or "the model", x)
         cls = plain_type(x)
         self._memo.update(hooks_of_unit(x) | copied_hooks(x))
-        new = self._remember(x, object.__new__(cls))
+        new: nn.Module = self._remember(x, object.__new__(cls))
         self.modules.append((x, new))
         whole = (id(x), "")
         if whole in self._entries:

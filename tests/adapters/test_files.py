@@ -562,7 +562,7 @@ def test_configs_are_saved_and_read_by_their_classes(tmp_path):
 DIFFERENT = {
     "scaling": (LoraConfig(r=2, lora_alpha=3), LoraConfig(r=2, lora_alpha=4), "alpha of first is 3 in the file and 4"),
     "rank-stabilised": (LoraConfig(r=2), LoraConfig(r=2, use_rslora=True), "scaling of first is 4.0 in the file and"),
-    "rank": (LoraConfig(r=2), LoraConfig(r=4, lora_alpha=16), "alpha of first is 8 in the file and 16 in the graft"),
+    "rank": (LoraConfig(r=2), LoraConfig(r=4, lora_alpha=16), "r of first is 2 in the file and 4 in the graft"),
     "modules": (LoraConfig(), LoraConfig(target_modules=["first"]), "only the file has 'second'"),
     "method": (LoraConfig(), IA3Config(), "peft_type is LORA, and the graft was bound with IA3Config"),
     "form": (OFTConfig(oft_block_size=2), OFTConfig(oft_block_size=2, use_cayley_neumann=False), "use_cayley_neumann"),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -348,8 +350,10 @@ def disabling(cell):
 
 def saving(cell):
     model = cell.injected()
-    folder = shared_folder()
+    together = "FSDP" in cell.wrapper or cell.wrapper == "tensor parallel"  # else two would write the same files
+    folder = shared_folder() if together else tempfile.mkdtemp()
     save_adapter(model, folder)
+    dist.barrier()
     close(load_adapter(Net(), folder)(IDS), cell.y)
 
 
@@ -484,29 +488,55 @@ def shared_folder():
     return folder[0]
 
 
-def run(rank: int, size: int, folder: str, only: list[tuple[str, str, str]] | None = None) -> None:
+class InStep:
+    """What keeps processes together between cells, without a message of their group.
+
+    Gloo aborts a process that gets a message of another length than the one it waits for. That is what comes of an
+    error in one process alone, if the others wait in a collective and this one begins the next.
+    """
+
+    def __init__(self, size: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self.barrier, self.failed = context.Barrier(size), context.Array("b", size)
+
+    def meet(self, rank: int, failed: bool) -> bool:
+        """Wait for all processes, and return whether a cell failed in any."""
+        self.failed[rank] = failed
+        self.barrier.wait()
+        anywhere = any(self.failed)
+        self.barrier.wait()
+        return anywhere
+
+
+def join(rank: int, size: int, rendezvous: Path) -> None:
+    """Begin a group of processes that waits long for a peer, which may share its core with much else."""
+    mesh.cache_clear()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(minutes=5)
+    )
+
+
+def run(rank: int, size: int, folder: str, in_step: InStep, only: list[tuple[str, str, str]] | None = None) -> NoReturn:
     """One process of a group: every cell, and what came of it."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous{size}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, size, Path(folder) / "rendezvous")
     outcomes = {}
-    try:
-        for cell in only or cells():
-            wrapper, method, operation = cell
-            torch.manual_seed(rank)  # nothing may count on equal random numbers
-            try:
-                OPERATIONS[operation](Cell(wrapper, method))
-                outcomes[cell] = ""
-            except Exception as error:
-                outcomes[cell] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-    finally:
-        torch.save(outcomes, Path(folder) / f"{size}-{rank}.pt")
-        dist.destroy_process_group()
+    for index, cell in enumerate(only or cells()):
+        wrapper, method, operation = cell
+        torch.manual_seed(rank)  # nothing may count on equal random numbers
+        try:
+            OPERATIONS[operation](Cell(wrapper, method))
+            outcomes[cell] = ""
+        except Exception as error:
+            outcomes[cell] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        failed = bool(outcomes[cell]) and error_of(size, *cell) is None
+        if in_step.meet(rank, failed):  # messages of the cell may be on their way
+            dist.destroy_process_group()
+            join(rank, size, Path(folder) / f"rendezvous{index}")
+    torch.save(outcomes, Path(folder) / f"{rank}.pt")
+    in_step.meet(rank, False)
+    dist.destroy_process_group()
+    os._exit(0)  # what was sharded keeps gloo's threads, which an interpreter that ends would pull the ground from
 
 
 def cells():

@@ -66,17 +66,21 @@ def work(rank: int, folder: str, methods: list[str]) -> None:
             train(DistributedDataParallel(model), X[rank::2], Y[rank::2])
             trained[method] = dict(model.state_dict())
         torch.save(trained, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # nobody leaves while another computes
     finally:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(once_per_run):
     """What each of the two processes has in the end."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        torch.multiprocessing.spawn(work, (str(folder), list(CONFIGS)), nprocs=2)
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+            torch.multiprocessing.spawn(work, (str(folder), list(CONFIGS)), nprocs=2)
+
+    folder = once_per_run("ddp", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

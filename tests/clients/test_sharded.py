@@ -26,15 +26,19 @@ cells = load_cells()
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
-def outcomes(request, tmp_path_factory):
+def outcomes(request, once_per_run):
     """How many processes there were, and what came of every cell in each."""
-    folder = tmp_path_factory.mktemp("sharded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        patch.setenv("PYTHONWARNINGS", "ignore")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(cells.run, (request.param, str(folder)), nprocs=request.param)
-    return request.param, [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
+    size = request.param
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+            patch.setenv("PYTHONWARNINGS", "ignore")
+            patch.setenv("OMP_NUM_THREADS", "1")
+            torch.multiprocessing.spawn(cells.run, (size, str(folder), cells.InStep(size)), nprocs=size)
+
+    folder = once_per_run(f"sharded{size}", make)
+    return size, [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 @pytest.mark.parametrize("method", cells.CONFIGS)

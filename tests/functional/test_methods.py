@@ -23,6 +23,7 @@ from torchgraft.functional import (
     unstack,
     value_and_grad,
 )
+from torchgraft.functional.rows import Groups
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -171,6 +172,25 @@ def test_stacks_and_routes_have_a_bank_for_each_adapter():
     rows = torch.tensor([2, -1, 0, 2])
     expected = torch.stack([graft.model(X)[1] if i < 0 else alone[i][row] for row, i in enumerate(rows.tolist())])
     torch.testing.assert_close(graft(route(many, rows), X), expected)
+
+
+def test_what_sites_share_is_picked_once_for_a_call(monkeypatch):
+    graft, picked = made(), []
+    many, rows = stack([away(graft, seed) for seed in range(3)]), torch.tensor([2, -1, 0, 2])
+    graft(route(many, rows), X)
+    pick = Groups.pick
+    monkeypatch.setattr(Groups, "pick", lambda groups, leaf: picked.append(leaf.shape[1:]) or pick(groups, leaf))
+    for _ in range(2):
+        y = graft(route(many, rows), X)
+        assert picked.count((3, 5, 5)) == 1 and picked.count((3,)) == 3  # two sites share a bank; three have a mix
+        picked.clear()
+    routed = route(many, rows)
+    view = graft.view(routed)
+    torch.testing.assert_close(view(X), y)
+    with torch.no_grad():
+        many["*"]["bank.5x5"].mul_(2)
+        rows.copy_(torch.tensor([0, 1, 2, -1]))
+    torch.testing.assert_close(view(X), graft(route(many, rows), X))
 
 
 def test_named_adapters_have_banks_of_their_own():

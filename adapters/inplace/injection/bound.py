@@ -10,17 +10,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from torchgraft.functional import trees
+from torchgraft.functional import Binding, trees
 from torchgraft.functional.extending import (
     Plan,
     SiteAdapter,
     TiedAdapter,
     Tree,
     each,
-    plan_replaced,
-    plan_sites,
-    plan_tied,
-    shapes_of,
     tied_adapter,
     weights_of,
 )
@@ -152,20 +148,20 @@ def bind_injection(
     else:
         config, paths = from_keys(config, state_dict, modules, model)
     _check_not_root(config, modules, paths)
-    base = original_base(model)
-    sites = plan_sites(config, modules, paths, base)
     _check_biases(model, config)
-    replaced = plan_replaced(config, modules, model, sites)
+    base = original_base(model)
+    binding = Binding.of_modules(model, {"": config}, modules, paths={"": paths}, base=base)
     if params is not None:
-        trees.check(params, shapes_of(config, sites, replaced))
-    leaves = initial_leaves(config, sites, modules, weights_of(sites, modules, base), meta, params)
-    sites = {path: started(config, site, leaves[path]) for path, site in sites.items()}
+        trees.check(params, binding.shapes[""])
+    planned = binding.sites[""]
+    leaves = initial_leaves(config, planned, modules, weights_of(planned, modules, base), meta, params)
+    sites = {path: started(config, site, leaves[path]) for path, site in planned.items()}
     entries: dict[str, SiteAdapter] = {path: SiteAdapter(config, site) for path, site in sites.items()}
-    for path, follow in plan_tied(config, modules, sites).items():
+    for path, follow in binding.tied[""].items():
         entries[path] = tied_adapter(config, path, modules[path], follow, sites[follow.source])
         turned = follow.turned({leaf: parameter.detach() for leaf, parameter in leaves[follow.source].items()})
         leaves[path] = {leaf: nn.Parameter(tensor) for leaf, tensor in turned.items()}  # of one memory, as in PEFT
-    return Injection(adapter_name, config, modules, entries, leaves, replaced, params)
+    return Injection(adapter_name, config, modules, entries, leaves, binding.replaced[""], params)
 
 
 def check_injection(injection: Injection, model: nn.Module) -> None:
