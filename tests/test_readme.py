@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import torchgraft.adapters
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,8 @@ def test_the_page_for_contributors_runs_quotes_and_links_what_there_is():
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    with pytest.raises(AttributeError, match="HadamardConfig has no form.*; set HadamardConfig.form = PeftFormat"):
+        namespace["HadamardConfig"]().to_dict()
     quoted = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
     assert quoted and all(quote in (ROOT / "tests" / "contract" / "methods.py").read_text() for quote in quoted)
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
