@@ -46,6 +46,7 @@ from .methods.adalora.budget import allocate as allocate
 from .methods.adalora.budget import orthogonality as orthogonality
 from .methods.adalora.budget import prune as prune
 from .methods.ia3 import IA3Config as IA3Config
+from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora.lora import LoraConfig as LoraConfig
 from .methods.lora.to_plain import to_plain as to_plain
 from .methods.oft import OFTConfig as OFTConfig

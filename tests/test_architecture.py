@@ -36,7 +36,7 @@ ORDER = {
             targets tokens replaced base token_fields replication keys
         calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         methods/shared: called fused low_rank scalings
-        methods: ia3 oft vera
+        methods: *
         methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
         methods/adalora: adalora budget
         inplace: root placed
@@ -69,8 +69,11 @@ ORDER = {
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.
 
-An `__init__` that imports nothing stands nowhere.
+A star is every file of a room, none of which imports another. An `__init__` that imports nothing stands nowhere.
 """
+
+STARRED = {"adapters/methods"}
+"""Rooms with a star."""
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -120,10 +123,17 @@ def test_imports_only_what_its_folder_may(file: Path) -> None:
     assert not refused, f"{file} imports {refused}; {file.parts[0]}/ may import {sorted(ALLOWED[file.parts[0]])}"
 
 
+def rooms(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """The rooms of a folder in their declared order, as paths, and the names of their files."""
+    for room, names in re.findall(r"([\w./]+):([^:]*)(?=\s[\w./]+:|$)", ORDER[folder]):
+        path = os.path.normpath(f"{folder}/{room}")
+        every = sorted(file.stem for file in FILES if str(file.parent) == path and file.stem != "__init__")
+        yield path, every if names.split() == ["*"] else names.split()
+
+
 def ordered(folder: str) -> list[str]:
     """The files of a folder in their declared order, as paths."""
-    rooms = re.findall(r"([\w./]+):([^:]*)(?=\s[\w./]+:|$)", ORDER[folder])
-    return [os.path.normpath(f"{folder}/{room}/{name}.py") for room, names in rooms for name in names.split()]
+    return [f"{room}/{name}.py" for room, names in rooms(folder) for name in names]
 
 
 def at_runtime(source: str) -> str:
@@ -148,6 +158,8 @@ def files_of(name: str) -> list[str]:
 def upward(file: Path, order: list[str], source: str) -> list[str]:
     """The imports of a module that do not go down in an order, each with the file that it reaches."""
     below, package = set(order[: order.index(str(file))]), package_of(file)
+    if str(file.parent) in STARRED:
+        below -= {one for one in below if os.path.dirname(one) == str(file.parent)}
     around = {str(parent / "__init__.py") for parent in file.parents}
     found = []
     for name in imported(at_runtime(source), package):
@@ -171,6 +183,11 @@ def upward(file: Path, order: list[str], source: str) -> list[str]:
 def test_an_import_that_goes_up_is_seen(source: str, names: list[str]) -> None:
     found = upward(Path("adapters/config/keys.py"), ordered("adapters"), source)
     assert sorted(Path(one.split(" (")[1].rstrip(")")).stem for one in found) == sorted(names)
+
+
+def test_a_method_that_imports_another_is_seen() -> None:
+    source = "from .ia3 import IA3Config"
+    assert len(upward(Path("adapters/methods/vera.py"), ordered("adapters"), source)) == 1
 
 
 @pytest.mark.parametrize("folder", ORDER)

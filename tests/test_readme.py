@@ -1,10 +1,13 @@
-"""The README and the page on LoRA: their Python runs; the README's tables are what is so, and it stays short."""
+"""The README and other pages: their Python runs; the README's tables are what is so, and it stays short."""
 
+import gc
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import torchgraft.adapters
 
@@ -41,14 +44,35 @@ def test_every_python_block_of_the_page_on_rows_runs():
     assert repr(namespace["routed"]) == "Routed(3 adapters, 4 rows, declared: batch_dim=0)"
 
 
+def test_the_page_for_contributors_runs_quotes_and_links_what_there_is():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks, namespace = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), {}
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    with pytest.raises(AttributeError, match="HadamardConfig has no form.*; set HadamardConfig.form = PeftFormat"):
+        namespace["HadamardConfig"]().to_dict()
+    quoted = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    assert quoted and all(quote in (ROOT / "tests" / "contract" / "methods.py").read_text() for quote in quoted)
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", page)
+    assert named and not [name for name in named if f"def {name}" not in tests]
+    assert not [target for target in re.findall(r"\]\(([^)]+)\)", page) if not (ROOT / target).exists()]
+    assert len(page.splitlines()) <= 120
+    namespace.clear()
+    gc.collect()  # and its config from the registry
+
+
 def test_the_table_of_methods_is_true():
     rows = re.findall(r"^\| `(\w+Config)` \| .* \| (\w+) \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", README, flags=re.M)
     kinds = ["linear", "embedding", "conv1d", "conv2d", "conv3d"]
     configs = {name for name, one in vars(torchgraft.adapters).items() if hasattr(one, "method")}
-    assert {name for name, *_ in rows} == configs
-    for name, *cells in rows:
+    given = {name: cells for name, *cells in rows}
+    for name in sorted(configs):
         supported = getattr(torchgraft.adapters, name).method.kinds
-        assert cells == ["yes" if kind in supported else "no" for kind in kinds], name
+        cells = ["yes" if kind in supported else "no" for kind in kinds]
+        assert given.pop(name, None) == cells, f"the table needs: | `{name}` | what it does | {' | '.join(cells)} |"
+    assert not given
 
 
 def test_the_import_times_are_those_measured():

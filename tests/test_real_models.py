@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from torch.func import grad, vmap
 
-from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
 from torchgraft.functional import bind, merge, stack, unstack, value_and_grad
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # SDPA under vmap
@@ -129,6 +129,7 @@ METHODS = {
     "dora": lambda targets: LoraConfig(r=2, use_dora=True, target_modules=targets),
     "ia3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=targets[-1:]),
     "adalora": lambda targets: AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=targets),
+    "loha": lambda targets: LoHaConfig(r=2, use_effective_conv2d=True, target_modules=targets),
     "oft": lambda targets: OFTConfig(oft_block_size=2, target_modules=targets),
     "vera": lambda targets: VeraConfig(r=4, target_modules=targets),
 }

@@ -26,6 +26,16 @@ PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files these are."""
 
 
+class _NoForm:
+    """Stands where a method has not said how PEFT's layers and files hold its leaves."""
+
+    def __get__(self, config: Any, cls: type) -> Any:
+        raise AttributeError(
+            f"{cls.__name__} has no form, by which files and layers in place hold its leaves; set {cls.__name__}.form ="
+            " PeftFormat(prefix=..., parameters=(...))"
+        )
+
+
 @dataclasses.dataclass(kw_only=True)
 class AdapterConfig:
     """Fields that every method has.
@@ -51,7 +61,7 @@ class AdapterConfig:
     """
 
     method: ClassVar[Method]
-    form: ClassVar[PeftFormat]
+    form: ClassVar[PeftFormat] = _NoForm()  # type: ignore[assignment]
     site_fields: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"}
@@ -162,7 +172,7 @@ class AdapterConfig:
         fields = {name: plain(getattr(self, name)) for name in names}
         unknown = fields.pop("unknown_fields")
         for name in self.form.only_here:
-            if fields[name] in (None, [], "none"):
+            if fields[name] in (None, [], "none", False):
                 del fields[name]
         fields["peft_type"] = str(getattr(self.peft_type, "value", self.peft_type))
         fields["peft_version"] = fields["peft_version"] or PEFT_VERSION

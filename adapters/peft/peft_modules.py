@@ -16,11 +16,7 @@ from ..config.base import AdapterConfig, config_types
 from ..config.keys import PREFIX, split_key
 from ..config.peft_type import PeftType
 from ..inplace import BaseTunerLayer, ModulesToSaveWrapper
-from ..methods.adalora.adalora import AdaLoraConfig
-from ..methods.ia3 import IA3Config
 from ..methods.lora.lora import LoraConfig
-from ..methods.oft import OFTConfig
-from ..methods.vera import VeraConfig
 
 
 class TaskType(enum.StrEnum):
@@ -68,7 +64,7 @@ class PeftMixedModel(metaclass=_Absent):
 class _OfMethod(type):
     """Layers that carry an adapter of one method, as far as `isinstance` goes."""
 
-    method: PeftType
+    method: str
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, BaseTunerLayer) and any(
@@ -76,8 +72,10 @@ class _OfMethod(type):
         )
 
 
-def _layer_class(name: str, method: PeftType) -> type:
-    return _OfMethod(name, (), {"method": method, "__doc__": f"Layers with an adapter of type {method.value}."})
+def _layer_class(config: type[AdapterConfig]) -> type:
+    """Make the class that PEFT has for layers with an adapter of a method: `LoraLayer` beside `LoraConfig`."""
+    method, name = config.method.name, config.__name__.replace("Config", "Layer")
+    return _OfMethod(name, (), {"method": method, "__doc__": f"Layers with an adapter of type {method}."})
 
 
 def build_peft_weight_mapping(
@@ -133,13 +131,14 @@ def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
     return key.removeprefix(PREFIX)
 
 
-_CONFIGS: dict[str, type[AdapterConfig]] = {
-    "AdaLoraConfig": AdaLoraConfig,
-    "IA3Config": IA3Config,
-    "LoraConfig": LoraConfig,
-    "OFTConfig": OFTConfig,
-    "VeraConfig": VeraConfig,
+_METHODS = config_types()
+"""Every method of this package: `adapters/__init__.py` imports them before this module."""
+_CONFIGS = {cls.__name__: cls for cls in _METHODS.values()}
+_TUNERS: dict[str, dict[str, Any]] = {
+    f"peft.tuners.{name.lower()}": {cls.__name__: cls, (layer := _layer_class(cls)).__name__: layer}
+    for name, cls in _METHODS.items()
 }
+_LORA = _TUNERS["peft.tuners.lora"]
 _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
 _MODELS = {"PeftMixedModel": PeftMixedModel, "PeftModel": PeftModel}
 _STATE = {
@@ -162,10 +161,9 @@ _FILES = {
     "WEIGHTS_NAME": "adapter_model.bin",
 }
 _TABLES = {
-    "PEFT_TYPE_TO_CONFIG_MAPPING": {cls.method.name: cls for cls in _CONFIGS.values()},
-    "PEFT_TYPE_TO_PREFIX_MAPPING": {cls.method.name: cls.form.prefix for cls in _CONFIGS.values()},
+    "PEFT_TYPE_TO_CONFIG_MAPPING": _METHODS,
+    "PEFT_TYPE_TO_PREFIX_MAPPING": {name: cls.form.prefix for name, cls in _METHODS.items()},
 }
-_LORA = {"LoraConfig": LoraConfig, "LoraLayer": _layer_class("LoraLayer", PeftType.LORA)}
 
 MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft": {
@@ -184,14 +182,11 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {"PeftModel": PeftModel},
     "peft.tuners": {**_CONFIGS, **_STARTS},
-    "peft.tuners.adalora": {"AdaLoraConfig": AdaLoraConfig},
-    "peft.tuners.ia3": {"IA3Config": IA3Config, "IA3Layer": _layer_class("IA3Layer", PeftType.IA3)},
+    **_TUNERS,
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     "peft.tuners.lora.layer": {"LoraLayer": _LORA["LoraLayer"]},
-    "peft.tuners.oft": {"OFTConfig": OFTConfig, "OFTLayer": _layer_class("OFTLayer", PeftType.OFT)},
     "peft.tuners.tuners_utils": {"BaseTunerLayer": BaseTunerLayer},
-    "peft.tuners.vera": {"VeraConfig": VeraConfig, "VeraLayer": _layer_class("VeraLayer", PeftType.VERA)},
     "peft.utils": {**_FILES, **_STATE, **_TYPES, **_WRAPPERS},
     "peft.utils.other": {**_FILES, **_WRAPPERS},
     "peft.utils.peft_types": _TYPES,

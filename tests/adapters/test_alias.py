@@ -13,6 +13,7 @@ from torch import nn
 
 from torchgraft import adapters
 from torchgraft.adapters import IA3Config, LoraConfig, as_peft, inject_adapter_in_model
+from torchgraft.adapters.config.base import config_types
 from torchgraft.adapters.peft.peft_modules import MODULES
 
 REAL = {name: importlib.import_module(name) for name in MODULES}
@@ -50,6 +51,18 @@ def test_names_are_those_of_torchgraft():
     assert AuxiliaryTrainingWrapper is ModulesToSaveWrapper is adapters.ModulesToSaveWrapper
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA] == "lora_"
     assert Config(task_type=TaskType.CAUSAL_LM).to_dict()["task_type"] == "CAUSAL_LM"
+
+
+def test_the_names_of_methods_are_pefts():
+    assert {one.value for one in adapters.PeftType} == {one.value for one in peft.PeftType}
+
+
+def test_every_method_has_its_config_and_its_layer():
+    for config in config_types().values():
+        if config.__module__.startswith("torchgraft."):
+            offered = MODULES[f"peft.tuners.{config.method.name.lower()}"]
+            assert offered[config.__name__] is config is MODULES["peft"][config.__name__]
+            assert offered[config.__name__.replace("Config", "Layer")]
 
 
 def test_every_name_is_one_of_pefts():
@@ -104,7 +117,7 @@ def test_an_error_inside_ends_the_alias():
     ("statement", "error"),
     [
         ("import peft.helpers", ImportError),
-        ("from peft import LoHaConfig", ImportError),
+        ("from peft import LoraModel", ImportError),
         ("from peft.utils.other import prepare_model_for_kbit_training", ImportError),
         ("import peft; peft.get_peft_model", AttributeError),
     ],

@@ -6,8 +6,10 @@ import pytest
 from peft.utils import constants
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, inject_adapter_in_model
+from torchgraft import adapters
+from torchgraft.adapters import IA3Config, LoraConfig, VeraConfig, inject_adapter_in_model
 from torchgraft.adapters.config.architectures import TARGETS, with_targets
+from torchgraft.adapters.config.base import config_types
 
 
 def model_of(kind):
@@ -16,18 +18,24 @@ def model_of(kind):
     return model
 
 
+METHODS = sorted(cls.method.name for cls in vars(adapters).values() if hasattr(cls, "method"))
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"IA3"}))
+def test_targets_are_pefts(name):
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING")
+    assert table
+    for kind, expected in table.items():
+        assert with_targets(config_types()[name](), model_of(kind)).target_modules == expected, kind
+
+
 @pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("config", [LoraConfig(), OFTConfig()], ids=["LORA", "OFT"])
-def test_targets_are_pefts(config, kind):
+def test_targets_where_a_method_has_no_table_are_those_of_lora(kind):
     expected = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind]
-    assert with_targets(config, model_of(kind)).target_modules == expected
+    assert with_targets(LoraConfig(), model_of(kind)).target_modules == expected
 
 
-def test_methods_with_tables_of_their_own():
-    for kind, expected in constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING.items():
-        assert with_targets(AdaLoraConfig(), model_of(kind)).target_modules == expected
-    for kind, expected in constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.items():
-        assert with_targets(VeraConfig(), model_of(kind)).target_modules == expected
+def test_targets_of_ia3_are_pefts():
     feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     for kind, expected in constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.items():
         config = with_targets(IA3Config(), model_of(kind))

@@ -10,6 +10,7 @@ from torch import nn
 from torchgraft.adapters import (
     AdaLoraConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     OFTConfig,
     VeraConfig,
@@ -28,6 +29,8 @@ PLAIN = [
     LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_bias=True, use_rslora=True),
     IA3Config(target_modules=["0"], init_ia3_weights=False),
     IA3Config(target_modules=["0"], init_ia3_weights=False, feedforward_modules=["0"]),
+    LoHaConfig(r=1, target_modules=["0"], init_weights=False),
+    LoHaConfig(r=2, target_modules=["0"], init_weights=False),
     VeraConfig(r=2, target_modules=["0"], init_weights=False),
 ]
 

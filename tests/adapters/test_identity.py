@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, inject_adapter_in_model
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    inject_adapter_in_model,
+)
 from torchgraft.functional import bind, route, stack
 
 CONFIGS = {
@@ -18,10 +26,13 @@ CONFIGS = {
     "lora_bias": lambda **fields: LoraConfig(r=2, lora_bias=True, **fields),
     "dora": lambda **fields: LoraConfig(r=2, use_dora=True, **fields),
     "ia3": IA3Config,
+    "loha": lambda **fields: LoHaConfig(r=2, **fields),
     "vera": lambda **fields: VeraConfig(r=2, d_initial=0.0, **fields),
     "adalora": lambda **fields: AdaLoraConfig(init_r=2, target_r=1, total_step=10, **fields),
     "oft": lambda **fields: OFTConfig(r=0, oft_block_size=2, **fields),
 }
+THROUGH_VMAP = {"loha", "oft"}
+"""Methods whose rows go through vmap, on small layers or on all, and that goes through other kernels."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -86,7 +97,7 @@ def test_linear_layers(method, data):
     with contextlib.nullcontext() if grad else torch.no_grad():
         expected = model(x)
         same_bits(graft(params, x), expected)
-        if x.ndim > 1 and len(x) > 1 and method != "oft":  # whose rows go through vmap, and that through other kernels
+        if x.ndim > 1 and len(x) > 1 and method not in THROUGH_VMAP:
             rows = torch.arange(len(x)) % 3 - 1
             same_bits(graft(route(stack([params, params]), rows), x), expected)
         frozen = copy.deepcopy(model).requires_grad_(False)
@@ -95,7 +106,7 @@ def test_linear_layers(method, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adalora", "oft"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adalora", "loha", "oft"])
 def test_convolutions_of_channels_last(method, dtype):
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, 6, dtype=dtype)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,19 @@ def adalora(config, where, leaves, weight, bias):
     return weight + config.lora_alpha / (config.init_r + 1e-5) * delta.reshape(weight.shape), bias
 
 
+def loha(config, where, leaves, weight, bias):
+    """`W + s (B1 A1) * (B2 A2)`: FedPara, 2021; of kernels a product `B^T T A` at each place: its proposition 3."""
+
+    def matrix(i):
+        b, a = leaves[f"hada_w{i}_a"], leaves[f"hada_w{i}_b"]
+        if f"hada_t{i}" not in leaves:
+            return (b @ a).reshape(weight.shape)
+        places = leaves[f"hada_t{i}"].flatten(2).unbind(2)
+        return torch.stack([b.T @ t @ a for t in places], 2).reshape(weight.shape)
+
+    return weight + config.alpha / config.rank_pattern.get(where.path, config.r) * matrix(1) * matrix(2), bias
+
+
 def oft(config, where, leaves, weight, bias):
     """`W R^T`, of an embedding `R^T W`, with Cayley's `R` or five terms of its series: Qiu et al., 2023 and 2025.
 
@@ -173,6 +186,16 @@ CONVOLVED = Exempt(
     (AssertionError, RuntimeError),
 )
 NOT_IN_PEFTS = (*PEFTS, "test_state_dicts_and_seeds_are_pefts", "test_seeds_are_pefts_bit_for_bit")
+PADDED = Exempt(PEFTS, "PEFT pads with zeros, whatever the base's padding mode", frozenset({"conv2d"}))
+OF_LOHA = (
+    ({"r": 0, "rank_pattern": {}}, "LoHaConfig: r is 0 at first, expected a positive integer"),
+    ({"rank_dropout": 1.0}, "LoHaConfig: rank_dropout is 1.0, expected 0 <= p < 1"),
+    ({"module_dropout": -0.5}, "LoHaConfig: module_dropout is -0.5, expected 0 <= p < 1"),
+)
+EXEMPT_LOHA = (
+    Exempt(NOT_IN_PEFTS, "PEFT's LoHa does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
+    PADDED,
+)
 OF_OFT = (
     Exempt(NOT_IN_PEFTS, "PEFT's OFT does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
     Exempt(NOT_IN_PEFTS, "PEFT's OFT refuses dilation", frozenset({"conv2d (dilated)"}), ValueError),
@@ -247,7 +270,23 @@ METHODS = {
             ({"tinit": 10}, "leave no step to allocate in, expected tinit < total_step - tfinal"),
             ({"lora_dropout": -0.5}, "AdaLoraConfig: lora_dropout is -0.5, expected 0 <= p < 1"),
         ),
-        exempt=(Exempt(PEFTS, "PEFT pads with zeros, whatever the base's padding mode", frozenset({"conv2d"})),),
+        exempt=(PADDED,),
+    ),
+    "loha": Row(
+        LoHaConfig(r=2, alpha=3, rank_pattern={"first": 1}, **BOTH),
+        loha,
+        LoHaConfig(r=3, alpha=5, **BOTH),
+        {"rank_dropout": 0.5},
+        OF_LOHA,
+        exempt=EXEMPT_LOHA,
+    ),
+    "loha tucker": Row(
+        LoHaConfig(r=2, use_effective_conv2d=True, **BOTH),
+        loha,
+        LoHaConfig(r=3, alpha=5, use_effective_conv2d=True, init_weights=False, **BOTH),
+        {"use_effective_conv2d": False},
+        OF_LOHA,
+        exempt=EXEMPT_LOHA,
     ),
     "oft": Row(
         OFTConfig(oft_block_size=2, **BOTH),

@@ -18,9 +18,11 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
+from torchgraft.adapters.config.base import plain
 from torchgraft.functional import bind
 
 from .cases import Conv1D, case, close, same
+from .methods import METHODS
 
 WRITTEN = ("auto_mapping", "fan_in_fan_out", "inference_mode", "peft_version")
 """Fields that say of a file where it came from."""
@@ -31,17 +33,20 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape")
 
 
+def config_of_peft(row, **more):
+    """Return PEFT's config with the fields that differ here from the defaults."""
+    if row.peft is None:
+        pytest.skip("PEFT has no such method")
+    plain, cls = type(row.config)(), getattr(peft, type(row.config).__name__)
+    fields = {name: value for name, value in vars(row.config).items() if value != getattr(plain, name)}
+    names = {field.name for field in dataclasses.fields(cls)}
+    fields = {name: value for name, value in {**fields, **row.peft, **more}.items() if name in names}
+    return cls(**copy.deepcopy(fields))
+
+
 def theirs(one, seed=7):
     """Return PEFT's model with PEFT's adapter, from the same weights."""
-    if one.row.peft is None:
-        pytest.skip("PEFT has no such method")
-    plain = type(one.config)()
-    fields = {name: value for name, value in vars(one.config).items() if value != getattr(plain, name)}
-    if isinstance(one.model.first, Conv1D) and hasattr(peft.LoraConfig(), "fan_in_fan_out"):
-        fields["fan_in_fan_out"] = True
-    names = {field.name for field in dataclasses.fields(getattr(peft, type(one.config).__name__))}
-    fields = {name: value for name, value in {**fields, **one.row.peft}.items() if name in names}
-    config = getattr(peft, type(one.config).__name__)(**copy.deepcopy(fields))
+    config = config_of_peft(one.row, **({"fan_in_fan_out": True} if isinstance(one.model.first, Conv1D) else {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -56,6 +61,12 @@ def mine(one, seed=7):
 def state_of(model):
     """Return PEFT's state dict without the prefix of its wrapper."""
     return {key.removeprefix(PREFIX): tensor for key, tensor in peft.get_peft_model_state_dict(model).items()}
+
+
+def test_fields_and_their_defaults_are_pefts(name):
+    mine, expected = METHODS[name].config.to_dict(), plain(config_of_peft(METHODS[name]).to_dict())
+    assert mine.keys() == expected.keys()
+    assert {field: (mine[field], expected[field]) for field in mine if mine[field] != expected[field]} == {}
 
 
 def test_state_dicts_and_seeds_are_pefts(name, site):

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from torchgraft import adapters
+from torchgraft.adapters.config.base import config_types
 
 LINEAR = ("linear", "linear_without_bias", "transposed")
 KINDS = (*LINEAR, "embedding", "conv1d", "conv2d", "conv3d")
@@ -58,22 +59,23 @@ def inputs(kind="linear", dtype=torch.float64):
     return x if kind == "embedding" else x.to(dtype)
 
 
-FIELDS = {"LORA": {}, "IA3": {"feedforward_modules": []}, "ADALORA": {"total_step": 9}, "OFT": {}, "VERA": {}}
-SIZES = {"LORA": {"r": 3}, "IA3": {}, "ADALORA": {"init_r": 3}, "OFT": {"oft_block_size": 4}, "VERA": {"r": 3}}
-NAMES = {
-    "LORA": "LoraConfig",
-    "IA3": "IA3Config",
-    "ADALORA": "AdaLoraConfig",
-    "OFT": "OFTConfig",
-    "VERA": "VeraConfig",
+FIELDS = {"IA3": {"feedforward_modules": []}, "ADALORA": {"total_step": 9}}
+SIZES = {
+    "LORA": {"r": 3},
+    "IA3": {},
+    "ADALORA": {"init_r": 3},
+    "LOHA": {"r": 4},  # PEFT rounds the factor alpha / r to float32
+    "OFT": {"oft_block_size": 4},
+    "VERA": {"r": 3},
 }
-OWN = ("lora_", "ia3_", "oft_", "vera_lambda", "modules_to_save")
+OWN = ("lora_", "ia3_", "hada_", "oft_", "vera_lambda", "modules_to_save")
 
 
 def configs(method, **fields):
     """The same config here and in PEFT."""
-    fields = {"target_modules": ["first", "second"], **FIELDS[method], **SIZES[method], **fields}
-    return tuple(getattr(lib, NAMES[method])(**copy.deepcopy(fields)) for lib in (adapters, peft))
+    fields = {"target_modules": ["first", "second"], **FIELDS.get(method, {}), **SIZES[method], **fields}
+    name = config_types()[method].__name__
+    return tuple(getattr(lib, name)(**copy.deepcopy(fields)) for lib in (adapters, peft))
 
 
 def inject(model, method, name="default", **fields):

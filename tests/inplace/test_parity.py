@@ -48,6 +48,17 @@ CASES = [
         for fields in ({}, {"lora_dropout": 0.4, "lora_alpha": 5}, {"init_lora_weights": False})
     ),
     *(
+        ("LOHA", kind, fields)
+        for kind in ("linear", "linear_without_bias", "conv1d", "conv2d")
+        for fields in (
+            {},
+            {"use_effective_conv2d": True, "alpha": 5},
+            {"init_weights": False, "rank_dropout": 0.4},
+            {"module_dropout": 0.4, "inference_mode": True},
+            {"rank_pattern": {"second": 2}, "alpha_pattern": {"^first": 3}, "use_effective_conv2d": True},
+        )
+    ),
+    *(
         ("OFT", kind, fields)
         for kind in ("linear", "linear_without_bias", "embedding")
         for fields in (

@@ -53,7 +53,7 @@ def test_missing_and_unexpected_keys_are_reported(method):
     assert result.missing_keys == [own[0]] and result.unexpected_keys == ["third.lora_A.weight"]
 
 
-@pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "OFT"])
+@pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "LOHA", "OFT"])
 @pytest.mark.parametrize("ignore", [False, True])
 def test_another_shape(method, ignore):
     mine, theirs = both(method)
@@ -74,7 +74,7 @@ def test_another_shape(method, ignore):
     assert all(torch.equal(after[other], state[other]) for other in state if other != key)
 
 
-@pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "OFT"])
+@pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "LOHA", "OFT"])
 def test_empty_weights_are_filled_by_loading(method):
     state = peft_state(randomise(both(method)[1]))
     mine, theirs = net(), net()
@@ -91,7 +91,7 @@ def test_empty_weights_are_filled_by_loading(method):
     assert same_outputs(mine, theirs.eval())
 
 
-@pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "OFT"])
+@pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "LOHA", "OFT"])
 def test_injection_from_keys(method):
     state = peft_state(both(method, target_modules=["second"])[1])
     fields = {"target_modules": ["second"]}
@@ -121,6 +121,7 @@ def test_injection_from_keys_of_a_config_that_names_others_warns_as_peft_does():
         ("LORA", {"r": 2, "rank_pattern": {"second": 1}}),
         ("IA3", {"feedforward_modules": ["second"]}),
         ("ADALORA", {"init_r": 2}),
+        ("LOHA", {"r": 2, "rank_pattern": {"second": 1}}),
         ("OFT", {"oft_block_size": 2}),
         ("VERA", {"r": 2}),
     ],

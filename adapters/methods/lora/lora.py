@@ -12,7 +12,6 @@ distributions are those of PEFT's `tuners/lora`. `forward.py` computes.
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -39,7 +38,7 @@ from ...config.base import AdapterConfig
 from ...config.matching import by_pattern
 from ...config.messages import require
 from ...config.peft_format import PeftFormat, Value
-from ..shared.scalings import alpha_at, of_lora, scaling_of, written
+from ..shared.scalings import alpha_at, of_patterns, ranks_of, scaling_of, warn_of_unused_patterns, written
 from . import dora, forward
 from .constants import LoraConstants
 from .fields import LoraFields
@@ -146,15 +145,7 @@ def _fill_in(config: LoraConfig, kind: str | None) -> None:
 
 def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, LoraConstants]:
     """Rank and scaling factor of each site, and what its initialisation fixes."""
-    patterns = {**config.rank_pattern, **config.alpha_pattern}
-    missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
-    if missed:
-        warnings.warn(
-            f"LoraConfig: {missed} in rank_pattern or alpha_pattern match none of the targeted modules and have no "
-            "effect; a pattern matches a whole name, or its end after a dot",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    warn_of_unused_patterns(config, sites)
     for site in sites:
         if site.kind in PARAMETERS:
             check_parameter(config, site)
@@ -256,9 +247,7 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
 def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Ranks that differ from the config's, from the shapes of `A`."""
     ranks = {path: len(leaves[name]) for path, leaves in found.items() for name in leaves if name.endswith("_A")}
-    wanted = {path: by_pattern(config.rank_pattern, path, config.r) for path in ranks}
-    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != wanted[path]}
-    return {"rank_pattern": {**other, **config.rank_pattern}} if other else {}
+    return ranks_of(config, ranks)
 
 
 LoraConfig.form = PeftFormat(
@@ -271,7 +260,7 @@ LoraConfig.form = PeftFormat(
     parameters=("lora_embedding_A", "lora_embedding_B"),
     holder=_holder,
     infer=_infer,
-    express=of_lora,
+    express=of_patterns,
     fixed=fixed_leaves,
     reads=("use_dora", "lora_bias"),
     starts={"lora_A": "initial_A", "lora_B": "initial_B"},

@@ -1,7 +1,7 @@
-"""Scaling factors in configs: what a config plans, and the config that plans factors which were written since.
+"""Ranks and scaling factors in configs: what a config plans, and the config that plans what was written since.
 
 A layer's `scaling` can be written, and files have no place for it but the config: `lora_alpha`, or `alpha_pattern`
-where modules differ.
+where modules differ. LoRA calls the numerator of the factor `lora_alpha`, LoHa calls it `alpha`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -24,9 +25,14 @@ C = TypeVar("C", bound=Any)
 Sites = Mapping[str, Site]
 
 
+def _numerator(config: Any) -> str:
+    """The field and the constant that have the numerator of the scaling factor."""
+    return "lora_alpha" if hasattr(config, "lora_alpha") else "alpha"
+
+
 def alpha_at(config: Any, site: Site) -> float:
-    """The `lora_alpha` that a LoRA config means at a site."""
-    return _by_patterns(config.alpha_pattern, config.lora_alpha, site)
+    """The numerator of the scaling factor that a config means at a site."""
+    return _by_patterns(config.alpha_pattern, getattr(config, _numerator(config)), site)
 
 
 def _by_patterns(patterns: Mapping[str, float], alpha: float, site: Site) -> float:
@@ -36,13 +42,37 @@ def _by_patterns(patterns: Mapping[str, float], alpha: float, site: Site) -> flo
 
 
 def scaling_of(config: Any, r: int, alpha: float) -> float:
-    """The scaling factor of a LoRA site.
+    """The scaling factor of a site of LoRA or LoHa.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> scaling_of(LoraConfig(use_rslora=True), 4, 8)
     4.0
     """
-    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    return alpha / _denominator(config, r)
+
+
+def _denominator(config: Any, r: int) -> float:
+    return math.sqrt(r) if getattr(config, "use_rslora", False) else r
+
+
+def warn_of_unused_patterns(config: Any, sites: list[Site]) -> None:
+    """Warn of what `rank_pattern` and `alpha_pattern` name in vain."""
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
+    if missed:
+        warnings.warn(
+            f"{type(config).__name__}: {missed} in rank_pattern or alpha_pattern match none of the targeted modules "
+            "and have no effect; a pattern matches a whole name, or its end after a dot",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def ranks_of(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a config that gives modules these ranks, by path; none where it does already."""
+    wanted = {path: by_pattern(config.rank_pattern, path, config.r) for path in ranks}
+    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != wanted[path]}
+    return {"rank_pattern": {**other, **config.rank_pattern}} if other else {}
 
 
 def expressed(config: C, sites: Sites) -> C:
@@ -61,37 +91,37 @@ def expressed(config: C, sites: Sites) -> C:
     return dataclasses.replace(config, **fields) if fields else config
 
 
-def of_lora(config: Any, sites: Sites) -> dict[str, Any]:
-    """The fields of a LoRA config with the scaling factors of these sites."""
+def of_patterns(config: Any, sites: Sites) -> dict[str, Any]:
+    """The fields of a config that has an `alpha_pattern` with the scaling factors of these sites."""
     wanted = {path: _alpha(config, site) for path, site in sites.items()}
     if all(alpha == alpha_at(config, sites[path]) for path, alpha in wanted.items()):
         return {}
     if len(set(wanted.values())) == 1:
-        return {"lora_alpha": next(iter(wanted.values())), "alpha_pattern": {}}
+        return {_numerator(config): next(iter(wanted.values())), "alpha_pattern": {}}
     own: dict[str, float] = {}
     for path, alpha in wanted.items():  # whole names alone: files sort patterns, of which the first that matches counts
-        if _by_patterns(own, config.lora_alpha, sites[path]) != alpha:
+        if _by_patterns(own, getattr(config, _numerator(config)), sites[path]) != alpha:
             own[f"^{re.escape(path)}"] = alpha
     return {"alpha_pattern": own}
 
 
 def _alpha(config: Any, site: Site) -> float:
-    """The `lora_alpha` that gives a site its scaling factor, to the bit where there is one."""
+    """The numerator that gives a site its scaling factor, to the bit where there is one."""
     r, planned = site.constants.r, alpha_at(config, site)
     scaling = _number(config, site, "scaling")
     if scaling_of(config, r, planned) == scaling:
         return planned
-    alpha = scaling * (math.sqrt(r) if config.use_rslora else r)
+    alpha = scaling * _denominator(config, r)
     near = (alpha, round(alpha), math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     alpha = next((one for one in near if scaling_of(config, r, one) == scaling), alpha)
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def written(config: Any, site: Site, scaling: Any) -> dict[str, Any]:
-    """The constants of a LoRA site with another scaling factor, and the `lora_alpha` that gives it, if one does."""
+    """The constants of a site with another scaling factor, and the numerator that gives it, if one does."""
     new = {"scaling": scaling}
     if math.isfinite(_as_float(scaling)):
-        new["lora_alpha"] = _alpha(config, dataclasses.replace(site, constants=site.constants.replace(new)))
+        new[_numerator(config)] = _alpha(config, dataclasses.replace(site, constants=site.constants.replace(new)))
     return new
 
 
