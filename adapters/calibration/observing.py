@@ -35,7 +35,7 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model returns for a batch: its output's `loss`, or the output itself.
+    """Return the loss that a model returns for a batch: its output's `loss`, or the output itself.
 
     Raises:
         ValueError: An output without loss.
@@ -51,7 +51,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 def looked_at(model: nn.Module, config: Any, kind: str) -> tuple[Graft, dict[str, Site]]:
-    """A graft of the model with plain LoRA where the config has it, and its linear sites."""
+    """Return a graft of the model with plain LoRA where the config has it, and its linear sites."""
     require(
         isinstance(config, LoraConfig) and config.init_lora_weights == kind,
         config,
@@ -73,7 +73,7 @@ def looked_at(model: nn.Module, config: Any, kind: str) -> tuple[Graft, dict[str
 
 
 def first(batches: Iterable[Any], passes: int) -> tuple[Any, Iterator[Any]]:
-    """The first batch, and all of them."""
+    """Return the first batch, and all of them."""
     if passes > 1 and iter(batches) is batches:
         raise ValueError(
             f"passes is {passes}, and batches is of type {type(batches).__name__}, which can be gone through once; "
@@ -114,5 +114,5 @@ def check_reached(sites: Iterable[str], reached: Iterable[str], what: str) -> No
 
 
 def wide(x: Tensor) -> Tensor:
-    """A tensor in float32 or wider, without autograd."""
+    """Return a tensor in float32 or wider, without autograd."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def shown(items: Iterable[T], what: str, progress: bool) -> Iterable[T]:
-    """The items, with a bar of tqdm's that goes with them.
+    """Return the items, with a bar of tqdm's that goes with them.
 
     Args:
         items: What is gone through.

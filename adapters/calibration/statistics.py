@@ -34,7 +34,7 @@ Rows = Callable[[Tensor, Any, EvaConfig], Tensor]
 
 
 def trained_tokens(x: Tensor, batch: Any, how: EvaConfig) -> Tensor:
-    """The rows of an input at tokens that are neither padding nor, with `use_label_mask`, without label.
+    """Return the rows of an input at tokens that are neither padding nor, with `use_label_mask`, without label.
 
     Args:
         x: `"... in"`; masks apply where its leading axes are theirs.
@@ -128,7 +128,7 @@ def fit_eva(
 def _ranks(
     sites: Mapping[str, Site], found: Mapping[str, Directions], leaders: Mapping[str, str], counts: Mapping[str, int]
 ) -> dict[str, int]:
-    """Ranks of all modules that data has reached."""
+    """Return ranks of all modules that data has reached."""
     known = {
         path: found[leaders.get(path, path)]
         for path in sorted(sites, key=lambda path: path in leaders)
@@ -162,7 +162,7 @@ def _warn_of_unfound(found: Mapping[str, Directions], ranks: Mapping[str, int], 
 def _redistributed(
     graft: Graft, config: LoraConfig, how: EvaConfig, ranks: Mapping[str, int], found: Mapping[str, Directions]
 ) -> LoraConfig:
-    """The config with these ranks, and with what was found."""
+    """Return the config with these ranks, and with what was found."""
     rank_pattern, alpha_pattern, sites, kept = {}, {}, {}, []
     for path, site in graft.sites[""].items():
         old, alpha = site.constants.r, alpha_at(config, site)

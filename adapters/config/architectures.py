@@ -91,7 +91,7 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def with_targets(config: C, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> C:
-    """A copy of the config that names its targets as the model has them.
+    """Return a copy of the config that names its targets as the model has them.
 
     Where it names none and the model's type is in PEFT's table, these are the table's. Names that layers of experts had
     before they were fused mean the fused parameters.

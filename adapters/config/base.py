@@ -116,7 +116,7 @@ class AdapterConfig:
         return PeftType(name) if name in PeftType.__members__ else name
 
     def for_model(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Self:
-        """This config with its targets named as a model has them: PEFT's for its type where none are named.
+        """Return this config with its targets named as a model has them: PEFT's for its type where none are named.
 
         Args:
             model: The model.
@@ -128,7 +128,7 @@ class AdapterConfig:
         return with_targets(self, model, modules)
 
     def targets(self, model: nn.Module) -> list[str]:
-        """Names of the modules of `model` to adapt, in the order of `named_modules`.
+        """Return names of the modules of `model` to adapt, in the order of `named_modules`.
 
         Raises:
             ValueError: No target given, or nothing matched.
@@ -145,7 +145,7 @@ class AdapterConfig:
         return {}
 
     def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
-        """The tensors of a model that the adapter trains copies of, by path and leaf.
+        """Return the tensors of a model that the adapter trains copies of, by path and leaf.
 
         Args:
             modules: The model's modules by name.
@@ -158,11 +158,11 @@ class AdapterConfig:
         return find_replaced(self, modules, model, paths)
 
     def recall(self, other: AdapterConfig) -> Self:
-        """This config with what another of its class holds in memory, where both start alike."""
+        """Return this config with what another of its class holds in memory, where both start alike."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as `adapter_config.json` has them: plain values, `peft_type` and `peft_version` among them.
+        """Return the fields as `adapter_config.json` has them: plain values, `peft_type` and `peft_version` among them.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> LoraConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
@@ -236,7 +236,7 @@ class AdapterConfig:
 
 
 def config_types() -> dict[str, type[AdapterConfig]]:
-    """The config class of each method, by `peft_type`; subclasses that users define are among them.
+    """Return the config class of each method, by `peft_type`; subclasses that users define are among them.
 
     >>> config_types()["LORA"].__name__
     'LoraConfig'
@@ -251,7 +251,7 @@ def config_types() -> dict[str, type[AdapterConfig]]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it; sets become sorted lists, configs within a config become objects."""
+    """Return a value as JSON has it; sets become sorted lists, configs within a config become objects."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

@@ -43,7 +43,7 @@ NEW_NAMES: dict[str, dict[str, str]] = {
 
 
 def with_new_names(config: C, kind: str | None, modules: Modules, model: nn.Module) -> C:
-    """A copy of a LoRA config that names fused parameters where it named the layers that they were made of.
+    """Return a copy of a LoRA config that names fused parameters where it named the layers that they were made of.
 
     The parameter of two layers gets twice the rank and `lora_alpha`, as in PEFT. Where a name means experts, linear
     layers of that name (of shared experts, of dense layers) are left out, as in PEFT; a warning names them. A regular
@@ -95,7 +95,7 @@ def with_new_names(config: C, kind: str | None, modules: Modules, model: nn.Modu
 
 
 def _old_names(config: Any, new_names: Mapping[str, str], modules: Modules, model: nn.Module) -> list[str]:
-    """The last parts of all names that a string means, those that layers had before among them."""
+    """Return the last parts of all names that a string means, those that layers had before among them."""
     if config.target_modules.lower() == "all-linear":
         return sorted({_leaf(name) for name in linear_names(config, modules, model)} | set(new_names))
     keys = [*modules, *parameter_names(modules)]
@@ -105,12 +105,12 @@ def _old_names(config: Any, new_names: Mapping[str, str], modules: Modules, mode
 
 
 def _containers(modules: Modules, new_names: Mapping[str, str]) -> list[str]:
-    """Names of the modules that have fused parameters."""
+    """Return names of the modules that have fused parameters."""
     return [path for path, module in modules.items() if any(new in module._parameters for new in new_names.values())]
 
 
 def _means(config: Any, container: str, old: str) -> bool:
-    """Whether a regular expression means what a layer of this name was in a module."""
+    """Return whether a regular expression means what a layer of this name was in a module."""
     name = f"{container}.{old}" if container else old
     return matches(config, name) and not excluded(config, name)
 
@@ -191,7 +191,7 @@ def warn_of_experts(config: Any, found: Collection[str], modules: Modules) -> No
 
 
 def _is_of_experts(path: str, module: nn.Module, parameter: Any) -> bool:
-    """Whether a parameter is the weights of several experts."""
+    """Return whether a parameter is the weights of several experts."""
     stacked = parameter.ndim == 3 and parameter.shape[0] > 1
     return stacked and "expert" in path.lower() and describe(path, module) is None
 

@@ -43,7 +43,7 @@ def check_fields(config: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, with any collection for a list, and integers for floats.
+    """Return whether a value is of an annotated type, with any collection for a list, and integers for floats.
 
     >>> fits(8, int), fits("8", int), fits(True, int), fits(["a"], list[str] | None), fits({"a": "b"}, dict[str, int])
     (True, False, False, True, False)
@@ -76,7 +76,7 @@ def _patterns(name: str, value: Any) -> Iterable[str]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """Types of a config's fields; none for a user's class whose annotations cannot be resolved."""
+    """Return types of a config's fields; none for a user's class whose annotations cannot be resolved."""
     try:
         return typing.get_type_hints(cls)
     except NameError:

@@ -42,7 +42,7 @@ def places(sites: Mapping[str, Site]) -> dict[str, str]:
 def to_keys(
     config: AdapterConfig, tree: Tree, prefix: str = "", at: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """The leaves of a tree under PEFT's keys, with each site `at` its place, by default its path.
+    """Return the leaves of a tree under PEFT's keys, with each site `at` its place, by default its path.
 
     Those that several sites share have no `prefix`.
 
@@ -96,7 +96,7 @@ def join(config: AdapterConfig, path: str, leaf: str, prefix: str = "") -> str:
 
 
 def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
-    """Place and leaf that a key speaks of, with or without PEFT's prefix; `None` for other keys.
+    """Return place and leaf that a key speaks of, with or without PEFT's prefix; `None` for other keys.
 
     Leaves that several sites share are at `"*"`, by their names there.
 
@@ -115,7 +115,7 @@ def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
 
 
 def from_keys(config: AdapterConfig, state_dict: Mapping[str, Tensor]) -> tuple[Tree, list[str]]:
-    """The tree that keys stand for, and the keys that are no leaf's."""
+    """Return the tree that keys stand for, and the keys that are no leaf's."""
     tree: Tree = {}
     rest = []
     for key, tensor in state_dict.items():

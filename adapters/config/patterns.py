@@ -207,14 +207,14 @@ class _Places:
             raise _Unbounded
 
     def characters(self, single: re.Pattern[str]) -> int:
-        """The places that a character of a kind follows."""
+        """Return the places that a character of a kind follows."""
         if single not in self._known:
             kinds = (bits for character, bits in self._characters.items() if single.match(character))
             self._known[single] = functools.reduce(int.__or__, kinds, 0)
         return self._known[single]
 
     def where(self, empty: re.Pattern[str]) -> int:
-        """The places where something without width holds: a start, an end, the edge of a word."""
+        """Return the places where something without width holds: a start, an end, the edge of a word."""
         if empty not in self._known:
             self._known[empty] = sum(1 << i for i in range(len(self.name) + 1) if empty.match(self.name, i))
         return self._known[empty]
@@ -257,7 +257,7 @@ def _repeat(body: Step, least: int, most: int | None) -> Step:
 
 
 def _look(body: Step, behind: bool, negative: bool) -> Step:
-    """Where something stands ahead, or behind: those places from which it leads anywhere, backwards."""
+    """Return where something stands ahead, or behind: those places from which it leads anywhere, backwards."""
 
     def step(places: _Places, at: int, forward: bool) -> int:
         found = body(places, places.every, behind)

@@ -84,7 +84,7 @@ class PeftFormat:
     only_here: tuple[str, ...] = ()
 
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
-        """The leaves of a site that are not trained, by name."""
+        """Return the leaves of a site that are not trained, by name."""
         return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
 
     @property
@@ -103,7 +103,7 @@ class PeftFormat:
         return leaf, None if leaf in self.parameters else "weight"
 
     def places(self, site: Site) -> dict[str, tuple[str, str | None]]:
-        """Where the layer of a site holds each leaf that it can have, those that it shares among them.
+        """Return where the layer of a site holds each leaf that it can have, those that it shares among them.
 
         Raises:
             ValueError: A shared leaf that is not declared, or under a name that says nothing of it.
@@ -116,7 +116,7 @@ class PeftFormat:
         return {leaf: self.place(leaf) for leaf in self.leaves} | shared
 
     def _shared_key(self, path: str, leaf: str, name: str) -> str | None:
-        """What a shared leaf goes by among those of its adapter; `None` where it is the only one."""
+        """Return what a shared leaf goes by among those of its adapter; `None` where it is the only one."""
         found = self.shared_name(name)
         if leaf not in self.shared_leaves or found is None or found[0] != leaf:
             raise ValueError(

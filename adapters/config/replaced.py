@@ -23,7 +23,7 @@ Plan = dict[str, dict[str, Replaced]]
 
 
 def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
-    """The tensors of a model that an adapter replaces.
+    """Return the tensors of a model that an adapter replaces.
 
     Args:
         config: An adapter's config.
@@ -100,7 +100,7 @@ def _add(plan: Plan, one: Replaced, leaf: str | None = None) -> None:
 def _biases(
     config: Any, modules: Mapping[str, nn.Module], paths: Collection[str], inside: Collection[int]
 ) -> Iterable[tuple[str, ...]]:
-    """The names of each bias that `config.bias` means, outside of modules that are trained as a whole."""
+    """Return the names of each bias that `config.bias` means, outside of modules that are trained as a whole."""
     if config.bias == "none":
         return []
     wanted = {id(module) for path, module in modules.items() if config.bias == "all" or path in paths} - set(inside)
@@ -120,7 +120,7 @@ def _biases(
 
 
 def saved_buffers(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What files have of `modules_to_save` beside parameters: their buffers, by name in the model."""
+    """Return what files have of `modules_to_save` beside parameters: their buffers, by name in the model."""
     return {
         f"{path}.{name}": tensor
         for path, module in saved_modules(config, modules).items()
@@ -130,7 +130,7 @@ def saved_buffers(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, Te
 
 
 def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that `config.modules_to_save` names, each under one of its names.
+    """Return the modules that `config.modules_to_save` names, each under one of its names.
 
     A name is a whole name, or the end of one after a dot. (PEFT takes any end of a name, so that `"in0"` wraps `lin0`.)
 
@@ -172,7 +172,7 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
 def _tied_to_sources(
     config: Any, found: Mapping[int, tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
 ) -> dict[int, tuple[str, nn.Module]]:
-    """These modules, each that is tied to an embedding replaced by the embedding, which is trained for both."""
+    """Return these modules, each that is tied to an embedding replaced by the embedding, which is trained for both."""
     names = names_by_tensor(modules)
     tied = False
     out: dict[int, tuple[str, nn.Module]] = {}

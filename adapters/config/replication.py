@@ -26,7 +26,7 @@ ATTRIBUTE = "_layer_replication"
 
 
 def replicated(model: nn.Module, ranges: Ranges) -> nn.Module:
-    """A model with replicated layers, which shares every parameter and buffer with the given one.
+    """Return a model with replicated layers, which shares every parameter and buffer with the given one.
 
     Modules, plain attributes and the model's config are copies, so the given model stays as it is.
 
@@ -79,12 +79,12 @@ def replicate(model: nn.Module, ranges: Ranges) -> None:
 
 
 def _copy(layer: nn.Module) -> nn.Module:
-    """A layer that shares its parameters with another one."""
+    """Return a layer that shares its parameters with another one."""
     return copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
 
 
 def _layers(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that has the list of layers, and the list's name there."""
+    """Return the module that has the list of layers, and the list's name there."""
     inner: Any = model
     while isinstance(getattr(inner, "model", None), nn.Module):
         inner = inner.model
@@ -100,7 +100,7 @@ def _layers(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _configs(model: nn.Module, owner: nn.Module) -> list[Any]:
-    """The configs that say how many layers there are."""
+    """Return the configs that say how many layers there are."""
     found = [getattr(module, "config", None) for module in (model, owner)]
     return [config for config in found if hasattr(config, "num_hidden_layers")]
 
@@ -119,7 +119,7 @@ class ReplicationFields(TokenFields):
     layer_replication: list[tuple[int, int]] | None = None
 
     def structure(self, model: nn.Module) -> nn.Module:
-        """The model that the adapter is for: a longer one that shares all tensors, or the model itself.
+        """Return the model that the adapter is for: a longer one that shares all tensors, or the model itself.
 
         Raises:
             ValueError: A model that is replicated in another way already, or whose layers are not found.
@@ -128,7 +128,7 @@ class ReplicationFields(TokenFields):
         return model if wanted is None else replicated(model, wanted)
 
     def _wanted(self, model: nn.Module) -> Ranges | None:
-        """The ranges that are still to be replicated."""
+        """Return the ranges that are still to be replicated."""
         wanted = [tuple(one) for one in self.layer_replication or ()]
         have = vars(model).get(ATTRIBUTE)
         if not wanted or wanted == have:

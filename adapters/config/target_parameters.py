@@ -54,7 +54,7 @@ def find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of all parameters, module by module."""
+    """Return names of all parameters, module by module."""
     return [
         f"{path}.{name}" if path else name
         for path, module in modules.items()

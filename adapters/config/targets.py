@@ -19,7 +19,7 @@ C = TypeVar("C", bound=Any)
 
 
 def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    """Names of the modules that `config` targets, in the order of `modules`, and of the parameters after them.
+    """Return names of the modules that `config` targets, in the order of `modules`, and of the parameters after them.
 
     A string is a regular expression for the whole name (`"all-linear"` means every linear layer but the output
     layer); names in a list match a whole name or its end after a dot. `exclude_modules` goes first, then
@@ -80,7 +80,7 @@ def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
 
 
 def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
-    """A copy of a config that targets just these modules and parameters, whatever else their names may end.
+    """Return a copy of a config that targets just these modules and parameters, whatever else their names may end.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> exact(LoraConfig(), ["q"], ["q", "k"]).target_modules, exact(LoraConfig(), ["q"], ["q", "a.q"]).target_modules

@@ -10,7 +10,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def names_by_tensor(modules: Modules) -> dict[int, list[str]]:
-    """The names of each parameter by its identity, those of shared modules and of tied tensors too.
+    """Return the names of each parameter by its identity, those of shared modules and of tied tensors too.
 
     >>> module = nn.Linear(2, 2, bias=False)
     >>> list(names_by_tensor({"a": module, "b": module}).values())
@@ -25,7 +25,7 @@ def names_by_tensor(modules: Modules) -> dict[int, list[str]]:
 
 
 def input_embeddings(modules: Modules, model: nn.Module) -> str | None:
-    """The path of a model's input embeddings: what `get_input_embeddings` says, or else a module `embed_tokens`.
+    """Return the path of a model's input embeddings: what `get_input_embeddings` says, or else a module `embed_tokens`.
 
     >>> input_embeddings({"": nn.Sequential(), "body.embed_tokens": nn.Embedding(2, 2)}, nn.Sequential())
     'body.embed_tokens'
@@ -63,7 +63,7 @@ def tied_to(path: str, modules: Modules) -> list[str]:
 
 
 def embedding_for(path: str, modules: Modules) -> str:
-    """The first embedding whose matrix a module has as its weight, or the module itself.
+    """Return the first embedding whose matrix a module has as its weight, or the module itself.
 
     >>> first, second = nn.Embedding(3, 2), nn.Embedding(3, 2)
     >>> second.weight = first.weight

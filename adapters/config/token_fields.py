@@ -49,7 +49,7 @@ class TokenFields(AdapterConfig):
         )
 
     def follows(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, TiedSite]:
-        """The modules that are tied to a targeted embedding and have its adapter, where `ensure_weight_tying`.
+        """Return the modules that are tied to a targeted embedding and have its adapter, where `ensure_weight_tying`.
 
         Args:
             modules: The model's modules by name.

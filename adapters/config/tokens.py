@@ -25,7 +25,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def find_tokens(config: Any, modules: Modules, model: nn.Module, taken: Mapping[int, str]) -> dict[str, Replaced]:
-    """The rows that a config trains, by path of their module.
+    """Return the rows that a config trains, by path of their module.
 
     Args:
         config: An adapter's config.
@@ -80,7 +80,7 @@ def find_tokens(config: Any, modules: Modules, model: nn.Module, taken: Mapping[
 
 
 def _targets(config: Any, modules: Modules, model: nn.Module) -> dict[str, list[int]]:
-    """Indices by path, each module under one of its names."""
+    """Return indices by path, each module under one of its names."""
     given = config.trainable_token_indices
     if not isinstance(given, Mapping):
         path = input_embeddings(modules, model)

@@ -42,7 +42,7 @@ class Parts:
 
 
 def found_leaves(config: AdapterConfig, weights: Weights) -> dict[str, dict[str, Tensor]]:
-    """The leaves that a file has at each place, as tensors without values."""
+    """Return the leaves that a file has at each place, as tensors without values."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, spec in weights.specs.items():
         if (split := split_key(config, key)) is not None:
@@ -158,13 +158,13 @@ def _take(weights: Weights, key: str, name: str, wanted: _Wanted, sites: Mapping
 
 
 def _shapes(config: AdapterConfig, site: Site) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that a file has of a site, trained or not."""
+    """Return shapes of all that a file has of a site, trained or not."""
     fixed = {leaf: tuple(tensor.shape) for leaf, tensor in config.form.fixed_tensors(config, site).items()}
     return config.method.shapes(config, site) | fixed
 
 
 def _stripped(weights: Weights) -> dict[str, str]:
-    """Keys by key, without PEFT's prefix."""
+    """Return keys by key, without PEFT's prefix."""
     stripped: dict[str, str] = {}
     seen: dict[str, str] = {}
     for key in weights.specs:
@@ -176,7 +176,7 @@ def _stripped(weights: Weights) -> dict[str, str]:
 
 
 def _is_spare(config: AdapterConfig, name: str, replaced: Plan) -> bool:
-    """Whether a key is a second one that PEFT writes for a bias of `modules_to_save` where `bias="all"`."""
+    """Return whether a key is a second one that PEFT writes for a bias of `modules_to_save` where `bias="all"`."""
     for part in (".original_module.", ".modules_to_save."):
         path, found, _ = name.partition(part)
         if found and config.bias == "all" and any(one == path or one.startswith(f"{path}.") for one in replaced):

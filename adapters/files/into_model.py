@@ -76,7 +76,7 @@ def _tree(
     sites: Mapping[str, Site],
     replaced: Plan,
 ) -> Tree:
-    """The parameters of the file, each with the dtype and the device of the base where it belongs."""
+    """Return the parameters of the file, each with the dtype and the device of the base where it belongs."""
     tree: Tree = {}
     of_base = dataclasses.replace(stored, dtype=None)
     for (path, leaf), key in parts.leaves.items():

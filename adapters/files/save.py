@@ -89,7 +89,7 @@ _Saved = tuple[nn.Module, AdapterConfig, Mapping[str, Site], dict[str, Tensor]]
 
 
 def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
-    """A graft's model, and one adapter's config, sites and tensors."""
+    """Return a graft's model, and one adapter's config, sites and tensors."""
     name = adapter_name if graft.binding.named else ""
     if params is None:
         raise TypeError("params is None, expected the graft's parameter tree: save_adapter(graft, path, params=params)")
@@ -121,7 +121,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
 
 
 def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
-    """A model, and one of its adapters' config, sites and tensors."""
+    """Return a model, and one of its adapters' config, sites and tensors."""
     if params is not None:
         raise TypeError("params go with a graft; a model's parameters are those injected in it")
     state = get_peft_model_state_dict(target, adapter_name=adapter_name)
@@ -151,14 +151,14 @@ def _formed(config: Any, sites: Mapping[str, Site], tree: Tree, plain: bool) -> 
 
 
 def _snapshot(key: str, tensor: Tensor) -> Tensor:
-    """A copy of a tensor's values, in memory of its own."""
+    """Return a copy of a tensor's values, in memory of its own."""
     if tensor.is_meta:
         raise ValueError(f"{key!r} is on the meta device, so it has no values to save; load or initialise it first")
     return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _fields(config: AdapterConfig, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Any]:
-    """The fields of the file, with what PEFT fills in."""
+    """Return the fields of the file, with what PEFT fills in."""
     fields = config.to_dict()
     fields["inference_mode"] = True
     name = vars(model).get("name_or_path")

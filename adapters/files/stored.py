@@ -55,7 +55,7 @@ class Stored:
         return Binding.of_modules(model, {"": self.config}, modules, paths=paths, base=original_base(model))
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors by key, on the CPU."""
+        """Return the tensors by key, on the CPU."""
         tensors = self.weights.read()
         for key, tensor in tensors.items() if self.check_finite else ():
             tensor = tensor.float() if tensor.is_floating_point() else tensor
@@ -102,7 +102,7 @@ class Stored:
 def base_of(
     path: str, leaf: str, modules: Mapping[str, nn.Module], sites: Mapping[str, Site], replaced: Plan
 ) -> Tensor:
-    """The tensor of the base that says where a leaf belongs."""
+    """Return the tensor of the base that says where a leaf belongs."""
     if leaf in replaced.get(path, {}):
         return tensor_at(modules, replaced[path][leaf].names[0])
     site = sites[path] if path in sites else next(one for one in sites.values() if leaf in one.shared.values())
@@ -114,7 +114,7 @@ def fixed_leaves(config: AdapterConfig, site: Site) -> tuple[str, ...]:
 
 
 def other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the shared constants that are not those of the file, up to the file's precision."""
+    """Return names of the shared constants that are not those of the file, up to the file's precision."""
     constants = next(iter(sites.values())).constants
     return [
         name
@@ -126,7 +126,7 @@ def other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, 
 def other_fixed(
     config: AdapterConfig, sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]
 ) -> list[tuple[str, str]]:
-    """Leaves that are not trained and differ from those of the file by more than the file's precision."""
+    """Return leaves that are not trained and differ from those of the file by more than the file's precision."""
     found = []
     for path, site in sites.items():
         for leaf, own in config.form.fixed_tensors(config, site).items():
@@ -138,7 +138,7 @@ def other_fixed(
 
 
 def other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the base's tensors that are not those of the file."""
+    """Return names of the base's tensors that are not those of the file."""
     return [
         name
         for name, key in parts.base.items()

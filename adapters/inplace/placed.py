@@ -62,7 +62,7 @@ class Owners:
                     self._names.setdefault(id(parameter), {})[id(module)] = f"{name}.{leaf}"
 
     def others(self, module: nn.Module, leaf: str) -> dict[int, str]:
-        """The other modules that have a module's parameter, by identity, with the parameter's name there."""
+        """Return the other modules that have a module's parameter, by identity, with the parameter's name there."""
         found = self._names.get(id(module._parameters.get(leaf)), {})
         return {key: name for key, name in found.items() if key != id(module)}
 
@@ -129,7 +129,7 @@ class Placed(Protocol):
         """Give an adapter's parameters float32 where they have a lower precision."""
 
     def own_modules(self) -> Iterable[nn.Module]:
-        """This, and what it has beside the user's module, as far as these are modules."""
+        """Return this, and what it has beside the user's module, as far as these are modules."""
 
     def recall_adapters(self, active: list[str]) -> None:
         """Follow attributes that were restored, with these adapters active."""
@@ -167,19 +167,19 @@ class Placed(Protocol):
     # -- tensors -------------------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all adapters here, and the user's that are in their places."""
+        """Return the parameters of all adapters here, and the user's that are in their places."""
 
     def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
-        """What an adapter has here; layers that share a tensor each have it."""
+        """Return what an adapter has here; layers that share a tensor each have it."""
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
-        """Tensors of the base as they are without what is merged here, by name; those that merging changed."""
+        """Return tensors of the base as they are without what is merged here, by name; those that merging changed."""
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
-        """The part of an adapter's parameter tree that is here."""
+        """Return the part of an adapter's parameter tree that is here."""
 
     def adapter_slots(self, path: str, layout: Layout) -> Mapping[str, Slot]:
-        """An adapter's tensors here, by their keys in files."""
+        """Return an adapter's tensors here, by their keys in files."""
 
 
 class PlacedModule(Placed, Protocol):
@@ -190,13 +190,13 @@ class PlacedModule(Placed, Protocol):
         """The user's module, without what torch has wrapped around it."""
 
     def under_names(self, name: str) -> Iterable[tuple[str, PlacedModule]]:
-        """What is around the user's module of this name, each under the name that it goes by."""
+        """Return what is around the user's module of this name, each under the name that it goes by."""
 
     def copied_module(self, adapter_name: str) -> nn.Module:
-        """The module that runs without adapters, but with an adapter's own copy of it."""
+        """Return the module that runs without adapters, but with an adapter's own copy of it."""
 
     def without_adapters(self) -> nn.Module:
-        """The module that takes this one's place when adapters are removed and merged ones stay."""
+        """Return the module that takes this one's place when adapters are removed and merged ones stay."""
 
 
 def own_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def _swaps(model: nn.Module) -> bool:
-    """Whether switching adapters in a model writes to its tensors."""
+    """Return whether switching adapters in a model writes to its tensors."""
     return biases_of(unwrap(model)) is not None or any(layer.merged for layer in layers(unwrap(model)).values())
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters in a model, in the order they were added.
+    """Return names of the adapters in a model, in the order they were added.
 
     >>> adapter_names(nn.Linear(2, 2))
     []
@@ -129,7 +129,7 @@ def in_order_of_merging(merged: Iterable[tuple[Placed, T]]) -> list[tuple[Placed
 
 
 def _of_class(found: Iterable[Placed], layer_cls: type[nn.Module]) -> list[Placed]:
-    """The layers of a class, and what adapters have beside their layers."""
+    """Return the layers of a class, and what adapters have beside their layers."""
     return [part for part in found if not part.is_layer or isinstance(part, layer_cls)]
 
 

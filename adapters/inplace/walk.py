@@ -25,7 +25,7 @@ KINDS = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The model behind `torch.compile`, `DistributedDataParallel`, FSDP1 and torch's activation checkpointing.
+    """Return the model behind `torch.compile`, `DistributedDataParallel`, FSDP1 and torch's activation checkpointing.
 
     Raises:
         TypeError: Something else than a module.
@@ -37,7 +37,7 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by the names that they have without adapters; the time does not grow with these.
+    """Return the modules of a model by the names that they have without adapters; the time does not grow with these.
 
     >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
     >>> model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
@@ -57,12 +57,12 @@ def named(model: nn.Module, kind: type[M]) -> dict[str, M]:
 
 
 def layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The tuner layers of a model by name."""
+    """Return the tuner layers of a model by name."""
     return named(model, BaseTunerLayer)
 
 
 def placed_modules(model: nn.Module) -> list[tuple[str, PlacedModule]]:
-    """What adapters have in the places of a model's modules, each with one of its names, outer ones first."""
+    """Return what adapters have in the places of a model's modules, each with one of its names, outer ones first."""
     found: dict[int, tuple[str, PlacedModule]] = {}
     for *_, around in _walk(model, ""):
         for name, part in around:
@@ -80,23 +80,23 @@ def named_parts(model: nn.Module) -> list[tuple[str, Placed]]:
 
 
 def parts(model: nn.Module) -> list[Placed]:
-    """All that adapters have in a model."""
+    """Return all that adapters have in a model."""
     return [part for _, part in named_parts(model)]
 
 
 def placed_in(module: nn.Module | None) -> PlacedModule | None:
-    """A module of a model as what adapters have there, `None` for one of the user's."""
+    """Return a module of a model as what adapters have there, `None` for one of the user's."""
     return module if isinstance(module, KINDS) else None
 
 
 def outermost(model: nn.Module) -> dict[int, nn.Module]:
-    """The outermost layer around each module with adapted parameters, by the module's id."""
+    """Return the outermost layer around each module with adapted parameters, by the module's id."""
     found = named(model, ParameterLayer).values()
     return {id(layer.get_base_layer()): layer for layer in found if layer.depth == 0}
 
 
 def original_base(model: nn.Module) -> Callable[[nn.Module, Site], Base]:
-    """How methods see the bare modules of a model: with the weights that they have without merged adapters."""
+    """Return how methods see the bare modules of a model: with the weights that they have without merged adapters."""
     merged = {key_of(layer): layer.originals for layer in layers(model).values() if layer.merged}
 
     def base(module: nn.Module, site: Site) -> Base:

@@ -71,7 +71,7 @@ class IA3Constants(Constants):
 
 
 def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, IA3Constants]:
-    """Whether each site is feed-forward."""
+    """Return whether each site is feed-forward."""
     names = config.feedforward_modules or []
     each: list[list[str] | str] = [names] if isinstance(names, str) else [[name] for name in sorted(names)]
     missed = [one for one in each if not any(_matches(one, site.path) for site in sites)]
@@ -170,7 +170,7 @@ IA3Config.method = Method(
 
 
 def _infer(config: IA3Config, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """The feed-forward modules, from which side their vectors rescale; convolutions do not tell."""
+    """Return the feed-forward modules, from which side their vectors rescale; convolutions do not tell."""
     shapes = {path: leaves["ia3_l"].shape for path, leaves in found.items()}
     rows = [path for path, shape in shapes.items() if len(shape) == 2 and shape[0] == 1]
     rows += [

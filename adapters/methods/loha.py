@@ -85,7 +85,7 @@ class LoHaConstants(Constants):
 
 
 def plan(config: LoHaConfig, sites: list[Site], weights: Weights) -> dict[str, LoHaConstants]:
-    """Rank and scaling factor of each site."""
+    """Return rank and scaling factor of each site."""
     warn_of_unused_patterns(config, sites)
     planned = {}
     for site in sites:
@@ -165,7 +165,7 @@ def merge(
 
 
 def _dropped(config: LoHaConfig, leaves: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
-    """The leaves after both dropouts, which are factors of the rows of `B1`; in PEFT's order of draws."""
+    """Return the leaves after both dropouts, which are factors of the rows of `B1`; in PEFT's order of draws."""
     if not training or not (config.rank_dropout or config.module_dropout):
         return leaves
     b = leaves["hada_w1_a"]
@@ -233,7 +233,7 @@ LoHaConfig.method = Method(
 
 
 def _infer(config: LoHaConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Ranks that differ from the config's, and whether kernels are decomposed as tensors."""
+    """Return ranks that differ from the config's, and whether kernels are decomposed as tensors."""
     ranks = {path: len(leaves["hada_w1_b"]) for path, leaves in found.items() if "hada_w1_b" in leaves}
     tucker = config.use_effective_conv2d or any("hada_t1" in leaves for leaves in found.values())
     return {**ranks_of(config, ranks), "use_effective_conv2d": tucker}

@@ -136,7 +136,7 @@ def _width(site: Site) -> int:
 
 
 def _divisor(width: int, size: int) -> int:
-    """The divisor of `width` that is nearest to `size`, the lower of two."""
+    """Return the divisor of `width` that is nearest to `size`, the lower of two."""
     size = min(size, width)
     size = min(size, width)
     near = (size + sign * distance for distance in range(size) for sign in (-1, 1))
@@ -225,7 +225,7 @@ def _turn(config: OFTConfig, site: Site, leaf: Tensor) -> Tensor:
 
 
 def _project(vector: Tensor, radius: float) -> Tensor:
-    """Each row, a block, on the ball of this radius in the Frobenius norm of its skew-symmetric matrix."""
+    """Return each row, a block, on the ball of this radius in the Frobenius norm of its skew-symmetric matrix."""
     square = 2 * vector.square().sum(1, keepdim=True)
     outside = square > radius**2
     return torch.where(outside, radius * torch.where(outside, square, 1).rsqrt(), 1) * vector
@@ -243,7 +243,7 @@ def _rotate(x: Tensor, turn: Tensor, site: Site, drop: float = 0.0) -> Tensor:
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """The same numbers with the strides of another tensor, by which torch chooses the base's kernel."""
+    """Return the same numbers with the strides of another tensor, by which torch chooses the base's kernel."""
     if x.stride() == like.stride() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return x
     if torch._C._functorch.maybe_current_level() is not None:
@@ -275,7 +275,7 @@ OFTConfig.method = Method(
 
 
 def _infer(config: OFTConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """The size of the blocks, where all modules have one size: `size * (size - 1) / 2` entries each."""
+    """Return the size of the blocks, where all modules have one size: `size * (size - 1) / 2` entries each."""
     entries = {tensor.shape[1] for leaves in found.values() for tensor in leaves.values()}
     size = (1 + math.isqrt(1 + 8 * max(entries))) // 2
     return {"r": 0, "oft_block_size": size} if len(entries) == 1 else {}

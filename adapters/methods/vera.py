@@ -80,7 +80,7 @@ class VeraConstants(Constants):
 
 
 def plan(config: VeraConfig, sites: list[Site], weights: Weights) -> dict[str, VeraConstants]:
-    """The shared matrices: `vera_A` is `"r max_in"` and `vera_B` is `"max_out r"`, over all sites."""
+    """Return the shared matrices: `vera_A` is `"r max_in"` and `vera_B` is `"max_out r"`, over all sites."""
     generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
     a = _draw((config.r, max(site.in_features for site in sites)), generator)
     b = _draw((max(site.out_features for site in sites), config.r), generator)
@@ -147,7 +147,7 @@ def merge(
 
 
 def _projections(site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The site's part of the shared matrices."""
+    """Return the site's part of the shared matrices."""
     a = site.constants.vera_A[:, : site.in_features]
     b = site.constants.vera_B[: site.out_features]
     return a.to(dtype), b.to(dtype)

@@ -197,7 +197,7 @@ class LoraFA(torch.optim.Optimizer):
 
 
 def _products(model: nn.Module) -> dict[Tensor, tuple[BaseTunerLayer, str]]:
-    """Where each trained `B` hangs."""
+    """Return where each trained `B` hangs."""
     found: dict[Tensor, tuple[BaseTunerLayer, str]] = {}
     for layer in layers(model).values():
         for adapter, entry in layer.entries.items():

@@ -126,7 +126,7 @@ class Finder(importlib.metadata.DistributionFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where `peft` and its submodules are.
+        """Return where `peft` and its submodules are.
 
         Raises:
             ModuleNotFoundError: A submodule that is not here; says what there is.
@@ -139,14 +139,14 @@ class Finder(importlib.metadata.DistributionFinder, Loader):
         raise ModuleNotFoundError(missing(fullname), name=fullname.rpartition(".")[0])
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module, which is made already."""
+        """Return the module, which is made already."""
         return self._made[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing is left to do."""
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
-        """The distribution `peft`, when that one is asked for."""
+        """Yield the distribution `peft`, when that one is asked for."""
         if (getattr(context, "name", None) or "").lower() == "peft":
             yield Distribution(self._version)
 
@@ -160,11 +160,11 @@ class Distribution(importlib.metadata.Distribution):
         )
 
     def read_text(self, filename: str) -> str | None:
-        """The metadata."""
+        """Return the metadata."""
         return self._text if filename == "METADATA" else None
 
     def locate_file(self, path: Any) -> Path:
-        """Where a file of it would be."""
+        """Return where a file of it would be."""
         return Path(__file__).parent / path
 
 

@@ -81,7 +81,7 @@ def _layer_class(config: type[AdapterConfig]) -> type:
 def build_peft_weight_mapping(
     weight_conversions: Iterable[Any] | None, adapter_name: str, peft_config: AdapterConfig | None = None
 ) -> list[Any]:
-    """What transformers' loader needs to do to the keys of a file to have those of the model.
+    """Return what transformers' loader needs to do to the keys of a file to have those of the model.
 
     The file's prefix goes, the adapter's name comes after the leaf's, and then the model's own renamings apply. Its
     conversions of tensors concern the base's and are left out.
@@ -115,7 +115,7 @@ def _adapter_keys(renaming: Any, adapter_name: str, configs: list[Any]) -> Any:
 
 
 def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
-    """The key in a model of a key in a file.
+    """Return the key in a model of a key in a file.
 
     >>> insert_name("base_model.model.layers.0.lora_A.weight", "style", [LoraConfig])
     'layers.0.lora_A.style.weight'
@@ -197,7 +197,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_modules(version: str) -> dict[str, ModuleType]:
-    """The modules by name, ready for `sys.modules`; each knows its submodules."""
+    """Return the modules by name, ready for `sys.modules`; each knows its submodules."""
     made = {name: ModuleType(name, f"torchgraft, standing in for {name}.") for name in MODULES}
     for name, module in made.items():
         vars(module).update(MODULES[name], __path__=[], __getattr__=_refuse(name))
@@ -216,7 +216,7 @@ def _refuse(name: str) -> Any:
 
 
 def missing(name: str) -> str:
-    """What to say when somebody asks for a name that is not here."""
+    """Return what to say when somebody asks for a name that is not here."""
     module, _, attribute = name.rpartition(".")
     nested = {other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")}
     offered = sorted({*MODULES.get(module, ()), *(other for other in nested if "." not in other)})

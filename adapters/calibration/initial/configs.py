@@ -140,7 +140,7 @@ def _is_number(value: Any) -> bool:
 
 
 def made(cls: type[C], value: Any, field: str) -> C:
-    """A config from one, from a dict as JSON has it, or from `None` for the defaults.
+    """Return a config from one, from a dict as JSON has it, or from `None` for the defaults.
 
     Raises:
         ValueError: Something else, or a field that the config does not have.

@@ -16,7 +16,7 @@ MOST_ERROR = 0.05
 
 
 def covariance(x: Tensor) -> Tensor:
-    """What one batch of inputs adds to the covariance: `X^T X`, with `X` relative to its largest entry.
+    """Return what one batch of inputs adds to the covariance: `X^T X`, with `X` relative to its largest entry.
 
     Args:
         x: `"tokens in"`.
@@ -30,7 +30,7 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def oriented(weight: Tensor, cov: Tensor, r: int, mode: str) -> dict[str, Tensor]:
-    """Singular values and vectors of `W C`, those that the mode adapts: `W = U S (V^T C^-1)`.
+    """Return singular values and vectors of `W C`, those that the mode adapts: `W = U S (V^T C^-1)`.
 
     `C` gets a hundredth of its mean diagonal added, and twice as much again until its inverse is one.
 

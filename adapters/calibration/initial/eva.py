@@ -64,7 +64,7 @@ class Directions:
             self.found = torch.cosine_similarity(self.components, before).cpu() >= self.tau
 
     def _centred(self, rows: Tensor) -> Tensor:
-        """The rows around their mean, below what stands for all rows before; also takes their moments in."""
+        """Return the rows around their mean, below what stands for all rows before; also takes their moments in."""
         new, mean = len(rows), rows.mean(0, dtype=torch.float64)
         spread = (rows - mean).square().sum(0)
         centred = rows - mean.to(rows.dtype)
@@ -86,7 +86,7 @@ class Directions:
 
 
 def shares(ratios: Mapping[str, Tensor], budget: int, leaders: Mapping[str, str]) -> dict[str, int]:
-    """Ranks of modules: each of the `budget` largest shares of variance that a component explains is one.
+    """Return ranks of modules: each of the `budget` largest shares of variance that a component explains is one.
 
     Args:
         ratios: The share of each component, by module.

@@ -37,7 +37,7 @@ _ORDINARY_ON_EMBEDDINGS = ("eva", "lora_ga")
 
 
 def kind_of(init_lora_weights: bool | str) -> str | None:
-    """The initialisation that a value asks for; `None` for a plain one or an unknown one.
+    """Return the initialisation that a value asks for; `None` for a plain one or an unknown one.
 
     >>> kind_of("pissa_niter_4"), kind_of("gaussian"), kind_of("pissa_niter_x")
     ('pissa', None, None)
@@ -49,7 +49,7 @@ def kind_of(init_lora_weights: bool | str) -> str | None:
 
 
 def constants(config: LoraConfig, site: Site, r: int, scaling: float, weights: Weights) -> dict[str, Tensor]:
-    """What an initialisation fixes at a site: `initial_A` and `initial_B`, `rounding`, or the name of a leaf.
+    """Return what an initialisation fixes at a site: `initial_A` and `initial_B`, `rounding`, or the name of a leaf.
 
     Raises:
         ValueError: A kind of module or a rank that the initialisation does not support, a weight without values,
@@ -79,7 +79,7 @@ def constants(config: LoraConfig, site: Site, r: int, scaling: float, weights: W
 
 
 def factors(config: LoraConfig, site: Site, generator: torch.Generator | None, weights: Weights) -> Factors | None:
-    """Initial `A` and `B` of a site that was planned; `None` where they are plain LoRA's.
+    """Return initial `A` and `B` of a site that was planned; `None` where they are plain LoRA's.
 
     EVA's have a zero `B`; without statistics they are plain.
     """
@@ -117,7 +117,7 @@ def warn_of_plain(config: LoraConfig, sites: list[Site]) -> None:
 
 
 def weight_of(config: LoraConfig, site: Site, weights: Weights) -> Tensor:
-    """A site's weight in float32 or wider.
+    """Return a site's weight in float32 or wider.
 
     Raises:
         ValueError: A weight on the meta device.
@@ -133,7 +133,7 @@ def weight_of(config: LoraConfig, site: Site, weights: Weights) -> Tensor:
 
 
 def found_statistics(config: LoraConfig, site: Site) -> dict[str, Tensor] | None:
-    """The tensors that data gave for a site."""
+    """Return the tensors that data gave for a site."""
     statistics: Statistics | None = config.statistics
     found = None if statistics is None else statistics.sites.get(site.path)
     return None if found is None else dict(found)
@@ -144,7 +144,7 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 
 def _supports(config: LoraConfig, kind: str, site: Site, r: int) -> bool:
-    """Whether the initialisation speaks of such a site; `False` for embeddings that start as plain ones do."""
+    """Return whether the initialisation speaks of such a site; `False` for embeddings that start as plain ones do."""
     name, path = config.init_lora_weights, site.path
     if site.kind == "embedding" and kind in _ORDINARY_ON_EMBEDDINGS:
         warnings.warn(

@@ -55,7 +55,7 @@ def _share(matrix: Tensor, r: int) -> Factors:
 
 
 def quantise(weight: Tensor, bits: int) -> Tensor:
-    """The nearest numbers that a quantised weight can hold.
+    """Return the nearest numbers that a quantised weight can hold.
 
     >>> quantise(torch.tensor([[1.0, 0.5, -0.1, 0.0]]), 4).tolist()[0][::3]
     [1.0, 0.0]

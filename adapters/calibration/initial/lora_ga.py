@@ -47,7 +47,7 @@ def lora_ga(weight: Tensor, gradient: Tensor, r: int, scaling: float, how: LoraG
 
 
 def _shares(r: int, direction: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which singular vectors `A` and `B` take."""
+    """Return which singular vectors `A` and `B` take."""
     every = torch.arange(2 * r)
     if direction == "ArBr":
         return every[1::2], every[0::2]

@@ -17,7 +17,7 @@ SEED = 0
 
 
 def pissa(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> Factors:
-    """The principal part of a weight: `s B A = U_r S_r V_r^T`, shared out evenly between the two.
+    """Return the principal part of a weight: `s B A = U_r S_r V_r^T`, shared out evenly between the two.
 
     Meng et al., *PiSSA: Principal Singular Values and Singular Vectors Adaptation*, 2024, arXiv:2404.02948.
 
@@ -41,7 +41,7 @@ def pissa(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> F
 
 
 def olora(weight: Tensor, r: int) -> Factors:
-    """The first columns of `Q` and the first rows of `R`, of `W = Q R`.
+    """Return the first columns of `Q` and the first rows of `R`, of `W = Q R`.
 
     Büyükakyüz, *OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models*, 2024, arXiv:2406.01775.
 
@@ -55,7 +55,7 @@ def olora(weight: Tensor, r: int) -> Factors:
 
 
 def mica(weight: Tensor, r: int) -> Factors:
-    """A zero `A`, and as `B` the left singular vectors of the smallest singular values, which stays as it is.
+    """Return a zero `A`, and as `B` the left singular vectors of the smallest singular values, which stays as it is.
 
     *MiCA: Minor Component Adaptation*, arXiv:2604.01694.
 
@@ -90,7 +90,7 @@ def orthogonal(in_features: int, out_features: int, r: int, generator: torch.Gen
 
 
 def randomised_svd(matrix: Tensor, q: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `q` singular values and vectors, by subspace iteration; the generator is the only randomness.
+    """Return the first `q` singular values and vectors, by subspace iteration; the generator is the only randomness.
 
     Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2009, arXiv:0909.4061, algorithms 4.4 and 5.1.
     From one seed it gives what `torch.svd_lowrank` gives from the global one.

@@ -35,7 +35,7 @@ _TRIES = 20
 
 
 def check_name(name: Any) -> str:
-    """An adapter's name, which may be the name of a directory.
+    """Return an adapter's name, which may be the name of a directory.
 
     Raises:
         ValueError: A name that would lead elsewhere.
@@ -69,7 +69,7 @@ class Folder:
         self._inside(self.path)
 
     def has(self, name: str) -> bool:
-        """Whether something of that name is there."""
+        """Return whether something of that name is there."""
         return os.path.lexists(self.path / name)
 
     def open(self, name: str) -> BufferedReader:
@@ -102,7 +102,7 @@ class Folder:
 
 
 def find_folder(path: str | os.PathLike[str], adapter_name: str) -> Folder:
-    """The directory that holds an adapter: the one of its name in `path`, else `path` itself.
+    """Return the directory that holds an adapter: the one of its name in `path`, else `path` itself.
 
     Raises:
         FileNotFoundError: No such directory, or one without an adapter; says what is there.
@@ -165,7 +165,7 @@ def _is(path: Path, handle: BufferedReader) -> bool:
 
 
 def read_config(folder: Folder, weights: BufferedReader | None) -> tuple[Path, bytes]:
-    """The bytes of the config that belongs to these weights, and its file.
+    """Return the bytes of the config that belongs to these weights, and its file.
 
     Raises:
         FileNotFoundError: No config.

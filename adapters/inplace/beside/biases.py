@@ -58,7 +58,7 @@ class Biases:
         return [self.adapter]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The base's parameters by path of their module."""
+        """Yield the base's parameters by path of their module."""
         for path, module in self.modules.items():
             bias = module._parameters.get("bias")
             if bias is None:
@@ -69,7 +69,7 @@ class Biases:
             yield path, bias
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The base's parameters."""
+        """Return the base's parameters."""
         return (parameter for _, parameter in self.named_parameters())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class Biases:
         return {path: parameter if self._in else self._away[path] for path, parameter in self.named_parameters()}
 
     def originals(self) -> dict[str, Tensor]:
-        """The base's own biases by path."""
+        """Return the base's own biases by path."""
         return {
             path: self._away[path] if self._in else parameter.detach() for path, parameter in self.named_parameters()
         }
@@ -142,7 +142,7 @@ class Biases:
         self.activate(active, False)
 
     def merged_with(self, names: Iterable[str] | None) -> list[str]:
-        """What is merged together with these adapters, by default with the active ones."""
+        """Return what is merged together with these adapters, by default with the active ones."""
         return list(dict.fromkeys((*self.merged_adapters, *(self._active if names is None else names))))
 
     def check_merge(self, names: Iterable[str]) -> None:
@@ -177,7 +177,7 @@ class Biases:
         """Do nothing: the base's own biases are kept."""
 
     def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
-        """The adapter's biases, if this is the adapter."""
+        """Return the adapter's biases, if this is the adapter."""
         return self.tensors().values() if adapter_name == self.adapter else ()
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
@@ -185,18 +185,18 @@ class Biases:
         return {}
 
     def unmerged(self, layout: Layout) -> dict[str, Tensor]:
-        """The adapter's biases by path, also where layers have merged them into their modules."""
+        """Return the adapter's biases by path, also where layers have merged them into their modules."""
         if layout.adapter != self.adapter:
             return {}
         beneath = layout.unmerged if self._in else {}
         return {path: beneath.get(f"{path}.bias", tensor) for path, tensor in self.tensors().items()}
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
-        """The adapter's biases."""
+        """Return the adapter's biases."""
         return {path: {"bias": kept(whole(bias))} for path, bias in self.unmerged(layout).items()}
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
-        """The adapter's biases, under the names of the base's."""
+        """Return the adapter's biases, under the names of the base's."""
         found = {}
         for path, bias in self.unmerged(layout).items():
             key = replaced_key(held_at(path, layout.carriers), "bias", path in layout.carriers)
@@ -224,6 +224,6 @@ class Biases:
 
 
 def biases_of(model: nn.Module) -> Biases | None:
-    """The biases that an adapter of the model trains."""
+    """Return the biases that an adapter of the model trains."""
     found: Any = vars(model).get(ATTRIBUTE)
     return found if found is not None and found.modules else None

@@ -142,14 +142,14 @@ class ModulesToSaveWrapper(nn.Module):
         """Do nothing: copies have the dtype of the user's module."""
 
     def own_modules(self) -> Iterable[nn.Module]:
-        """This wrapper and its copies."""
+        """Return this wrapper and its copies."""
         return own_modules(self)
 
     def recall_adapters(self, active: list[str]) -> None:
         """Do nothing: which copy runs is read in each call."""
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """The name in this wrapper of each tensor of an adapter's copy, by its name in files."""
+        """Return the name in this wrapper of each tensor of an adapter's copy, by its name in files."""
         if adapter_name not in self.modules_to_save:
             return {}
         names = self.modules_to_save[adapter_name].state_dict()
@@ -161,11 +161,11 @@ class ModulesToSaveWrapper(nn.Module):
         return unwrapped(self.original_module)
 
     def under_names(self, name: str) -> Iterable[tuple[str, ModulesToSaveWrapper]]:
-        """This wrapper, under the name of the user's module."""
+        """Return this wrapper, under the name of the user's module."""
         return [(name, self)]
 
     def copied_module(self, adapter_name: str) -> nn.Module:
-        """An adapter's copy, or the user's module where it has none."""
+        """Return an adapter's copy, or the user's module where it has none."""
         copied = self.modules_to_save._modules.get(adapter_name)
         return self.original_module if copied is None else copied
 
@@ -175,14 +175,14 @@ class ModulesToSaveWrapper(nn.Module):
         return self.original_module if self._disabled else self._of([*self.merged_adapters, *self._active])
 
     def without_adapters(self) -> nn.Module:
-        """The copy of a merged adapter, or else the user's module."""
+        """Return the copy of a merged adapter, or else the user's module."""
         return self._of(self.merged_adapters)
 
     def _of(self, names: list[str]) -> nn.Module:
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def merged_with(self, names: Iterable[str] | None) -> list[str]:
-        """What is merged together with these adapters, by default with the active ones."""
+        """Return what is merged together with these adapters, by default with the active ones."""
         return list(dict.fromkeys((*self.merged_adapters, *(self._active if names is None else names))))
 
     def check_merge(self, names: Iterable[str]) -> None:
@@ -214,7 +214,7 @@ class ModulesToSaveWrapper(nn.Module):
         """Do nothing: no weight is changed here."""
 
     def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
-        """The parameters of an adapter's copy."""
+        """Return the parameters of an adapter's copy."""
         return self.modules_to_save[adapter_name].parameters() if adapter_name in self.modules_to_save else ()
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
@@ -222,14 +222,14 @@ class ModulesToSaveWrapper(nn.Module):
         return {}
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
-        """The parameters of the adapter's copy."""
+        """Return the parameters of the adapter's copy."""
         return {
             f"{path}.{inner}" if inner else path: {leaf: kept(whole(tensor)) for leaf, tensor in leaves.items()}
             for inner, leaves in self.leaves(layout.adapter).items()
         }
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
-        """The parameters and the buffers of the adapter's copy."""
+        """Return the parameters and the buffers of the adapter's copy."""
         name = layout.adapter
         if name not in self.modules_to_save:
             return {}

@@ -36,14 +36,14 @@ class TrainableTokensLayer(nn.Module):
         self.training = base_layer.training
 
     def weight_with(self, rows: Iterable[tuple[Tensor, list[int]]]) -> Tensor:
-        """The base's weight with these rows in it."""
+        """Return the base's weight with these rows in it."""
         weight = whole(resting(self.base_layer, "weight"))
         for delta, indices in rows:
             weight = over(weight, delta, torch.tensor(indices, device=weight.device))
         return weight
 
     def rows(self, name: str) -> tuple[Tensor, list[int]]:
-        """An adapter's rows and their indices."""
+        """Return an adapter's rows and their indices."""
         return resting(self.trainable_tokens_delta, name), self.token_indices[name]
 
     def forward(self, names: Iterable[str], others: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ class TrainableTokensLayer(nn.Module):
         return self.run(self.weight_with(rows), x, args, kwargs)
 
     def run(self, weight: Tensor, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """The base's forward with another weight."""
+        """Return the base's forward with another weight."""
         base = self.base_layer
         if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks):
             return F.linear(x, weight, base.bias)
@@ -62,7 +62,7 @@ class TrainableTokensLayer(nn.Module):
 
 
 def _with_weight(base: Any, weight: Tensor) -> Any:
-    """A module with another weight, and with all else that it has, its hooks too.
+    """Return a module with another weight, and with all else that it has, its hooks too.
 
     Not `torch.func.functional_call`, which goes by the names of parameters: FSDP1 has tensors in their place during a
     forward, and what accelerate loads would take the given weight's.

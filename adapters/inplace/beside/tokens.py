@@ -66,7 +66,7 @@ class TrainableTokensWrapper(nn.Module):
     is_layer = False
 
     def rows(self, name: str) -> tuple[Tensor, list[int]]:
-        """An adapter's rows and their indices."""
+        """Return an adapter's rows and their indices."""
         if name in self._sources:
             return self._sources[name][0].rows(name)
         return self.token_adapter.rows(name)
@@ -118,7 +118,7 @@ class TrainableTokensWrapper(nn.Module):
                 )
 
     def _overlaps(self, names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
-        """Pairs of these adapters that have rows for one token, and the token."""
+        """Yield pairs of these adapters that have rows for one token, and the token."""
         owners: dict[int, str] = {}
         for name in [name for name in names if name in self.carried_adapters]:
             for index in self.rows(name)[1]:
@@ -153,7 +153,7 @@ class TrainableTokensWrapper(nn.Module):
             rows[adapter_name] = nn.Parameter(old.detach().float(), old.requires_grad)
 
     def own_modules(self) -> Iterable[nn.Module]:
-        """This wrapper and its rows."""
+        """Return this wrapper and its rows."""
         return own_modules(self)
 
     def recall_adapters(self, active: list[str]) -> None:
@@ -165,15 +165,15 @@ class TrainableTokensWrapper(nn.Module):
         return unwrapped(unwrapped(self.token_adapter).base_layer)
 
     def under_names(self, name: str) -> Iterable[tuple[str, TrainableTokensWrapper]]:
-        """This wrapper, under the name of the user's module."""
+        """Return this wrapper, under the name of the user's module."""
         return [(name, self)]
 
     def copied_module(self, adapter_name: str) -> nn.Module:
-        """The user's module."""
+        """Return the user's module."""
         return self.token_adapter.base_layer
 
     def without_adapters(self) -> nn.Module:
-        """The user's module, within what torch has wrapped around it and its rows."""
+        """Return the user's module, within what torch has wrapped around it and its rows."""
         held: Any = self._modules["token_adapter"]
         inner = child_of_wrapper(held)
         if inner is None:
@@ -192,7 +192,7 @@ class TrainableTokensWrapper(nn.Module):
         return [] if self._disabled else [name for name in self._active if name not in self.merged_adapters]
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
-        """The weight as it is without merged rows, if any are merged."""
+        """Return the weight as it is without merged rows, if any are merged."""
         return {f"{path}.{leaf}": tensor for leaf, tensor in self._beneath().items()}
 
     def _beneath(self) -> Mapping[str, Tensor]:
@@ -200,19 +200,19 @@ class TrainableTokensWrapper(nn.Module):
         return next((source._beneath() for source in sources), self._originals.tensors)
 
     def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
-        """An adapter's rows, if they are this module's own."""
+        """Return an adapter's rows, if they are this module's own."""
         rows = self.token_adapter.trainable_tokens_delta
         return [rows[adapter_name]] if adapter_name in rows else []
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
-        """The adapter's rows."""
+        """Return the adapter's rows."""
         tree: Tree = {}
         for rows in self.tensors_of(layout.adapter):
             tree[path] = {LEAF: kept(whole(rows))}
         return tree
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
-        """The adapter's rows."""
+        """Return the adapter's rows."""
         slots = {}
         for rows in self.tensors_of(layout.adapter):
             key = replaced_key(path, LEAF)
@@ -220,7 +220,7 @@ class TrainableTokensWrapper(nn.Module):
         return slots
 
     def merged_with(self, names: Iterable[str] | None) -> list[str]:
-        """What is merged together with these adapters, by default with the active ones."""
+        """Return what is merged together with these adapters, by default with the active ones."""
         return list(dict.fromkeys((*self.merged_adapters, *(self._active if names is None else names))))
 
     def check_tied(self, path: str, names: Iterable[str], owners: Owners, placed: Mapping[int, Any]) -> None:
@@ -240,7 +240,7 @@ class TrainableTokensWrapper(nn.Module):
         self.remerge(self.merged_with(names), safe)
 
     def _is_shared(self, name: str) -> bool:
-        """Whether an adapter's rows are merged where another module has them, into the same parameter."""
+        """Return whether an adapter's rows are merged where another module has them, into the same parameter."""
         source = self._sources.get(name)
         return source is not None and source[0].token_adapter.base_layer.weight is self.token_adapter.base_layer.weight
 
@@ -282,7 +282,7 @@ class TrainableTokensWrapper(nn.Module):
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The user's module with the active rows."""
+        """Return the user's module with the active rows."""
         names = self._running
         others = [self.rows(name) for name in names if name in self._sources]
         own = [name for name in names if name not in self._sources]

@@ -89,11 +89,11 @@ class Injection:
         return found if self.config.bias != "none" else []
 
     def given(self, path: str, leaf: str) -> Tensor | None:
-        """A given tensor of the adapter's tree."""
+        """Return a given tensor of the adapter's tree."""
         return None if self.params is None else self.params[path][leaf]
 
     def given_within(self, path: str) -> dict[str, Tensor]:
-        """The given tensors of one of `modules_to_save`, by the names that they have in it."""
+        """Return the given tensors of one of `modules_to_save`, by the names that they have in it."""
         if self.params is None:
             return {}
         prefix = f"{path}."
@@ -198,7 +198,7 @@ def _check_biases(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def _followers(replaced: Plan, modules: Mapping[str, nn.Module], saved: Iterable[str]) -> dict[str, Shared]:
-    """The modules that have a tensor in common with one that is trained, by path."""
+    """Return the modules that have a tensor in common with one that is trained, by path."""
     found: dict[str, Shared] = {}
     for path, leaf, one in each(replaced):
         seen = {id(modules[path])}

@@ -29,7 +29,7 @@ def initial_leaves(
     meta: bool,
     params: Tree | None,
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each site: planted, empty, or drawn and cast to what the base has.
+    """Return the parameters of each site: planted, empty, or drawn and cast to what the base has.
 
     What sites share is one parameter in all of them.
     """
@@ -54,7 +54,7 @@ def initial_leaves(
 
 
 def _values(config: AdapterConfig, sites: Mapping[str, Site], weights: Weights, meta: bool) -> Tree:
-    """A tree of fresh numbers, or of tensors without any."""
+    """Return a tree of fresh numbers, or of tensors without any."""
     if not meta:
         return config.method.init(config, list(sites.values()), None, weights)
     shapes = {path: config.method.shapes(config, site) for path, site in sites.items()}
@@ -64,7 +64,7 @@ def _values(config: AdapterConfig, sites: Mapping[str, Site], weights: Weights, 
 
 
 def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:
-    """The leaves of a site that are not trained."""
+    """Return the leaves of a site that are not trained."""
     weight = site.like(modules[site.owner])
     dtype = trainable_dtype(weight)
     device = "meta" if meta else weight.device
@@ -73,7 +73,7 @@ def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], 
 
 
 def started(config: AdapterConfig, site: Site, leaves: Mapping[str, Tensor]) -> Site:
-    """The site with the values that leaves started with as their dtype has them."""
+    """Return the site with the values that leaves started with as their dtype has them."""
     names = {name: leaf for leaf, name in config.form.starts.items() if getattr(site.constants, name, None) is not None}
     rounded = {name: getattr(site.constants, name).to(leaves[leaf].dtype) for name, leaf in names.items()}
     return dataclasses.replace(site, constants=site.constants.replace(rounded)) if rounded else site

@@ -122,7 +122,7 @@ def _tokens(injection: Injection, model: nn.Module) -> Placements:
 
 
 def _biases(injection: Injection) -> Biases:
-    """The biases that the adapter trains where they are."""
+    """Return the biases that the adapter trains where they are."""
     modules = {path: injection.modules[path] for path in injection.biases}
     given = {path: injection.params[path]["bias"] for path in modules} if injection.params is not None else {}
     return Biases(injection.name, modules, given)

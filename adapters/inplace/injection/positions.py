@@ -42,7 +42,7 @@ class Positions:
             _check_plain(module, paths)
 
     def parents(self, module: nn.Module) -> list[nn.Module]:
-        """The modules that a module hangs in; none if something else of ours hangs in its place already."""
+        """Return the modules that a module hangs in; none if something else of ours hangs in its place already."""
         return [parent for parent, _ in self._places[id(module)]]
 
     def put(self, module: nn.Module, part: nn.Module) -> None:
@@ -59,7 +59,7 @@ def _check_uncompiled(path: str, name: str) -> None:
 
 
 def _within_wrappers(parent: nn.Module, name: str, child: nn.Module) -> tuple[nn.Module, str, nn.Module]:
-    """Where a child hangs: in its parent, or in the last of the wrappers around it."""
+    """Return where a child hangs: in its parent, or in the last of the wrappers around it."""
     while (inner := child_of_wrapper(child)) is not None:
         parent, name, child = child, inner, child._modules[inner]  # type: ignore[assignment]
     return parent, name, child

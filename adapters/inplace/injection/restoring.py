@@ -43,7 +43,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
 
 
 def _state(module: nn.Module, whole: bool) -> dict[str, Any]:
-    """Attributes of a module, with copies of those that can change where they are."""
+    """Return attributes of a module, with copies of those that can change where they are."""
     names = vars(module) if whole else ("_modules",)
     return {name: _copied(vars(module)[name]) for name in names if name != "merged_adapters"}
 

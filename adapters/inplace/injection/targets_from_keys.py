@@ -20,7 +20,7 @@ from ...config.targets import exact, find_targets
 def from_keys(
     config: AdapterConfig, state_dict: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module
 ) -> tuple[AdapterConfig, list[str]]:
-    """The config that fits these keys, and the modules they name in the model's order."""
+    """Return the config that fits these keys, and the modules they name in the model's order."""
     if getattr(config, "target_parameters", None):
         raise ValueError(
             f"{type(config).__name__}: state_dict is given with target_parameters, whose keys do not say which "

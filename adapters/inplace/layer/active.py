@@ -79,7 +79,7 @@ class ActiveAdapters:
         return bool(self.entries)
 
     def leaves(self) -> list[dict[str, Tensor]]:
-        """The parameters of each adapter, as they are now."""
+        """Return the parameters of each adapter, as they are now."""
         found = [
             {leaf: one if part is None else own_or_computed(one, part) for leaf, one, _, part in held}
             for held in self.held
@@ -87,13 +87,13 @@ class ActiveAdapters:
         return self._together(found) if self.sharing else found
 
     def _together(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The leaves of each adapter, with those that layers share where its own are."""
+        """Return the leaves of each adapter, with those that layers share where its own are."""
         return [beside(entry.site, leaves) for entry, leaves in zip(self.entries, found, strict=True)]
 
     def over(
         self, base: Any, leaves: Iterable[dict[str, Any]], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Base | Adapted:
-        """The adapters around a wrapped module."""
+        """Return the adapters around a wrapped module."""
         layer: Base | Adapted
         if self.merged is None:
             layer = CalledBase(base, self.entries[0].site, args, kwargs)
@@ -112,7 +112,7 @@ class ActiveAdapters:
         return None if value is None else value.to(site.like(base).dtype)
 
     def run(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The adapted output."""
+        """Return the adapted output."""
         if self.device is None or self.watch.attached(base.training):
             return self._run_called(base, x, args, kwargs)
         if self.shell is None:
@@ -120,7 +120,7 @@ class ActiveAdapters:
         return self.shell.run(base, self.entries, self.leaves(), x, args, kwargs)
 
     def _run_called(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The adapted output, through the modules that hold leaves."""
+        """Return the adapted output, through the modules that hold leaves."""
         if self.device is None:
             self.entries = [placed(entry, x.device) for entry in self.entries]
 
@@ -133,13 +133,13 @@ class ActiveAdapters:
         return self.watch.amid(run)
 
     def tensors(self, training: bool) -> list[dict[str, Tensor]]:
-        """The parameters of each adapter, as they are now, for whoever computes with their numbers."""
+        """Return the parameters of each adapter, as they are now, for whoever computes with their numbers."""
         if not self.watch.attached(training):
             return self.leaves()
         return self._together([holders.maps(called=False) for holders in self.holders])
 
     def stale(self, layer: MergingLayer) -> bool:
-        """Whether somebody replaced a parameter, or the module that holds it, since this was collected."""
+        """Return whether somebody replaced a parameter, or the module that holds it, since this was collected."""
         containers: Any = layer._modules
         for attribute, container, registry, name, one in self._hung:
             if registry.get(name) is not one or containers[attribute] is not container:
@@ -154,7 +154,7 @@ class ActiveAdapters:
 
 
 def _device(entries: Iterable[SiteAdapter], base: Any) -> torch.device | None:
-    """Where the constants of some entries have to be; `None` where the base's tensors say so only in a call.
+    """Return where the constants of some entries have to be; `None` where the base's tensors say so only in a call.
 
     Offloaded ones rest on the meta device, and a module around the base may have taken them.
     """
@@ -168,7 +168,7 @@ def _device(entries: Iterable[SiteAdapter], base: Any) -> torch.device | None:
 
 
 def placed(entry: SiteAdapter, device: torch.device | None) -> SiteAdapter:
-    """An adapter's entry with its constants on a device."""
+    """Return an adapter's entry with its constants on a device."""
     if device is None:
         return entry
     here = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}

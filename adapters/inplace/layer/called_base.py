@@ -68,12 +68,12 @@ class CalledOverMerged(CalledBase, BaseOverMerged):
 
 
 def is_parallel(base: Any, site: Site) -> bool:
-    """Whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
+    """Return whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
     sharded = base._forward_pre_hooks and not is_unit(base)
     return bool(sharded) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
 
 
 def own_or_computed(module: Any, name: str) -> Tensor:
-    """What a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
+    """Return what a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
     own = module._parameters.get(name)
     return getattr(module, name) if own is None else own

@@ -107,7 +107,7 @@ class SharedContainers:
         self._found = {(leaf, isinstance(one, Parameters)): one for here in hanging for leaf, one in here.items()}
 
     def get(self, leaf: str, kind: type[Parameters] | type[Modules]) -> Any:
-        """The container of a leaf, of parameters or of dicts of them; made where there is none."""
+        """Return the container of a leaf, of parameters or of dicts of them; made where there is none."""
         where = leaf, kind is Parameters
         if where not in self._found:
             self._found[where] = kind()

@@ -21,7 +21,7 @@ Traits = tuple[Any, ...]
 
 
 def traits(module: Any) -> Traits | None:
-    """The class and the settings by which a module computes; `None` for one of another kind than holders have.
+    """Return the class and the settings by which a module computes; `None` for one of another kind than holders have.
 
     >>> traits(nn.Linear(2, 2)) == traits(nn.Linear(3, 2)), traits(nn.Bilinear(2, 2, 2)) is None
     (True, True)
@@ -136,7 +136,7 @@ class Watch:
         ]
 
     def attached(self, training: bool) -> bool:
-        """Whether a module computes more than its tensors say: it has to be called.
+        """Return whether a module computes more than its tensors say: it has to be called.
 
         Args:
             training: The mode of the base.
@@ -164,5 +164,5 @@ class Watch:
         return compute()
 
     def overridden(self) -> list[Any]:
-        """The containers of bare parameters whose call was replaced, as offloading and sharding do."""
+        """Return the containers of bare parameters whose call was replaced, as offloading and sharding do."""
         return [box for box in self._containers if type(box) is not Parameters or "forward" in vars(box)]

@@ -39,7 +39,7 @@ class LayerLeaves(nn.Module):
         """Take notice of other adapters or parameters."""
 
     def get_base_layer(self) -> Any:
-        """The wrapped module."""
+        """Return the wrapped module."""
         return unwrapped(self.base_layer)
 
     @property
@@ -95,7 +95,7 @@ class LayerLeaves(nn.Module):
         self.refresh()
 
     def _is_own(self, attribute: str, kind: type[Parameters] | type[Modules]) -> bool:
-        """Whether a container of this kind hangs here, and in no other layer."""
+        """Return whether a container of this kind hangs here, and in no other layer."""
         container = self._modules.get(attribute)
         return isinstance(container, kind) and not any(layer is not self for layer in container.layers)
 
@@ -108,7 +108,7 @@ class LayerLeaves(nn.Module):
             container[name] = Parameters().train(self.training)
 
     def shared_containers(self) -> dict[str, Any]:
-        """The containers of the leaves that adapters here share with other layers, by leaf."""
+        """Return the containers of the leaves that adapters here share with other layers, by leaf."""
         return {leaf: self._modules[leaf] for entry in self._entries.values() for leaf in entry.site.shared}
 
     def drop(self, name: str) -> None:
@@ -141,11 +141,11 @@ class LayerLeaves(nn.Module):
         self.refresh()
 
     def _container(self, leaf: str) -> Any:
-        """What holds one of the leaves of all adapters, by adapter name."""
+        """Return what holds one of the leaves of all adapters, by adapter name."""
         return self._modules[leaf]
 
     def leaves(self, name: str) -> dict[str, nn.Parameter]:
-        """An adapter's parameters by leaf, as they are now.
+        """Return an adapter's parameters by leaf, as they are now.
 
         Raises:
             KeyError: No such adapter on this layer.
@@ -163,7 +163,7 @@ class LayerLeaves(nn.Module):
         return found
 
     def numbers(self, name: str) -> dict[str, Tensor]:
-        """An adapter's parameters by leaf, for whoever computes with them instead of calling what holds them.
+        """Return an adapter's parameters by leaf, for whoever computes with them instead of calling what holds them.
 
         Raises:
             KeyError: No such adapter on this layer.
@@ -174,7 +174,7 @@ class LayerLeaves(nn.Module):
         return {leaf: whole(tensor) for leaf, tensor in found.items()}
 
     def fixed(self, name: str) -> tuple[str, ...]:
-        """Those of an adapter's leaves that are never trained."""
+        """Return those of an adapter's leaves that are never trained."""
         config: Any = self._entries[name].config
         return config.form.fixed(config, self._entries[name].site)
 
@@ -183,7 +183,7 @@ class LayerLeaves(nn.Module):
         return name in self._entries and not isinstance(self._entries[name], TiedAdapter)
 
     def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of all adapters, each with the adapter's name."""
+        """Yield the parameters of all adapters, each with the adapter's name."""
         for container in map(self._container, self.adapter_layer_names):
             if isinstance(container, nn.ParameterDict):
                 held_by_name: Any = container._parameters
@@ -213,7 +213,7 @@ class LayerLeaves(nn.Module):
         return found
 
     def attributes(self, name: str) -> list[str]:
-        """The attributes in which something of an adapter hangs."""
+        """Return the attributes in which something of an adapter hangs."""
         return [
             attribute
             for attribute, container in self._modules.items()
@@ -233,11 +233,11 @@ class LayerLeaves(nn.Module):
         return held_at(path, carriers)
 
     def tensors_of(self, adapter_name: str) -> Iterable[Tensor]:
-        """An adapter's parameters, if they are this layer's own."""
+        """Return an adapter's parameters, if they are this layer's own."""
         return self.leaves(adapter_name).values() if self.is_source(adapter_name) else ()
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
-        """The adapter's leaves, if they are this layer's own."""
+        """Return the adapter's leaves, if they are this layer's own."""
         name = layout.adapter
         if not self.is_source(name):
             return {}
@@ -246,7 +246,7 @@ class LayerLeaves(nn.Module):
         return as_tree(path, self._entries[name].site, leaves)
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
-        """The adapter's leaves."""
+        """Return the adapter's leaves."""
         name, found = layout.adapter, dict[str, Slot]()
         if name not in self._entries:
             return found
@@ -262,7 +262,7 @@ class LayerLeaves(nn.Module):
 
 
 def key_of(layer: LayerLeaves) -> tuple[int, str]:
-    """What a layer is around: a module by its identity, and one of its parameters.
+    """Return what a layer is around: a module by its identity, and one of its parameters.
 
     >>> linear = nn.Linear(2, 2)
     >>> key_of(LayerLeaves(linear)) == (id(linear), "")

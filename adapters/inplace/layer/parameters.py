@@ -43,27 +43,27 @@ class ParameterLayer(BaseTunerLayer):
             layer.depth += 1
 
     def inner(self) -> Iterator[ParameterLayer]:
-        """The layers within this one, the outermost first."""
+        """Yield the layers within this one, the outermost first."""
         layer: Any = self._modules["base_layer"]
         while isinstance(layer, ParameterLayer):
             yield layer
             layer = layer._modules["base_layer"]
 
     def chain(self) -> list[ParameterLayer]:
-        """This layer and those within, in the order that their module registered the parameters."""
+        """Return this layer and those within, in the order that their module registered the parameters."""
         order = list(self.get_base_layer()._parameters)
         order += [layer.parameter_name for layer in (self, *self.inner())]  # FSDP1 may have taken them away for now
         return sorted((self, *self.inner()), key=lambda layer: order.index(layer.parameter_name))
 
     def get_base_layer(self) -> Any:
-        """The user's module."""
+        """Return the user's module."""
         layer: Any = self._modules["base_layer"]
         while isinstance(layer, ParameterLayer):
             layer = layer._modules["base_layer"]
         return layer
 
     def get_param(self) -> Tensor:
-        """The base's parameter."""
+        """Return the base's parameter."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def add(
@@ -79,15 +79,15 @@ class ParameterLayer(BaseTunerLayer):
         return "base_layer." * (1 + len(list(self.inner())))
 
     def under_names(self, name: str) -> Iterable[tuple[str, BaseTunerLayer]]:
-        """This layer and those within, each under the name of its parameter."""
+        """Return this layer and those within, each under the name of its parameter."""
         return [(f"{name}.{layer.parameter_name}", layer) for layer in self.chain()]
 
     def without_adapters(self) -> nn.Module:
-        """The user's module."""
+        """Return the user's module."""
         return self.get_base_layer()
 
     def place_in_model(self, path: str, carriers: Collection[str]) -> str:
-        """Where this layer hangs in the model, where its parameter is at `path`."""
+        """Return where this layer hangs in the model, where its parameter is at `path`."""
         return path.rpartition(".")[0] + ".base_layer" * self.depth
 
     def _collect(self, names: Iterable[str]) -> ActiveAdapters:
@@ -102,7 +102,7 @@ class ParameterLayer(BaseTunerLayer):
         return self._live.body.run(self.get_base_layer(), args, kwargs)  # type: ignore[attr-defined]
 
     def _held(self, name: str) -> Any:
-        """What the module has under a name, adapted where it is a parameter that adapters are on."""
+        """Return what the module has under a name, adapted where it is a parameter that adapters are on."""
         base = self.get_base_layer()
         for layer in (self, *self.inner()):
             if layer.parameter_name == name and layer._adapted():
@@ -142,7 +142,7 @@ class ActiveOnParameter(ActiveAdapters):
         self.body = ParameterBody(layer)
 
     def read(self, base: nn.Module) -> Any:
-        """The adapted parameter."""
+        """Return the adapted parameter."""
         self.ready(base.training)
         return self.socket.read(base)
 
@@ -171,7 +171,7 @@ class ParameterBody:
         vars(self.module).pop("forward", None)
 
     def run(self, base: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """The adapted output."""
+        """Return the adapted output."""
         for layer in self.layers:
             layer._live.ready(base.training)  # type: ignore[attr-defined]
         path = self.layers[0]._live.socket.path  # type: ignore[attr-defined]

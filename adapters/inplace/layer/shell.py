@@ -72,7 +72,7 @@ class Shell:
         args: tuple,
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """The adapted output."""
+        """Return the adapted output."""
         path = self.socket.path
         self.socket.entries = {str(index): entry for index, entry in enumerate(entries)}
         found = zip(entries, leaves, strict=True)

@@ -118,19 +118,19 @@ class BaseTunerLayer(MergingLayer):
         return self.get_base_layer()
 
     def under_names(self, name: str) -> Iterable[tuple[str, BaseTunerLayer]]:
-        """This layer, under the name of its module."""
+        """Return this layer, under the name of its module."""
         return [(name, self)]
 
     def copied_module(self, adapter_name: str) -> nn.Module:
-        """The wrapped module."""
+        """Return the wrapped module."""
         return self.get_base_layer()
 
     def without_adapters(self) -> nn.Module:
-        """The wrapped module, within what torch has wrapped around it."""
+        """Return the wrapped module, within what torch has wrapped around it."""
         return self.base_layer
 
     def own_modules(self) -> Iterable[nn.Module]:
-        """This layer and what hangs in it beside its module."""
+        """Return this layer and what hangs in it beside its module."""
         return own_modules(self)
 
     def recall_adapters(self, active: list[str]) -> None:
@@ -167,7 +167,7 @@ class BaseTunerLayer(MergingLayer):
         return self._live.run(base, x, args, kwargs)
 
     def _adapted(self) -> bool:
-        """Whether any adapter runs; looks for replaced parameters first."""
+        """Return whether any adapter runs; looks for replaced parameters first."""
         if not torch.compiler.is_compiling() and self._live.stale(self):
             self.refresh()
         return bool(self._live)

@@ -59,7 +59,7 @@ class MergingLayer(LayerLeaves):
         self.remerge(self.merged_adapters)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What an adapter adds to the base's weight, in the layout of that weight and the adapter's dtype.
+        """Return what an adapter adds to the base's weight, in the layout of that weight and the adapter's dtype.
 
         Computed in float64. For a method that does not add, it is the difference that it makes to the original weight.
 
@@ -88,12 +88,12 @@ class MergingLayer(LayerLeaves):
             self._bake(self.merged_with(new), safe_merge)
 
     def unmerged(self, adapter_names: Iterable[str] | None = None) -> list[str]:
-        """Which of these adapters, by default of the active ones, are on this layer and not merged."""
+        """Return which of these adapters, by default of the active ones, are on this layer and not merged."""
         names = dict.fromkeys(self._active if adapter_names is None else adapter_names)
         return [name for name in names if name in self._entries and name not in self.merged_adapters]
 
     def merged_with(self, names: Iterable[str] | None) -> list[str]:
-        """What is merged together with these adapters, by default with the active ones, the innermost first."""
+        """Return what is merged together with these adapters, by default with the active ones, the innermost first."""
         return [*self.merged_adapters, *self._inside_out(self.unmerged(names))]
 
     def check_merge(self, names: Iterable[str]) -> None:
@@ -154,12 +154,12 @@ class MergingLayer(LayerLeaves):
         self.refresh()
 
     def _inside_out(self, names: Iterable[str]) -> list[str]:
-        """These adapters, the innermost first: the last of those that act on the input."""
+        """Return these adapters, the innermost first: the last of those that act on the input."""
         names = list(names)
         entries: list[Any] = [self._entries[name] for name in names]
         return names[::-1] if any(entry.config.form.input_side(entry.site) for entry in entries) else names
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
-        """Tensors of the module as they are without merged adapters, by name; those that merging changed."""
+        """Return tensors of the module as they are without merged adapters, by name; those that merging changed."""
         owner = path.rpartition(".")[0] if self.parameter_name else path
         return {f"{owner}.{leaf}" if owner else leaf: tensor for leaf, tensor in self.originals.tensors.items()}

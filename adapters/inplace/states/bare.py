@@ -22,7 +22,7 @@ from ..walk import placed_in, placed_modules
 
 
 def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
-    """A copy of a model's structure without adapters, which shares every parameter and buffer with it.
+    """Return a copy of a model's structure without adapters, which shares every parameter and buffer with it.
 
     Args:
         model: A model with injected adapters.
@@ -61,7 +61,7 @@ def _empty_units(model: nn.Module, memo: dict[int, Any]) -> list[tuple[nn.Module
 
 
 def _gathering(part: Any, bare: Any) -> Any:
-    """The bare copy of what a part of an adapter held, which gathers what the part did."""
+    """Return the bare copy of what a part of an adapter held, which gathers what the part did."""
     if is_unit(part):
         adopt_unit(bare, part)
     return bare

@@ -77,7 +77,7 @@ def set_base_model_state_dict(
 
 
 def _laid_out(own: Any, value: Tensor) -> Tensor:
-    """A tensor sharded as the model's own is."""
+    """Return a tensor sharded as the model's own is."""
     if not is_sharded(own) or is_sharded(value) or own.shape != value.shape:
         return value
     return spread(value.to(own.device), own.device_mesh, own.placements)

@@ -25,7 +25,7 @@ from .layouts import config_of, layout_of, source_sites
 
 @on_gathered()
 def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
-    """An injected adapter as a parameter tree, which shares storage with the injected parameters.
+    """Return an injected adapter as a parameter tree, which shares storage with the injected parameters.
 
     Its copies of `modules_to_save` are among the leaves.
 
@@ -48,7 +48,7 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
 
 @on_gathered()
 def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
-    """A graft of the model beneath the adapters, whose tensors it shares, for trees of `extract_params`.
+    """Return a graft of the model beneath the adapters, whose tensors it shares, for trees of `extract_params`.
 
     The buffers of the adapter's own copies of `modules_to_save` are part of that model.
 
@@ -78,7 +78,7 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
 
 
 def extract_config(model: nn.Module, adapter_name: str = "default") -> AdapterConfig:
-    """The config of an injected adapter as it is now: with the scaling factors that were written to its layers.
+    """Return the config of an injected adapter as it is now: with the scaling factors that were written to its layers.
 
     A tree carries none, so this is the config that goes with `extract_params`, and the one that `save_adapter` writes.
 

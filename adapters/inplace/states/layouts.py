@@ -18,7 +18,7 @@ from ..walk import layers, named_parts
 
 
 def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
-    """The config of an injected adapter.
+    """Return the config of an injected adapter.
 
     Raises:
         ValueError: A name that the model does not have.
@@ -32,7 +32,7 @@ def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
 
 
 def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
-    """The sites where an adapter has parameters of its own, by path.
+    """Return the sites where an adapter has parameters of its own, by path.
 
     Raises:
         ValueError: A module that follows one of these with another scaling factor.
@@ -53,7 +53,7 @@ def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:
 
 
 def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, Tensor]:
-    """Constants of an adapter that its files hold, by key."""
+    """Return constants of an adapter that its files hold, by key."""
     if not config.form.saves_shared(config):
         return {}
     entries = (layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries)
@@ -62,13 +62,13 @@ def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -
 
 
 def shared_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """Keys in files of the leaves that an adapter's layers share."""
+    """Return keys in files of the leaves that an adapter's layers share."""
     entries = [layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries]
     return [f"{SHARED}{name}" for name in dict.fromkeys(name for one in entries for name in one.site.shared.values())]
 
 
 def layout_of(model: nn.Module, adapter_name: str) -> Layout:
-    """What the keys of an adapter's tensors depend on.
+    """Return what the keys of an adapter's tensors depend on.
 
     Raises:
         ValueError: A name that the model does not have.
@@ -80,7 +80,7 @@ def layout_of(model: nn.Module, adapter_name: str) -> Layout:
 
 
 def unmerged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the base as they are without what is merged, by name; those that merging changed."""
+    """Return tensors of the base as they are without what is merged, by name; those that merging changed."""
     found: dict[str, Tensor] = {}
     for path, part in named_parts(model):
         found |= part.unmerged_tensors(path)
@@ -88,7 +88,7 @@ def unmerged_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def slots_of(model: nn.Module, layout: Layout) -> dict[str, Slot]:
-    """Each tensor of an adapter by its key in files."""
+    """Return each tensor of an adapter by its key in files."""
     found: dict[str, Slot] = {}
     for path, part in named_parts(model):
         for key, slot in part.adapter_slots(path, layout).items():

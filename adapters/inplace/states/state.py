@@ -33,7 +33,7 @@ from .layouts import layout_of, shared_tensors, slots_of
 def get_peft_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter under PEFT's keys, without the adapter's name in them.
+    """Return the tensors of one adapter under PEFT's keys, without the adapter's name in them.
 
     The time does not grow with the number of adapters. Tensors share storage with the model's.
 
@@ -75,7 +75,7 @@ def _given(state_dict: Mapping[str, Tensor], slot: Slot, model: nn.Module) -> Te
 
 
 def _values(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
-    """A tensor of the model's with the values that it has where it is offloaded."""
+    """Return a tensor of the model's with the values that it has where it is offloaded."""
     path, _, name = key.rpartition(".")
     return resting(submodule(model, path), name) if tensor.is_meta else tensor
 
@@ -134,7 +134,7 @@ def set_peft_model_state_dict(
 
 
 def _named_as_in_files(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state dict by the keys of files, without PEFT's prefix."""
+    """Return the tensors of a state dict by the keys of files, without PEFT's prefix."""
     given = {bare_name(key).removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     for key, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -181,7 +181,7 @@ def _load(
 
 
 def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
+    """Return tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
     return {
         f"{path}.base_layer.{layer.entries[adapter_name].site.weight_names[0]}": _like(layer)
         for path, layer in layers(model).items()
@@ -190,7 +190,7 @@ def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _like(layer: BaseTunerLayer) -> Tensor:
-    """A tensor of the device and dtype that adapters on a layer go by."""
+    """Return a tensor of the device and dtype that adapters on a layer go by."""
     return next(iter(layer.entries.values())).site.like(layer.get_base_layer())
 
 

@@ -59,7 +59,7 @@ def content(tensor: Tensor) -> Content:
 
 
 def holds(tensor: Tensor, known: Content) -> bool:
-    """Whether a tensor holds what one held before, which may have been sharded since.
+    """Return whether a tensor holds what one held before, which may have been sharded since.
 
     >>> x = torch.ones(3)
     >>> holds(torch.ones(3), content(x)), holds(x.double(), content(x))

@@ -119,17 +119,17 @@ def on_gathered(
 
 
 def is_flat() -> bool:
-    """Whether parameters are views of a gathered flat one for now, and others afterwards."""
+    """Return whether parameters are views of a gathered flat one for now, and others afterwards."""
     return _IN_FLAT.get()
 
 
 def moves(tensor: Any) -> bool:
-    """Whether a tensor's memory may become another without anybody's writing to it."""
+    """Return whether a tensor's memory may become another without anybody's writing to it."""
     return is_flat() or is_sharded(tensor)
 
 
 def kept(tensor: Tensor) -> Tensor:
-    """A tensor's values for later: a copy of those that are there for now only."""
+    """Return a tensor's values for later: a copy of those that are there for now only."""
     return tensor.detach().clone() if is_flat() else tensor.detach()
 
 
@@ -153,7 +153,7 @@ def put(module: Any, leaf: str, value: Tensor) -> Tensor:
 
 
 def loaded_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module with all its tensors in memory, without the hooks that load what is offloaded."""
+    """Return a copy of a module with all its tensors in memory, without the hooks that load what is offloaded."""
     hooks = {key: hook for one in module.modules() for key, hook in copied_hooks(one).items()}
     copied = copy.deepcopy(module, hooks)
     for theirs, own in zip(module.modules(), copied.modules(), strict=True):
@@ -209,7 +209,7 @@ def fill(module: Any, name: str, value: Tensor) -> None:
 
 
 def groups_of(target: Any, tensors: Iterable[Tensor]) -> list[tuple[Any, torch.device]]:
-    """The groups of processes that have a part of the tensors each, and the device that they exchange on."""
+    """Return the groups of processes that have a part of the tensors each, and the device that they exchange on."""
     for tensor in tensors:
         if is_sharded(tensor):
             mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]

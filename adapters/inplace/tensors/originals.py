@@ -46,7 +46,7 @@ class Originals:
         self._merged: dict[str, Content] = {}
 
     def base(self, module: nn.Module, site: Site) -> BaseWithTensors:
-        """The module as methods see it, without what is merged."""
+        """Return the module as methods see it, without what is merged."""
         return BaseWithTensors(module, site, self.tensors)
 
     def replace(self, module: nn.Module, layer: Adapted, names: Iterable[str], safe: bool) -> None:
@@ -108,7 +108,7 @@ class Originals:
         self._merged = {leaf: content(_own(module, leaf)) for leaf in self.tensors}
 
     def _written(self, module: nn.Module) -> list[str]:
-        """The tensors that hold something else than what was merged."""
+        """Return the tensors that hold something else than what was merged."""
         return [
             leaf
             for leaf, merged in self._merged.items()

@@ -121,7 +121,7 @@ class AdaLoraConstants(Constants):
 
 
 def plan(config: AdaLoraConfig, sites: list[Site], weights: Weights) -> dict[str, AdaLoraConstants]:
-    """Rank and scaling factor of each site."""
+    """Return rank and scaling factor of each site."""
     patterns = {_module(key): [bool(kept) for kept in mask] for key, mask in (config.rank_pattern or {}).items()}
     unknown = sorted(set(patterns) - {site.path for site in sites})
     require(not unknown, config, f"rank_pattern names {unknown}, expected targeted modules followed by '.lora_E'")
@@ -146,7 +146,7 @@ def _scaled(config: AdaLoraConfig, alpha: float) -> dict[str, float]:
 
 
 def _module(key: str) -> str:
-    """The module that a key of `rank_pattern` speaks of; an adapter's name may follow the leaf's."""
+    """Return the module that a key of `rank_pattern` speaks of; an adapter's name may follow the leaf's."""
     return key.removeprefix("base_model.model.").rpartition(".lora_E")[0]
 
 
@@ -226,7 +226,7 @@ AdaLoraConfig.method = Method(
 
 
 def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """A pattern for modules with another rank than `init_r`, which keeps the scaling factor."""
+    """Return a pattern for modules with another rank than `init_r`, which keeps the scaling factor."""
     ranks = {path: len(leaves["lora_E"]) for path, leaves in found.items() if "lora_E" in leaves}
     if all(rank == config.init_r for rank in ranks.values()):
         return {}

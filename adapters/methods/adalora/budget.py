@@ -23,7 +23,7 @@ _LEAVES = ("lora_A", "lora_B", "lora_E")
 
 
 def adalora_state(config: AdaLoraConfig, params: Tree) -> Tree:
-    """The state that `allocate` starts from: no importance yet, every triplet kept.
+    """Return the state that `allocate` starts from: no importance yet, every triplet kept.
 
     Args:
         config: The adapter's config.
@@ -121,7 +121,7 @@ def allocate(config: AdaLoraConfig, params: Tree, grads: Tree, state: Tree, step
 
 
 def budget(config: AdaLoraConfig, ranks: list[int], step: int) -> tuple[int, bool]:
-    """The number of triplets that a step allows over all modules, and whether it masks the others.
+    """Return the number of triplets that a step allows over all modules, and whether it masks the others.
 
     Args:
         config: The adapter's config; needs `total_step`.
@@ -224,7 +224,7 @@ def prune(config: AdaLoraConfig, params: Tree, state: Tree) -> tuple[AdaLoraConf
 
 
 def _last(config: AdaLoraConfig) -> int:
-    """The step of the last allocation."""
+    """Return the step of the last allocation."""
     if config.total_step is None:
         raise ValueError("AdaLoraConfig: total_step is None, expected the number of training steps for the schedule")
     return config.total_step - config.tfinal
@@ -233,7 +233,7 @@ def _last(config: AdaLoraConfig) -> int:
 def _observe(
     config: AdaLoraConfig, params: Tree, grads: Tree, importance: Tree, uncertainty: Tree
 ) -> tuple[Tree, Tree]:
-    """The two running averages, one step later."""
+    """Return the two running averages, one step later."""
     averages: Tree = {path: {} for path in params}
     deviations: Tree = {path: {} for path in params}
     for path, leaves in params.items():
@@ -263,7 +263,7 @@ def _zeros(tree: Tree) -> Tree:
 
 
 def _own(tree: Tree, what: str) -> Tree:
-    """The leaves of AdaLoRA's own, without the tensors of the base that the adapter replaces."""
+    """Return the leaves of AdaLoRA's own, without the tensors of the base that the adapter replaces."""
     if not isinstance(tree, dict):
         raise TypeError(
             f"{what} is of type {type(tree).__name__}, expected one AdaLoRA adapter's tree, as graft.init(generator) "
@@ -280,7 +280,7 @@ def _own(tree: Tree, what: str) -> Tree:
 
 
 def _rank(path: str, leaves: Leaves) -> int:
-    """The rank of one module's leaves, which have no axis for the adapter."""
+    """Return the rank of one module's leaves, which have no axis for the adapter."""
     shape = tuple(leaves["lora_E"].shape)
     if len(shape) != 2:
         raise ValueError(

@@ -103,7 +103,7 @@ class BaseMinusInitial:
 
 
 def base_of(site: Site, base: Layer) -> Layer:
-    """The layer that a site's adapter is for: the base, or the base with its weight quantised.
+    """Return the layer that a site's adapter is for: the base, or the base with its weight quantised.
 
     >>> from torchgraft.adapters.methods.lora.constants import LoraConstants
     >>> linear = torch.nn.Linear(2, 2)

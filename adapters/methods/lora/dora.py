@@ -40,7 +40,7 @@ def shape(site: Site) -> tuple[int, ...]:
 
 
 def initial(site: Site, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """The magnitude that leaves `W + s B A` as it is: its norms.
+    """Return the magnitude that leaves `W + s B A` as it is: its norms.
 
     Args:
         site: The site, with its scaling factor.
@@ -131,7 +131,7 @@ class DoraTerms:
     base: Layer
 
     def rescale(self, y: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The base's share of the output, and the `B` of the product that is to be added to it.
+        """Return the base's share of the output, and the `B` of the product that is to be added to it.
 
         With `g = m / |W + s B A|`, the output is `g (W x + s B A x) + bias`. Dropout, in training, is on the adapter's
         own input `d`, which is the second `x` of `base(x) + (g - 1) W x + g s B A x`; that takes `W d` beside `W x`, as
@@ -170,7 +170,7 @@ class DoraTerms:
         return share.view(y.shape), b
 
     def add_called(self, y: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
-        """The output where the magnitude is a module, which returns what is added to the base's output.
+        """Return the output where the magnitude is a module, which returns what is added to the base's output.
 
         That is `(g - 1) W d + g s B(A(d))`; of an embedding it returns `g` and `g s B A d`. So it is in PEFT, and what
         is attached to the module sees and changes the same.
@@ -252,12 +252,12 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 
 
 def _over_features(site: Site, vector: Tensor) -> Tensor:
-    """A vector over the outputs, to be broadcast over an output of the site."""
+    """Return a vector over the outputs, to be broadcast over an output of the site."""
     return vector.view(-1, *(1 for _ in site.kernel_size))
 
 
 def merge(magnitude: Tensor, product: Tensor, below: Dense, own: Dense) -> Dense:
-    """The dense meaning: `g (V + s B A)` and `b + g (c - b)`, with `g = m / |W + s B A|`.
+    """Return the dense meaning: `g (V + s B A)` and `b + g (c - b)`, with `g = m / |W + s B A|`.
 
     Args:
         magnitude: `m`.

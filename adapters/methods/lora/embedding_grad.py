@@ -39,7 +39,7 @@ def as_embedding(site: Site, ids: Tensor, rows: Tensor, adapter: Tensor | None =
 
 
 def _counts(site: Site, ids: Tensor, adapter: Tensor | None, count: int) -> Tensor:
-    """How often each id occurs."""
+    """Return how often each id occurs."""
     flat = ids.flatten().long()
     if adapter is not None:
         flat = flat + site.in_features * adapter.expand_as(ids).flatten()

@@ -137,7 +137,7 @@ def merge_over(
 
 
 def _quantised(site: Site, dense: Dense) -> Dense:
-    """A base as the site's adapter is for it: LoftQ's has another weight."""
+    """Return a base as the site's adapter is for it: LoftQ's has another weight."""
     return (dense[0] + site.constants.rounding, dense[1]) if site.constants.rounding is not None else dense
 
 
@@ -151,7 +151,7 @@ def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: 
 
 
 def names(site: Site) -> tuple[str, str]:
-    """The leaves that hold `A` and `B`."""
+    """Return the leaves that hold `A` and `B`."""
     return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
 
 
@@ -190,7 +190,7 @@ def _of_all(site: Site, name: str) -> Tensor:
 
 
 def _dropped(dropout: Dropout, site: Site, base: Layer, x: Tensor) -> Tensor | None:
-    """The input after dropout, where there is any."""
+    """Return the input after dropout, where there is any."""
     if site.kind == "embedding":
         return None
     if not isinstance(dropout, Called) and not (dropout and base.training):

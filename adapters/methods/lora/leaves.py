@@ -47,7 +47,7 @@ def _drawn_shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
 
 
 def fixed_leaves(config: LoraConfig, site: Site) -> tuple[str, ...]:
-    """Leaves that are not trained: constants of the site, which files hold."""
+    """Return leaves that are not trained: constants of the site, which files hold."""
     return names(site)[1:] if kind_of(config.init_lora_weights) == "mica" else ()
 
 
@@ -67,14 +67,14 @@ def init(
 
 
 def _magnitude(config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """The magnitude that DoRA starts from."""
+    """Return the magnitude that DoRA starts from."""
     leaves = {leaf: tensor.to(weight.device) for leaf, tensor in leaves.items()}
     weight = weight + site.constants.rounding if site.constants.rounding is not None else weight
     return dora.initial(site, *forward.factors(site, leaves), weight)
 
 
 def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """Plain parameters; the other initialisations use up the same random numbers first."""
+    """Return plain parameters; the other initialisations use up the same random numbers first."""
     a_name, b_name = names(site)
     shape = _drawn_shapes(config, site)
     a = torch.empty(shape[a_name], dtype=torch.float32)

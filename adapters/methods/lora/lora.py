@@ -115,7 +115,7 @@ class LoraConfig(LoraFields):
         _fill_in(self, kind)
 
     def recall(self, other: AdapterConfig) -> Self:
-        """This config with the statistics of another that starts alike."""
+        """Return this config with the statistics of another that starts alike."""
         if not isinstance(other, LoraConfig) or other.init_lora_weights != self.init_lora_weights:
             return self
         return dataclasses.replace(self, statistics=other.statistics)
@@ -144,7 +144,7 @@ def _fill_in(config: LoraConfig, kind: str | None) -> None:
 
 
 def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, LoraConstants]:
-    """Rank and scaling factor of each site, and what its initialisation fixes."""
+    """Return rank and scaling factor of each site, and what its initialisation fixes."""
     warn_of_unused_patterns(config, sites)
     for site in sites:
         if site.kind in PARAMETERS:
@@ -229,7 +229,7 @@ LoraConfig.method = Method(
 
 
 def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
-    """The layer that PEFT keeps a leaf in: a linear one, or a convolution like the base's around one of ones."""
+    """Return the layer that PEFT keeps a leaf in: a linear one, or a convolution like the base's around one of ones."""
     r = site.constants.r * max(site.experts, 1)
     if leaf == dora.MAGNITUDE:
         return dora.Magnitude(site)
@@ -245,7 +245,7 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
 
 
 def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Ranks that differ from the config's, from the shapes of `A`."""
+    """Return ranks that differ from the config's, from the shapes of `A`."""
     ranks = {path: len(leaves[name]) for path, leaves in found.items() for name in leaves if name.endswith("_A")}
     return ranks_of(config, ranks)
 

@@ -30,7 +30,7 @@ C = TypeVar("C", bound=AdapterConfig)
 
 
 def to_plain(graft: Graft, params: Tree, adapter_name: str = "default") -> tuple[LoraConfig, Tree]:
-    """A plain LoRA that computes what one that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA computes.
+    """Return a plain LoRA that computes what one that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA computes.
 
     For those that take their initial product out of the base, it has twice the rank; the scaling factors stay.
 
@@ -62,7 +62,7 @@ def to_plain(graft: Graft, params: Tree, adapter_name: str = "default") -> tuple
 
 
 def plain(config: AdapterConfig, sites: Mapping[str, Site], tree: Tree) -> tuple[LoraConfig, Tree]:
-    """The plain config and tree of an adapter.
+    """Return the plain config and tree of an adapter.
 
     Args:
         config: Its config.
@@ -112,7 +112,7 @@ def _config(config: LoraConfig, removing: bool) -> LoraConfig:
 
 
 def raw(config: C, sites: Mapping[str, Site]) -> C:
-    """The config for files of an adapter's leaves as they are; warns where these alone do not fit the base.
+    """Return the config for files of an adapter's leaves as they are; warns where these alone do not fit the base.
 
     Raises:
         ValueError: Scaling factors that were written and that files of these leaves cannot have.

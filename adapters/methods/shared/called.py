@@ -59,7 +59,7 @@ class Called:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """The module's weight, whole and in memory, as a constant.
+        """Return the module's weight, whole and in memory, as a constant.
 
         Raises:
             TypeError: A weight that is no tensor of floating point.
@@ -68,7 +68,7 @@ class Called:
         return read(self.module, "weight", self.path, self.name)
 
     def cast(self, x: Tensor) -> Tensor:
-        """An input in the dtype that the module computes in, as far as its weight says it."""
+        """Return an input in the dtype that the module computes in, as far as its weight says it."""
         weight = getattr(self.module, "weight", None)
         floating = isinstance(weight, Tensor) and weight.is_floating_point()
         return x.to(weight.dtype) if floating and x.is_floating_point() else x  # type: ignore[union-attr]
@@ -106,7 +106,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
-    """A tensor of a module, whole and in memory.
+    """Return a tensor of a module, whole and in memory.
 
     Args:
         module: The module.
@@ -130,7 +130,7 @@ def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
 
 
 def dropped(x: Tensor, dropout: Dropout, training: bool) -> Tensor:
-    """An input after dropout.
+    """Return an input after dropout.
 
     >>> import torch
     >>> dropped(torch.ones(2), 0.5, training=False)
@@ -142,5 +142,5 @@ def dropped(x: Tensor, dropout: Dropout, training: bool) -> Tensor:
 
 
 def make_dropout(p: float) -> nn.Module:
-    """The module that PEFT has for a dropout of probability `p`."""
+    """Return the module that PEFT has for a dropout of probability `p`."""
     return nn.Dropout(p) if p else nn.Identity()

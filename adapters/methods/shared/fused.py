@@ -74,7 +74,7 @@ def linear(
 
 
 def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Which elements of an input dropout keeps, 0 or 1 like `x`, and the probability of that.
+    """Return which elements of an input dropout keeps, 0 or 1 like `x`, and the probability of that.
 
     Large inputs on a CPU take 16 random bits for each, five times as fast as torch's own dropout, so there `p` is
     rounded to a multiple of 2^-16. For the others the mask is the one of `F.dropout`, of the same random numbers.
@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the input on `r` coordinates."""
+    """Return the output, and the input on `r` coordinates."""
     down = _parts(x if keep is None else x * keep, a) @ a.mT
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
     _add_product_(y, down, b.mT, scaling)

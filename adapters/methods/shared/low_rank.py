@@ -181,7 +181,7 @@ def add_to_groups(y: Tensor, down: Tensor, b: Tensor, scaling: float | PerAdapte
 
 
 def choose(rows: Rows, x: Tensor, a: Tensor, b: Tensor) -> str:
-    """The fastest way to multiply each row with its own matrices.
+    """Return the fastest way to multiply each row with its own matrices.
 
     `"equal groups"` is one batched product over the largest equal runs of one adapter; where these are not the
     adapters in order it copies matrices, which pays for many tokens. The other ways sort the rows by adapter, which

@@ -26,12 +26,12 @@ Sites = Mapping[str, Site]
 
 
 def _numerator(config: Any) -> str:
-    """The field and the constant that have the numerator of the scaling factor."""
+    """Return the field and the constant that have the numerator of the scaling factor."""
     return "lora_alpha" if hasattr(config, "lora_alpha") else "alpha"
 
 
 def alpha_at(config: Any, site: Site) -> float:
-    """The numerator of the scaling factor that a config means at a site."""
+    """Return the numerator of the scaling factor that a config means at a site."""
     return _by_patterns(config.alpha_pattern, getattr(config, _numerator(config)), site)
 
 
@@ -42,7 +42,7 @@ def _by_patterns(patterns: Mapping[str, float], alpha: float, site: Site) -> flo
 
 
 def scaling_of(config: Any, r: int, alpha: float) -> float:
-    """The scaling factor of a site of LoRA or LoHa.
+    """Return the scaling factor of a site of LoRA or LoHa.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> scaling_of(LoraConfig(use_rslora=True), 4, 8)
@@ -69,14 +69,14 @@ def warn_of_unused_patterns(config: Any, sites: list[Site]) -> None:
 
 
 def ranks_of(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The fields of a config that gives modules these ranks, by path; none where it does already."""
+    """Return the fields of a config that gives modules these ranks, by path; none where it does already."""
     wanted = {path: by_pattern(config.rank_pattern, path, config.r) for path in ranks}
     other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != wanted[path]}
     return {"rank_pattern": {**other, **config.rank_pattern}} if other else {}
 
 
 def expressed(config: C, sites: Sites) -> C:
-    """The config whose plan has the scaling factors that sites have now: this one, where none was written.
+    """Return the config whose plan has the scaling factors that sites have now: this one, where none was written.
 
     Args:
         config: An adapter's config.
@@ -92,7 +92,7 @@ def expressed(config: C, sites: Sites) -> C:
 
 
 def of_patterns(config: Any, sites: Sites) -> dict[str, Any]:
-    """The fields of a config that has an `alpha_pattern` with the scaling factors of these sites."""
+    """Return the fields of a config that has an `alpha_pattern` with the scaling factors of these sites."""
     wanted = {path: _alpha(config, site) for path, site in sites.items()}
     if all(alpha == alpha_at(config, sites[path]) for path, alpha in wanted.items()):
         return {}
@@ -106,7 +106,7 @@ def of_patterns(config: Any, sites: Sites) -> dict[str, Any]:
 
 
 def _alpha(config: Any, site: Site) -> float:
-    """The numerator that gives a site its scaling factor, to the bit where there is one."""
+    """Return the numerator that gives a site its scaling factor, to the bit where there is one."""
     r, planned = site.constants.r, alpha_at(config, site)
     scaling = _number(config, site, "scaling")
     if scaling_of(config, r, planned) == scaling:
@@ -118,7 +118,7 @@ def _alpha(config: Any, site: Site) -> float:
 
 
 def written(config: Any, site: Site, scaling: Any) -> dict[str, Any]:
-    """The constants of a site with another scaling factor, and the numerator that gives it, if one does."""
+    """Return the constants of a site with another scaling factor, and the numerator that gives it, if one does."""
     new = {"scaling": scaling}
     if math.isfinite(_as_float(scaling)):
         new[_numerator(config)] = _alpha(config, dataclasses.replace(site, constants=site.constants.replace(new)))
@@ -130,7 +130,7 @@ def _as_float(value: Any) -> float:
 
 
 def of_adalora(config: Any, sites: Sites) -> dict[str, Any]:
-    """The field of an AdaLoRA config with the scaling factor of these sites."""
+    """Return the field of an AdaLoRA config with the scaling factor of these sites."""
     planned = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
     alphas = {path: _number(config, site, "lora_alpha") for path, site in sites.items()}
     if set(alphas.values()) == {planned}:
