@@ -306,7 +306,8 @@ def _ways_of(op: Any, value: Any) -> float:
     if op in _REPEATS or op is _POSSESSIVE:
         least, most, body = value
         if len(body) == 1 and body[0][0] in _CHARACTERS:
-            return min(int(most) - least + 1, _LENGTH)
+            result: float = min(int(most) - least + 1, _LENGTH)
+            return result
         return 1 + _ways(body) if int(most) == 1 else math.inf
     if op is _constants.SUBPATTERN:
         return _ways(value[3])

@@ -97,7 +97,8 @@ def _put_constants(model: nn.Module, adapter_name: str, fixed: Tree, constants: 
 
 
 def _constant(sites: Mapping[str, Site], name: str) -> Tensor:
-    return getattr(next(iter(sites.values())).constants, name)
+    result: Tensor = getattr(next(iter(sites.values())).constants, name)
+    return result
 
 
 def _embeddings(

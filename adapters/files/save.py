@@ -154,7 +154,8 @@ def _snapshot(key: str, tensor: Tensor) -> Tensor:
     """Return a copy of a tensor's values, in memory of its own."""
     if tensor.is_meta:
         raise ValueError(f"{key!r} is on the meta device, so it has no values to save; load or initialise it first")
-    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
+    result: Tensor = whole(tensor.detach()).to("cpu", copy=True).contiguous()
+    return result
 
 
 def _fields(config: AdapterConfig, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Any]:

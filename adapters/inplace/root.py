@@ -46,7 +46,7 @@ def _swallows(model: nn.Module) -> bool:
     return "adapter_names" not in parameters and any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def _refuse_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if kwargs.get("adapter_names") is not None:
         raise ValueError(
             f"forward() of this {type(model).__name__} got adapter_names={kwargs['adapter_names']!r:.100}, which it "

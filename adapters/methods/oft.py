@@ -180,7 +180,8 @@ def apply(config: OFTConfig, site: Site, leaves: dict[str, Any], base: Layer, x:
             return _rotate(x, turn.mT if back else turn, site, drop)
 
         if isinstance(leaf, Called):
-            return leaf.with_weight(x, lambda x, leaf: by(x, leaf).to(x.dtype))
+            result: Tensor = leaf.with_weight(x, lambda x, leaf: by(x, leaf).to(x.dtype))
+            return result
         return by(x, leaf)
 
     if site.kind == "embedding":
@@ -215,13 +216,16 @@ def _turn(config: OFTConfig, site: Site, leaf: Tensor) -> Tensor:
     q = entries.index_select(1, site.constants.skew).unflatten(1, (size, size))
     if not config.use_cayley_neumann:
         identity = torch.eye(size, dtype=q.dtype, device=q.device)
-        return torch.linalg.solve(identity + q, -2 * q, left=False).to(leaf.dtype)
+        result: Tensor = torch.linalg.solve(identity + q, -2 * q, left=False).to(leaf.dtype)
+        return result
     if config.num_cayley_neumann_terms == 2:
-        return (2 * q).to(leaf.dtype)
+        result = (2 * q).to(leaf.dtype)
+        return result
     series = q
     for _ in range(max(3, config.num_cayley_neumann_terms - 1) - 1):
         series = torch.baddbmm(q, q, series, beta=2)
-    return series.to(leaf.dtype)
+    result = series.to(leaf.dtype)
+    return result
 
 
 def _project(vector: Tensor, radius: float) -> Tensor:

@@ -106,7 +106,10 @@ def _corrected(site: Site, a: Tensor, grad: Tensor, scaling: float | Tensor | Pe
         rows = a.detach().to(wide).flatten(a.ndim - 1 - axes)
         gram = rows @ rows.mT + _RIDGE * torch.eye(rows.shape[-2], dtype=wide, device=rows.device)
         flat = grad.to(wide).flatten(grad.ndim - 1 - axes)
-        return (flat @ torch.linalg.pinv(gram, hermitian=True) / scaling**2).reshape(grad.shape).to(grad.dtype)
+        result: Tensor = (
+            (flat @ torch.linalg.pinv(gram, hermitian=True) / scaling**2).reshape(grad.shape).to(grad.dtype)
+        )
+        return result
 
 
 class LoraFA(torch.optim.Optimizer):

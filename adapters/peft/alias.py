@@ -165,7 +165,8 @@ class Distribution(importlib.metadata.Distribution):
 
     def locate_file(self, path: Any) -> Path:
         """Return where a file of it would be."""
-        return Path(__file__).parent / path
+        result: Path = Path(__file__).parent / path
+        return result
 
 
 _FINDER = Finder()

@@ -101,7 +101,7 @@ def build_peft_weight_mapping(
 def _adapter_keys(renaming: Any, adapter_name: str, configs: list[Any]) -> Any:
     """A renaming of transformers' kind that does exactly this, where a pattern could hit other parts of a name."""
 
-    class AdapterKeys(renaming):
+    class AdapterKeys(renaming):  # type: ignore[misc,unused-ignore]
         __slots__ = ()
 
         def rename_source_key(self, source_key: str) -> tuple[str, str | None]:

@@ -40,7 +40,8 @@ class TrainableTokensLayer(nn.Module):
         weight = whole(resting(self.base_layer, "weight"))
         for delta, indices in rows:
             weight = over(weight, delta, torch.tensor(indices, device=weight.device))
-        return weight
+        result: Tensor = weight
+        return result
 
     def rows(self, name: str) -> tuple[Tensor, list[int]]:
         """Return an adapter's rows and their indices."""
@@ -53,7 +54,7 @@ class TrainableTokensLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         return self.run(self.weight_with(rows), x, args, kwargs)
 
-    def run(self, weight: Tensor, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def run(self, weight: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the base's forward with another weight."""
         base = self.base_layer
         if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks):

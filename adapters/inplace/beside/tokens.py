@@ -170,16 +170,19 @@ class TrainableTokensWrapper(nn.Module):
 
     def copied_module(self, adapter_name: str) -> nn.Module:
         """Return the user's module."""
-        return self.token_adapter.base_layer
+        result: nn.Module = self.token_adapter.base_layer
+        return result
 
     def without_adapters(self) -> nn.Module:
         """Return the user's module, within what torch has wrapped around it and its rows."""
         held: Any = self._modules["token_adapter"]
         inner = child_of_wrapper(held)
         if inner is None:
-            return held.base_layer
+            result: nn.Module = held.base_layer
+            return result
         held._modules[inner] = unwrapped(held).base_layer
-        return held
+        result = held
+        return result
 
     @property
     def weight(self) -> Tensor:
@@ -278,7 +281,7 @@ class TrainableTokensWrapper(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableTokensWrapper:
         move = super()._apply
-        self._originals.apply(self.token_adapter.base_layer, fn, lambda: move(fn, recurse))
+        self._originals.apply(self.token_adapter.base_layer, fn, lambda: move(fn, recurse))  # type: ignore[no-untyped-call,unused-ignore]
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

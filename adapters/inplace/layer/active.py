@@ -91,7 +91,11 @@ class ActiveAdapters:
         return [beside(entry.site, leaves) for entry, leaves in zip(self.entries, found, strict=True)]
 
     def over(
-        self, base: Any, leaves: Iterable[dict[str, Any]], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        base: Any,
+        leaves: Iterable[dict[str, Any]],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Base | Adapted:
         """Return the adapters around a wrapped module."""
         layer: Base | Adapted
@@ -111,7 +115,7 @@ class ActiveAdapters:
         value = stored.get(name)
         return None if value is None else value.to(site.like(base).dtype)
 
-    def run(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def run(self, base: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output."""
         if self.device is None or self.watch.attached(base.training):
             return self._run_called(base, x, args, kwargs)
@@ -119,7 +123,7 @@ class ActiveAdapters:
             return self.over(base, self.leaves(), args, kwargs)(x)
         return self.shell.run(base, self.entries, self.leaves(), x, args, kwargs)
 
-    def _run_called(self, base: Any, x: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _run_called(self, base: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output, through the modules that hold leaves."""
         if self.device is None:
             self.entries = [placed(entry, x.device) for entry in self.entries]
@@ -130,7 +134,8 @@ class ActiveAdapters:
                 return self.over(base, leaves, args, kwargs)(x)
             return self.shell.run(base, self.entries, leaves, x, args, kwargs)
 
-        return self.watch.amid(run)
+        result: Tensor = self.watch.amid(run)
+        return result
 
     def tensors(self, training: bool) -> list[dict[str, Tensor]]:
         """Return the parameters of each adapter, as they are now, for whoever computes with their numbers."""

@@ -29,7 +29,8 @@ class CalledBase(Base):
     def run(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.plain is not None:
             check_base(self.site.path, self.plain_tensors()[0], x)
-        return self.module(x, *self.args, **self.kwargs)
+        result: Tensor = self.module(x, *self.args, **self.kwargs)
+        return result
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias, whole and in memory."""
@@ -76,4 +77,5 @@ def is_parallel(base: Any, site: Site) -> bool:
 def own_or_computed(module: Any, name: str) -> Tensor:
     """Return what a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
     own = module._parameters.get(name)
-    return getattr(module, name) if own is None else own
+    result: Tensor = getattr(module, name) if own is None else own
+    return result

@@ -176,7 +176,8 @@ class LayerLeaves(nn.Module):
     def fixed(self, name: str) -> tuple[str, ...]:
         """Return those of an adapter's leaves that are never trained."""
         config: Any = self._entries[name].config
-        return config.form.fixed(config, self._entries[name].site)
+        result: tuple[str, ...] = config.form.fixed(config, self._entries[name].site)
+        return result
 
     def is_source(self, name: str) -> bool:
         """Return whether an adapter has parameters of its own here, not those of a module that this one is tied to."""

@@ -64,7 +64,8 @@ class ParameterLayer(BaseTunerLayer):
 
     def get_param(self) -> Tensor:
         """Return the base's parameter."""
-        return getattr(self.get_base_layer(), self.parameter_name)
+        result: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return result
 
     def add(
         self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter], containers: SharedContainers
@@ -84,7 +85,8 @@ class ParameterLayer(BaseTunerLayer):
 
     def without_adapters(self) -> nn.Module:
         """Return the user's module."""
-        return self.get_base_layer()
+        result: nn.Module = self.get_base_layer()
+        return result
 
     def place_in_model(self, path: str, carriers: Collection[str]) -> str:
         """Return where this layer hangs in the model, where its parameter is at `path`."""
@@ -170,7 +172,7 @@ class ParameterBody:
         vars(self.module).update(vars(base))
         vars(self.module).pop("forward", None)
 
-    def run(self, base: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def run(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the adapted output."""
         for layer in self.layers:
             layer._live.ready(base.training)  # type: ignore[attr-defined]
@@ -186,7 +188,8 @@ class Sockets(Mapping[str, ParameterRuntime]):
 
     def __getitem__(self, leaf: str) -> ParameterRuntime:
         live: Any = self.layers[leaf]._live
-        return live.socket
+        result: ParameterRuntime = live.socket
+        return result
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)

@@ -30,7 +30,9 @@ class SocketOverMerged(SiteRuntime):
 
     originals: Originals
 
-    def _base(self, site: Site, args: tuple, kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None) -> Any:
+    def _base(
+        self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None
+    ) -> Any:
         if part is not None:
             return super()._base(site, args, kwargs, part)
         base = BaseOverMerged(self.inner, site, args, kwargs)
@@ -69,7 +71,7 @@ class Shell:
         entries: list[SiteAdapter],
         leaves: list[dict[str, Any]],
         x: Any,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Tensor:
         """Return the adapted output."""
@@ -77,11 +79,12 @@ class Shell:
         self.socket.entries = {str(index): entry for index, entry in enumerate(entries)}
         found = zip(entries, leaves, strict=True)
         self.cell.trees = {str(index): as_tree(path, entry.site, one) for index, (entry, one) in enumerate(found)}
-        return run_in_place_of(base, self.module, self.follow, path, (x, *args), kwargs)
+        result: Tensor = run_in_place_of(base, self.module, self.follow, path, (x, *args), kwargs)
+        return result
 
 
 def run_in_place_of(
-    base: Any, module: Any, follow: Callable[[Any], None], path: str, args: tuple, kwargs: Mapping[str, Any]
+    base: Any, module: Any, follow: Callable[[Any], None], path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """Call a module that shares a wrapped one's tensors, as that one would be called.
 

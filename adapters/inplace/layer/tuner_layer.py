@@ -123,11 +123,13 @@ class BaseTunerLayer(MergingLayer):
 
     def copied_module(self, adapter_name: str) -> nn.Module:
         """Return the wrapped module."""
-        return self.get_base_layer()
+        result: nn.Module = self.get_base_layer()
+        return result
 
     def without_adapters(self) -> nn.Module:
         """Return the wrapped module, within what torch has wrapped around it."""
-        return self.base_layer
+        result: nn.Module = self.base_layer
+        return result
 
     def own_modules(self) -> Iterable[nn.Module]:
         """Return this layer and what hangs in it beside its module."""
@@ -157,7 +159,8 @@ class BaseTunerLayer(MergingLayer):
         """Run the base with the active adapters."""
         base: Any = self._modules["base_layer"]  # attributes of modules take long to find
         if not self._adapted():
-            return base(*args, **kwargs)
+            result: Tensor = base(*args, **kwargs)
+            return result
         if args:
             x, args = args[0], args[1:]
         elif self._argument in kwargs:
@@ -192,14 +195,14 @@ class BaseTunerLayer(MergingLayer):
         return {key: value for key, value in self.__dict__.items() if key != "_live"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call,unused-ignore]
         for container in self._modules.values():
             if isinstance(container, Container):
                 container.tell(self)
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
-        self.originals.apply(self.get_base_layer(), fn, lambda: super(BaseTunerLayer, self)._apply(fn, recurse))
+        self.originals.apply(self.get_base_layer(), fn, lambda: super(BaseTunerLayer, self)._apply(fn, recurse))  # type: ignore[no-untyped-call,unused-ignore]
         self.refresh()
         return self
 

@@ -33,8 +33,8 @@ class MergingLayer(LayerLeaves):
         self.merged_adapters: list[str] = []
         self.originals = Originals()
         self._active: list[str] = []
-        self.register_load_state_dict_pre_hook(refuse_while_merged)
-        self.register_load_state_dict_post_hook(refresh_after_loading)
+        self.register_load_state_dict_pre_hook(refuse_while_merged)  # type: ignore[no-untyped-call,unused-ignore]
+        self.register_load_state_dict_post_hook(refresh_after_loading)  # type: ignore[no-untyped-call,unused-ignore]
 
     @property
     def merged(self) -> bool:

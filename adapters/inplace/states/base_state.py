@@ -80,4 +80,5 @@ def _laid_out(own: Any, value: Tensor) -> Tensor:
     """Return a tensor sharded as the model's own is."""
     if not is_sharded(own) or is_sharded(value) or own.shape != value.shape:
         return value
-    return spread(value.to(own.device), own.device_mesh, own.placements)
+    result: Tensor = spread(value.to(own.device), own.device_mesh, own.placements)
+    return result

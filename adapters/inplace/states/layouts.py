@@ -28,7 +28,8 @@ def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
         raise ValueError(
             f"the model has no adapter {adapter_name!r}; it has {list(configs) or 'none, inject one first'}"
         )
-    return configs[adapter_name]
+    result: AdapterConfig = configs[adapter_name]
+    return result
 
 
 def source_sites(model: nn.Module, adapter_name: str) -> dict[str, Site]:

@@ -76,4 +76,5 @@ def _factors(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         generator = torch.Generator("cpu").manual_seed(0)
         factors: Any = torch.empty(_ROW, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-        return (factors | 1).to(device)
+        result: Tensor = (factors | 1).to(device)
+        return result

@@ -143,7 +143,8 @@ def put(module: Any, leaf: str, value: Tensor) -> Tensor:
     if own.is_meta and next(offloading(module), None) is not None:
         before = resting(module, leaf)
         store(module, leaf, value)
-        return before
+        result: Tensor = before
+        return result
     if moves(own):
         before = own.detach().clone()
         write(own, value)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from torchgraft.functional import Constants, Layer, Method, Rows, Site, Varying, Weights, widen
+from torchgraft.functional.extending import add_scaled
 
 from ...config.messages import require
 from ...config.peft_format import PeftFormat, Value
 from ..lora.fields import LoraFields
 from ..shared.called import DROPOUT, dropped
-from ..shared.low_rank import add_scaled, add_to_linear, route_to_linear
+from ..shared.low_rank import add_to_linear, route_to_linear
 from ..shared.scalings import of_adalora
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torchgraft.functional import Layer, Site, widen
+from torchgraft.functional.extending import add_scaled
 
-from ..shared.low_rank import add_product, add_scaled
+from ..shared.low_rank import add_product
 
 
 class Quantised:
@@ -37,7 +38,8 @@ class Quantised:
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight + self._rounding
+        result: Tensor = self.base.weight + self._rounding
+        return result
 
     @property
     def bias(self) -> Tensor | None:

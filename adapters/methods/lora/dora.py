@@ -85,14 +85,16 @@ def norms(site: Site, a: Tensor, b: Tensor, weight: Tensor, scaling: Scaling | P
             scaling = scaling.detach().to(dtype)
         if site.groups > 1:
             product = b.reshape(-1, len(a)) @ a.flatten(1)
-            return torch.linalg.vector_norm((weight + scaling * product.view_as(weight)).flatten(1), dim=1)
+            result: Tensor = torch.linalg.vector_norm((weight + scaling * product.view_as(weight)).flatten(1), dim=1)
+            return result
         if site.kernel_size:
             weight, a, b = weight.flatten(1), a.flatten(1), b.flatten(1)
         across = (b.mT * F.linear(a, weight)).sum(-2)
         own = (b @ (a @ a.mT) * b).sum(-1)
         # The root of a square is exact, so that a product of zero leaves the norm of the weight.
         square = torch.linalg.vector_norm(weight, dim=-1).square() + 2 * scaling * across + scaling * scaling * own
-        return square.clamp(min=0).sqrt()
+        result = square.clamp(min=0).sqrt()
+        return result
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -223,7 +225,8 @@ class DoraTerms:
                 identity = torch.eye(site.in_features, device=weight.device, dtype=weight.dtype)
                 product = b(a(a.cast(identity))).mT
                 wide = weight.to(_wide(weight, product))
-                return torch.linalg.vector_norm(add_scaled(wide, product, scaling), dim=1)
+                result: Tensor = torch.linalg.vector_norm(add_scaled(wide, product, scaling), dim=1)
+                return result
 
     def gains(self, weight: Tensor) -> Tensor:
         """`g`, `"... out"`: computed, or what a view that is said to be constant keeps."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, UnsupportedConfig, widen
-from torchgraft.functional.extending import PARAMETERS, Dense, Original
+from torchgraft.functional.extending import PARAMETERS, Dense, Original, add_scaled
 
 from ..shared.called import DROPOUT, Called, Dropout, dropped
 from ..shared.low_rank import (
@@ -18,7 +18,6 @@ from ..shared.low_rank import (
     add_called,
     add_product,
     add_routed,
-    add_scaled,
     add_to_groups,
     add_to_linear,
     route_to_linear,

@@ -238,10 +238,12 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
         return nn.Linear(site.in_features, r, **how) if leaf == "lora_A" else nn.Linear(r, site.out_features, **how)
     conv, g = getattr(nn, f"Conv{len(site.kernel_size)}d"), site.geometry
     if leaf == "lora_B":
-        return conv(r, site.out_features, 1, groups=g.groups, **how)
-    return conv(
+        result: nn.Module = conv(r, site.out_features, 1, groups=g.groups, **how)
+        return result
+    result = conv(
         site.in_features, r, site.kernel_size, g.stride, g.padding, g.dilation, padding_mode=g.padding_mode, **how
     )
+    return result
 
 
 def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
             f"{path}: the {name} of {leaf}, a {type(module).__name__}, is {form}, and the adapter computes with its "
             "numbers there instead of calling it; put a module with a weight of floating point in its place"
         )
-    return whole(tensor)
+    result: Tensor = whole(tensor)
+    return result
 
 
 def dropped(x: Tensor, dropout: Dropout, training: bool) -> Tensor:

@@ -69,7 +69,9 @@ def linear(
         keep, kept = draw(x, p)
         scaling = scaling / kept
     if torch.is_grad_enabled():
-        return _Linear.apply(x, weight, bias, a, b, scaling, keep)
+        arguments = (x, weight, bias, a, b, scaling, keep)
+        result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
+        return result
     return _forward(x, weight, bias, a, b, scaling, keep)[0]
 
 
