@@ -31,7 +31,7 @@ Weights = Callable[[str], Tensor]
 
 
 class ActiveTree(Protocol):
-    """What a call can have in place of an adapter's tree: a routed stack, one adapter of a padded one."""
+    """The interface of what a call has in place of an adapter's tree: a routed stack, one adapter of a padded one."""
 
     tree: Tree
     per_row: ClassVar[bool]
@@ -55,7 +55,7 @@ class ActiveTree(Protocol):
 
 
 def is_per_row(tree: Tree | ActiveTree) -> bool:
-    """Return whether what a call has for an adapter gives each row its own.
+    """Return whether a tree, or what a call has in its place, gives each row an adapter of its own.
 
     >>> is_per_row({"layers.0": {}})
     False
@@ -97,7 +97,7 @@ class Weighted(abc.ABC):
 
     @abc.abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight and bias."""
+        """Return canonical weight and bias."""
 
     @property
     def weight(self) -> Tensor:
@@ -176,7 +176,7 @@ class Method:
 
 
 class Config(Protocol):
-    """What `bind` asks of a config."""
+    """The interface of a config: all that `bind` asks of one."""
 
     method: ClassVar[Method]
     site_fields: ClassVar[frozenset[str]]
@@ -224,15 +224,15 @@ class SiteAdapter:
         return dataclasses.replace(self, site=site)
 
     def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
-        """This part for a stack: constants as the stack's members have them, and rows that have this site."""
+        """Return this part for a stack: constants as the stack's members have them, and rows that have this site."""
         return self, rows
 
     def several(self, count: int) -> SiteAdapter:
-        """This part for `count` adapters that have this site, whatever the members of a stack are."""
+        """Return this part for `count` adapters that have this site, whatever the members of a stack are."""
         return self
 
     def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None, original: Original | None = None) -> Dense:
-        """Dense meaning in float32 or wider.
+        """Return weight and bias with this adapter in, in float32 or wider.
 
         Args:
             leaves: The adapter's leaves at this site.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Places:
-    """Constants of the adapters of a stack, and which sites each has; made by `StackedGraft.places`.
+    """The constants of the adapters of a stack, and which sites each has; made by `StackedGraft.places`.
 
     Attributes:
         constants: `{path: {name: "N ..."}}`.

@@ -151,7 +151,7 @@ class Binding:
         return trees.sort(made) if self.named else made[""]
 
     def active(self, params: Any) -> dict[str, Any]:
-        """Return the trees of `params`, or what stands for one, by adapter name and validated.
+        """Return validated parameter trees, or `ActiveTree`s in their place, by adapter name.
 
         Raises:
             KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
@@ -209,7 +209,7 @@ class Binding:
         return adapters, paths
 
     def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
-        """Return those of these sites whose module no forward reached under any of its names."""
+        """Return the sites among these whose module no forward reached under any of its names."""
         modules = modules_of(self.model)
         seen = {key_of(modules, path) for path in reached}
         return sorted({path for path in paths if key_of(modules, path) not in seen})

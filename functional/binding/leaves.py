@@ -27,7 +27,7 @@ def initialise(
     device: torch.device | str | None,
     replaced: Plan,
 ) -> Tree:
-    """Fresh parameters of one config, sorted."""
+    """Make fresh parameters of one config, sorted."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
@@ -51,7 +51,7 @@ def initialise(
 
 
 def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of one config's leaves, by path and leaf, sorted."""
+    """Return the shapes of one config's leaves, by path and leaf, sorted."""
     shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
     for path, leaf, one in each(replaced):
         shapes.setdefault(path, {})[leaf] = one.shape

@@ -34,7 +34,7 @@ class Replaced:
     rows: tuple[int, ...] | None = None
 
     def meets(self, other: Replaced) -> str | None:
-        """The name of a tensor that both replace, the same rows of it."""
+        """Return the name of a tensor of which both replace the same rows, `None` where there is none."""
         shared = [name for name in self.names if name in other.names]
         apart = self.rows is not None and other.rows is not None and not set(self.rows) & set(other.rows)
         return None if apart or not shared else shared[0]
@@ -49,7 +49,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None = None) -> Replaced:
-    """Describe what a leaf stands for.
+    """Describe the tensor that a leaf stands for.
 
     Args:
         modules: The model's modules by name.
@@ -88,7 +88,7 @@ def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None 
 
 
 def tensor_at(modules: Modules, name: str) -> Tensor:
-    """The parameter of this name.
+    """Return the parameter of this name.
 
     Raises:
         ValueError: There is none.
@@ -101,7 +101,7 @@ def tensor_at(modules: Modules, name: str) -> Tensor:
 
 
 def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Iterable[str]) -> Plan:
-    """What a config replaces beside its sites; nothing, for configs that do not speak of it.
+    """Return the tensors that a config replaces beside its sites; none, for configs without `replaces`.
 
     Raises:
         ValueError: Two leaves that stand for the same tensor.
@@ -119,14 +119,14 @@ def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Ite
 
 
 def each(plan: Plan) -> Iterator[tuple[str, str, Replaced]]:
-    """Path, leaf and what it stands for."""
+    """Yield path, leaf and the tensor that it stands for."""
     for path, leaves in plan.items():
         for leaf, one in leaves.items():
             yield path, leaf, one
 
 
 def conflicts(plans: Mapping[str, Plan]) -> list[tuple[str, str, str]]:
-    """Pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
+    """Return pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
     found = []
     names = list(plans)
     for i, first in enumerate(names):
@@ -140,7 +140,7 @@ def conflicts(plans: Mapping[str, Plan]) -> list[tuple[str, str, str]]:
 def copies(
     modules: Modules, plan: Plan, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tree:
-    """Fresh leaves: the base's own numbers, in memory of their own.
+    """Make fresh leaves: the base's own numbers, in memory of their own.
 
     Args:
         modules: The model's modules by name.
@@ -160,13 +160,13 @@ def copies(
 
 
 def over(tensor: Tensor, leaf: Tensor, index: Tensor | None) -> Tensor:
-    """What a tensor becomes: the leaf, or the tensor with some rows from it; in the tensor's dtype."""
+    """Return the tensor with a leaf in its place, or in that of some of its rows; in the tensor's dtype."""
     leaf = leaf.to(tensor.dtype)
     return leaf if index is None else whole(tensor).index_copy(0, index, whole(leaf))
 
 
 def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree]) -> dict[str, Tensor]:
-    """The tensors of the model that trees replace, as they are then, by every name they have in it.
+    """Return the tensors of the model that trees replace, with the leaves in, by every name they have in it.
 
     Raises:
         ValueError: A tensor that is tied to one that the adapter does not replace, which no state dict can express.

@@ -41,7 +41,7 @@ class StackedBinding(Binding):
 
     @property
     def own(self) -> list[Shapes]:
-        """The shapes of each one's own leaves."""
+        """The shapes of each config's own leaves, before padding."""
         return [single.shapes[""] for single in self.singles]
 
     @classmethod
@@ -173,7 +173,7 @@ class StackedBinding(Binding):
         return active
 
     def places(self, configs: Sequence[Config | None] | None = None) -> Places:
-        """Plan what is in each place of a stack, as `StackedGraft.places` does."""
+        """Plan the constants and sites of each place of a stack, as `StackedGraft.places` does."""
         given = self.members if configs is None else configs
         check_configs([self.members[0], *(config for config in given if config is not None)])
         modules = modules_of(self.model)
@@ -217,7 +217,7 @@ class StackedBinding(Binding):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StackedAdapter(SiteAdapter):
-    """A stack's part at one site, which some of its adapters may not have."""
+    """The part of a stack at one site, which some of its adapters may not have."""
 
     present: Tensor
     known: tuple[bool, ...]
@@ -243,7 +243,7 @@ class StackedAdapter(SiteAdapter):
         return self.along(members, Rows(None, count))[0]
 
     def at(self, index: int | Tensor) -> tuple[SiteAdapter, Tensor | None]:
-        """One adapter's part, and whether it has the site (`None` for yes)."""
+        """Return one adapter's part, and whether it has the site (`None` for yes)."""
         constants = {
             name: _at(constant.values, index)
             for name, constant in self.site.constants.items()
@@ -253,7 +253,7 @@ class StackedAdapter(SiteAdapter):
 
 
 def check_configs(configs: Sequence[Config]) -> None:
-    """Hold the configs of a stack against each other.
+    """Check that the configs of a stack agree in all that its adapters share.
 
     Raises:
         TypeError: Configs of several methods.
@@ -289,7 +289,7 @@ def _check_leaves(singles: Sequence[Binding]) -> None:
 
 
 def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module) -> dict[str, Site]:
-    """Every site that some adapter has, with the constants of all."""
+    """Return every site that some adapter has, with the constants of all."""
     modules = modules_of(model)
     paths = {path: None for plan in plans for path in plan}
     names: dict[Key, str] = {}
@@ -301,7 +301,7 @@ def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module
 
 
 def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
-    """A site with the constants of all that have it; a tensor that one of them lacks is zero there."""
+    """Return a site with the constants of all that have it; a tensor that one of them lacks is zero there."""
     having = [site for site in sites if site is not None]
     first = having[0]
     constants: dict[str, Any] = {}
@@ -389,7 +389,7 @@ def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _at(values: Tensor, index: int | Tensor) -> Tensor:
-    """`values[index]`, without reading an index that is a tensor."""
+    """Return `values[index]`, without reading an index that is a tensor."""
     if isinstance(index, Tensor):
         return values.index_select(0, index.view(1)).squeeze(0)
     return values[index]

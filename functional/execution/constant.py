@@ -18,7 +18,7 @@ from ..skeleton.skeleton import Skeleton
 
 
 def check_constant(params: Mapping[str, Any]) -> None:
-    """Refuse trees that no view can take for constant.
+    """Refuse trees that a constant view cannot have.
 
     Args:
         params: The active trees by adapter name, or what stands for one.
@@ -42,7 +42,7 @@ def check_constant(params: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def precompute(skeleton: Skeleton) -> None:
-    """Compute what the methods at a skeleton's sites can, with the trees that are active, for all calls to come.
+    """Compute constants at a skeleton's sites from the trees that are active, for all calls to come.
 
     Sites whose rows have adapters of their own compute theirs in each call.
     """
@@ -56,7 +56,7 @@ def precompute(skeleton: Skeleton) -> None:
 
 
 def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, Mapping[str, Any]]]:
-    """What each adapter around a module can compute, the outermost first."""
+    """Yield each adapter around a module that can compute constants, and these, the outermost first."""
     while isinstance(layer, Adapted):
         entry = layer.entry
         method = entry.config.method
@@ -67,7 +67,7 @@ def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, Mapping[str, Any]]]:
 
 
 def _is_single(layer: Any) -> bool:
-    """Whether neither this layer nor one below has rows with adapters of their own."""
+    """Return whether neither this layer nor one below has rows with adapters of their own."""
     while isinstance(layer, Adapted):
         layer = layer.base
     return isinstance(layer, Base)

@@ -24,7 +24,7 @@ from .trial import Entered, finder_of
 
 @dataclasses.dataclass(eq=False)
 class Entrance:
-    """What a module of such a view knows beyond its class.
+    """The facts that a module of a routed view has beyond its class.
 
     Attributes:
         path: Path of the user's module.
@@ -38,7 +38,7 @@ class Entrance:
 
 
 class RoutedView:
-    """A view and its adapters.
+    """A view and its active trees.
 
     Attributes:
         context: CallContext of the view's skeleton.
@@ -79,7 +79,7 @@ class RoutedView:
 
 
 class EnteredModule:
-    """Placed in front of the class of each module that leads to a site."""
+    """A base class placed in front of the class of each module that leads to a site."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         entrance: Entrance = self.__dict__["_entrance"]
@@ -114,7 +114,7 @@ def _entered_class(cls: Any) -> Any:
 
 
 def watch(bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any]) -> None:
-    """Let the modules of a view that lead to sites tell what they are given."""
+    """Turn the modules of a view that lead to sites into `EnteredModule`s."""
     view = RoutedView(bound, bound.pool(), skeleton, active)
     paths = bound.binding.paths(active)
     leading = {path.rsplit(".", depth)[0] if depth else path for path in paths for depth in range(path.count(".") + 1)}

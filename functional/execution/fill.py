@@ -48,7 +48,7 @@ def fill(
 
 
 def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """The tensors of `base` by the id of the model's tensor that each stands for, held against it."""
+    """Return the tensors of `base` by the id of the model's tensor that each stands for, validated against it."""
     found: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     for name, tensor in base.items():
@@ -84,7 +84,7 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
 def _batched_zero(
     active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
+    """Return a zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if not _is_transformed():
         return None
     trees = [tree if isinstance(tree, dict) else tree.tensors() for tree in active.values()]

@@ -64,7 +64,7 @@ def run(
 
 
 def now(active: Mapping[str, Any]) -> dict[str, Any]:
-    """The trees of a call, routed stacks with the rows that they have now."""
+    """Return the trees of a call, routed stacks with the rows that they have now."""
     return {name: tree.now() if isinstance(tree, Routed) else tree for name, tree in active.items()}
 
 
@@ -76,7 +76,7 @@ def _traced(
     kwargs: Mapping[str, Any],
     return_buffers: bool,
 ) -> Any:
-    """One call as `torch.compile` sees it: it reads the model's own tensors, and leaves its skeleton as it was.
+    """Run one call under `torch.compile`: it reads the model's own tensors, and leaves its skeleton as it was.
 
     If it cannot be compiled in one piece, `run` runs as it does elsewhere, and what the model calls is compiled.
     """

@@ -45,7 +45,7 @@ def make_view(bound: BoundModel, params: Any, constant: bool) -> nn.Module:
 
 
 def guard(root: nn.Module, conflict: str | None) -> None:
-    """Refuse to load into a view, whose tensors are the user's, and to save one that no state dict expresses.
+    """Refuse loads into a view, whose tensors are the user's, and saves that no state dict expresses.
 
     Args:
         root: The view.

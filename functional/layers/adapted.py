@@ -31,11 +31,11 @@ class Adapted(Weighted):
         return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
 
     def over(self, base: Any) -> Adapted:
-        """The same adapter on another layer."""
+        """Return the same adapter on another layer."""
         return Adapted(base, self.entry, self.leaves)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight and bias with every adapter up to this one in, not yet rounded."""
+        """Return canonical weight and bias with every adapter up to this one in, not yet rounded."""
         below: Any = self.base
         original = None if below.original is below else below.original.dense
         weight, bias = below.dense()

@@ -57,7 +57,7 @@ class RoutedLayer(Weighted):
         return y if layout == LEADING else layout.from_rows(y, size)
 
     def _general(self, base: Layer, x: Tensor) -> Tensor:
-        """The method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""
+        """Run the method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""
         layers = list(self._chain())
         size = max(layer.rows.size for layer in layers)
         if any(size % layer.rows.size for layer in layers):
@@ -91,7 +91,7 @@ class RoutedLayer(Weighted):
             layer = getattr(layer, "base", None)
 
     def _pick(self, groups: Groups) -> tuple[Leaves, dict[str, Tensor], dict[str, Tensor]]:
-        """What each group has of this layer: leaves, constants and whether there is an adapter at all."""
+        """Return each group's part of this layer: leaves, constants and whether there is an adapter at all."""
         leaves = {name: self._pick_leaf(name, leaf, groups) for name, leaf in self.leaves.items()}
         constants = {name: groups.pick(c.values) for name, c in _varying(self.entry).items()}
         return leaves, constants, {"on": groups.active(1)} if groups.base else {}
@@ -135,7 +135,7 @@ class RoutedLayer(Weighted):
 
 
 def _under_autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-    """The input in a precision that suits parameters, and that of the output if autocast is on."""
+    """Return the input in a precision that suits parameters, and that of the output if autocast is on."""
     if not torch._C._is_any_autocast_enabled() or not x.is_floating_point():
         return x, None
     if not torch.is_autocast_enabled(x.device.type):

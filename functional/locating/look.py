@@ -29,7 +29,7 @@ ADAPTERS = 3
 
 
 class Trial(Protocol):
-    """Runs a model for a look."""
+    """A model as a look runs it."""
 
     floor: float
     """The part of a number that rounding may change."""
@@ -49,7 +49,7 @@ class Trial(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """What the user says of a call beside its rows.
+    """The user's statements about a call beside its rows.
 
     Attributes:
         batch_dim: The axis that has the batch, everywhere or by path.
@@ -60,7 +60,7 @@ class Declared:
     mixed: tuple[str, ...] = ()
 
     def lets_pass(self, output: str) -> bool:
-        """Whether an output, or what it is a part of, is declared as mixed."""
+        """Return whether an output, or what it is a part of, is declared as mixed."""
         return any(output == name or output.startswith((f"{name}.", f"{name}[")) for name in self.mixed)
 
 
@@ -91,7 +91,7 @@ def look(trial: Trial, inputs: Inputs, size: int, declared: Declared, full: bool
 
 
 def look_at(trial: Trial, sample: Sample | GivenSample, declared: Declared, step: int) -> Record:
-    """The same on some rows.
+    """Find out where some rows are, and prove it, as `look` does.
 
     Args:
         trial: Runs the model.
@@ -110,7 +110,7 @@ def look_at(trial: Trial, sample: Sample | GivenSample, declared: Declared, step
 
 
 def _look_twice(trial: Trial, sample: Sample, declared: Declared, step: int) -> Record:
-    """The same, and once more with what is equal in all rows made to differ: lengths, masks, flags decide a way."""
+    """Look, and once more with what is equal in all rows made to differ: lengths, masks, flags decide a way."""
     record = look_at(trial, sample, declared, step)
     equal = sample.equal()
     if not equal:
@@ -125,7 +125,7 @@ def _look_twice(trial: Trial, sample: Sample, declared: Declared, step: int) -> 
 
 
 class _Failed(Exception):
-    """The base could not be run on a sample."""
+    """A sample on which the base could not be run."""
 
     def __init__(self, error: Exception):
         super().__init__(str(error))
@@ -155,7 +155,7 @@ class Unproved(ValueError):
 
 
 def _samples(inputs: Inputs, reading: Reading, size: int, full: bool) -> list[Sample]:
-    """What to run: rolled rows first; as they are, for models that refuse these."""
+    """Return the samples to run: rolled rows first, then rows as they are, for models that refuse these."""
     if full:
         return [Sample(inputs, reading, size, [(row, 0) for row in range(size)])]
     picks = choose_rows(inputs, reading.axis, size)
@@ -173,7 +173,7 @@ def _step(inputs: Inputs, size: int) -> int:
 def _propose(
     first: Observed, second: Observed, order: Sequence[int], declared: Declared, step: int
 ) -> tuple[Record, Outputs]:
-    """Where rows are at each site and in each output."""
+    """Return where rows are at each site and in each output."""
     count = len(set(order))
     places: dict[str, list[Place]] = {}
     for i, (one, other) in enumerate(zip(first.sites, second.sites, strict=False)):
@@ -191,7 +191,7 @@ def _propose(
 
 
 def _layouts_of_outputs(first: Observed, second: Observed, order: Sequence[int], declared: Declared) -> Outputs:
-    """Where rows are in each output, and which lists among these have an entry for each row."""
+    """Return where rows are in each output, and which lists among these have an entry for each row."""
     counts = len(set(order)), len(order)
     few, more = first.lists(), second.lists()
     lists = {name for name in few if (few[name], more.get(name)) == counts}
@@ -219,7 +219,7 @@ def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> La
 
 
 def _prove(trial: Trial, sample: Sample | GivenSample, record: Record, outputs: Outputs, length: int) -> None:
-    """Hold routed runs against runs with one adapter for all rows."""
+    """Compare routed runs with runs with one adapter for all rows."""
     count = sample.count
     alone = [trial.alone(adapter, sample.first()) for adapter in range(ADAPTERS)]
     for shift in (0, 2):
@@ -252,7 +252,7 @@ def _prove_sites(
 
 
 def _agree(floor: float, own: Tensor, alone: Sequence[Tensor | None], layout: Layout, rows: Sequence[int]) -> bool:
-    """Whether each row is that of its own adapter, to one per cent of the difference between the adapters."""
+    """Return whether each row is that of its own adapter, to one per cent of the difference between the adapters."""
     size = len(rows)
     if any(part is None or part.ndim != own.ndim for part in alone):
         return False
@@ -281,7 +281,7 @@ def _agree(floor: float, own: Tensor, alone: Sequence[Tensor | None], layout: La
 
 
 def _by_rows(x: Tensor, layout: Layout, size: int) -> Tensor:
-    """`"size numbers"`."""
+    """Return a tensor by rows, flattened: `"size numbers"`."""
     x = numbers(x)
     if layout == SHARED:
         return x.expand(size, *x.shape).reshape(size, -1)

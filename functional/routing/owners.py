@@ -27,7 +27,7 @@ from .route import Routed
 
 @dataclasses.dataclass(eq=False)
 class RoutedOwner:
-    """What such a module knows beyond its class.
+    """The facts that a module which owns replaced tensors has beyond its class.
 
     Attributes:
         path: Path of the user's module.
@@ -47,7 +47,7 @@ class RoutedOwner:
         return {**vars(self), "cls": None}  # an adapted class has no name to be found by; the module knows it
 
     def routed(self) -> dict[str, Routed]:
-        """The routed stacks that have anything for this module; none, if they replace nothing of it."""
+        """Return the routed stacks that replace tensors of this module."""
         trees = self.context.trees or {}
         stacks = {name: tree for name, tree in trees.items() if isinstance(tree, Routed)}
         if not any(one.adapter in stacks for one in self.swaps):
@@ -56,7 +56,7 @@ class RoutedOwner:
         return {name: tree for name, tree in stacks.items() if name in mine or self.path in tree.tree}
 
     def run(self, stacks: Mapping[str, Routed], forward: Any, entries: Mapping[str, SiteAdapter], x: Any) -> Any:
-        """The module's forward on each group of rows, under `vmap`, with the leaves and adapters of its own."""
+        """Run the module's forward on each group of rows, under `vmap`, with the leaves and adapters of its own."""
         size = max(tree.rows.size for tree in stacks.values())
         if not isinstance(x, Tensor) or any(size % tree.rows.size for tree in stacks.values()):
             raise ValueError(
@@ -117,7 +117,7 @@ class GroupAdapter:
     per_row: ClassVar[bool] = False
 
     def layer(self, below: Any, entry: SiteAdapter, finder: Any) -> SelectedAdapter:
-        """The layer that the module gets."""
+        """Return the layer that the module gets."""
         part = self.part
         return SelectedAdapter(below, entry.with_constants(part["constants"]), part["leaves"], part["on"].get("leaves"))
 
@@ -129,7 +129,7 @@ def _pick(
     entries: Mapping[str, SiteAdapter],
     size: int,
 ) -> tuple[dict[str, Any], list[Groups]]:
-    """What each group of rows has of each stack here, and the groups."""
+    """Return what each group of rows has of each stack here, and the groups."""
     alone = len(stacks) == 1
     parts: dict[str, Any] = {}
     found: list[Groups] = []
@@ -160,7 +160,7 @@ def _pick(
 
 
 class OwnerModule:
-    """Placed in front of the class of a module that owns replaced tensors."""
+    """A base class placed in front of the class of a module that owns replaced tensors."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         owner: RoutedOwner = self.__dict__["_owner"]
@@ -210,14 +210,14 @@ def _mark(module: Any, owner: RoutedOwner) -> None:
 
 @functools.lru_cache(maxsize=256)
 def owner_class(cls: Any) -> Any:
-    """`cls` with the forward of `OwnerModule` in front."""
+    """Return `cls` with the forward of `OwnerModule` in front."""
     return type(cls.__name__, (OwnerModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def mark_owners(
     context: CallContext, copies: Sequence[tuple[nn.Module, Any]], found: Sequence[TensorSwap], paths: Mapping[int, str]
 ) -> None:
-    """Turn the modules of a skeleton that own replaced tensors into units.
+    """Turn the modules of a skeleton that own replaced tensors into `OwnerModule`s.
 
     Args:
         context: The skeleton's.

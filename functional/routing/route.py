@@ -51,15 +51,15 @@ class Routed:
         self.picked: dict[Any, Any] = {}
 
     def named(self, name: str) -> Routed:
-        """The part of one named adapter, over the same rows."""
+        """Return the part of one named adapter, over the same rows."""
         return self.with_tree(self.tree[name])
 
     def with_tree(self, tree: Tree) -> Routed:
-        """Another stacked tree, over the same rows."""
+        """Return another stacked tree, over the same rows."""
         return self._with(tree, self.rows)
 
     def now(self) -> Routed:
-        """The same with the rows that the user's tensor has now, which may have been written to."""
+        """Return the same stack with the rows that the user's tensor has now, which may have been written to."""
         source = self._source
         if source is None:
             return self
@@ -75,20 +75,20 @@ class Routed:
         return Routed(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-        """Hold the stack against the shapes of one adapter, as `trees.check` does."""
+        """Validate the stack against the shapes of one adapter, as `trees.check` does."""
         trees.check(self.tree, shapes, what, stacked=self.rows.count)
 
     def along(self, entry: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
-        """A site's part for this stack: constants as its members have them, and rows that have the site."""
+        """Return a site's part for this stack: constants as its members have them, and rows that have the site."""
         return entry.along(self.members, rows, self.places)
 
     def layer(self, below: Any, entry: SiteAdapter, finder: Finder | None) -> RoutedLayer:
-        """The layer that a site gets."""
+        """Return the layer that a site gets."""
         entry, rows = self.along(entry, self.rows)
         return RoutedLayer(below, entry, entry.leaves(self.tree), rows, finder, self, self.declared.batch_dim)
 
     def tensors(self) -> Any:
-        """Everything that a call depends on."""
+        """Return all tensors that a call depends on."""
         held = None if self.places is None else (dict(self.places.constants), dict(self.places.present))
         return self.tree, self.rows.index, self.members, held
 

@@ -70,7 +70,7 @@ def is_folded(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of a copy of the input as rows, with the bias added after: the same kernels, in the same order.
+    """Call `F.linear` on a copy of the input as rows, and add the bias after: the same kernels, in the same order.
 
     >>> folded(torch.ones(3, 2, 1).transpose(0, 1), torch.ones(1, 1), torch.ones(1)).shape
     torch.Size([2, 3, 1])

@@ -34,7 +34,7 @@ _NOWHERE = torch.empty(0)
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How a convolution slides: its module's own settings."""
+    """The settings of a convolution's module: how it slides."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -46,7 +46,7 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """How an embedding looks up rows: its module's own settings."""
+    """The settings of an embedding's module: how it looks up rows."""
 
     padding_idx: int | None
     scale_grad_by_freq: bool
@@ -55,7 +55,7 @@ class Lookup:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One adapted module: where it is, what it computes, and a method's constants for it.
+    """An adapted module: where it is, what it computes, and a method's constants for it.
 
     Weights are spoken of in canonical orientation, whatever the module stores: `"out in"` for a
     linear map, `"dim vocab"` for an embedding (a linear map of one-hot rows) and `"out in/groups *kernel"`
@@ -136,7 +136,7 @@ class Site:
         return weight.mT if self.transposed else weight
 
     def read(self, module: Any, instead: Mapping[str, Tensor] | None = None) -> Dense:
-        """Canonical weight and bias of the module that this site describes.
+        """Return canonical weight and bias of the module that this site describes.
 
         What is sharded is gathered, and what is offloaded is loaded.
 
@@ -173,7 +173,7 @@ class Site:
         return weight, held[self.bias_name] if self.has_bias else None
 
     def stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """Canonical weight and bias as the module stores them, by attribute; the inverse of `read`.
+        """Return canonical weight and bias as the module stores them, by attribute; the inverse of `read`.
 
         >>> site = Site("", "linear", 2, 3, transposed=True)
         >>> {name: tuple(value.shape) for name, value in site.stored(torch.zeros(3, 2), None).items()}
@@ -190,7 +190,7 @@ class Site:
         return found if bias is None else {**found, self.bias_name: bias}
 
     def like(self, module: Any) -> Tensor:
-        """A tensor of the device and dtype that the module's adapter goes by: its weight, or its parameters' first."""
+        """Return a tensor of the device and dtype for the module's adapter: its weight, or its first parameter."""
         for name in self.weight_names:
             result: Tensor = resting(module, name)
             return result
@@ -258,7 +258,7 @@ def check_base(path: str, weight: Tensor | None, x: Tensor) -> None:
 
 
 def own_tensor(module: Any, name: str) -> Tensor | None:
-    """The parameter or buffer that a module itself has under a name; `None` for what it computes.
+    """Return the parameter or buffer that a module itself has under a name; `None` for what it computes.
 
     >>> own_tensor(torch.nn.Linear(2, 1), "weight").shape
     torch.Size([1, 2])
@@ -288,7 +288,7 @@ def wide_dtype(weight: Tensor) -> torch.dtype:
 
 
 def quantised_form(weight: Any) -> str | None:
-    """What a weight is that no adapter can be added to, `None` for numbers of floating point, real or complex.
+    """Describe a weight that no adapter can be added to; `None` for numbers of floating point, real or complex.
 
     >>> quantised_form(torch.ones(2, dtype=torch.int8))
     'torch.int8'
@@ -302,7 +302,7 @@ def quantised_form(weight: Any) -> str | None:
 
 
 def add_scaled(y: Tensor, delta: Tensor, scaling: float | Tensor) -> Tensor:
-    """`y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
+    """Return `y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
 
     >>> add_scaled(torch.ones(2), torch.ones(2), 2.0)
     tensor([3., 3.])

@@ -11,7 +11,7 @@ from ..locating.finder import Finder
 
 
 class CallContext:
-    """What one call tells its sites. Each skeleton has one, so threads never share it.
+    """The facts of one call that its sites need. Each skeleton has one, so threads never share it.
 
     Attributes:
         trees: The active trees by adapter name, or what stands for one (`Active`).

@@ -39,7 +39,7 @@ def check_apart(entries: Mapping[Key, Mapping[str, SiteAdapter]], paths: Mapping
 
 @dataclasses.dataclass(eq=False)
 class ParameterRuntime:
-    """Everything that an adapted parameter knows.
+    """The facts that an adapted parameter has in a skeleton.
 
     Attributes:
         path: Its path in the user's model.
@@ -56,7 +56,7 @@ class ParameterRuntime:
     grouped: bool = False
 
     def read(self, module: nn.Module) -> Any:
-        """What the module's forward gets."""
+        """Return the adapted weight that the module's forward gets."""
         weight: Any = module._parameters.get(self.leaf)
         if weight is None:  # FSDP exchanges it for a part of a flat one
             weight = vars(module)[self.leaf]
@@ -82,7 +82,7 @@ class ParameterRuntime:
         return found[::-1]
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
-        """Whether the forward may call torch's grouped product, which `torch.compile` hides from objects (torch 2.13).
+        """Return whether the forward may call the grouped product that `torch.compile` hides from objects (torch 2.13).
 
         `transformers` chooses it by a setting, and compiles it for bfloat16 alone.
         """
@@ -94,7 +94,7 @@ class ParameterRuntime:
 
 
 def no_rows(path: str) -> str:
-    """Why an adapted parameter cannot be routed."""
+    """Say why an adapted parameter cannot be routed."""
     return (
         f"{path}: this parameter is adapted in a call that routes rows, and a parameter cannot tell whose row it is "
         "multiplied with (experts mix the rows of a batch); use torch.vmap over the stack, call the graft with one "
@@ -103,7 +103,7 @@ def no_rows(path: str) -> str:
 
 
 def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = False) -> Any:
-    """A weight with adapters: factored where all their methods have factors, else multiplied out.
+    """Return a weight with adapters: factored where all their methods have factors, else multiplied out.
 
     Args:
         weight: As it is stored.
@@ -133,7 +133,7 @@ def _term(entry: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
 
 
 def names_grouped(cls: type) -> bool:
-    """Whether the code of a class names torch's grouped product.
+    """Return whether the code of a class names torch's grouped product.
 
     >>> names_grouped(nn.Linear)
     False
@@ -147,7 +147,7 @@ def _own(cls: type) -> list[Any]:
 
 
 class AdaptedParameters:
-    """Mixed into the class of a module with adapted parameters: reading one gives the adapted weight."""
+    """A base class of modules with adapted parameters: reading one gives the adapted weight."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -180,7 +180,7 @@ class AdaptedParameters:
 
 @functools.lru_cache(maxsize=256)
 def parametrised_class(cls: Any, leaves: tuple[str, ...]) -> Any:
-    """`cls` with properties in the place of these parameters."""
+    """Return `cls` with properties in the place of these parameters."""
     members: dict[str, Any] = {leaf: _property(leaf) for leaf in leaves}
     if issubclass(cls, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, _put_flat_weights)
@@ -200,7 +200,7 @@ def _property(leaf: str) -> property:
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:
-    """The list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
+    """Return the list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
     found = list(self.__dict__["_flat_weights"])
     for index, name in enumerate(self.__dict__["_flat_weights_names"]):
         if name in self.__dict__["_parameter_runtimes"]:
@@ -226,7 +226,7 @@ def adapt_parameters(shell: nn.Module, cls: Any, runtimes: Mapping[str, Paramete
 
 
 def _revive(cls: Any, runtimes: Mapping[str, ParameterRuntime]) -> nn.Module:
-    """A module with adapted parameters and without a state yet, for copies and pickles."""
+    """Make a module with adapted parameters and without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
     adapt_parameters(shell, cls, runtimes)
     result: nn.Module = shell

@@ -45,7 +45,7 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """The plain function behind a class attribute."""
+    """Return the plain function behind a class attribute."""
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, (staticmethod, classmethod)):
@@ -54,7 +54,7 @@ def _function(value: Any) -> types.FunctionType | None:
 
 
 def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str, Any]]:
-    """Variables from outside of a function. An instance's own functions have their closures rebuilt by the skeleton."""
+    """Yield variables from outside of a function. The skeleton rebuilds the closures of an instance's own functions."""
     codes = [function.__code__]
     while codes:
         code = codes.pop()
@@ -72,11 +72,11 @@ def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str
 
 
 def _reads(code: types.CodeType, name: str) -> bool:
-    """Whether code reads a global of this name, and not just an attribute."""
+    """Return whether code reads a global of this name, and not just an attribute."""
     return any(each.argval == name and each.opname == "LOAD_GLOBAL" for each in dis.get_instructions(code))
 
 
 def _modules(value: Any) -> list[nn.Module]:
-    """A module, or those in a plain container."""
+    """Return a module, or those in a plain container."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, _CONTAINERS) else (value,)
     return [one for one in items if isinstance(one, nn.Module)]

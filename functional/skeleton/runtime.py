@@ -28,7 +28,7 @@ from .context import CallContext
 
 @dataclasses.dataclass(eq=False)
 class SiteRuntime:
-    """Everything an adapted module knows beyond its class."""
+    """The facts that an adapted module has beyond its class."""
 
     path: str
     context: CallContext
@@ -41,7 +41,7 @@ class SiteRuntime:
     def layer(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
     ) -> Any:
-        """The base under the active adapters, the first innermost; or a part of an attention's projection."""
+        """Return the base under the active adapters, the first innermost; or a part of an attention's projection."""
         base = self._base(next(iter(self.entries.values())).site, args, kwargs, part)
         return compose(base, self.entries, self.context.active(self.path), self.context.finder, part)
 
@@ -51,23 +51,23 @@ class SiteRuntime:
         return Base(self.inner, site, args, kwargs) if part is None else Projection(self.inner, site, part)
 
     def project(self, part: ProjectionSlice, x: Tensor) -> Tensor:
-        """A part of an attention's projection, under the adapters."""
+        """Call a part of an attention's projection, under the adapters."""
         self.look(x)
         result: Tensor = self.layer(part=part)(x)
         return result
 
     def look(self, x: Tensor) -> None:
-        """Show an input to whoever wants to see."""
+        """Call `see(path, x)` with an input, where the context has a `see`."""
         if self.context.see is not None:
             self.context.see(self.path, x)
 
     def reach(self) -> None:
-        """Note that a forward came by: it ran the module or read its weight."""
+        """Note that a forward reached the site: it ran the module or read its weight."""
         if self.context.reached is not None:
             self.context.reached.add(self.path)
 
     def dense(self, name: str) -> Tensor | None:
-        """The weight or bias that the module stores under a name, with the active adapters in, in the base's dtype."""
+        """Return the weight or bias stored under a name, with the active adapters in, in the base's dtype."""
         layer, own = self.layer(), getattr(self.inner, name)
         if isinstance(layer, Base) or (own is not None and own.is_meta and resting(self.inner, name) is own):
             result: Tensor | None = own  # without values there is nothing to adapt: who offloads weights asks for these
@@ -79,7 +79,7 @@ class SiteRuntime:
         return None if value is None else value.to(site.like(self.inner).dtype)
 
     def changed(self) -> dict[str, Any]:
-        """The adapted weight and bias by the names that the module stores them under; nothing without an adapter."""
+        """Return the adapted weight and bias by the names that the module has for them; none without an adapter."""
         layer = self.layer()
         if isinstance(layer, Base):
             return {}
@@ -90,7 +90,7 @@ class SiteRuntime:
         return {name: value.to(dtype) for name, value in site.stored(*layer.dense()).items()}
 
     def _without_value(self, own: Tensor | None) -> Tensor | None:
-        """What stands for a weight or bias where each row has its own."""
+        """Return a placeholder for a weight or bias where each row has its own."""
         return None if own is None else stand_in(own, self.path)
 
 
@@ -103,7 +103,7 @@ def _is_routed(layer: Any) -> bool:
 
 
 class AdaptedForward:
-    """Placed in front of the class that `Site.kind` speaks of: its forward under the adapters."""
+    """A base class in front of the class that `Site.kind` speaks of: its forward under the adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         runtime: SiteRuntime = self.__dict__["_runtime"]
@@ -121,7 +121,7 @@ class AdaptedForward:
 
 
 class AdaptedModule:
-    """Mixed into the class of a targeted module: same attributes, adapted forward, adapted `weight` and `bias`.
+    """A base class of targeted modules: same attributes, adapted forward, adapted `weight` and `bias`.
 
     Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable. So does a
     subclass with a forward of its own, unless that calls the inherited forward, which is the factored one.
@@ -152,7 +152,7 @@ class AdaptedModule:
 
 
 def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
-    """`cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
+    """Return `cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
     return _adapted_class(cls, plain, site.weight_names, site.bias_name, site.kind == "attention")
 
 
@@ -167,7 +167,7 @@ def _adapted_class(cls: Any, plain: Any, weights: tuple[str, ...], bias: str, at
 
 
 def _held(name: str, counts: bool) -> property:
-    """A weight or bias as parents see it; whoever reads a weight has reached the module."""
+    """Return a weight or bias as parents see it; whoever reads a weight has reached the module."""
 
     def get(self: Any) -> Tensor | None:
         runtime: SiteRuntime = self.__dict__["_runtime"]
@@ -183,7 +183,7 @@ def _held(name: str, counts: bool) -> property:
 
 @functools.lru_cache(maxsize=256)
 def inner_class(cls: Any, plain: Any) -> type[nn.Module]:
-    """`cls` with the forward of `plain`."""
+    """Return `cls` with the forward of `plain`."""
     result: type[nn.Module] = cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
     return result
 
@@ -224,7 +224,7 @@ def load_below(shell: Any) -> None:
 
 
 def _revive(cls: Any, plain: Any, path: str, context: CallContext, entries: Mapping[str, SiteAdapter]) -> nn.Module:
-    """An adapted module without a state yet, for copies and pickles."""
+    """Make an adapted module without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
     adapt(shell, cls, plain, path, context, entries)
     result: nn.Module = shell

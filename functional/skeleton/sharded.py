@@ -28,12 +28,12 @@ _STATE = "__composable_api_state_key"
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to a module itself."""
+    """Return whether `fully_shard` was applied to a module itself."""
     return hasattr(type(module), "_orig_cls_mro_index") and hasattr(type(module), "reshard")
 
 
 def plain_type(module: nn.Module) -> Any:
-    """A module's class, without what `fully_shard` put in front of it.
+    """Return a module's class, without what `fully_shard` put in front of it.
 
     >>> plain_type(nn.Linear(2, 2)).__name__
     'Linear'
@@ -43,13 +43,13 @@ def plain_type(module: nn.Module) -> Any:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, without what `fully_shard` keeps of its state among those of a unit."""
+    """Return a module's attributes, without what `fully_shard` keeps of its state among those of a unit."""
     own = vars(module)
     return {key: value for key, value in own.items() if not key.startswith(_STATE)} if is_unit(module) else own
 
 
 def hooks_of_unit(module: Any) -> dict[int, Any]:
-    """What takes the place of the hooks of a unit in a copy of it: hooks by the identity of the unit's own."""
+    """Return the hooks of a copy of a unit, by the identity of the unit's own hooks that they replace."""
     loading = module._load_state_dict_post_hooks.values()
     found: dict[int, Any] = {
         id(hook): _nothing for hook in loading if "FSDPParam." in getattr(hook, "__qualname__", "")
@@ -68,7 +68,7 @@ def hooks_of_unit(module: Any) -> dict[int, Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """What a copy does where `fully_shard` would look at the user's parameters after loading."""
+    """Do nothing where `fully_shard` would look at the user's parameters after loading."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Before a unit's forward: gather the parameters that it has."""
+    """A hook before a unit's forward: it gathers the parameters that the unit has."""
 
     policy: Policy
 
@@ -104,7 +104,7 @@ class Gather:
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """After a unit's forward: put its shards back."""
+    """A hook after a unit's forward: it puts the unit's shards back."""
 
     policy: Policy
 
@@ -124,12 +124,12 @@ def adopt_unit(new: nn.Module, unit: nn.Module) -> None:
 
 
 def is_gathering(module: nn.Module) -> bool:
-    """Whether a module of a copy gathers parameters for its forward."""
+    """Return whether a module of a copy gathers parameters for its forward."""
     return any(isinstance(hook, Gather) for hook in module._forward_pre_hooks.values())
 
 
 def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
-    """A unit and the modules within it that are in no other unit."""
+    """Yield a unit and the modules within it that are in no other unit."""
     yield unit
     for child in unit._modules.values():
         if child is not None and not is_gathering(child):

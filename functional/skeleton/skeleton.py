@@ -113,7 +113,7 @@ class Skeleton:
         del self._memo, self._keep, self._plain
 
     def remember(self) -> None:
-        """Take everything in the skeleton as it is now for what a call begins with."""
+        """Record the skeleton as it is now: the state that a call begins with."""
         self.recorded = Recorded(self._copies)
 
     def end(self) -> list[int] | None:
@@ -160,7 +160,7 @@ class Skeleton:
                 container[name] = copied
 
     def _volatile(self) -> dict[int, bool]:
-        """Tensors that a forward may write to, and whether it may do so in the modes that the modules are in now."""
+        """Find tensors that a forward may write to, and whether it may in the modes that the modules are in now."""
         found: dict[int, bool] = {}
         for module, _ in self.modules:
             active = module.training or not isinstance(module, _NormBase)
@@ -335,7 +335,7 @@ class Skeleton:
     # -- does an object lead to the model? --------------------------------------------------------------------
 
     def _holds(self, x: Any) -> bool:
-        """Whether a module or tensor of the model can be reached from `x`."""
+        """Return whether a module or tensor of the model can be reached from `x`."""
         seen: dict[int, Any] = {}
         stack = [x]
         while stack:
@@ -383,7 +383,7 @@ def _parts(x: Any) -> Iterator[Any]:
 
 
 def _target(proxy: Any) -> Any:
-    """What a weak proxy stands for: the owner of its methods."""
+    """Return what a weak proxy stands for: the owner of its methods."""
     return proxy.__repr__.__self__
 
 
@@ -401,7 +401,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _at(container: Any, key: Any) -> Any:
-    """What hangs at a place, if anything does."""
+    """Return what hangs at a place, if anything does."""
     try:
         return container[key]
     except LookupError:

@@ -20,7 +20,7 @@ from .skeleton import Place, Skeleton
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorSwap:
-    """One leaf's places in a skeleton.
+    """A leaf of a tree and its places in a skeleton.
 
     Attributes:
         adapter: Name of the adapter.
@@ -59,7 +59,7 @@ class TensorSwap:
 
 
 def tensor_swaps(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -> list[TensorSwap]:
-    """Where replaced tensors hang in a skeleton.
+    """Find where replaced tensors hang in a skeleton.
 
     Raises:
         ValueError: A tensor that the model no longer has, or has in another shape or another tie; one that is also
@@ -120,7 +120,7 @@ def _check_same(modules: Modules, name: str, one: Replaced, key: int) -> None:
 
 
 def swap_tensors(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:
-    """Put the leaves of the active trees into their skeleton; returns which tensors were replaced, by identity.
+    """Put the leaves of the active trees into their skeleton; return the tensors that were replaced, by identity.
 
     Where each row has its own, the owner of the tensor runs with them (`units`), and nobody else can use it.
     """
