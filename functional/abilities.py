@@ -1,4 +1,4 @@
-"""Abilities: what a few methods can beyond what all have to, each a small object in `Method.abilities`."""
+"""Abilities: optional functions of a method beyond the required ones, each a small object in `Method.abilities`."""
 
 from __future__ import annotations
 

@@ -162,9 +162,9 @@ def _gradients(total: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> l
             ".backward() on the loss"
         )
     if missing and missing == len(inputs):
-        found = "requires grad, but through other tensors" if total.requires_grad else "does not require grad"
+        state = "requires grad, but through other tensors" if total.requires_grad else "does not require grad"
         raise RuntimeError(
-            f"value_and_grad: no gradient reaches the {len(inputs)} leaves: the function's value {found}. Does the "
+            f"value_and_grad: no gradient reaches the {len(inputs)} leaves: the function's value {state}. Does the "
             "model run its adapted modules under torch.no_grad, torch.inference_mode or .detach(), or in reentrant "
             "checkpointing of inputs that do not require grad (use use_reentrant=False)? Does the function use the "
             "tree that it is given, and what it differentiates itself with create_graph=True? torch.func.grad returns "

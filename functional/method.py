@@ -1,4 +1,4 @@
-"""The interface of an adapter method: what one file of it says, and what is asked of a config."""
+"""The interfaces of an adapter method, which one file implements, and of its config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ Tree = dict[str, Any]
 
 
 Weights = Callable[[str], Tensor]
-"""The base's canonical weight of the site at a path, detached and in its own dtype; computed when asked for."""
+"""A function from the path of a site to the base's canonical weight there, detached and in its own dtype.
+
+Each call computes the weight, so a method that needs none costs nothing.
+"""
 
 
 class ActiveTree(Protocol):
@@ -171,8 +174,8 @@ class Method:
 
     def ability(self, kind: type[A]) -> A | None:
         """Return the ability of a type, `None` where the method does not have it."""
-        found: A | None = self.__dict__["_by_type"].get(kind)
-        return found
+        ability: A | None = self.__dict__["_by_type"].get(kind)
+        return ability
 
 
 class Config(Protocol):
@@ -213,8 +216,8 @@ class SiteAdapter:
     def leaves(self, tree: Tree) -> Leaves:
         """Return this part's leaves in its adapter's tree, those that it shares with other sites among them."""
         site = self.site
-        own: Leaves = tree[site.path]
-        return with_shared(site, own, tree) if site.shared else own
+        leaves: Leaves = tree[site.path]
+        return with_shared(site, leaves, tree) if site.shared else leaves
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""
@@ -253,8 +256,8 @@ class SiteAdapter:
         weight, bias = _widened((weight, bias), wide)
         if original is None or over is None:
             return method.merge(self.config, self.site, leaves, weight, bias)
-        own = original
-        return over.merge(self.config, self.site, leaves, weight, bias, lambda: _widened(own(), wide))
+        read_original = original
+        return over.merge(self.config, self.site, leaves, weight, bias, lambda: _widened(read_original(), wide))
 
 
 def with_shared(site: Site, leaves: Leaves, tree: Tree) -> Leaves:

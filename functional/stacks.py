@@ -160,10 +160,10 @@ class PaddedAdapter:
         """Return another tree of the same adapter."""
         return PaddedAdapter(tree, self.index)
 
-    def layer(self, below: Any, entry: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
-        assert isinstance(entry, StackedAdapter)
-        own, on = entry.at(self.index)
-        return SelectedAdapter(below, own, entry.leaves(self.tree), on)
+    def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
+        assert isinstance(adapter, StackedAdapter)
+        member, on = adapter.at(self.index)
+        return SelectedAdapter(below, member, adapter.leaves(self.tree), on)
 
     def tensors(self) -> Any:
         return self.tree, self.index

@@ -53,8 +53,8 @@ def initialise(
 def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the shapes of one config's leaves, by path and leaf, sorted."""
     shapes = {path: dict(config.method.shapes(config, site)) for path, site in sites.items()}
-    for path, leaf, one in each(replaced):
-        shapes.setdefault(path, {})[leaf] = one.shape
+    for path, leaf, replacement in each(replaced):
+        shapes.setdefault(path, {})[leaf] = replacement.shape
     if (sharing := config.method.ability(SharesLeaves)) is not None:
         shapes[SHARED] = dict(sharing.shapes(config, list(sites.values())))
     return dict(sorted(shapes.items()))

@@ -108,9 +108,9 @@ def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Ite
     """
     plan: Plan = config.replaces(modules, model, list(paths))
     leaves = list(each(plan))
-    for i, (path, leaf, one) in enumerate(leaves):
+    for i, (path, leaf, replacement) in enumerate(leaves):
         for other_path, other_leaf, other in leaves[:i]:
-            if name := one.meets(other):
+            if name := replacement.meets(other):
                 raise ValueError(
                     f"{name}: both {other_leaf!r} of {other_path!r} and {leaf!r} of {path!r} would replace it; name "
                     "one of them"
@@ -121,20 +121,24 @@ def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Ite
 def each(plan: Plan) -> Iterator[tuple[str, str, Replaced]]:
     """Yield path, leaf and the tensor that it stands for."""
     for path, leaves in plan.items():
-        for leaf, one in leaves.items():
-            yield path, leaf, one
+        for leaf, replacement in leaves.items():
+            yield path, leaf, replacement
 
 
 def conflicts(plans: Mapping[str, Plan]) -> list[tuple[str, str, str]]:
     """Return pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
-    found = []
+    pairs = []
     names = list(plans)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            meeting = (one.meets(other) for _, _, one in each(plans[first]) for _, _, other in each(plans[second]))
+            meeting = (
+                replacement.meets(other)
+                for _, _, replacement in each(plans[first])
+                for _, _, other in each(plans[second])
+            )
             if name := next(filter(None, meeting), None):
-                found.append((first, second, name))
-    return found
+                pairs.append((first, second, name))
+    return pairs
 
 
 def copies(
@@ -149,11 +153,11 @@ def copies(
         device: Device of the leaves; by default the tensor's own.
     """
     made: Tree = {}
-    for path, leaf, one in each(plan):
-        tensor_at(modules, one.names[0])
-        path_of, _, name = one.names[0].rpartition(".")
+    for path, leaf, replacement in each(plan):
+        tensor_at(modules, replacement.names[0])
+        path_of, _, name = replacement.names[0].rpartition(".")
         tensor = whole(resting(modules[path_of], name)).detach()
-        tensor = tensor if one.rows is None else tensor[torch.tensor(one.rows, device=tensor.device)]
+        tensor = tensor if replacement.rows is None else tensor[torch.tensor(replacement.rows, device=tensor.device)]
         wide = dtype or torch.promote_types(tensor.dtype, torch.float32)
         made.setdefault(path, {})[leaf] = tensor.to(device or tensor.device, wide, copy=True)
     return made
@@ -177,18 +181,18 @@ def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree
         for leaf, tensor in module._parameters.items():
             names.setdefault(id(tensor), []).append(f"{path}.{leaf}" if path else leaf)
     for adapter, tree in trees.items():
-        for path, leaf, one in each(plans[adapter]):
-            own = tensor_at(modules, one.names[0])
-            index = None if one.rows is None else torch.tensor(one.rows, device=own.device)
-            owners = {id(modules[name.rpartition(".")[0]]) for name in one.names}
-            for name in names[id(own)]:
+        for path, leaf, replacement in each(plans[adapter]):
+            base_tensor = tensor_at(modules, replacement.names[0])
+            index = None if replacement.rows is None else torch.tensor(replacement.rows, device=base_tensor.device)
+            owners = {id(modules[name.rpartition(".")[0]]) for name in replacement.names}
+            for name in names[id(base_tensor)]:
                 if id(modules[name.rpartition(".")[0]]) not in owners:
                     raise ValueError(
-                        f"{one.names[0]}: is tied to {name}, which would change with it; have the adapter replace "
-                        "both (ensure_weight_tying=True), untie the two, or use graft.view(params), which keeps them "
-                        "apart"
+                        f"{replacement.names[0]}: is tied to {name}, which would change with it; have the adapter "
+                        "replace both (ensure_weight_tying=True), untie the two, or use graft.view(params), which "
+                        "keeps them apart"
                     )
-            check_leaves(path, {leaf: tree[path][leaf]}, own)
-            value = over(state.get(one.names[0], own.detach()), tree[path][leaf], index)
-            state.update(dict.fromkeys(names[id(own)], value))
+            check_leaves(path, {leaf: tree[path][leaf]}, base_tensor)
+            value = over(state.get(replacement.names[0], base_tensor.detach()), tree[path][leaf], index)
+            state.update(dict.fromkeys(names[id(base_tensor)], value))
     return state

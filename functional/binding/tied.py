@@ -1,4 +1,4 @@
-"""Followers: sites that have the parameters of another site, for a weight that two modules share.
+"""Tied sites: sites that have the parameters of another site, for a weight that two modules share.
 
 An embedding's matrix may be an output layer's too. Adapting it in both places is one adapter: what is added to the
 tensor as the one has it is added as the other has it.
@@ -39,7 +39,7 @@ class TiedSite:
         >>> TiedSite("embed", {"a": "b"}).turned({"b": torch.zeros(2, 3)})["a"].shape
         torch.Size([3, 2])
         """
-        return {own: leaves[theirs].mT if self.transposed else leaves[theirs] for own, theirs in self.leaves.items()}
+        return {name: leaves[source].mT if self.transposed else leaves[source] for name, source in self.leaves.items()}
 
 
 TiedSites = Mapping[str, TiedSite]

@@ -49,7 +49,7 @@ def fill(
 
 def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """Return the tensors of `base` by the id of the model's tensor that each stands for, validated against it."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     for name, tensor in base.items():
         if name not in skeleton.sources:
@@ -72,13 +72,13 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
                 f"base_params[{name!r}]: the model also keeps this tensor in a tuple, where it cannot be exchanged; "
                 "keep it in a list"
             )
-        if found.setdefault(key, tensor) is not tensor:
+        if tensors.setdefault(key, tensor) is not tensor:
             raise ValueError(
                 f"base_params has different tensors for {names[key]!r} and {name!r}, which are one tied tensor in the "
                 "model; give one of them, or the same tensor twice"
             )
         names.setdefault(key, name)
-    return found
+    return tensors
 
 
 def _batched_zero(

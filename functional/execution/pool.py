@@ -117,24 +117,24 @@ class Pool:
 
     def take_back(self, skeleton: Skeleton) -> None:
         """Free a skeleton whose call is over, now or when nobody refers to it any more."""
-        own = skeleton.end()
-        if own is None:
+        counts = skeleton.end()
+        if counts is None:
             self._free.append(skeleton)
         else:
-            self._held.append((skeleton, own))
+            self._held.append((skeleton, counts))
 
     def sweep(self) -> None:
         """Free the skeletons that nobody refers to any more."""
         for _ in range(len(self._held)):
             try:
-                skeleton, own = self._held.popleft()
+                skeleton, counts = self._held.popleft()
             except IndexError:  # another thread took it
                 return
-            if skeleton.recorded.counts() == own:
+            if skeleton.recorded.counts() == counts:
                 skeleton.restore()
                 self._free.append(skeleton)
             else:
-                self._held.append((skeleton, own))
+                self._held.append((skeleton, counts))
 
     def _make(self, context: CallContext) -> Skeleton:
         """Make a skeleton, whose tensors outlive the transforms and modes that are on around the call."""

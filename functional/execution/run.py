@@ -86,7 +86,7 @@ def _traced(
     hanging = [(container, name, container[name]) for places in skeleton.places.values() for container, name in places]
     finder = None
     if any(isinstance(tree, Routed) for tree in active.values()):
-        entered = Entered("", tuple(own.training for _, own in skeleton.modules))
+        entered = Entered("", tuple(module.training for _, module in skeleton.modules))
         finder = finder_of(bound, bound.pools[0], active, base, args, kwargs, entered)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
@@ -123,6 +123,6 @@ def _forward(
             )
     if not return_buffers:
         return y
-    own = {id(tensor) for tensor in (*skeleton.aliases.values(), *current.values())}
+    known = {id(tensor) for tensor in (*skeleton.aliases.values(), *current.values())}
     buffers = dict(skeleton.root.named_buffers())
-    return y, {name: buffer.clone() if id(buffer) in own else buffer for name, buffer in buffers.items()}
+    return y, {name: buffer.clone() if id(buffer) in known else buffer for name, buffer in buffers.items()}

@@ -156,8 +156,8 @@ def _ignore_writes(context: Any) -> None:
 def _forget(context: Any) -> None:
     """Drop the writes to a skeleton, while dynamo traces `forget_writes`."""
     output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-    effects, own = output.side_effects, _local(context, "skeleton").value.recorded.ids
-    for key, variable in [(k, v) for k, v in effects.id_to_variable.items() if k in own and effects.is_modified(v)]:
+    effects, ids = output.side_effects, _local(context, "skeleton").value.recorded.ids
+    for key, variable in [(k, v) for k, v in effects.id_to_variable.items() if k in ids and effects.is_modified(v)]:
         if effects.store_attr_mutations.pop(variable, None) is not None:
             getattr(effects, "attr_mutation_kinds", {}).pop(variable, None)
         else:

@@ -59,8 +59,8 @@ class Entered:
 class Random(Routed):
     """Random adapters for the rows of a trial; each has every site."""
 
-    def along(self, entry: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
-        return entry.several(ADAPTERS), rows
+    def along(self, adapter: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
+        return adapter.several(ADAPTERS), rows
 
 
 class ModelTrial:
@@ -80,7 +80,7 @@ class ModelTrial:
         self._plain = {name: _unwrapped_tree(tree) for name, tree in active.items() if not isinstance(tree, Routed)}
         self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
-        sites = {path: adapter.site for own in parts for path, adapter in own.items()}
+        sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
         self._recorder = Recorder(
             {path: -1 if site.kind == "embedding" else len(site.kernel_size) for path, site in sites.items()}
         )
@@ -224,7 +224,7 @@ def _like(bound: BoundModel, name: str) -> Tree:
 
 def modes_of(pool: Pool) -> tuple[bool, ...]:
     """Return whether each module is in training mode, in the state of the model that a pool is for."""
-    return tuple(own.training for _, own in pool.traced.modules)
+    return tuple(module.training for _, module in pool.traced.modules)
 
 
 def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bool:

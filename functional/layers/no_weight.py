@@ -1,4 +1,4 @@
-"""What stands for the weight of a module where each row has its own."""
+"""The placeholder for the weight of a module where each row has its own."""
 
 from __future__ import annotations
 

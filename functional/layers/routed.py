@@ -24,34 +24,34 @@ class RoutedLayer(Weighted):
     def __init__(
         self,
         base: Any,
-        entry: SiteAdapter,
+        adapter: SiteAdapter,
         leaves: Leaves,
         rows: Rows,
         finder: Finder | None,
         owner: Any = None,
         batch_dim: BatchDim = None,
     ):
-        self.base, self.entry, self.leaves, self.rows, self.finder = base, entry, leaves, rows, finder
+        self.base, self.entry, self.leaves, self.rows, self.finder = base, adapter, leaves, rows, finder
         self.owner, self.batch_dim = owner, batch_dim
 
     def __call__(self, x: Tensor) -> Tensor:
-        entry, size = self.entry, self.rows.size
+        adapter, size = self.entry, self.rows.size
         for leaf in self.leaves.values():
             if leaf.is_meta:
-                check_leaves(entry.site.path, self.leaves, x)
+                check_leaves(adapter.site.path, self.leaves, x)
         if x.is_nested:
             raise TypeError(
-                f"{entry.site.path}: the input is a nested tensor, whose rows have no places of their own to route by; "
-                "pad it, or call the graft with one adapter at a time"
+                f"{adapter.site.path}: the input is a nested tensor, whose rows have no places of their own to route "
+                "by; pad it, or call the graft with one adapter at a time"
             )
-        layout = locate(entry.site, x, size, self.batch_dim, self.finder, self.owner)
-        method = entry.config.method
+        layout = locate(adapter.site, x, size, self.batch_dim, self.finder, self.owner)
+        method = adapter.config.method
         base: Layer = self.base
         if layout != LEADING:
             x, base = layout.to_rows(x, size), _Moved(base, layout, size)
         y: Any = NotImplemented
         if method.routed is not None:
-            y = method.routed(entry.config, entry.site, self.leaves, base, x, self.rows)
+            y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
         if y is NotImplemented:
             y = self._general(base, x)
         return y if layout == LEADING else layout.from_rows(y, size)
@@ -70,14 +70,14 @@ class RoutedLayer(Weighted):
         groups = [self.rows.groups()] if alone else [layer.rows.expanded(size).each() for layer in layers]
         parts = [layer._pick(group) for layer, group in zip(layers, groups, strict=True)]
 
-        def one(parts: list[Any], x: Tensor) -> Tensor:
+        def run_group(parts: list[Any], x: Tensor) -> Tensor:
             result: Tensor = self._build(iter(parts), outermost=True)(x)
             return result
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
         wide = groups[0].mask(wide.unflatten(0, (groups[0].size, -1)), 0)
-        y = torch.vmap(one, randomness="different")(parts, wide)
+        y = torch.vmap(run_group, randomness="different")(parts, wide)
         y = y if narrow is None else y.to(narrow)
         if groups[0].base:
             y = torch.where(groups[0].active(y.ndim), y, base(x).view(y.shape))
@@ -114,8 +114,8 @@ class RoutedLayer(Weighted):
             below = below._build(parts)
         elif hasattr(below, "base"):
             below = below.over(_rebuilt(below.base, parts))
-        entry = self.entry.with_constants(constants)
-        return SelectedAdapter(below, entry, leaves, None if outermost else on.get("on"))
+        adapter = self.entry.with_constants(constants)
+        return SelectedAdapter(below, adapter, leaves, None if outermost else on.get("on"))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError(
@@ -154,13 +154,13 @@ class SelectedAdapter(Weighted):
 
     __slots__ = ("base", "entry", "leaves", "on")
 
-    def __init__(self, base: Any, entry: SiteAdapter, leaves: Leaves, on: Tensor | None):
-        self.base, self.entry, self.leaves, self.on = base, entry, leaves, on
+    def __init__(self, base: Any, adapter: SiteAdapter, leaves: Leaves, on: Tensor | None):
+        self.base, self.entry, self.leaves, self.on = base, adapter, leaves, on
 
     def __call__(self, x: Tensor) -> Tensor:
-        entry = self.entry
-        own = x if self.on is None else torch.where(self.on, x, 0)  # no gradient from where it is not
-        y = entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, own)
+        adapter = self.entry
+        masked = x if self.on is None else torch.where(self.on, x, 0)  # no gradient from where it is not
+        y = adapter.config.method.apply(adapter.config, adapter.site, self.leaves, self.base, masked)
         return y if self.on is None else torch.where(self.on, y, self.base(x))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
@@ -218,5 +218,5 @@ class _Moved:
         return self.base.training
 
 
-def _varying(entry: SiteAdapter) -> dict[str, PerAdapter]:
-    return {name: c for name, c in entry.site.constants.items() if isinstance(c, PerAdapter)}
+def _varying(adapter: SiteAdapter) -> dict[str, PerAdapter]:
+    return {name: c for name, c in adapter.site.constants.items() if isinstance(c, PerAdapter)}

@@ -1,4 +1,4 @@
-"""Finders: what one call knows of where its rows are, held against every tensor that reaches a site."""
+"""Finders: where the rows of one call are, checked against every tensor that reaches a site."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Reading:
 
     def is_rows(self, x: Any) -> bool:
         """Return whether a list has an entry for each row."""
-        return self.entries > 0 and len(x) == self.entries and all(isinstance(one, Tensor) for one in x)
+        return self.entries > 0 and len(x) == self.entries and all(isinstance(item, Tensor) for item in x)
 
 
 _DEPTH = 6
@@ -76,7 +76,7 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
 
 def lists_in(x: Any) -> Iterator[Sequence[Tensor]]:
     """Yield the lists of tensors in nested arguments."""
-    if isinstance(x, (list, tuple)) and x and all(isinstance(one, Tensor) for one in x):
+    if isinstance(x, (list, tuple)) and x and all(isinstance(item, Tensor) for item in x):
         yield x
     elif isinstance(x, (Mapping, list, tuple)):
         for value in x.values() if isinstance(x, Mapping) else x:
@@ -126,7 +126,7 @@ def readings(inputs: Inputs, size: int) -> Iterator[Reading]:
         if axes not in seen and any(axis is not None for axis in axes):
             seen.add(axes)
             yield Reading(reading)
-    if any(len(one) == length for one in lists_in(inputs)):
+    if any(len(items) == length for items in lists_in(inputs)):
         yield Reading(leading, length)
         yield Reading(without_vectors, length)
 
@@ -173,12 +173,12 @@ class Sample:
 
     def equal(self) -> tuple[tuple[int, int], ...]:
         """Find the tensors of the inputs that are the same in all picked rows: their places, and their axes of rows."""
-        found = []
+        places = []
         for i, x in enumerate(tensors_in(self.inputs)):
             axis = self.reading.axis(x)
             if axis is not None and x.numel() and _are_equal(self.rows_of(unwrapped(x), axis)):
-                found.append((i, axis))
-        return tuple(found)
+                places.append((i, axis))
+        return tuple(places)
 
     def rows_of(self, x: Tensor, axis: int) -> list[Tensor]:
         """Return the picked rows of a tensor."""
@@ -246,8 +246,8 @@ class _Cut(TorchFunctionMode):
     def __init__(self, sample: Sample, order: Sequence[int]):
         super().__init__()
         self._sample, self._order = sample, order
-        whole = [one for one in lists_in(sample.inputs) if sample.reading.is_rows(one)]
-        self._whole = {id(x) for one in whole for x in one}
+        whole = [items for items in lists_in(sample.inputs) if sample.reading.is_rows(items)]
+        self._whole = {id(x) for items in whole for x in items}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -324,9 +324,9 @@ def choose_rows(inputs: Inputs, axis: Axis, size: int) -> list[tuple[int, int]]:
 
     picks, apart = [(order[0], 0)], [differing(order[0])]
     while len(picks) < 3:
-        new = [row for row in order if all(bool(one[:, row].any()) for one in apart)]
+        new = [row for row in order if all(bool(differs[:, row].any()) for differs in apart)]
         if new:
-            best = max(new, key=lambda row: int(torch.stack([one[:, row] for one in apart]).all(0).sum()))
+            best = max(new, key=lambda row: int(torch.stack([differs[:, row] for differs in apart]).all(0).sum()))
             picks.append((best, 0))
             apart.append(differing(best))
         else:

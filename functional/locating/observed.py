@@ -69,11 +69,11 @@ class Observed:
 
     def lists(self) -> dict[str, int]:
         """Return the lists of tensors of one shape among the outputs, by name, and how many they have."""
-        found: dict[str, list[Tensor]] = {}
+        by_name: dict[str, list[Tensor]] = {}
         for name, x in self.outputs.items():
             if name.endswith("]") and name[name.rindex("[") + 1 : -1].isdigit():
-                found.setdefault(name[: name.rindex("[")], []).append(x)
-        return {name: len(parts) for name, parts in found.items() if len({part.shape for part in parts}) == 1}
+                by_name.setdefault(name[: name.rindex("[")], []).append(x)
+        return {name: len(parts) for name, parts in by_name.items() if len({part.shape for part in parts}) == 1}
 
     def joined(self, lists: Collection[str]) -> dict[str, Tensor]:
         """Return the outputs, with each of these lists as one tensor: they have an entry for each row."""
@@ -81,7 +81,7 @@ class Observed:
         for name, x in self.outputs.items():
             owner = name.rpartition("[")[0]
             parts.setdefault(owner if name.endswith("]") and owner in lists else name, []).append(x)
-        return {name: torch.stack(one) if name in lists else one[0] for name, one in parts.items()}
+        return {name: torch.stack(tensors) if name in lists else tensors[0] for name, tensors in parts.items()}
 
 
 class Recorder:
@@ -126,16 +126,16 @@ def outputs_of(*results: Any) -> dict[str, Tensor]:
     >>> list(outputs_of({"a": [torch.ones(1)]}))
     ['a[0]']
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for result in results:
-        _walk(result, "", found, set(), 8)
-    return found
+        _walk(result, "", tensors, set(), 8)
+    return tensors
 
 
-def _walk(x: Any, name: str, found: dict[str, Tensor], seen: set[int], depth: int) -> None:
+def _walk(x: Any, name: str, tensors: dict[str, Tensor], seen: set[int], depth: int) -> None:
     if isinstance(x, Tensor):
         if not x.is_nested:
-            found[name or "the output"] = x.detach()
+            tensors[name or "the output"] = x.detach()
         return
     plain = (str, bytes, int, float, complex, type, nn.Module, torch.Generator)
     if x is None or id(x) in seen or depth == 0 or isinstance(x, plain) or callable(x):
@@ -152,7 +152,7 @@ def _walk(x: Any, name: str, found: dict[str, Tensor], seen: set[int], depth: in
     else:
         parts = [(f".{key}", value) for key, value in getattr(x, "__dict__", {}).items()]
     for part, value in parts:
-        _walk(value, f"{name}{part}".removeprefix("."), found, seen, depth - 1)
+        _walk(value, f"{name}{part}".removeprefix("."), tensors, seen, depth - 1)
 
 
 class _Calm(TorchFunctionMode):

@@ -113,9 +113,9 @@ class Factored:
 
     reshape = view
 
-    def contiguous(self, **how: Any) -> Factored:
+    def contiguous(self, **options: Any) -> Factored:
         """Return the same numbers, the weight's in one piece."""
-        return self._map(self.weight.contiguous(**how), lambda term: term)
+        return self._map(self.weight.contiguous(**options), lambda term: term)
 
     def to(self, *args: Any, **kwargs: Any) -> Factored:
         """Return the weight in another dtype or on another device; its products keep their dtype."""
@@ -324,11 +324,11 @@ def _embedding(
     return y
 
 
-def _grouped(func: Any, a: Any, b: Any, offs: Any = None, **how: Any) -> Any:
+def _grouped(func: Any, a: Any, b: Any, offs: Any = None, **options: Any) -> Any:
     """Multiply rows sorted by expert; the kernels take one dtype, so thin matrices are rounded to the input's."""
     if isinstance(a, Factored) or b.ndim != 3:
         return NotImplemented
-    y = func(a, b.weight, offs=offs, **how)
+    y = func(a, b.weight, offs=offs, **options)
     for left, right, scaling in b.terms:
         left, right = _for_kernel(left.to(a.dtype), right.to(a.dtype))
         y = add_scaled(y, func(func(a, left, offs=offs), right, offs=offs), scaling)
@@ -352,9 +352,9 @@ def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
     inputs, _, out = equation.replace(" ", "").partition("->")
     at = 1 if isinstance(operands[1], Factored) else 0
     x, w = operands[1 - at], operands[at]
-    other, own = inputs.split(",")[1 - at], inputs.split(",")[at]
-    batch, rows, columns = own[:-2], own[-2], own[-1]
-    if isinstance(x, Factored) or len(set(own)) < len(own) or (rows in other) is (columns in other):
+    other, labels = inputs.split(",")[1 - at], inputs.split(",")[at]
+    batch, rows, columns = labels[:-2], labels[-2], labels[-1]
+    if isinstance(x, Factored) or len(set(labels)) < len(labels) or (rows in other) is (columns in other):
         return NotImplemented
     thin = next(label for label in "zyxwvutsrqponm" if label not in equation)
     kept = [label for label in dict.fromkeys(other + batch) if label in out or label in batch]
@@ -377,7 +377,11 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.matmul, Tensor.__matmul__), _operator_matmul),
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv), _matmul),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), _added),
-    **{one: _grouped for one in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if one},
+    **{
+        function: _grouped
+        for function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
+        if function
+    },
 }
 
 

@@ -105,8 +105,8 @@ def over_values(layer: Callable[[Tensor], Tensor], site: Site, x: Tensor) -> Ten
             raise TypeError(f"{what} with parts of shapes {[tuple(part.shape) for part in parts[:3]]}, expected rows")
         y = layer(torch.cat([part.flatten(0, -2) if site.kind == "linear" else part.flatten() for part in parts]))
         sizes = [part.shape[:-1] if site.kind == "linear" else part.shape for part in parts]
-        own = y.split([size.numel() for size in sizes])
-        shaped = [one.view(*size, y.shape[-1]) for one, size in zip(own, sizes, strict=True)]
+        outputs = y.split([size.numel() for size in sizes])
+        shaped = [output.view(*size, y.shape[-1]) for output, size in zip(outputs, sizes, strict=True)]
         return torch.nested.as_nested_tensor(shaped)
     nested: Any = x
     if nested._ragged_idx != 1:

@@ -30,8 +30,8 @@ def describe(path: str, module: nn.Module) -> Site | None:
     True
     """
     for cls in type(module).__mro__:
-        if (found := _known(cls)) is not None:
-            return found(path, module)
+        if (describe_known := _known(cls)) is not None:
+            return describe_known(path, module)
     return None
 
 
@@ -168,8 +168,8 @@ def _packed_linear(path: str, module: Any) -> Site:
 
 
 def _embedding(path: str, module: nn.Embedding) -> Site:
-    how = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
-    lookup = None if how == Lookup(None, False, None) else how
+    settings = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
+    lookup = None if settings == Lookup(None, False, None) else settings
     return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True, lookup=lookup)
 
 

@@ -180,14 +180,14 @@ class Site:
         {'weight': (2, 3)}
         """
         if len(self.weight_names) == 1:
-            found = {self.weight_names[0]: self.canonical(weight)}
+            tensors = {self.weight_names[0]: self.canonical(weight)}
         else:
             parts = weight.chunk(len(self.blocks), 0)
-            found = {
+            tensors = {
                 name: part.split(self.blocks, 1)[i]
                 for i, (name, part) in enumerate(zip(self.weight_names, parts, strict=True))
             }
-        return found if bias is None else {**found, self.bias_name: bias}
+        return tensors if bias is None else {**tensors, self.bias_name: bias}
 
     def like(self, module: Any) -> Tensor:
         """Return a tensor of the device and dtype for the module's adapter: its weight, or its first parameter."""
@@ -211,12 +211,12 @@ class Site:
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1) -> Tensor:
         """Convolve as the module does: same stride, padding, dilation and padding mode."""
-        how = self.geometry
-        assert how is not None
-        padding: Any = how.padding
-        if how.padding_mode != "zeros":
-            x, padding = F.pad(x, how.pad, mode=how.padding_mode), 0
-        return _CONVOLVE[self.kind](x, weight, bias, how.stride, padding, how.dilation, groups)
+        geometry = self.geometry
+        assert geometry is not None
+        padding: Any = geometry.padding
+        if geometry.padding_mode != "zeros":
+            x, padding = F.pad(x, geometry.pad, mode=geometry.padding_mode), 0
+        return _CONVOLVE[self.kind](x, weight, bias, geometry.stride, padding, geometry.dilation, groups)
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve with a kernel of ones: a linear map of the channels, in the module's groups."""

@@ -27,10 +27,10 @@ Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
 
 
-def check_apart(entries: Mapping[Key, Mapping[str, SiteAdapter]], paths: Mapping[Key, str]) -> None:
+def check_apart(adapters: Mapping[Key, Mapping[str, SiteAdapter]], paths: Mapping[Key, str]) -> None:
     """Refuse adapters on a module and on one of its parameters."""
-    for key in entries:
-        if key[1] and (key[0], "") in entries:
+    for key in adapters:
+        if key[1] and (key[0], "") in adapters:
             raise ValueError(
                 f"{paths[key]}: one adapter is on this parameter and another on its module as a whole; target the one "
                 "or the other"
@@ -45,7 +45,7 @@ class ParameterRuntime:
         path: Its path in the user's model.
         leaf: Its name on its module.
         context: What the call in progress says.
-        entries: Adapter entries by name.
+        entries: Adapters by name, the innermost first.
         grouped: Whether the code of its module's class names torch's grouped product.
     """
 
@@ -73,13 +73,13 @@ class ParameterRuntime:
     def _selected(self) -> list[Selected]:
         """Return the adapters that are active, the innermost first."""
         layer = compose(None, self.entries, self.context.active(self.path), self.context.finder)
-        found: list[Selected] = []
+        selected: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):
                 raise UnsupportedCall(no_rows(self.path))
-            found.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
+            selected.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
             layer = layer.base
-        return found[::-1]
+        return selected[::-1]
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
         """Return whether the forward may call the grouped product that `torch.compile` hides from objects (torch 2.13).
@@ -110,26 +110,26 @@ def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = Fal
         chosen: The adapters, the innermost first.
         dense: Whether to multiply out in any case.
     """
-    for entry, leaves, _ in chosen:
-        check_leaves(entry.site.path, leaves, weight)
-    if all(entry.config.method.ability(AddsProduct) is not None for entry, _, _ in chosen):
-        factored = Factored(weight, [_term(*one) for one in chosen])
+    for adapter, leaves, _ in chosen:
+        check_leaves(adapter.site.path, leaves, weight)
+    if all(adapter.config.method.ability(AddsProduct) is not None for adapter, _, _ in chosen):
+        factored = Factored(weight, [_term(*selected) for selected in chosen])
         return factored.dense() if dense else factored
     site = chosen[0][0].site
     wide: Tensor = site.canonical(weight)
-    for entry, leaves, on in chosen:
-        merged = entry.merge(leaves, wide, None)[0]
+    for adapter, leaves, on in chosen:
+        merged = adapter.merge(leaves, wide, None)[0]
         wide = merged if on is None else torch.where(on, merged, wide)
     return site.canonical(wide).to(weight.dtype)
 
 
-def _term(entry: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
-    ability = entry.config.method.ability(AddsProduct)
+def _term(adapter: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
+    ability = adapter.config.method.ability(AddsProduct)
     assert ability is not None
-    up, down, scaling = ability.factors(entry.config, entry.site, leaves)
+    up, down, scaling = ability.factors(adapter.config, adapter.site, leaves)
     if on is not None:
         scaling = torch.where(on, scaling, 0.0)
-    return Term(down.mT, up.mT, scaling) if entry.site.transposed else Term(up, down, scaling)
+    return Term(down.mT, up.mT, scaling) if adapter.site.transposed else Term(up, down, scaling)
 
 
 def names_grouped(cls: type) -> bool:
@@ -138,7 +138,9 @@ def names_grouped(cls: type) -> bool:
     >>> names_grouped(nn.Linear)
     False
     """
-    codes = [getattr(getattr(value, "__func__", value), "__code__", None) for one in cls.__mro__ for value in _own(one)]
+    codes = [
+        getattr(getattr(value, "__func__", value), "__code__", None) for base in cls.__mro__ for value in _own(base)
+    ]
     return any(code is not None and {"grouped_mm", "_grouped_mm"} & set(code.co_names) for code in codes)
 
 
@@ -172,7 +174,7 @@ class AdaptedParameters:
         runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
         described = super().extra_repr()  # type: ignore[misc]
         adapted = ", ".join(
-            f"{leaf}: {', '.join(entry.config.method.name for entry in runtime.entries.values())}"
+            f"{leaf}: {', '.join(adapter.config.method.name for adapter in runtime.entries.values())}"
             for leaf, runtime in runtimes.items()
         )
         return f"{described}, adapted=({adapted})" if described else f"adapted=({adapted})"
@@ -201,12 +203,12 @@ def _property(leaf: str) -> property:
 
 def _flat_weights(self: Any) -> list[Tensor | None]:
     """Return the list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
-    found = list(self.__dict__["_flat_weights"])
+    weights = list(self.__dict__["_flat_weights"])
     for index, name in enumerate(self.__dict__["_flat_weights_names"]):
         if name in self.__dict__["_parameter_runtimes"]:
             weight = self.__dict__["_parameter_runtimes"][name].read(self)
-            found[index] = weight.dense() if isinstance(weight, Factored) else weight
-    return found
+            weights[index] = weight.dense() if isinstance(weight, Factored) else weight
+    return weights
 
 
 def _put_flat_weights(self: Any, value: list[Tensor | None]) -> None:

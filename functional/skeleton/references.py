@@ -26,8 +26,8 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
     watched = {id(module): name for name, module in model.named_modules() if name in parents or name in sites}
     done: set[Any] = set()
     for where, module in model.named_modules():
-        own = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
-        functions = [(function, False) for function in own]
+        instance_functions = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
+        functions = [(function, False) for function in instance_functions]
         for cls in type(module).__mro__:
             if cls in done or cls.__module__.startswith("torch."):
                 continue
@@ -36,9 +36,9 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
             functions += [(method, True) for method in methods if method is not None]
         for function, from_class in functions:
             for name, value in _named(function, from_class):
-                for found in (watched[id(one)] for one in _modules(value) if id(one) in watched):
+                for reached in (watched[id(target)] for target in _modules(value) if id(target) in watched):
                     raise ValueError(
-                        f"{found or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
+                        f"{reached or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
                         f"reaches this module through the variable {name!r} instead of an attribute, so it would run "
                         "without its adapter; store it on the module that uses it, or do not target it"
                     )
@@ -79,4 +79,4 @@ def _reads(code: types.CodeType, name: str) -> bool:
 def _modules(value: Any) -> list[nn.Module]:
     """Return a module, or those in a plain container."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, _CONTAINERS) else (value,)
-    return [one for one in items if isinstance(one, nn.Module)]
+    return [item for item in items if isinstance(item, nn.Module)]

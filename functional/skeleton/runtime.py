@@ -68,9 +68,11 @@ class SiteRuntime:
 
     def dense(self, name: str) -> Tensor | None:
         """Return the weight or bias stored under a name, with the active adapters in, in the base's dtype."""
-        layer, own = self.layer(), getattr(self.inner, name)
-        if isinstance(layer, Base) or (own is not None and own.is_meta and resting(self.inner, name) is own):
-            result: Tensor | None = own  # without values there is nothing to adapt: who offloads weights asks for these
+        layer, tensor = self.layer(), getattr(self.inner, name)
+        if isinstance(layer, Base) or (tensor is not None and tensor.is_meta and resting(self.inner, name) is tensor):
+            result: Tensor | None = (
+                tensor  # without values there is nothing to adapt: who offloads weights asks for these
+            )
             return result
         if _is_routed(layer):
             return self._without_value(getattr(self.inner, name))
@@ -89,9 +91,9 @@ class SiteRuntime:
         dtype = site.like(self.inner).dtype
         return {name: value.to(dtype) for name, value in site.stored(*layer.dense()).items()}
 
-    def _without_value(self, own: Tensor | None) -> Tensor | None:
+    def _without_value(self, tensor: Tensor | None) -> Tensor | None:
         """Return a placeholder for a weight or bias where each row has its own."""
-        return None if own is None else stand_in(own, self.path)
+        return None if tensor is None else stand_in(tensor, self.path)
 
 
 def _is_routed(layer: Any) -> bool:
@@ -129,7 +131,7 @@ class AdaptedModule:
 
     def extra_repr(self) -> str:
         runtime: SiteRuntime = self.__dict__["_runtime"]
-        names = ", ".join(f"{name!r}: {entry.config.method.name}" for name, entry in runtime.entries.items())
+        names = ", ".join(f"{name!r}: {adapter.config.method.name}" for name, adapter in runtime.entries.items())
         described = super().extra_repr()  # type: ignore[misc]
         return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
 
@@ -193,7 +195,7 @@ def _subclass(cls: Any, bases: tuple[Any, ...], **members: Any) -> Any:
 
 
 def adapt(
-    shell: nn.Module, cls: Any, plain: Any, path: str, context: CallContext, entries: Mapping[str, SiteAdapter]
+    shell: nn.Module, cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]
 ) -> None:
     """Turn a bare copy of a module into an adapted one, in place.
 
@@ -206,26 +208,26 @@ def adapt(
         plain: The class among its bases whose forward the adapters go around.
         path: Path of the user's module.
         context: CallContext of the skeleton.
-        entries: Adapter entries by name.
+        adapters: Adapters by name, the innermost first.
     """
     inner = object.__new__(inner_class(cls, plain))
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
-    shell.__class__ = adapted_class(cls, plain, next(iter(entries.values())).site)
-    shell.__dict__["_runtime"] = SiteRuntime(path, context, entries, inner, argument, cls, plain)
+    shell.__class__ = adapted_class(cls, plain, next(iter(adapters.values())).site)
+    shell.__dict__["_runtime"] = SiteRuntime(path, context, adapters, inner, argument, cls, plain)
 
 
 def load_below(shell: Any) -> None:
     """Have accelerate's hooks of an adapted module load the base's tensors, whose names on it are the adapted ones."""
-    own, inner = vars(shell), vars(shell)["_runtime"].inner
-    forward = own.get("forward")
-    if "_hf_hook" in own and isinstance(forward, functools.partial):
-        own["forward"] = functools.partial(forward.func, inner)
+    attributes, inner = vars(shell), vars(shell)["_runtime"].inner
+    forward = attributes.get("forward")
+    if "_hf_hook" in attributes and isinstance(forward, functools.partial):
+        attributes["forward"] = functools.partial(forward.func, inner)
 
 
-def _revive(cls: Any, plain: Any, path: str, context: CallContext, entries: Mapping[str, SiteAdapter]) -> nn.Module:
+def _revive(cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]) -> nn.Module:
     """Make an adapted module without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
-    adapt(shell, cls, plain, path, context, entries)
+    adapt(shell, cls, plain, path, context, adapters)
     result: nn.Module = shell
     return result

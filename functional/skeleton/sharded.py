@@ -44,27 +44,29 @@ def plain_type(module: nn.Module) -> Any:
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes, without what `fully_shard` keeps of its state among those of a unit."""
-    own = vars(module)
-    return {key: value for key, value in own.items() if not key.startswith(_STATE)} if is_unit(module) else own
+    attributes = vars(module)
+    if not is_unit(module):
+        return attributes
+    return {key: value for key, value in attributes.items() if not key.startswith(_STATE)}
 
 
 def hooks_of_unit(module: Any) -> dict[int, Any]:
     """Return the hooks of a copy of a unit, by the identity of the unit's own hooks that they replace."""
     loading = module._load_state_dict_post_hooks.values()
-    found: dict[int, Any] = {
+    new_hooks: dict[int, Any] = {
         id(hook): _nothing for hook in loading if "FSDPParam." in getattr(hook, "__qualname__", "")
     }
     if not is_unit(module):
-        return found
+        return new_hooks
     state = module._get_fsdp_state()
     policy = Policy(state._mp_policy.param_dtype, state._mp_policy.output_dtype, state._mp_policy.cast_forward_inputs)
     for handle, hooks, new in (
         (state._pre_forward_hook_handle, module._forward_pre_hooks, Gather(policy)),
         (state._post_forward_hook_handle, module._forward_hooks, Release(policy)),
     ):
-        ids = {one.id for one in getattr(handle, "handles", (handle,))}
-        found |= {id(hook): new for key, hook in hooks.items() if key in ids}
-    return found
+        ids = {single.id for single in getattr(handle, "handles", (handle,))}
+        new_hooks |= {id(hook): new for key, hook in hooks.items() if key in ids}
+    return new_hooks
 
 
 def _nothing(*_: Any) -> None:
@@ -98,7 +100,7 @@ class Gather:
                 made[id(tensor)] = _cast(whole(tensor), self.policy.param_dtype)
             registry[name] = made[id(tensor)]
         if self.policy.cast_inputs:
-            args, kwargs = (_cast_all(one, self.policy.param_dtype) for one in (args, dict(kwargs)))
+            args, kwargs = (_cast_all(arguments, self.policy.param_dtype) for arguments in (args, dict(kwargs)))
         return args, kwargs
 
 

@@ -100,24 +100,24 @@ def write(tensor: Tensor, value: Tensor) -> None:
 def offloading(module: Any) -> Iterator[Any]:
     """Yield the hooks of accelerate that keep a module's weights elsewhere between its calls."""
     hook = vars(module).get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
-            yield one
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
+            yield part
 
 
 def copied_hooks(module: Any) -> dict[int, Any]:
     """Copy these hooks for a copy of their module, by identity: each keeps what it knows of a call to itself."""
     hook = vars(module).get("_hf_hook")
     parts = getattr(hook, "hooks", (hook,))
-    if not all(hasattr(one, "weights_map") for one in parts):
+    if not all(hasattr(part, "weights_map") for part in parts):
         return {}
-    made = {id(one): copy.copy(one) for one in parts}
-    for one in made.values():
-        if one.tied_params_map is not None:
-            one.tied_params_map = {key: dict(held) for key, held in one.tied_params_map.items()}
+    made = {id(part): copy.copy(part) for part in parts}
+    for copied in made.values():
+        if copied.tied_params_map is not None:
+            copied.tied_params_map = {key: dict(held) for key, held in copied.tied_params_map.items()}
     if hook is not None and id(hook) not in made:
         made[id(hook)] = copy.copy(hook)
-        made[id(hook)].hooks = tuple(made[id(one)] for one in parts)
+        made[id(hook)].hooks = tuple(made[id(part)] for part in parts)
     return made
 
 

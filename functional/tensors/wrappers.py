@@ -109,11 +109,11 @@ def check_flat(path: str, module: nn.Module) -> None:
     Raises:
         TypeError: A module of FSDP1; says what to do.
     """
-    own = module._parameters
+    parameters = module._parameters
     if (
         "_fsdp_wrapped_module" in module._modules
-        or "_flat_param" in own
-        or any(getattr(p, "_fsdp_flattened", False) for p in own.values())
+        or "_flat_param" in parameters
+        or any(getattr(p, "_fsdp_flattened", False) for p in parameters.values())
     ):
         raise TypeError(
             f"{path}: its parameters are parts of a flat one of FullyShardedDataParallel, which no copy can gather. "
