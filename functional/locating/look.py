@@ -110,7 +110,7 @@ def look_at(trial: Trial, sample: Sample | GivenSample, declared: Declared, step
 
 
 def _look_twice(trial: Trial, sample: Sample, declared: Declared, step: int) -> Record:
-    """Look, and once more with what is equal in all rows made to differ: lengths, masks, flags decide a way."""
+    """Look twice, then with what is equal in all rows made to differ: lengths, masks, flags decide a way."""
     record = look_at(trial, sample, declared, step)
     equal = sample.equal()
     if not equal:

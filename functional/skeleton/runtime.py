@@ -70,9 +70,8 @@ class SiteRuntime:
         """Return the weight or bias stored under a name, with the active adapters in, in the base's dtype."""
         layer, tensor = self.layer(), getattr(self.inner, name)
         if isinstance(layer, Base) or (tensor is not None and tensor.is_meta and resting(self.inner, name) is tensor):
-            result: Tensor | None = (
-                tensor  # without values there is nothing to adapt: who offloads weights asks for these
-            )
+            # Without values there is nothing to adapt: code that offloads weights reads these.
+            result: Tensor | None = tensor
             return result
         if _is_routed(layer):
             return self._without_value(getattr(self.inner, name))

@@ -122,7 +122,7 @@ def _check_same(modules: Modules, name: str, replacement: Replaced, key: int) ->
 def swap_tensors(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:
     """Put the leaves of the active trees into their skeleton; return the tensors that were replaced, by identity.
 
-    Where each row has its own, the owner of the tensor runs with them (`routing.owners`), and no other module can use it.
+    Where each row has its own, the owner of the tensor runs with them (`routing.owners`), and nothing else can use it.
     """
     active = [swap for swap in skeleton.swaps if swap.adapter in trees]
     if not active:
