@@ -1,4 +1,4 @@
-"""Abilities: what a few methods can beyond what all have to, each a small object in `Method.abilities`."""
+"""Abilities: optional functions of a method beyond the required ones, each a small object in `Method.abilities`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Original = Callable[[], Dense]
 
 @dataclasses.dataclass(frozen=True)
 class SplitsProjection:
-    """Can be on some of the outputs of a linear map, from some of its inputs: for sites of the kind `"attention"`.
+    """The ability to adapt a slice of a linear map, some outputs from some inputs: for sites of the kind `"attention"`.
 
     Attributes:
         split: `(config, site, leaves, rows, columns) -> leaves`; leaves may be stacked.
@@ -28,7 +28,7 @@ class SplitsProjection:
 
 @dataclasses.dataclass(frozen=True)
 class AddsProduct:
-    """Adds `scaling * up @ down` to a bare parameter, which is multiplied out only where the model asks for more.
+    """The ability to be added to a bare parameter as `scaling * up @ down`, multiplied out only where a model needs it.
 
     Attributes:
         factors: `(config, site, leaves) -> (up, down, scaling)`, `"[experts] out r"` and `"[experts] r in"`.
@@ -39,7 +39,7 @@ class AddsProduct:
 
 @dataclasses.dataclass(frozen=True)
 class MergesOver:
-    """Has a meaning that depends on the base's own weight, also where other adapters are in the one beneath.
+    """A dense meaning that depends on the base's own weight, also where other adapters are merged beneath.
 
     Attributes:
         merge: `(config, site, leaves, weight, bias, original) -> (weight, bias)`.
@@ -50,7 +50,7 @@ class MergesOver:
 
 @dataclasses.dataclass(frozen=True)
 class Precomputes:
-    """Computes something from the leaves and the base's weight alone, once for a view that is said to be constant.
+    """Constants computed from the leaves and the base's weight alone, once for a view that is said to be constant.
 
     Attributes:
         compute: `(config, site, leaves, base) -> constants`, which `apply` then finds among the site's.
@@ -61,7 +61,7 @@ class Precomputes:
 
 @dataclasses.dataclass(frozen=True)
 class KeepsDtype:
-    """Has leaves that `merge` gets as they are, because what they were rounded to counts.
+    """Leaves that `merge` gets in their own dtype, because what they were rounded to counts.
 
     Attributes:
         leaves: Their names.
@@ -72,7 +72,7 @@ class KeepsDtype:
 
 @dataclasses.dataclass(frozen=True)
 class TakesComplex:
-    """Has a meaning for complex weights.
+    """A meaning for complex weights.
 
     Attributes:
         refuses: `config -> description` of what of a config has none; `None` for nothing.
@@ -83,7 +83,7 @@ class TakesComplex:
 
 @dataclasses.dataclass(frozen=True)
 class SharesLeaves:
-    """Trains leaves that several sites have together; they stand under `"*"` beside the paths of a tree.
+    """Leaves that several sites train together; they stand under `"*"` beside the paths of a tree.
 
     `apply`, `merge` and the rest find them among a site's own leaves. A site that has none of its own is not in a tree.
 

@@ -13,7 +13,7 @@ from .graft import Graft
 
 @contextlib.contextmanager
 def with_weights(graft: Graft, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """The bound model without its adapters, in its own modes, with some of its parameters exchanged.
+    """Yield the bound model without its adapters, in its own modes, with some of its parameters exchanged.
 
     A module, for callers that need more of a model than a call; `functional_call` is the function.
 

@@ -59,15 +59,15 @@ def bind(
     if isinstance(config, Mapping):
         configs = config
     elif isinstance(config, (list, tuple)):
-        configs = {f"[{i}]": one for i, one in enumerate(config)}
+        configs = {f"[{i}]": value for i, value in enumerate(config)}
     if not configs:
         given = "dict of configs; give at least one, as {'name': LoraConfig(...)}"
         raise ValueError(f"bind: got an empty {given if named else 'list of configs; give at least one'}")
-    for name, one in configs.items():
+    for name, value in configs.items():
         if not isinstance(name, str) or (named and not name):
             raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
-        if isinstance(one, type) or not hasattr(one, "method") or not hasattr(one, "targets"):
-            given = f"the class {one.__name__}" if isinstance(one, type) else f"of type {type(one).__name__}"
+        if isinstance(value, type) or not hasattr(value, "method") or not hasattr(value, "targets"):
+            given = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
             raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
     for path, module in model.named_modules():
         check_flat(path or "the model", module)

@@ -38,18 +38,18 @@ class Constants:
     @classmethod
     @functools.cache
     def varying(cls) -> frozenset[str]:
-        """Return the names of those that may differ along a stack."""
+        """Return the names of the constants that may differ along a stack."""
         hints = typing.get_type_hints(cls, include_extras=True)
         return frozenset(name for name, hint in hints.items() if _VARIES in getattr(hint, "__metadata__", ()))
 
     @classmethod
     @functools.cache
     def names(cls) -> tuple[str, ...]:
-        """Return the names of all."""
+        """Return the names of all constants."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """Yield name and value of each that is there."""
+        """Yield name and value of each constant that is not `None`."""
         for name, value in vars(self).items():
             if value is not None:
                 yield name, value
@@ -64,7 +64,7 @@ class Constants:
 
 
 def register(cls: type[Constants]) -> None:
-    """Let torch's and optree's functions on trees see the fields of a class of constants, once.
+    """Register a class of constants as a pytree with torch and optree, once.
 
     >>> @dataclasses.dataclass(frozen=True, eq=False)
     ... class Halved(Constants):

@@ -1,4 +1,4 @@
-"""What packages build on that extend the inside: methods with layers of their own, and the in-place style.
+"""The internals for packages that extend this one: methods with layers of their own, and the in-place style.
 
 Users need none of it, and it may change from one version to the next.
 """

@@ -124,7 +124,7 @@ def _once(
     args: Sequence[Any],
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """One forward and one backward; `count` is the number of losses, `None` for a scalar."""
+    """Run one forward and one backward; `count` is the number of losses, `None` for a scalar."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         loss = functools.partial(_total, f, has_aux, count)
         grads, (_, out) = torch.func.grad_and_value(loss, argnums=argnums, has_aux=True)(*args, **kwargs)
@@ -146,7 +146,7 @@ def _once(
 
 
 def _gradients(total: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> list[Tensor]:
-    """The gradient of a total, zero at inputs that it does not depend on.
+    """Return the gradient of a total, zero at inputs that it does not depend on.
 
     Raises:
         RuntimeError: It depends on none of them, or reentrant checkpointing hides whether it does.
@@ -162,9 +162,9 @@ def _gradients(total: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> l
             ".backward() on the loss"
         )
     if missing and missing == len(inputs):
-        found = "requires grad, but through other tensors" if total.requires_grad else "does not require grad"
+        state = "requires grad, but through other tensors" if total.requires_grad else "does not require grad"
         raise RuntimeError(
-            f"value_and_grad: no gradient reaches the {len(inputs)} leaves: the function's value {found}. Does the "
+            f"value_and_grad: no gradient reaches the {len(inputs)} leaves: the function's value {state}. Does the "
             "model run its adapted modules under torch.no_grad, torch.inference_mode or .detach(), or in reentrant "
             "checkpointing of inputs that do not require grad (use use_reentrant=False)? Does the function use the "
             "tree that it is given, and what it differentiates itself with create_graph=True? torch.func.grad returns "
@@ -189,7 +189,7 @@ def _checkpoints_reentrantly(total: Tensor) -> bool:
 def _total(
     f: Callable[..., Any], has_aux: bool, count: int | None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """What is differentiated: losses are independent, so the gradient of their sum is that of each."""
+    """Return the number to differentiate: losses are independent, so the gradient of their sum is that of each."""
     out = f(*args, **kwargs)
     what = "scalar" if count is None else "losses"
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
@@ -204,7 +204,7 @@ def _total(
 def _part(
     args: Sequence[Any], in_dims: int | Sequence[int | None] | None, argnums: int, start: int, stop: int, count: int
 ) -> list[Any]:
-    """The arguments of adapters `start` to `stop` of `count`."""
+    """Return the arguments of adapters `start` to `stop` of `count`."""
     dims = list(in_dims) if isinstance(in_dims, (list, tuple)) else [in_dims] * len(args)
     if len(dims) != len(args) or any(dim not in (0, None) for dim in dims) or dims[argnums] != 0:
         raise ValueError(

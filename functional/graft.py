@@ -88,7 +88,7 @@ class Graft:
         return call(self.bound, params, args, kwargs)
 
     def view(self, params: Tree | Routed, *, constant: bool = False) -> nn.Module:
-        """A module like the user's, with the adapter in and the base shared.
+        """Make a module like the user's, with the adapter in and the base shared.
 
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
         by name), shares the base parameters, has its own buffers and keeps `params` as they are, so gradients flow to

@@ -69,13 +69,13 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
                 tied.setdefault(adapter.tied.source, set()).add(key[0])
             else:
                 carriers.setdefault(key, {})[name] = adapter
-    own = {module for module, _ in carriers}
+    carrying = {module for module, _ in carriers}
     for adapters in carriers.values():
         site = next(iter(adapters.values())).site
         replaced = {leaf: given[name] for leaf in site.names if (name := f"{site.owner}.{leaf}".lstrip(".")) in given}
         layer = compose(BaseWithTensors(modules[site.owner], site, replaced), adapters, active)
         for leaf, value in site.stored(*layer.dense()).items():
-            _write(state, names, modules, site.path, leaf, value, tied.get(site.path, set()) - own)
+            _write(state, names, modules, site.path, leaf, value, tied.get(site.path, set()) - carrying)
     return state
 
 
@@ -89,18 +89,18 @@ def _write(
     following: Collection[int] = (),
 ) -> None:
     module: Any = find(modules, path)[0]
-    own = own_tensor(module, leaf)
-    if own is None:
+    tensor = own_tensor(module, leaf)
+    if tensor is None:
         raise ValueError(
             f"{path}: {leaf} is computed (a parametrization or weight norm), so no entry of the state dict is the "
             "merged one; remove it first, or use graft.view(params)"
         )
-    for name in names[id(own)]:
+    for name in names[id(tensor)]:
         parent = name.rpartition(".")[0]
         if modules[parent] is not module and id(modules[parent]) not in following:
             raise ValueError(
                 f"{path}: its {leaf} is tied to {name}, which would change with it; untie the two, "
                 "or use graft.view(params), which keeps them apart"
             )
-        value = value.to(own.dtype)
-        state[name] = spread(value, own.device_mesh, own.placements) if is_sharded(own) else value  # type: ignore[attr-defined]
+        value = value.to(tensor.dtype)
+        state[name] = spread(value, tensor.device_mesh, tensor.placements) if is_sharded(tensor) else value  # type: ignore[attr-defined]

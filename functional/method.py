@@ -1,4 +1,4 @@
-"""The interface of an adapter method: what one file of it says, and what is asked of a config."""
+"""The interfaces of an adapter method, which one file implements, and of its config."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ Tree = dict[str, Any]
 
 
 Weights = Callable[[str], Tensor]
-"""The base's canonical weight of the site at a path, detached and in its own dtype; computed when asked for."""
+"""A function from the path of a site to the base's canonical weight there, detached and in its own dtype.
+
+Each call computes the weight, so a method that needs none costs nothing.
+"""
 
 
 class ActiveTree(Protocol):
-    """What a call can have in place of an adapter's tree: a routed stack, one adapter of a padded one."""
+    """The interface of what a call has in place of an adapter's tree: a routed stack, one adapter of a padded one."""
 
     tree: Tree
     per_row: ClassVar[bool]
@@ -55,7 +58,7 @@ class ActiveTree(Protocol):
 
 
 def is_per_row(tree: Tree | ActiveTree) -> bool:
-    """Return whether what a call has for an adapter gives each row its own.
+    """Return whether a tree, or what a call has in its place, gives each row an adapter of its own.
 
     >>> is_per_row({"layers.0": {}})
     False
@@ -97,7 +100,7 @@ class Weighted(abc.ABC):
 
     @abc.abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight and bias."""
+        """Return canonical weight and bias."""
 
     @property
     def weight(self) -> Tensor:
@@ -171,12 +174,12 @@ class Method:
 
     def ability(self, kind: type[A]) -> A | None:
         """Return the ability of a type, `None` where the method does not have it."""
-        found: A | None = self.__dict__["_by_type"].get(kind)
-        return found
+        ability: A | None = self.__dict__["_by_type"].get(kind)
+        return ability
 
 
 class Config(Protocol):
-    """What `bind` asks of a config."""
+    """The interface of a config: all that `bind` asks of one."""
 
     method: ClassVar[Method]
     site_fields: ClassVar[frozenset[str]]
@@ -215,8 +218,8 @@ class SiteAdapter:
         site = self.site
         if site.shared:
             return with_shared(site, tree.get(site.path, {}), tree)
-        own: Leaves = tree[site.path]
-        return own
+        leaves: Leaves = tree[site.path]
+        return leaves
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""
@@ -226,15 +229,15 @@ class SiteAdapter:
         return dataclasses.replace(self, site=site)
 
     def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
-        """This part for a stack: constants as the stack's members have them, and rows that have this site."""
+        """Return this part for a stack: constants as the stack's members have them, and rows that have this site."""
         return self, rows
 
     def several(self, count: int) -> SiteAdapter:
-        """This part for `count` adapters that have this site, whatever the members of a stack are."""
+        """Return this part for `count` adapters that have this site, whatever the members of a stack are."""
         return self
 
     def merge(self, leaves: Leaves, weight: Tensor, bias: Tensor | None, original: Original | None = None) -> Dense:
-        """Dense meaning in float32 or wider.
+        """Return weight and bias with this adapter in, in float32 or wider.
 
         Args:
             leaves: The adapter's leaves at this site.
@@ -255,8 +258,8 @@ class SiteAdapter:
         weight, bias = _widened((weight, bias), wide)
         if original is None or over is None:
             return method.merge(self.config, self.site, leaves, weight, bias)
-        own = original
-        return over.merge(self.config, self.site, leaves, weight, bias, lambda: _widened(own(), wide))
+        read_original = original
+        return over.merge(self.config, self.site, leaves, weight, bias, lambda: _widened(read_original(), wide))
 
 
 def with_shared(site: Site, leaves: Leaves, tree: Tree) -> Leaves:

@@ -12,7 +12,7 @@ from .trees import adapters_in
 
 
 def norms(stacked: Any) -> Tensor:
-    """The norm of each adapter's numbers over all leaves of a stack.
+    """Return the norm of each adapter's numbers over all leaves of a stack.
 
     Args:
         stacked: A stacked tree, of gradients or parameters, leaves `"N ..."`.

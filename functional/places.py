@@ -1,4 +1,4 @@
-"""What is in each place of a stack beside its leaves: tensors too, so that it can change without binding again."""
+"""The constants and sites of each place of a stack, as tensors: they can change without binding again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Places:
-    """Constants of the adapters of a stack, and which sites each has; made by `StackedGraft.places`.
+    """The constants of the adapters of a stack, and which sites each has; made by `StackedGraft.places`.
 
     Attributes:
         constants: `{path: {name: "N ..."}}`.
@@ -36,9 +36,9 @@ class Places:
         constants = {
             path: {
                 name: value.index_copy(0, at.to(value.device), other.constants[path][name][:1].to(value))
-                for name, value in own.items()
+                for name, value in site_constants.items()
             }
-            for path, own in self.constants.items()
+            for path, site_constants in self.constants.items()
         }
         present = {
             path: value.index_copy(0, at.to(value.device), other.present[path][:1].to(value.device))

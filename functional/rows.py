@@ -36,7 +36,7 @@ class Groups:
     base: bool
 
     def pick(self, leaf: Tensor) -> Tensor:
-        """Each group's own part of a stacked leaf, `"groups ..."`; zeros, without gradient, where it has none.
+        """Return each group's own part of a stacked leaf, `"groups ..."`; zeros, without gradient, where it has none.
 
         >>> Groups(3, torch.tensor([1, -1, 0]), base=True).pick(torch.tensor([5.0, 6.0]))
         tensor([6., 0., 5.])
@@ -46,7 +46,7 @@ class Groups:
         return self.mask(leaf.index_select(0, self.index.clamp(min=0) if self.base else self.index), 0)
 
     def mask(self, picked: Tensor, identity: float = 0.0) -> Tensor:
-        """`picked`, with `identity` in the groups that have no adapter.
+        """Return `picked`, with `identity` in the groups that have no adapter.
 
         >>> Groups(2, torch.tensor([-1, 0]), base=True).mask(torch.ones(2, 2))
         tensor([[0., 0.],
@@ -57,14 +57,14 @@ class Groups:
         return torch.where(self.active(picked.ndim), picked, identity)
 
     def active(self, ndim: int) -> Tensor:
-        """Whether each group has an adapter, with `ndim` axes."""
+        """Return whether each group has an adapter, with `ndim` axes."""
         assert self.index is not None
         return (self.index >= 0).view(-1, *(1,) * (ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What the values of rows say, where they can be read: their groups, and how many rows each adapter has."""
+    """The facts that the values of rows tell, where they can be read: groups, and how many rows each adapter has."""
 
     groups: Groups
     counts: tuple[int, ...]
@@ -72,7 +72,7 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Rows sorted by adapter into as many slots for each, some of which stay empty.
+    """The rows sorted by adapter into as many slots for each, some of which stay empty.
 
     Attributes:
         adapters: The adapters that have rows, `"groups"`; `None` for all of the stack.
@@ -93,19 +93,19 @@ class Slots:
     active: Tensor | None
 
     def fill(self, x: Tensor) -> Tensor:
-        """The rows of `x` in their slots, `"groups*width ..."`; zeros in those that stay empty."""
+        """Return the rows of `x` in their slots, `"groups*width ..."`; zeros in those that stay empty."""
         rows = x.index_select(0, self.order)
         if len(self.order) == self.groups * self.width:
             return rows
         return x.new_zeros(self.groups * self.width, *x.shape[1:]).index_copy(0, self.slot, rows)
 
     def pick(self, leaf: Tensor) -> Tensor:
-        """The part of a stacked leaf that belongs to the adapters that have rows."""
+        """Return the part of a stacked leaf that belongs to the adapters that have rows."""
         return leaf if self.adapters is None else leaf.index_select(0, self.adapters)
 
 
 class Rows:
-    """Which adapter of a stack each row uses; what is known of it does not change.
+    """The adapter of a stack that each row uses; what is known of it does not change.
 
     Args:
         index: `"rows"`, long, `-1` for the base alone; `None` for as many equal parts as there are adapters, in order.
@@ -140,11 +140,11 @@ class Rows:
         return self.size
 
     def known(self) -> Known | None:
-        """What the values say; `None` under `torch.compile`, `torch.vmap` and export, where they cannot be read."""
+        """Return what the values tell, `None` where they cannot be read: `torch.compile`, `torch.vmap` and export."""
         return self._known if self._static or not torch.compiler.is_compiling() else None
 
     def groups(self) -> Groups:
-        """The largest equal groups that are known: runs of one adapter, or single rows."""
+        """Return the largest equal groups that are known: runs of one adapter, or single rows."""
         known = self.known()
         if known is not None:
             return known.groups
@@ -152,14 +152,14 @@ class Rows:
         return Groups(self.size, self.index, base=True)
 
     def each(self) -> Groups:
-        """Every row as a group of its own."""
+        """Return every row as a group of its own."""
         if self.index is None:
             return self.groups()
         known = self.known()
         return Groups(self.size, self.index, base=known is None or known.groups.base)
 
     def order(self) -> Tensor:
-        """The rows that have an adapter, sorted by adapter."""
+        """Return the rows that have an adapter, sorted by adapter."""
         known = self.known()
         assert known is not None and self.index is not None
         if self._order is None:
@@ -169,7 +169,7 @@ class Rows:
         return self._order
 
     def slots(self) -> Slots:
-        """The rows in equal groups of one adapter each.
+        """Return the rows in equal groups of one adapter each.
 
         >>> Rows(torch.tensor([1, 0, 1]), 2).slots().fill(torch.tensor([5, 6, 7])).tolist()
         [6, 0, 5, 7]
@@ -200,7 +200,7 @@ class Rows:
         )
 
     def ends(self, tokens: int) -> Tensor:
-        """Where each adapter's tokens end when rows of `tokens` tokens are in `order`, `"adapters"`, int32."""
+        """Return where each adapter's tokens end with rows of `tokens` tokens in `order`, `"adapters"`, int32."""
         known = self.known()
         assert known is not None and self.index is not None
         if tokens not in self._ends:
@@ -210,23 +210,23 @@ class Rows:
         return self._ends[tokens]
 
     def only(self, present: Tensor, values: tuple[bool, ...] | None) -> Rows:
-        """The same rows, with no adapter where it is not `present`, `"adapters"`; `values` are its values if known."""
+        """Return the rows with no adapter where it is not `present`, `"adapters"`; `values` are its values if known."""
         if values is not None and all(values):
             return self
         if self.index is None:
             index = torch.where(present, torch.arange(self.count, device=present.device), -1)
-            own = None if values is None else [i if values[i] else -1 for i in range(self.count)]
-            return Rows(index, self.count, own)
+            kept = None if values is None else [i if values[i] else -1 for i in range(self.count)]
+            return Rows(index, self.count, kept)
         if values is None or self.known() is None or self.values is None:
             index = torch.where((self.index >= 0) & present[self.index.clamp(min=0)], self.index, -1)
             return Rows(index, self.count)
         if values not in self._parts:
-            own = [row if row >= 0 and values[row] else -1 for row in self.values]
-            self._parts[values] = rows_of(own, self.count, self.index.device)
+            kept = [row if row >= 0 and values[row] else -1 for row in self.values]
+            self._parts[values] = rows_of(kept, self.count, self.index.device)
         return self._parts[values]
 
     def expanded(self, size: int) -> Rows:
-        """The same rows, each repeated so that there are `size`."""
+        """Return the same rows, each repeated so that there are `size`."""
         if size == self.size:
             return self
         index = torch.arange(self.count) if self.index is None else self.index
@@ -234,13 +234,13 @@ class Rows:
 
 
 def rows_of(values: Sequence[int], count: int, device: torch.device) -> Rows:
-    """Rows with these values, in memory of their own, that any later call may use."""
+    """Make rows with these values, in memory of their own, that any later call may use."""
     with torch.inference_mode(False):
         return Rows(torch.tensor(values, dtype=torch.long, device=device), count)
 
 
 def is_readable(index: Tensor) -> bool:
-    """Whether a tensor has values to look at: not one of a vmap, of a trace or of the meta device."""
+    """Return whether a tensor has values to look at: not one of a vmap, of a trace or of the meta device."""
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(index):
         index = functorch.get_unwrapped(index)

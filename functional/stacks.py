@@ -102,7 +102,7 @@ class StackedGraft(Graft):
         return self.binding.pad(tree)
 
     def places(self, configs: Sequence[Config | None] | None = None) -> Places:
-        """Plan what is in each place of a stack beside its leaves: tensors, so that a place can get another adapter.
+        """Plan constants and sites of each place of a stack as tensors, so that a place can get another adapter.
 
         The graft was bound for the largest adapters that a place can hold; what is there can change without binding
         again: `graft(route(many, rows, places=places.put(2, graft.places([config]))), x)`.
@@ -130,7 +130,7 @@ class StackedGraft(Graft):
         return Graft(self.model, self.binding.singles[index], allow_unreached=self.bound.allow_unreached)
 
     def at(self, index: int | Tensor) -> Member:
-        """The graft of one adapter as the stack has it, padded: for `torch.vmap` over stack and index.
+        """Return the graft of one adapter as the stack has it, padded: for `torch.vmap` over stack and index.
 
         Args:
             index: Which adapter: an integer or an integer tensor without axes, which `vmap` may map over.
@@ -147,7 +147,7 @@ class StackedGraft(Graft):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PaddedAdapter:
-    """One adapter's padded tree and its place in the stack, given to a call in place of a tree."""
+    """The padded tree of one adapter and its place in the stack, given to a call in place of a tree."""
 
     tree: Tree
     index: int | Tensor
@@ -157,20 +157,20 @@ class PaddedAdapter:
         trees.check(self.tree, shapes, what)
 
     def with_tree(self, tree: Tree) -> PaddedAdapter:
-        """Another tree of the same adapter."""
+        """Return another tree of the same adapter."""
         return PaddedAdapter(tree, self.index)
 
-    def layer(self, below: Any, entry: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
-        assert isinstance(entry, StackedAdapter)
-        own, on = entry.at(self.index)
-        return SelectedAdapter(below, own, entry.leaves(self.tree), on)
+    def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
+        assert isinstance(adapter, StackedAdapter)
+        member, on = adapter.at(self.index)
+        return SelectedAdapter(below, member, adapter.leaves(self.tree), on)
 
     def tensors(self) -> Any:
         return self.tree, self.index
 
 
 class Member:
-    """One adapter of a stack as a function of its padded tree; made by `StackedGraft.at`."""
+    """An adapter of a stack as a function of its padded tree; made by `StackedGraft.at`."""
 
     def __init__(self, graft: StackedGraft, index: int | Tensor):
         self.graft, self.index = graft, index

@@ -13,7 +13,7 @@ from .method import Tree
 
 
 def sort(tree: Mapping[str, Any]) -> Tree:
-    """Nested plain dicts with sorted keys, so that optree and `torch.utils._pytree` agree on the order of leaves.
+    """Sort the keys of nested dicts, so that optree and `torch.utils._pytree` agree on the order of leaves.
 
     >>> list(sort({"b": 1, "a": {"d": 2, "c": 3}}))
     ['a', 'b']
@@ -77,7 +77,7 @@ def unstack(tree: Tree) -> list[Tree]:
 
 
 def adapters_in(tree: Any, what: str) -> int:
-    """Number of adapters in a stacked tree.
+    """Return the number of adapters in a stacked tree.
 
     Raises:
         ValueError: Leaves that disagree on it, or have no axis; `what` is who asks.
@@ -96,7 +96,7 @@ def adapters_in(tree: Any, what: str) -> int:
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """Leaves by a readable path, `[layers.0.q_proj][lora_A]`; anything but nested dicts of tensors is an error."""
+    """Return leaves by a readable path, `[layers.0.q_proj][lora_A]`; refuse anything but nested dicts of tensors."""
     if isinstance(tree, Tensor):
         return {path: tree}
     if not isinstance(tree, Mapping):
@@ -110,7 +110,7 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
 def check(
     tree: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str = "params", stacked: int | None = None
 ) -> None:
-    """Hold a tree against the shapes its graft expects.
+    """Validate a tree against the shapes its graft expects.
 
     Args:
         tree: What the user passed.

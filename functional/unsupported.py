@@ -19,7 +19,7 @@ class Unsupported(Exception):
 
 
 class UnsupportedConfig(Unsupported, ValueError):
-    """What a config asks for does not exist for a layer.
+    """A config that asks for what does not exist for a layer.
 
     >>> issubclass(UnsupportedConfig, ValueError)
     True
@@ -27,7 +27,7 @@ class UnsupportedConfig(Unsupported, ValueError):
 
 
 class UnsupportedCall(Unsupported, RuntimeError):
-    """A model that is adapted like this cannot be called in this way.
+    """A call that a model which is adapted like this cannot have.
 
     >>> issubclass(UnsupportedCall, RuntimeError)
     True

@@ -1,7 +1,7 @@
 """Bindings: configs meet a model.
 
 A binding is what follows from the two and never changes: the sites, what is replaced beside them, what is tied, the
-shapes and the constants. Calls, merging, stacks, the in-place style and files all go by it; nobody plans again.
+shapes and the constants. Calls, merging, stacks, the in-place style and files all use it; nothing is planned again.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Binding:
         return trees.sort(made) if self.named else made[""]
 
     def active(self, params: Any) -> dict[str, Any]:
-        """Return the trees of `params`, or what stands for one, by adapter name and validated.
+        """Return validated parameter trees, or `ActiveTree`s in their place, by adapter name.
 
         Raises:
             KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
@@ -185,16 +185,18 @@ class Binding:
         """
         modules = modules_of(self.model)
         moved: dict[tuple[int, torch.device], Tensor] = {}
-        found: dict[str, SiteAdapter] = {}
+        site_adapters: dict[str, SiteAdapter] = {}
         for path, site in self.sites[name].items():
             check_unchanged(path, site, modules)
             device = site.like(modules[site.owner]).device
             if device.type != "meta":  # where constants would lose their values
                 site = dataclasses.replace(site, constants=_to(site.constants, device, moved))
-            found[path] = SiteAdapter(self.configs[name], site)
+            site_adapters[path] = SiteAdapter(self.configs[name], site)
         for path, tied in self.tied[name].items():
-            found[path] = tied_adapter(self.configs[name], path, modules[path], tied, found[tied.source].site)
-        return found
+            site_adapters[path] = tied_adapter(
+                self.configs[name], path, modules[path], tied, site_adapters[tied.source].site
+            )
+        return site_adapters
 
     def adapters_by_key(self, names: Iterable[str]) -> tuple[dict[Key, dict[str, SiteAdapter]], dict[Key, str]]:
         """Return the adapters at each module or parameter, the innermost first, and the path of each of these."""
@@ -209,7 +211,7 @@ class Binding:
         return adapters, paths
 
     def unreached(self, paths: Iterable[str], reached: Collection[str]) -> list[str]:
-        """Return those of these sites whose module no forward reached under any of its names."""
+        """Return the sites among these whose module no forward reached under any of its names."""
         modules = modules_of(self.model)
         seen = {key_of(modules, path) for path in reached}
         return sorted({path for path in paths if key_of(modules, path) not in seen})

@@ -27,7 +27,7 @@ def initialise(
     device: torch.device | str | None,
     replaced: Plan,
 ) -> Tree:
-    """Fresh parameters of one config, sorted."""
+    """Make fresh parameters of one config, sorted."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"init: generator is {generator!r}, expected a torch.Generator; torch.Generator().manual_seed(0) makes one"
@@ -51,16 +51,16 @@ def initialise(
 
 
 def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of one config's leaves, by path and leaf, sorted; without sites that have no leaf of their own."""
-    shapes = {path: own for path, site in sites.items() if (own := dict(config.method.shapes(config, site)))}
-    for path, leaf, one in each(replaced):
-        shapes.setdefault(path, {})[leaf] = one.shape
+    """Return the shapes of one config's leaves, by path and leaf, sorted; without sites that have none of their own."""
+    shapes = {path: leaves for path, site in sites.items() if (leaves := dict(config.method.shapes(config, site)))}
+    for path, leaf, replacement in each(replaced):
+        shapes.setdefault(path, {})[leaf] = replacement.shape
     if config.method.ability(SharesLeaves) is not None:
         shapes[SHARED] = shared_shapes(config, sites)
     return dict(sorted(shapes.items()))
 
 
 def shared_shapes(config: Config, sites: Mapping[str, Site]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the leaves that several sites share, by the names that these have under `"*"`."""
+    """Return the shapes of the leaves that several sites share, by the names that these have under `"*"`."""
     sharing = config.method.ability(SharesLeaves)
     return {} if sharing is None else dict(sharing.shapes(config, list(sites.values())))

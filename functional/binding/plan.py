@@ -21,14 +21,14 @@ C = TypeVar("C", bound=Config)
 
 
 def structure_for(configs: Iterable[Config], model: nn.Module) -> nn.Module:
-    """The model that configs are for: one that shares all tensors with this, where they ask for more layers."""
+    """Return the model that configs are for: one that shares all tensors with this, where they ask for more layers."""
     for config in configs:
         model = config.structure(model)
     return model
 
 
 def for_model(config: C, model: nn.Module) -> C:
-    """The config with its targets named as a model has them, for configs that speak of kinds of models."""
+    """Return the config with its targets named as a model has them, for configs that speak of kinds of models."""
     return config.for_model(model)
 
 
@@ -101,7 +101,7 @@ def plan_sites(
 
 
 def _needs_real(config: Config) -> str | None:
-    """Return what of a config has no meaning for complex weights."""
+    """Return a description of what in a config has no meaning for complex weights, `None` for nothing."""
     ability = config.method.ability(TakesComplex)
     return config.method.name if ability is None else ability.refuses(config)
 
@@ -109,7 +109,7 @@ def _needs_real(config: Config) -> str | None:
 def weights_of(
     sites: Mapping[str, Site], modules: Mapping[str, nn.Module], base: Callable[[nn.Module, Site], Base] = Base
 ) -> Weights:
-    """Read the base's weights as methods see them, each when asked for.
+    """Return a function that reads the base's weights as methods see them, each when asked for.
 
     Args:
         sites: The sites, by path.
@@ -128,7 +128,7 @@ def weights_of(
 
 
 def with_parts(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """Each path, an attention with its output projection, and what that is a part of."""
+    """Yield each path with the path of the site it is a part of: an attention, then its output projection."""
     for path in paths:
         yield path, None
         if isinstance(modules.get(path), nn.MultiheadAttention):

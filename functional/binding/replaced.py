@@ -34,7 +34,7 @@ class Replaced:
     rows: tuple[int, ...] | None = None
 
     def meets(self, other: Replaced) -> str | None:
-        """The name of a tensor that both replace, the same rows of it."""
+        """Return the name of a tensor of which both replace the same rows, `None` where there is none."""
         shared = [name for name in self.names if name in other.names]
         apart = self.rows is not None and other.rows is not None and not set(self.rows) & set(other.rows)
         return None if apart or not shared else shared[0]
@@ -49,7 +49,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None = None) -> Replaced:
-    """Describe what a leaf stands for.
+    """Describe the tensor that a leaf stands for.
 
     Args:
         modules: The model's modules by name.
@@ -88,7 +88,7 @@ def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None 
 
 
 def tensor_at(modules: Modules, name: str) -> Tensor:
-    """The parameter of this name.
+    """Return the parameter of this name.
 
     Raises:
         ValueError: There is none.
@@ -101,16 +101,16 @@ def tensor_at(modules: Modules, name: str) -> Tensor:
 
 
 def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Iterable[str]) -> Plan:
-    """What a config replaces beside its sites; nothing, for configs that do not speak of it.
+    """Return the tensors that a config replaces beside its sites; none, for configs without `replaces`.
 
     Raises:
         ValueError: Two leaves that stand for the same tensor.
     """
     plan: Plan = config.replaces(modules, model, list(paths))
     leaves = list(each(plan))
-    for i, (path, leaf, one) in enumerate(leaves):
+    for i, (path, leaf, replacement) in enumerate(leaves):
         for other_path, other_leaf, other in leaves[:i]:
-            if name := one.meets(other):
+            if name := replacement.meets(other):
                 raise ValueError(
                     f"{name}: both {other_leaf!r} of {other_path!r} and {leaf!r} of {path!r} would replace it; name "
                     "one of them"
@@ -119,28 +119,32 @@ def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Ite
 
 
 def each(plan: Plan) -> Iterator[tuple[str, str, Replaced]]:
-    """Path, leaf and what it stands for."""
+    """Yield path, leaf and the tensor that it stands for."""
     for path, leaves in plan.items():
-        for leaf, one in leaves.items():
-            yield path, leaf, one
+        for leaf, replacement in leaves.items():
+            yield path, leaf, replacement
 
 
 def conflicts(plans: Mapping[str, Plan]) -> list[tuple[str, str, str]]:
-    """Pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
-    found = []
+    """Return pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
+    pairs = []
     names = list(plans)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            meeting = (one.meets(other) for _, _, one in each(plans[first]) for _, _, other in each(plans[second]))
+            meeting = (
+                replacement.meets(other)
+                for _, _, replacement in each(plans[first])
+                for _, _, other in each(plans[second])
+            )
             if name := next(filter(None, meeting), None):
-                found.append((first, second, name))
-    return found
+                pairs.append((first, second, name))
+    return pairs
 
 
 def copies(
     modules: Modules, plan: Plan, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tree:
-    """Fresh leaves: the base's own numbers, in memory of their own.
+    """Make fresh leaves: the base's own numbers, in memory of their own.
 
     Args:
         modules: The model's modules by name.
@@ -149,24 +153,24 @@ def copies(
         device: Device of the leaves; by default the tensor's own.
     """
     made: Tree = {}
-    for path, leaf, one in each(plan):
-        tensor_at(modules, one.names[0])
-        path_of, _, name = one.names[0].rpartition(".")
+    for path, leaf, replacement in each(plan):
+        tensor_at(modules, replacement.names[0])
+        path_of, _, name = replacement.names[0].rpartition(".")
         tensor = whole(resting(modules[path_of], name)).detach()
-        tensor = tensor if one.rows is None else tensor[torch.tensor(one.rows, device=tensor.device)]
+        tensor = tensor if replacement.rows is None else tensor[torch.tensor(replacement.rows, device=tensor.device)]
         wide = dtype or torch.promote_types(tensor.dtype, torch.float32)
         made.setdefault(path, {})[leaf] = tensor.to(device or tensor.device, wide, copy=True)
     return made
 
 
 def over(tensor: Tensor, leaf: Tensor, index: Tensor | None) -> Tensor:
-    """What a tensor becomes: the leaf, or the tensor with some rows from it; in the tensor's dtype."""
+    """Return the tensor with a leaf in its place, or in that of some of its rows; in the tensor's dtype."""
     leaf = leaf.to(tensor.dtype)
     return leaf if index is None else whole(tensor).index_copy(0, index, whole(leaf))
 
 
 def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree]) -> dict[str, Tensor]:
-    """The tensors of the model that trees replace, as they are then, by every name they have in it.
+    """Return the tensors of the model that trees replace, with the leaves in, by every name they have in it.
 
     Raises:
         ValueError: A tensor that is tied to one that the adapter does not replace, which no state dict can express.
@@ -177,18 +181,18 @@ def merged(modules: Modules, plans: Mapping[str, Plan], trees: Mapping[str, Tree
         for leaf, tensor in module._parameters.items():
             names.setdefault(id(tensor), []).append(f"{path}.{leaf}" if path else leaf)
     for adapter, tree in trees.items():
-        for path, leaf, one in each(plans[adapter]):
-            own = tensor_at(modules, one.names[0])
-            index = None if one.rows is None else torch.tensor(one.rows, device=own.device)
-            owners = {id(modules[name.rpartition(".")[0]]) for name in one.names}
-            for name in names[id(own)]:
+        for path, leaf, replacement in each(plans[adapter]):
+            base_tensor = tensor_at(modules, replacement.names[0])
+            index = None if replacement.rows is None else torch.tensor(replacement.rows, device=base_tensor.device)
+            owners = {id(modules[name.rpartition(".")[0]]) for name in replacement.names}
+            for name in names[id(base_tensor)]:
                 if id(modules[name.rpartition(".")[0]]) not in owners:
                     raise ValueError(
-                        f"{one.names[0]}: is tied to {name}, which would change with it; have the adapter replace "
-                        "both (ensure_weight_tying=True), untie the two, or use graft.view(params), which keeps them "
-                        "apart"
+                        f"{replacement.names[0]}: is tied to {name}, which would change with it; have the adapter "
+                        "replace both (ensure_weight_tying=True), untie the two, or use graft.view(params), which "
+                        "keeps them apart"
                     )
-            check_leaves(path, {leaf: tree[path][leaf]}, own)
-            value = over(state.get(one.names[0], own.detach()), tree[path][leaf], index)
-            state.update(dict.fromkeys(names[id(own)], value))
+            check_leaves(path, {leaf: tree[path][leaf]}, base_tensor)
+            value = over(state.get(replacement.names[0], base_tensor.detach()), tree[path][leaf], index)
+            state.update(dict.fromkeys(names[id(base_tensor)], value))
     return state

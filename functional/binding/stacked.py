@@ -41,7 +41,7 @@ class StackedBinding(Binding):
 
     @property
     def own(self) -> list[Shapes]:
-        """The shapes of each one's own leaves."""
+        """The shapes of each config's own leaves, before padding."""
         return [single.shapes[""] for single in self.singles]
 
     @classmethod
@@ -58,7 +58,7 @@ class StackedBinding(Binding):
         modules = modules_of(model)
         singles = [Binding.of_modules(model, {"": config}, modules) for config in members]
         _check_leaves(singles)
-        replaced, own = singles[0].replaced[""], [single.shapes[""] for single in singles]
+        replaced, member_shapes = singles[0].replaced[""], [single.shapes[""] for single in singles]
         for i, other in enumerate(singles[1:], start=1):
             if differing := set(other.replaced[""]) ^ set(replaced):
                 raise ValueError(
@@ -71,8 +71,8 @@ class StackedBinding(Binding):
                 "such ties; bind them apart, or stack trees of one config"
             )
         sites = _union(members[0], [single.sites[""] for single in singles], model)
-        paths = sorted({path for shapes in own for path in shapes})
-        shapes = {path: _largest(path, sites.get(path), own) for path in paths}
+        paths = sorted({path for shapes in member_shapes for path in shapes})
+        shapes = {path: _largest(path, sites.get(path), member_shapes) for path in paths}
         first = singles[0]
         return cls(
             model,
@@ -99,7 +99,7 @@ class StackedBinding(Binding):
             raise ValueError(
                 f"init: got {len(generators)} generators, expected one for each of the {count} adapters, or one for all"
             )
-        fresh = [single.init(own, dtype, device) for single, own in zip(self.singles, generators, strict=True)]
+        fresh = [single.init(source, dtype, device) for single, source in zip(self.singles, generators, strict=True)]
         return self.stack(fresh)
 
     def stack(self, adapters: Sequence[Tree]) -> Tree:
@@ -146,9 +146,9 @@ class StackedBinding(Binding):
         return [
             {
                 path: {name: stacked[path][name][(i, *map(slice, shape))] for name, shape in leaves.items()}
-                for path, leaves in own.items()
+                for path, leaves in shapes.items()
             }
-            for i, own in enumerate(self.own)
+            for i, shapes in enumerate(self.own)
         ]
 
     def active(self, params: Any) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class StackedBinding(Binding):
         return active
 
     def places(self, configs: Sequence[Config | None] | None = None) -> Places:
-        """Plan what is in each place of a stack, as `StackedGraft.places` does."""
+        """Plan the constants and sites of each place of a stack, as `StackedGraft.places` does."""
         given = self.members if configs is None else configs
         check_configs([self.members[0], *(config for config in given if config is not None)])
         modules = modules_of(self.model)
@@ -186,9 +186,9 @@ class StackedBinding(Binding):
         constants, present = {}, {}
         for path, site in self.sites[""].items():
             device = site.like(modules[site.owner]).device
-            own = [plan.get(path) for plan in plans]
-            present[path] = torch.tensor([one is not None for one in own], device=device)
-            constants[path] = _in_places(path, site, own, device)
+            in_places = [plan.get(path) for plan in plans]
+            present[path] = torch.tensor([placed is not None for placed in in_places], device=device)
+            constants[path] = _in_places(path, site, in_places, device)
         return Places(constants, present)
 
     def _check_fits(self, place: int, shapes: Shapes) -> None:
@@ -217,7 +217,7 @@ class StackedBinding(Binding):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StackedAdapter(SiteAdapter):
-    """A stack's part at one site, which some of its adapters may not have."""
+    """The part of a stack at one site, which some of its adapters may not have."""
 
     present: Tensor
     known: tuple[bool, ...]
@@ -243,7 +243,7 @@ class StackedAdapter(SiteAdapter):
         return self.along(members, Rows(None, count))[0]
 
     def at(self, index: int | Tensor) -> tuple[SiteAdapter, Tensor | None]:
-        """One adapter's part, and whether it has the site (`None` for yes)."""
+        """Return one adapter's part, and whether it has the site (`None` for yes)."""
         constants = {
             name: _at(constant.values, index)
             for name, constant in self.site.constants.items()
@@ -253,7 +253,7 @@ class StackedAdapter(SiteAdapter):
 
 
 def check_configs(configs: Sequence[Config]) -> None:
-    """Hold the configs of a stack against each other.
+    """Check that the configs of a stack agree in all that its adapters share.
 
     Raises:
         TypeError: Configs of several methods.
@@ -278,18 +278,19 @@ def check_configs(configs: Sequence[Config]) -> None:
 
 def _check_leaves(singles: Sequence[Binding]) -> None:
     """Refuse configs that train different leaves of one site."""
-    found: dict[str, tuple[Any, ...]] = {}
+    names_at: dict[str, tuple[Any, ...]] = {}
     for single in singles:
         for path, site in single.sites[""].items():
-            own = (*sorted(single.configs[""].method.shapes(single.configs[""], site)), *sorted(site.shared.items()))
-            if found.setdefault(path, own) != own:
+            names = (*sorted(single.configs[""].method.shapes(single.configs[""], site)), *sorted(site.shared.items()))
+            if names_at.setdefault(path, names) != names:
                 raise ValueError(
-                    f"{path}: the configs train different leaves: {list(found[path])} and {list(own)}; bind them apart"
+                    f"{path}: the configs train different leaves: {list(names_at[path])} and {list(names)}; bind them "
+                    "apart"
                 )
 
 
 def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module) -> dict[str, Site]:
-    """Every site that some adapter has, with the constants of all."""
+    """Return every site that some adapter has, with the constants of all."""
     modules = modules_of(model)
     paths = {path: None for plan in plans for path in plan}
     names: dict[Key, str] = {}
@@ -301,7 +302,7 @@ def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module
 
 
 def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
-    """A site with the constants of all that have it; a tensor that one of them lacks is zero there."""
+    """Return a site with the constants of all that have it; a tensor that one of them lacks is zero there."""
     having = [site for site in sites if site is not None]
     first = having[0]
     constants: dict[str, Any] = {}
@@ -309,7 +310,7 @@ def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
         values = [None if site is None else getattr(site.constants, name) for site in sites]
         if all(value is None for value in values):
             continue
-        value = next(one for one in values if one is not None)
+        value = next(value for value in values if value is not None)
         if all(_same(value, getattr(site.constants, name)) for site in having):
             continue
         elif name in config.method.constants.varying():
@@ -322,12 +323,12 @@ def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
     return dataclasses.replace(first, constants=first.constants.replace(constants))
 
 
-def _in_places(path: str, site: Site, own: Sequence[Site | None], device: torch.device) -> dict[str, Tensor]:
+def _in_places(path: str, site: Site, sites: Sequence[Site | None], device: torch.device) -> dict[str, Tensor]:
     """Return the constants that may vary, one for each place, padded to what was bound."""
-    found: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
     for name in site.constants.names():
         bound = getattr(site.constants, name)
-        values = [None if one is None else getattr(one.constants, name) for one in own]
+        values = [None if placed is None else getattr(placed.constants, name) for placed in sites]
         if bound is None and all(value is None for value in values):
             continue
         if bound is None or name not in site.constants.varying():
@@ -337,14 +338,14 @@ def _in_places(path: str, site: Site, own: Sequence[Site | None], device: torch.
                     "adapters of the stack share; bind them apart"
                 )
             continue
-        one = bound.values[0] if isinstance(bound, PerAdapter) else bound
-        like = one if isinstance(one, Tensor) else torch.tensor(one, dtype=torch.float64)
+        first = bound.values[0] if isinstance(bound, PerAdapter) else bound
+        like = first if isinstance(first, Tensor) else torch.tensor(first, dtype=torch.float64)
         parts = [
             like.new_zeros(like.shape) if value is None else _padded(torch.as_tensor(value).to(like), tuple(like.shape))
             for value in values
         ]
-        found[name] = torch.stack(parts).to(device)
-    return found
+        constants[name] = torch.stack(parts).to(device)
+    return constants
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -362,8 +363,8 @@ def _padded_stack(values: Sequence[Any]) -> Tensor:
     return torch.stack([present[0].new_zeros(shape) if t is None else _padded(t, shape) for t in tensors])
 
 
-def _largest(path: str, site: Site | None, own: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
-    having = [shapes[path] for shapes in own if path in shapes]
+def _largest(path: str, site: Site | None, member_shapes: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
+    having = [shapes[path] for shapes in member_shapes if path in shapes]
     largest = {}
     for name in {name: None for shapes in having for name in shapes}:
         sizes = [shapes[name] for shapes in having if name in shapes]
@@ -382,14 +383,14 @@ def _largest(path: str, site: Site | None, own: Sequence[Shapes]) -> dict[str, t
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    missing = [size - own for size, own in zip(shape, tensor.shape, strict=True)]
+    missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
     if not any(missing):
         return tensor
     return F.pad(tensor, [edge for size in reversed(missing) for edge in (0, size)])
 
 
 def _at(values: Tensor, index: int | Tensor) -> Tensor:
-    """`values[index]`, without reading an index that is a tensor."""
+    """Return `values[index]`, without reading an index that is a tensor."""
     if isinstance(index, Tensor):
         return values.index_select(0, index.view(1)).squeeze(0)
     return values[index]

@@ -1,4 +1,4 @@
-"""Followers: sites that have the parameters of another site, for a weight that two modules share.
+"""Tied sites: sites that have the parameters of another site, for a weight that two modules share.
 
 An embedding's matrix may be an output layer's too. Adapting it in both places is one adapter: what is added to the
 tensor as the one has it is added as the other has it.
@@ -20,7 +20,7 @@ from ..sites.site import Site
 
 @dataclasses.dataclass(frozen=True)
 class TiedSite:
-    """What a site follows.
+    """The site whose parameters a module has, and how.
 
     Attributes:
         source: Path of the other site.
@@ -33,13 +33,13 @@ class TiedSite:
     transposed: bool = True
 
     def turned(self, leaves: Leaves) -> Leaves:
-        """The other site's leaves as this site has them.
+        """Return the other site's leaves as this site has them.
 
         >>> import torch
         >>> TiedSite("embed", {"a": "b"}).turned({"b": torch.zeros(2, 3)})["a"].shape
         torch.Size([3, 2])
         """
-        return {own: leaves[theirs].mT if self.transposed else leaves[theirs] for own, theirs in self.leaves.items()}
+        return {name: leaves[source].mT if self.transposed else leaves[source] for name, source in self.leaves.items()}
 
 
 TiedSites = Mapping[str, TiedSite]
@@ -48,7 +48,7 @@ TiedSites = Mapping[str, TiedSite]
 
 @dataclasses.dataclass(frozen=True)
 class TiedAdapter(SiteAdapter):
-    """One adapter's part at a site that follows another."""
+    """One adapter's part at a site that has the parameters of another."""
 
     tied: TiedSite
 
@@ -57,12 +57,12 @@ class TiedAdapter(SiteAdapter):
 
 
 def plan_tied(config: Config, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]) -> TiedSites:
-    """Which modules follow a config's sites; none, for configs that do not speak of it."""
+    """Return the modules that follow a config's sites; none, for configs without `follows`."""
     return config.follows(modules, list(sites))
 
 
 def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, source: Site) -> TiedAdapter:
-    """The entry of a module that follows a site, with that site's constants.
+    """Return the adapter of a module that has a site's parameters, with that site's constants.
 
     Raises:
         ValueError: A module that carries no adapter.

@@ -18,10 +18,10 @@ from ..skeleton.skeleton import Skeleton
 
 
 def check_constant(params: Mapping[str, Any]) -> None:
-    """Refuse trees that no view can take for constant.
+    """Refuse trees that a constant view cannot have.
 
     Args:
-        params: The active trees by adapter name, or what stands for one.
+        params: The active trees, or `ActiveTree`s in their place, by adapter name.
 
     Raises:
         ValueError: A leaf that requires a gradient, or one that a transform of `torch.func` follows.
@@ -42,32 +42,32 @@ def check_constant(params: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def precompute(skeleton: Skeleton) -> None:
-    """Compute what the methods at a skeleton's sites can, with the trees that are active, for all calls to come.
+    """Compute constants at a skeleton's sites from the trees that are active, for all calls to come.
 
     Sites whose rows have adapters of their own compute theirs in each call.
     """
     for _, module in skeleton.modules:
         runtime: SiteRuntime | None = vars(module).get("_runtime")
         if runtime is not None:
-            known = {id(entry): constants for entry, constants in _constants(runtime.layer())}
+            known = {id(adapter): constants for adapter, constants in _constants(runtime.layer())}
             runtime.entries = {
-                name: entry.with_constants(known.get(id(entry), {})) for name, entry in runtime.entries.items()
+                name: adapter.with_constants(known.get(id(adapter), {})) for name, adapter in runtime.entries.items()
             }
 
 
 def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, Mapping[str, Any]]]:
-    """What each adapter around a module can compute, the outermost first."""
+    """Yield each adapter around a module that can compute constants, and these, the outermost first."""
     while isinstance(layer, Adapted):
-        entry = layer.entry
-        method = entry.config.method
+        adapter = layer.entry
+        method = adapter.config.method
         ability = method.ability(Precomputes)
         if ability is not None and _is_single(layer):
-            yield entry, ability.compute(entry.config, entry.site, layer.leaves, layer.base)
+            yield adapter, ability.compute(adapter.config, adapter.site, layer.leaves, layer.base)
         layer = layer.base
 
 
 def _is_single(layer: Any) -> bool:
-    """Whether neither this layer nor one below has rows with adapters of their own."""
+    """Return whether neither this layer nor one below has rows with adapters of their own."""
     while isinstance(layer, Adapted):
         layer = layer.base
     return isinstance(layer, Base)

@@ -1,4 +1,4 @@
-"""Views of routed stacks: whichever module is called first tells the sites what it was given.
+"""Views of routed stacks: the module that is called first finds out where the rows of the call are.
 
 Generation calls an encoder, a decoder or an embedding by itself, and not the model; each is a kind of call.
 """
@@ -24,7 +24,7 @@ from .trial import Entered, finder_of
 
 @dataclasses.dataclass(eq=False)
 class Entrance:
-    """What a module of such a view knows beyond its class.
+    """The facts that a module of a routed view has beyond its class.
 
     Attributes:
         path: Path of the user's module.
@@ -38,7 +38,7 @@ class Entrance:
 
 
 class RoutedView:
-    """A view and its adapters.
+    """A view and its active trees.
 
     Attributes:
         context: CallContext of the view's skeleton.
@@ -49,7 +49,7 @@ class RoutedView:
         self.context: CallContext = skeleton.context
         self.active = active
         self._bound, self._pool = bound, pool
-        self._modules = [own for _, own in skeleton.modules]
+        self._modules = [module for _, module in skeleton.modules]
         self._inside = False
 
     def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +60,7 @@ class RoutedView:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return forward(*args, **kwargs)  # checkpointing runs it once more, with what the call has left
         trees = now(self.active)
-        entered = Entered(path, tuple(own.training for own in self._modules))
+        entered = Entered(path, tuple(module.training for module in self._modules))
         finder = finder_of(self._bound, self._pool, trees, {}, args, kwargs, entered)
         context.trees, context.finder, self._inside = trees, finder, True
         try:
@@ -79,14 +79,14 @@ class RoutedView:
 
 
 class EnteredModule:
-    """Placed in front of the class of each module that leads to a site."""
+    """A base class placed in front of the class of each module that leads to a site."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         entrance: Entrance = self.__dict__["_entrance"]
         reduced: Any = super().__reduce_ex__(protocol)
         make, args, state, *rest = reduced
         state = {key: value for key, value in state.items() if key != "_entrance"}
-        args = tuple(entrance.cls if one is type(self) else one for one in args)
+        args = tuple(entrance.cls if arg is type(self) else arg for arg in args)
         return _revive, (make, args, entrance), state, *rest
 
 
@@ -114,12 +114,12 @@ def _entered_class(cls: Any) -> Any:
 
 
 def watch(bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any]) -> None:
-    """Let the modules of a view that lead to sites tell what they are given."""
+    """Turn the modules of a view that lead to sites into `EnteredModule`s."""
     view = RoutedView(bound, bound.pool(), skeleton, active)
     paths = bound.binding.paths(active)
     leading = {path.rsplit(".", depth)[0] if depth else path for path in paths for depth in range(path.count(".") + 1)}
     names = {id(module): name for name, module in bound.binding.model.named_modules()}
-    for theirs, own in skeleton.modules:
-        name = names.get(id(theirs))
-        if name is not None and (name in leading or not name) and isinstance(own, nn.Module):
-            _mark(own, Entrance(name, type(own), view))
+    for original, copied in skeleton.modules:
+        name = names.get(id(original))
+        if name is not None and (name in leading or not name) and isinstance(copied, nn.Module):
+            _mark(copied, Entrance(name, type(copied), view))

@@ -48,8 +48,8 @@ def fill(
 
 
 def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """The tensors of `base` by the id of the model's tensor that each stands for, held against it."""
-    found: dict[int, Tensor] = {}
+    """Return the tensors of `base` by the id of the model's tensor that each stands for, validated against it."""
+    tensors: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     for name, tensor in base.items():
         if name not in skeleton.sources:
@@ -72,19 +72,19 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
                 f"base_params[{name!r}]: the model also keeps this tensor in a tuple, where it cannot be exchanged; "
                 "keep it in a list"
             )
-        if found.setdefault(key, tensor) is not tensor:
+        if tensors.setdefault(key, tensor) is not tensor:
             raise ValueError(
                 f"base_params has different tensors for {names[key]!r} and {name!r}, which are one tied tensor in the "
                 "model; give one of them, or the same tensor twice"
             )
         names.setdefault(key, name)
-    return found
+    return tensors
 
 
 def _batched_zero(
     active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """A zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
+    """Return a zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if not _is_transformed():
         return None
     trees = [tree if isinstance(tree, dict) else tree.tensors() for tree in active.values()]

@@ -26,7 +26,7 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forwar
 
 
 class Watch:
-    """Notices, in microseconds, that the user's model is no longer what the skeletons were made from.
+    """A check, in microseconds, that the user's model is still what the skeletons were made from.
 
     It compares object identities of everything a module refers to and the storages of all tensors, so that
     `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
@@ -46,13 +46,13 @@ class Watch:
         self._parts = [local_part(t).data_ptr() for t in self._sharded]
 
     def same_tensors(self) -> bool:
-        """Whether every tensor still lives where it lived."""
+        """Return whether every tensor still lives where it lived."""
         return list(map(Tensor.data_ptr, self._tensors)) == self._storages and (
             not self._sharded or [local_part(t).data_ptr() for t in self._sharded] == self._parts
         )
 
     def same(self) -> bool:
-        """Whether nothing has changed."""
+        """Return whether nothing has changed."""
         try:
             return (
                 not any(self._empty)  # truth is cheaper to ask for than values
@@ -71,7 +71,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 class Lease:
-    """Holds a skeleton for one call."""
+    """A skeleton held for one call."""
 
     __slots__ = ("_pool", "skeleton")
 
@@ -84,7 +84,7 @@ class Lease:
 
 
 class Pool:
-    """Skeletons for one state of the model: as many as are in use at once, and one for compiled calls.
+    """The skeletons for one state of the model: as many as are in use at once, and one for compiled calls.
 
     A call may be over and its skeleton still in use: what the autograd graph holds may run it again, and finds the
     call's adapters and tensors as long as it does.
@@ -117,24 +117,24 @@ class Pool:
 
     def take_back(self, skeleton: Skeleton) -> None:
         """Free a skeleton whose call is over, now or when nobody refers to it any more."""
-        own = skeleton.end()
-        if own is None:
+        counts = skeleton.end()
+        if counts is None:
             self._free.append(skeleton)
         else:
-            self._held.append((skeleton, own))
+            self._held.append((skeleton, counts))
 
     def sweep(self) -> None:
         """Free the skeletons that nobody refers to any more."""
         for _ in range(len(self._held)):
             try:
-                skeleton, own = self._held.popleft()
+                skeleton, counts = self._held.popleft()
             except IndexError:  # another thread took it
                 return
-            if skeleton.recorded.counts() == own:
+            if skeleton.recorded.counts() == counts:
                 skeleton.restore()
                 self._free.append(skeleton)
             else:
-                self._held.append((skeleton, own))
+                self._held.append((skeleton, counts))
 
     def _make(self, context: CallContext) -> Skeleton:
         """Make a skeleton, whose tensors outlive the transforms and modes that are on around the call."""

@@ -64,7 +64,7 @@ def run(
 
 
 def now(active: Mapping[str, Any]) -> dict[str, Any]:
-    """The trees of a call, routed stacks with the rows that they have now."""
+    """Return the trees of a call, routed stacks with the rows that they have now."""
     return {name: tree.now() if isinstance(tree, Routed) else tree for name, tree in active.items()}
 
 
@@ -76,7 +76,7 @@ def _traced(
     kwargs: Mapping[str, Any],
     return_buffers: bool,
 ) -> Any:
-    """One call as `torch.compile` sees it: it reads the model's own tensors, and leaves its skeleton as it was.
+    """Run one call under `torch.compile`: it reads the model's own tensors, and leaves its skeleton as it was.
 
     If it cannot be compiled in one piece, `run` runs as it does elsewhere, and what the model calls is compiled.
     """
@@ -86,7 +86,7 @@ def _traced(
     hanging = [(container, name, container[name]) for places in skeleton.places.values() for container, name in places]
     finder = None
     if any(isinstance(tree, Routed) for tree in active.values()):
-        entered = Entered("", tuple(own.training for _, own in skeleton.modules))
+        entered = Entered("", tuple(module.training for _, module in skeleton.modules))
         finder = finder_of(bound, bound.pools[0], active, base, args, kwargs, entered)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
@@ -123,6 +123,6 @@ def _forward(
             )
     if not return_buffers:
         return y
-    own = {id(tensor) for tensor in (*skeleton.aliases.values(), *current.values())}
+    known = {id(tensor) for tensor in (*skeleton.aliases.values(), *current.values())}
     buffers = dict(skeleton.root.named_buffers())
-    return y, {name: buffer.clone() if id(buffer) in own else buffer for name, buffer in buffers.items()}
+    return y, {name: buffer.clone() if id(buffer) in known else buffer for name, buffer in buffers.items()}

@@ -37,7 +37,7 @@ _OVER = ("call.run", "call._forward")
 
 
 class TracedContext(CallContext):
-    """A context that keeps what a call says in a dict, as dynamo tracks the contents of dicts one by one."""
+    """A context that keeps the call's facts in a dict, as dynamo tracks the contents of dicts one by one."""
 
     __slots__ = ("state",)
 
@@ -128,7 +128,7 @@ def forget_writes(skeleton: Skeleton) -> None:
 
 
 def within(tree: Any) -> Any:
-    """Return a tree, or what stands for one, whose leaves are computed where the call is traced.
+    """Return a tree, or an `ActiveTree`, whose leaves are computed where the call is traced.
 
     An attribute such as `.mT` of a tensor from outside of an operator is computed outside of it, once for each place
     that asks for it, and `torch.cond` refuses operands that are views of each other.
@@ -139,14 +139,14 @@ def within(tree: Any) -> Any:
 
 
 def _refresh(context: Any) -> None:
-    """While dynamo traces `skeleton_for`: have a skeleton of the model as it is now."""
+    """Make a skeleton of the model as it is now, while dynamo traces `skeleton_for`."""
     bound = _local(context, "bound").value
     bound.compiled.put(bound.pool().traced)
     _compile_whole()
 
 
 def _ignore_writes(context: Any) -> None:
-    """While dynamo traces `keep_private`: say so."""
+    """Mark containers whose writes dynamo forgets, while dynamo traces `keep_private`."""
     tx = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     effects = tx.output.side_effects
     for container in _local(context, "containers").unpack_var_sequence(tx):
@@ -154,10 +154,10 @@ def _ignore_writes(context: Any) -> None:
 
 
 def _forget(context: Any) -> None:
-    """While dynamo traces `forget_writes`: say so."""
+    """Drop the writes to a skeleton, while dynamo traces `forget_writes`."""
     output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-    effects, own = output.side_effects, _local(context, "skeleton").value.recorded.ids
-    for key, variable in [(k, v) for k, v in effects.id_to_variable.items() if k in own and effects.is_modified(v)]:
+    effects, ids = output.side_effects, _local(context, "skeleton").value.recorded.ids
+    for key, variable in [(k, v) for k, v in effects.id_to_variable.items() if k in ids and effects.is_modified(v)]:
         if effects.store_attr_mutations.pop(variable, None) is not None:
             getattr(effects, "attr_mutation_kinds", {}).pop(variable, None)
         else:
@@ -168,7 +168,7 @@ def _forget(context: Any) -> None:
 
 @functools.cache
 def _compile_whole() -> None:
-    """Have dynamo compile a call as a part of what calls it or not at all: then it compiles the model's own code."""
+    """Have dynamo compile a call as a part of its caller or not at all: then it compiles the model's own code."""
     from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy  # type: ignore[attr-defined,unused-ignore]
 
     for name in _MACHINERY:

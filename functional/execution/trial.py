@@ -59,12 +59,12 @@ class Entered:
 class Random(Routed):
     """Random adapters for the rows of a trial; each has every site."""
 
-    def along(self, entry: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
-        return entry.several(ADAPTERS), rows
+    def along(self, adapter: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
+        return adapter.several(ADAPTERS), rows
 
 
 class ModelTrial:
-    """Runs a bound model for a look.
+    """A bound model as a look runs it.
 
     Args:
         bound: The bound model.
@@ -80,7 +80,7 @@ class ModelTrial:
         self._plain = {name: _unwrapped_tree(tree) for name, tree in active.items() if not isinstance(tree, Routed)}
         self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
-        sites = {path: adapter.site for own in parts for path, adapter in own.items()}
+        sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
         self._recorder = Recorder(
             {path: -1 if site.kind == "embedding" else len(site.kernel_size) for path, site in sites.items()}
         )
@@ -132,7 +132,7 @@ class ModelTrial:
             lease.release()
 
     def _set_modes(self, skeleton: Any) -> None:
-        """The call's modes, without dropout."""
+        """Set the call's modes, without dropout."""
         for (_, module), mode in zip(skeleton.modules, self._entered.modes, strict=True):
             still = isinstance(module, (_DropoutNd, nn.RNNBase)) or "_runtime" in vars(module)
             module.training = mode and (not still or isinstance(module, (_NormBase, nn.MultiheadAttention)))
@@ -147,7 +147,7 @@ def finder_of(
     kwargs: Mapping[str, Any],
     entered: Entered,
 ) -> Finder | None:
-    """What a call knows of where its rows are; looks, where nothing is known and it can. `None` without routed stacks.
+    """Return the finder of a call's rows, after a look where one is needed and possible; `None` without routed stacks.
 
     Raises:
         ValueError: A look that shows no way to give each row its own adapter.
@@ -209,7 +209,7 @@ def remember(
 
 
 def _like(bound: BoundModel, name: str) -> Tree:
-    """Leaves of a stack that has the shapes of one adapter."""
+    """Return leaves of a stack that has the shapes of one adapter."""
     modules = modules_of(bound.binding.model)
     made: Tree = {}
     for path, leaves in bound.binding.shapes[name].items():
@@ -223,12 +223,12 @@ def _like(bound: BoundModel, name: str) -> Tree:
 
 
 def modes_of(pool: Pool) -> tuple[bool, ...]:
-    """Whether each module is in training mode, in the state of the model that a pool is for."""
-    return tuple(own.training for _, own in pool.traced.modules)
+    """Return whether each module is in training mode, in the state of the model that a pool is for."""
+    return tuple(module.training for _, module in pool.traced.modules)
 
 
 def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bool:
-    """Whether the model can be run aside now: not while anything compiles, traces, transforms or captures the call."""
+    """Return whether the model can be run aside now: nothing compiles, traces, transforms or captures the call."""
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -244,7 +244,7 @@ def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bo
 
 
 def _kind(active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered) -> tuple[Hashable, ...]:
-    """What decides how a model arranges its rows, as far as it can be told under `torch.compile`."""
+    """Return what decides how a model arranges its rows, as far as it can be told under `torch.compile`."""
     batch_dim = declared.batch_dim
     axes = tuple(batch_dim.items()) if isinstance(batch_dim, Mapping) else batch_dim
     names = tuple((name, isinstance(tree, Routed)) for name, tree in active.items())
@@ -259,7 +259,7 @@ def _known(bound: BoundModel, key: tuple[Hashable, ...]) -> Record | None:
 
 
 def _common(before: Record | None, after: Record) -> Record:
-    """What two looks agree on: places that differ are not known."""
+    """Return the record that two looks agree on: places that differ are not known."""
     if before is None or before.places == after.places:
         return after
     paths = [*before.places, *(path for path in after.places if path not in before.places)]
@@ -267,7 +267,7 @@ def _common(before: Record | None, after: Record) -> Record:
 
 
 def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declared) -> bool:
-    """Whether the user said where the rows are at every site."""
+    """Return whether the user said where the rows are at every site."""
     if not isinstance(declared.batch_dim, Mapping):
         return declared.batch_dim is not None
     paths = bound.binding.paths(active)
@@ -281,7 +281,7 @@ def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declare
 
 
 def _random(tree: Tree) -> Tree:
-    """Random adapters like those of a stack, of a size that shows."""
+    """Make random adapters like those of a stack, of a size that shows."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(leaf: Tensor) -> Tensor:

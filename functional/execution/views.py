@@ -1,4 +1,4 @@
-"""What a view's state dict holds: the adapted tensors, as `merge` gives them, or an error that says what to save.
+"""The state dict of a view: the adapted tensors, as `merge` gives them, or an error that says what to save.
 
 A view shares the base's tensors, and its adapter is no part of its module tree: a state dict of what hangs there would
 be the base's.
@@ -45,7 +45,7 @@ def make_view(bound: BoundModel, params: Any, constant: bool) -> nn.Module:
 
 
 def guard(root: nn.Module, conflict: str | None) -> None:
-    """Refuse to load into a view, whose tensors are the user's, and to save one that no state dict expresses.
+    """Refuse loads into a view, whose tensors are the user's, and saves that no state dict expresses.
 
     Args:
         root: The view.
@@ -60,13 +60,13 @@ def guard(root: nn.Module, conflict: str | None) -> None:
 
 
 def conflict(
-    model: nn.Module, entries: Mapping[str, Mapping[str, SiteAdapter]], plans: Mapping[str, Plan]
+    model: nn.Module, adapters: Mapping[str, Mapping[str, SiteAdapter]], plans: Mapping[str, Plan]
 ) -> str | None:
     """Say which adapted tensor is tied to a module outside of the adapters, where no state dict can have both.
 
     Args:
         model: The user's model.
-        entries: Entries of the active adapters, by name and path.
+        adapters: Parts of the active adapters, by name and path.
         plans: What these adapters replace.
     """
     modules = modules_of(model)
@@ -75,18 +75,18 @@ def conflict(
         names.setdefault(id(tensor), []).append(bare_name(name))
     adapted: dict[int, set[int]] = {}
     first: dict[int, str] = {}
-    for own in entries.values():
-        for path, entry in own.items():
+    for by_path in adapters.values():
+        for path, adapter in by_path.items():
             module, leaf = find(modules, path)
-            for held in (leaf,) if leaf else entry.site.names:
+            for held in (leaf,) if leaf else adapter.site.names:
                 parameter = own_tensor(module, held)
                 if parameter is not None:
                     adapted.setdefault(id(parameter), set()).add(id(module))
                     first.setdefault(id(parameter), f"{path}: its {held}")
     for plan in plans.values():
-        for path, leaf, one in each(plan):
-            key = id(tensor_at(modules, one.names[0]))
-            owners = {id(modules[name.rpartition(".")[0]]) for name in one.names}
+        for path, leaf, replacement in each(plan):
+            key = id(tensor_at(modules, replacement.names[0]))
+            owners = {id(modules[name.rpartition(".")[0]]) for name in replacement.names}
             adapted.setdefault(key, set()).update(owners)
             first.setdefault(key, f"{path}: its {leaf}")
     for key, owners in adapted.items():

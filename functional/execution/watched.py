@@ -1,4 +1,4 @@
-"""The base alone, with what reaches its sites shown."""
+"""Runs of the base alone that call `see(path, x)` at each site."""
 
 from __future__ import annotations
 

@@ -18,24 +18,24 @@ class Adapted(Weighted):
 
     __slots__ = ("base", "entry", "leaves")
 
-    def __init__(self, base: Base | Adapted, entry: SiteAdapter, leaves: Leaves):
-        self.base, self.entry, self.leaves = base, entry, leaves
+    def __init__(self, base: Base | Adapted, adapter: SiteAdapter, leaves: Leaves):
+        self.base, self.entry, self.leaves = base, adapter, leaves
 
     def __call__(self, x: Tensor) -> Tensor:
-        entry = self.entry
+        adapter = self.entry
         for leaf in self.leaves.values():
             if leaf.is_meta:
-                check_leaves(entry.site.path, self.leaves, x)
+                check_leaves(adapter.site.path, self.leaves, x)
         if x.is_nested:
-            return over_values(self, entry.site, x)
-        return entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, x)
+            return over_values(self, adapter.site, x)
+        return adapter.config.method.apply(adapter.config, adapter.site, self.leaves, self.base, x)
 
     def over(self, base: Any) -> Adapted:
-        """The same adapter on another layer."""
+        """Return the same adapter on another layer."""
         return Adapted(base, self.entry, self.leaves)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight and bias with every adapter up to this one in, not yet rounded."""
+        """Return canonical weight and bias with every adapter up to this one in, not yet rounded."""
         below: Any = self.base
         original = None if below.original is below else below.original.dense
         weight, bias = below.dense()

@@ -27,7 +27,7 @@ class Base(Weighted):
         return self.run(x) if self.site.weight_names else self._packed(x)
 
     def run(self, x: Tensor) -> Tensor:
-        """The module's own output."""
+        """Call the module itself."""
         module = self.module
         plain = not torch.compiler.is_compiling() and is_plain_linear(module)
         if plain and self.site.kind == "linear" and not self.site.transposed:
@@ -39,7 +39,7 @@ class Base(Weighted):
         return result
 
     def _packed(self, x: Tensor) -> Tensor:
-        """The output with the gradient of the dequantised weight, where the kernel for a packed one has none."""
+        """Call a module with a packed weight, with the gradient of the dequantised one where its kernel has none."""
         y = self.run(x.detach())
         if not x.requires_grad:
             return y
@@ -47,7 +47,7 @@ class Base(Weighted):
         return y + (linear - linear.detach())
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight and bias."""
+        """Return canonical weight and bias."""
         return self.site.read(self.module)
 
     @property
@@ -59,7 +59,7 @@ class Base(Weighted):
         return self.site.canonical(weight), bias
 
     def plain_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as the module has them, where these are their names."""
+        """Return weight and bias as the module has them, where these are their names."""
         held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
         weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))
         return weight, bias

@@ -1,4 +1,4 @@
-"""What stands for the weight of a module where each row has its own."""
+"""The placeholder for the weight of a module where each row has its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class NoWeight(Tensor):
-    """Stands for the weight of a routed module: answers what does not depend on the row, refuses everything else."""
+    """The weight of a routed module: it answers what does not depend on the row and refuses everything else."""
 
     _facts: frozenset[Callable[..., Any]] = frozenset(
         {
@@ -50,7 +50,7 @@ class NoWeight(Tensor):
 
 
 def stand_in(tensor: Tensor, path: str) -> Tensor:
-    """What stands for a tensor where each row has its own: some parents ask a weight for its dtype."""
+    """Make a placeholder for a tensor of which each row has its own: some parents ask a weight for its dtype."""
     if torch.compiler.is_compiling():  # mixing it with the model's tensors is an error there
         return tensor.detach().to("meta")
     return NoWeight.of(tensor, path)

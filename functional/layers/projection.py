@@ -47,7 +47,7 @@ class Projection(Weighted):
         return weight
 
     def dense(self) -> Dense:
-        """The part's own weight and bias."""
+        """Return the part's own weight and bias."""
         weight, bias = self._stored, self.module.in_proj_bias
         if len(self.site.weight_names) == 1:
             weight = weight[self.part.rows]

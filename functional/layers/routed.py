@@ -24,40 +24,40 @@ class RoutedLayer(Weighted):
     def __init__(
         self,
         base: Any,
-        entry: SiteAdapter,
+        adapter: SiteAdapter,
         leaves: Leaves,
         rows: Rows,
         finder: Finder | None,
         owner: Any = None,
         batch_dim: BatchDim = None,
     ):
-        self.base, self.entry, self.leaves, self.rows, self.finder = base, entry, leaves, rows, finder
+        self.base, self.entry, self.leaves, self.rows, self.finder = base, adapter, leaves, rows, finder
         self.owner, self.batch_dim = owner, batch_dim
 
     def __call__(self, x: Tensor) -> Tensor:
-        entry, size = self.entry, self.rows.size
+        adapter, size = self.entry, self.rows.size
         for leaf in self.leaves.values():
             if leaf.is_meta:
-                check_leaves(entry.site.path, self.leaves, x)
+                check_leaves(adapter.site.path, self.leaves, x)
         if x.is_nested:
             raise TypeError(
-                f"{entry.site.path}: the input is a nested tensor, whose rows have no places of their own to route by; "
-                "pad it, or call the graft with one adapter at a time"
+                f"{adapter.site.path}: the input is a nested tensor, whose rows have no places of their own to route "
+                "by; pad it, or call the graft with one adapter at a time"
             )
-        layout = locate(entry.site, x, size, self.batch_dim, self.finder, self.owner)
-        method = entry.config.method
+        layout = locate(adapter.site, x, size, self.batch_dim, self.finder, self.owner)
+        method = adapter.config.method
         base: Layer = self.base
         if layout != LEADING:
             x, base = layout.to_rows(x, size), _Moved(base, layout, size)
         y: Any = NotImplemented
         if method.routed is not None:
-            y = method.routed(entry.config, entry.site, self.leaves, base, x, self.rows)
+            y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
         if y is NotImplemented:
             y = self._general(base, x)
         return y if layout == LEADING else layout.from_rows(y, size)
 
     def _general(self, base: Layer, x: Tensor) -> Tensor:
-        """The method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""
+        """Run the method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""
         layers = list(self._chain())
         size = max(layer.rows.size for layer in layers)
         if any(size % layer.rows.size for layer in layers):
@@ -70,14 +70,14 @@ class RoutedLayer(Weighted):
         groups = [self.rows.groups()] if alone else [layer.rows.expanded(size).each() for layer in layers]
         parts = [layer._pick(group) for layer, group in zip(layers, groups, strict=True)]
 
-        def one(parts: list[Any], x: Tensor) -> Tensor:
+        def run_group(parts: list[Any], x: Tensor) -> Tensor:
             result: Tensor = self._build(iter(parts), outermost=True)(x)
             return result
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
         wide = groups[0].mask(wide.unflatten(0, (groups[0].size, -1)), 0)
-        y = torch.vmap(one, randomness="different")(parts, wide)
+        y = torch.vmap(run_group, randomness="different")(parts, wide)
         y = y if narrow is None else y.to(narrow)
         if groups[0].base:
             y = torch.where(groups[0].active(y.ndim), y, base(x).view(y.shape))
@@ -91,7 +91,7 @@ class RoutedLayer(Weighted):
             layer = getattr(layer, "base", None)
 
     def _pick(self, groups: Groups) -> tuple[Leaves, dict[str, Tensor], dict[str, Tensor]]:
-        """What each group has of this layer: leaves, constants and whether there is an adapter at all."""
+        """Return each group's part of this layer: leaves, constants and whether there is an adapter at all."""
         leaves = {name: self._pick_leaf(name, leaf, groups) for name, leaf in self.leaves.items()}
         constants = {name: groups.pick(c.values) for name, c in _varying(self.entry).items()}
         return leaves, constants, {"on": groups.active(1)} if groups.base else {}
@@ -114,8 +114,8 @@ class RoutedLayer(Weighted):
             below = below._build(parts)
         elif hasattr(below, "base"):
             below = below.over(_rebuilt(below.base, parts))
-        entry = self.entry.with_constants(constants)
-        return SelectedAdapter(below, entry, leaves, None if outermost else on.get("on"))
+        adapter = self.entry.with_constants(constants)
+        return SelectedAdapter(below, adapter, leaves, None if outermost else on.get("on"))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError(
@@ -135,7 +135,7 @@ class RoutedLayer(Weighted):
 
 
 def _under_autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-    """The input in a precision that suits parameters, and that of the output if autocast is on."""
+    """Return the input in a precision that suits parameters, and that of the output if autocast is on."""
     if not torch._C._is_any_autocast_enabled() or not x.is_floating_point():
         return x, None
     if not torch.is_autocast_enabled(x.device.type):
@@ -154,13 +154,13 @@ class SelectedAdapter(Weighted):
 
     __slots__ = ("base", "entry", "leaves", "on")
 
-    def __init__(self, base: Any, entry: SiteAdapter, leaves: Leaves, on: Tensor | None):
-        self.base, self.entry, self.leaves, self.on = base, entry, leaves, on
+    def __init__(self, base: Any, adapter: SiteAdapter, leaves: Leaves, on: Tensor | None):
+        self.base, self.entry, self.leaves, self.on = base, adapter, leaves, on
 
     def __call__(self, x: Tensor) -> Tensor:
-        entry = self.entry
-        own = x if self.on is None else torch.where(self.on, x, 0)  # no gradient from where it is not
-        y = entry.config.method.apply(entry.config, entry.site, self.leaves, self.base, own)
+        adapter = self.entry
+        masked = x if self.on is None else torch.where(self.on, x, 0)  # no gradient from where it is not
+        y = adapter.config.method.apply(adapter.config, adapter.site, self.leaves, self.base, masked)
         return y if self.on is None else torch.where(self.on, y, self.base(x))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
@@ -218,5 +218,5 @@ class _Moved:
         return self.base.training
 
 
-def _varying(entry: SiteAdapter) -> dict[str, PerAdapter]:
-    return {name: c for name, c in entry.site.constants.items() if isinstance(c, PerAdapter)}
+def _varying(adapter: SiteAdapter) -> dict[str, PerAdapter]:
+    return {name: c for name, c in adapter.site.constants.items() if isinstance(c, PerAdapter)}

@@ -1,4 +1,4 @@
-"""Finders: what one call knows of where its rows are, held against every tensor that reaches a site."""
+"""Finders: where the rows of one call are, checked against every tensor that reaches a site."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BatchDim = int | Mapping[str, int] | None
 
 
 class Finder:
-    """Says where the rows are at each site of one call, by what a look at calls of its kind found out.
+    """The rows at each site of one call, from the record of a look at calls of its kind.
 
     Args:
         record: What is known of the kind; `None` where nothing is.
@@ -39,7 +39,7 @@ class Finder:
         self.over = False
 
     def find(self, path: str, x: Tensor, size: int, owner: Any) -> Layout | None:
-        """Where a site's input has `size` rows.
+        """Return where a site's input has `size` rows.
 
         Args:
             path: The site's.
@@ -81,7 +81,7 @@ class Finder:
         return LEADING if grown else None
 
     def finish(self) -> None:
-        """End the call: each site must have been called as often as in the look.
+        """End the call: check that each site was called as often as in the look.
 
         Raises:
             ValueError: It was not, and looking again does not explain it.
@@ -119,12 +119,12 @@ class Finder:
 
 
 def declared_axis(declared: BatchDim, path: str) -> int | None:
-    """The axis that the user named for a site."""
+    """Return the axis that the user named for a site."""
     return declared.get(path) if isinstance(declared, Mapping) else declared
 
 
 def locate(site: Site, x: Tensor, size: int, declared: BatchDim, finder: Finder | None, owner: Any) -> Layout:
-    """Where the input of a site has `size` rows.
+    """Return where the input of a site has `size` rows.
 
     Args:
         site: The site.

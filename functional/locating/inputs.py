@@ -32,15 +32,15 @@ class Reading:
     entries: int = 0
 
     def is_rows(self, x: Any) -> bool:
-        """Whether a list has an entry for each row."""
-        return self.entries > 0 and len(x) == self.entries and all(isinstance(one, Tensor) for one in x)
+        """Return whether a list has an entry for each row."""
+        return self.entries > 0 and len(x) == self.entries and all(isinstance(item, Tensor) for item in x)
 
 
 _DEPTH = 6
 
 
 def kind_of(x: Any, inside: bool = True) -> Any:
-    """What may decide which way a model takes: types, numbers of axes, flags, and whether a cache is filled.
+    """Return what may decide which way a model takes: types, numbers of axes, flags, whether a cache is filled.
 
     Args:
         x: Arguments.
@@ -63,7 +63,7 @@ def kind_of(x: Any, inside: bool = True) -> Any:
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
-    """The tensors of nested arguments, without those inside of objects."""
+    """Yield the tensors of nested arguments, without those inside of objects."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, Mapping):
@@ -75,8 +75,8 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
 
 
 def lists_in(x: Any) -> Iterator[Sequence[Tensor]]:
-    """The lists of tensors in nested arguments."""
-    if isinstance(x, (list, tuple)) and x and all(isinstance(one, Tensor) for one in x):
+    """Yield the lists of tensors in nested arguments."""
+    if isinstance(x, (list, tuple)) and x and all(isinstance(item, Tensor) for item in x):
         yield x
     elif isinstance(x, (Mapping, list, tuple)):
         for value in x.values() if isinstance(x, Mapping) else x:
@@ -84,7 +84,7 @@ def lists_in(x: Any) -> Iterator[Sequence[Tensor]]:
 
 
 def unwrapped(x: Tensor) -> Tensor:
-    """A tensor as it is outside of `torch.func.grad`, without autograd."""
+    """Return a tensor as it is outside of `torch.func.grad`, without autograd."""
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
@@ -92,7 +92,7 @@ def unwrapped(x: Tensor) -> Tensor:
 
 
 def length_of(inputs: Inputs, size: int) -> int | None:
-    """The length of the batch, in a call that routes `size` rows: that, or the first multiple of it.
+    """Return the length of the batch, in a call that routes `size` rows: that, or the first multiple of it.
 
     >>> length_of(((torch.ones(4, 3),), {}), 2)
     4
@@ -102,7 +102,7 @@ def length_of(inputs: Inputs, size: int) -> int | None:
 
 
 def readings(inputs: Inputs, size: int) -> Iterator[Reading]:
-    """The ways to read inputs as rows, the likeliest first; which one the model agrees with is found by running it."""
+    """Yield the ways to read inputs as rows, the likeliest first; running the model tells which one it agrees with."""
     length = length_of(inputs, size)
     if length is None:
         return
@@ -126,7 +126,7 @@ def readings(inputs: Inputs, size: int) -> Iterator[Reading]:
         if axes not in seen and any(axis is not None for axis in axes):
             seen.add(axes)
             yield Reading(reading)
-    if any(len(one) == length for one in lists_in(inputs)):
+    if any(len(items) == length for items in lists_in(inputs)):
         yield Reading(leading, length)
         yield Reading(without_vectors, length)
 
@@ -151,7 +151,7 @@ class Sample:
 
     @property
     def count(self) -> int:
-        """How many rows are picked."""
+        """The number of picked rows."""
         return len(self.picks)
 
     @property
@@ -160,7 +160,7 @@ class Sample:
         return rearranged(self.count)
 
     def first(self) -> Inputs:
-        """Arguments of their own with the picked rows.
+        """Make arguments of their own with the picked rows.
 
         Raises:
             TypeError, RuntimeError: Arguments that cannot be copied.
@@ -168,20 +168,20 @@ class Sample:
         return self._copy(range(self.count))
 
     def second(self) -> Inputs:
-        """The same with the rows in the other order."""
+        """Make the same arguments with the rows in the other order."""
         return self._copy(self.order)
 
     def equal(self) -> tuple[tuple[int, int], ...]:
-        """The tensors of the inputs that are the same in all picked rows: their places, and their axes of rows."""
-        found = []
+        """Find the tensors of the inputs that are the same in all picked rows: their places, and their axes of rows."""
+        places = []
         for i, x in enumerate(tensors_in(self.inputs)):
             axis = self.reading.axis(x)
             if axis is not None and x.numel() and _are_equal(self.rows_of(unwrapped(x), axis)):
-                found.append((i, axis))
-        return tuple(found)
+                places.append((i, axis))
+        return tuple(places)
 
     def rows_of(self, x: Tensor, axis: int) -> list[Tensor]:
-        """The picked rows of a tensor."""
+        """Return the picked rows of a tensor."""
         each = x.unflatten(axis, (self.size, -1))
         rows = [_rolled(each.select(axis, row), turn, axis) for row, turn in self.picks]
         return [_varied(row, i) for i, row in enumerate(rows)] if self.varied and _are_equal(rows) else rows
@@ -211,7 +211,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class GivenSample:
-    """Rows that the user cut: arguments with rows 0, 1, ..., n-1, and with these in the other order."""
+    """The rows that the user cut: arguments with rows 0, 1, ..., n-1, and with these in the other order."""
 
     inputs: Inputs
     other: Inputs
@@ -223,16 +223,16 @@ class GivenSample:
         return rearranged(self.count)
 
     def first(self) -> Inputs:
-        """Arguments of their own with the rows."""
+        """Make arguments of their own with the rows."""
         return copy.deepcopy(self.inputs)
 
     def second(self) -> Inputs:
-        """The same with the rows in the other order."""
+        """Make the same arguments with the rows in the other order."""
         return copy.deepcopy(self.other)
 
 
 def rearranged(count: int) -> list[int]:
-    """The order of rows in the second run of a look.
+    """Return the order of rows in the second run of a look.
 
     >>> rearranged(3)
     [1, 0, 2, 2]
@@ -241,13 +241,13 @@ def rearranged(count: int) -> list[int]:
 
 
 class _Cut(TorchFunctionMode):
-    """While it is on, `copy.deepcopy` of a tensor with a batch axis takes some of its rows only."""
+    """A context in which `copy.deepcopy` of a tensor with a batch axis takes some of its rows only."""
 
     def __init__(self, sample: Sample, order: Sequence[int]):
         super().__init__()
         self._sample, self._order = sample, order
-        whole = [one for one in lists_in(sample.inputs) if sample.reading.is_rows(one)]
-        self._whole = {id(x) for one in whole for x in one}
+        whole = [items for items in lists_in(sample.inputs) if sample.reading.is_rows(items)]
+        self._whole = {id(x) for items in whole for x in items}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -275,7 +275,7 @@ def _are_equal(rows: Sequence[Tensor]) -> bool:
 
 
 def _varied(row: Tensor, count: int) -> Tensor:
-    """A row whose last entries are a bit less, as many as `count` of them.
+    """Return a row whose last entries are a bit less, as many as `count` of them.
 
     Flags turn round, and whole numbers that are not positive stay, so that an index is still one.
     """
@@ -292,7 +292,7 @@ def _varied(row: Tensor, count: int) -> Tensor:
 
 
 def have_equal_rows(inputs: Inputs, places: Iterable[tuple[int, int]]) -> bool:
-    """Whether these tensors of the inputs, by place and axis, are the same in all rows.
+    """Return whether these tensors of the inputs, by place and axis, are the same in all rows.
 
     >>> have_equal_rows(((torch.ones(3), torch.arange(3)), {}), [(0, 0)])
     True
@@ -302,7 +302,7 @@ def have_equal_rows(inputs: Inputs, places: Iterable[tuple[int, int]]) -> bool:
 
 
 def choose_rows(inputs: Inputs, axis: Axis, size: int) -> list[tuple[int, int]]:
-    """Three rows that are finite and differ in as much as possible, rolled where they are equal.
+    """Choose three rows that are finite and differ in as much as possible, rolled where they are equal.
 
     >>> choose_rows(((torch.tensor([[1.0], [1.0], [2.0], [3.0]]),), {}), lambda x: 0, 4)
     [(0, 0), (2, 0), (3, 0)]
@@ -324,9 +324,9 @@ def choose_rows(inputs: Inputs, axis: Axis, size: int) -> list[tuple[int, int]]:
 
     picks, apart = [(order[0], 0)], [differing(order[0])]
     while len(picks) < 3:
-        new = [row for row in order if all(bool(one[:, row].any()) for one in apart)]
+        new = [row for row in order if all(bool(differs[:, row].any()) for differs in apart)]
         if new:
-            best = max(new, key=lambda row: int(torch.stack([one[:, row] for one in apart]).all(0).sum()))
+            best = max(new, key=lambda row: int(torch.stack([differs[:, row] for differs in apart]).all(0).sum()))
             picks.append((best, 0))
             apart.append(differing(best))
         else:
@@ -336,7 +336,7 @@ def choose_rows(inputs: Inputs, axis: Axis, size: int) -> list[tuple[int, int]]:
 
 
 def _inside(x: Any, depth: int = _DEPTH, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors that an object holds, with or without the help of lists, dicts and other objects."""
+    """Yield the tensors that an object holds, with or without the help of lists, dicts and other objects."""
     seen = set() if seen is None else seen
     if id(x) in seen or depth < 0 or isinstance(x, (str, bytes, int, float, type, torch.nn.Module)):
         return

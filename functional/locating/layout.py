@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a tensor has the rows.
+    """The position of the rows in a tensor.
 
     Attributes:
         axis: The axis of the batch; `None` for a tensor that all rows share, with a leading axis of 1.
@@ -23,7 +23,7 @@ class Layout:
     minor: bool = False
 
     def to_rows(self, x: Tensor, size: int) -> Tensor:
-        """`x` with the rows leading, each one's parts in succession.
+        """Return `x` with the rows leading, each one's parts in succession.
 
         >>> Layout(1).to_rows(torch.zeros(5, 2, 3), 2).shape
         torch.Size([2, 5, 3])
@@ -34,14 +34,14 @@ class Layout:
         return x.unflatten(0, (-1, size)).transpose(0, 1).flatten(0, 1) if self.minor else x
 
     def from_rows(self, y: Tensor, size: int) -> Tensor:
-        """The inverse of `to_rows`, for what a module made of it."""
+        """Undo `to_rows`, for a module's output."""
         if self.axis is None:
             return y
         y = y.unflatten(0, (size, -1)).transpose(0, 1).flatten(0, 1) if self.minor else y
         return y.movedim(0, self.axis) if self.axis else y
 
     def each(self, x: Tensor, size: int) -> Tensor:
-        """`x` by rows, `"size parts ..."`; a shared tensor is every row's."""
+        """Return `x` by rows, `"size parts ..."`; a shared tensor is every row's."""
         result: Tensor = self.to_rows(x, size).unflatten(0, (size, -1))
         return result
 
@@ -54,7 +54,7 @@ SHARED = Layout(None)
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What is known of one tensor inside a model.
+    """The facts that are known of one tensor inside a model.
 
     Attributes:
         ndim: Its number of axes.
@@ -67,7 +67,7 @@ class Place:
     even: bool = False
 
     def holds(self, shape: Sequence[int], size: int, length: int | None) -> bool:
-        """Whether a tensor of this shape can be such a one, in a call of `size` rows and inputs of `length`."""
+        """Return whether a tensor of this shape can be such a one, in a call of `size` rows and inputs of `length`."""
         axis = self.layout.axis
         if len(shape) != self.ndim:
             return False
@@ -79,7 +79,7 @@ class Place:
 
 
 class Record:
-    """What a look found out about one kind of call: the tensors at each site, in the order of its calls.
+    """The results of a look at one kind of call: the tensors at each site, in the order of its calls.
 
     Args:
         places: What is known of these tensors, by path of the site.
@@ -98,7 +98,7 @@ class Record:
         return iter(self.places.items())
 
     def anywhere(self, path: str, ndim: int) -> Place | None:
-        """The place that every call of a site with so many axes has; `None` where they differ."""
+        """Return the place that every call of a site with so many axes has; `None` where they differ."""
         places = [place for place in self.places.get(path, ()) if place.ndim == ndim]
         return places[0] if places and all(place.layout == places[0].layout for place in places) else None
 
@@ -138,7 +138,7 @@ def compare(first: Tensor, second: Tensor, order: Sequence[int], axes: int) -> L
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same but for rounding; NaN and infinities where the other has them."""
+    """Return whether two tensors are the same but for rounding; NaN and infinities where the other has them."""
     if a.shape != b.shape:
         return False
     if not (a.is_floating_point() or a.is_complex()):
@@ -153,12 +153,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def numbers(x: Tensor) -> Tensor:
-    """A tensor as floating point: complex numbers as pairs, counts and flags as numbers."""
+    """Return a tensor as floating point: complex numbers as pairs, counts and flags as numbers."""
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj())
     return x if x.is_floating_point() else x.double()
 
 
 def finite(x: Tensor) -> Tensor:
-    """A tensor with zeros where it is NaN or infinite."""
+    """Return a tensor with zeros where it is NaN or infinite."""
     return torch.where(x.isfinite(), x, 0)

@@ -29,7 +29,7 @@ ADAPTERS = 3
 
 
 class Trial(Protocol):
-    """Runs a model for a look."""
+    """A model as a look runs it."""
 
     floor: float
     """The part of a number that rounding may change."""
@@ -49,7 +49,7 @@ class Trial(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """What the user says of a call beside its rows.
+    """The user's statements about a call beside its rows.
 
     Attributes:
         batch_dim: The axis that has the batch, everywhere or by path.
@@ -60,7 +60,7 @@ class Declared:
     mixed: tuple[str, ...] = ()
 
     def lets_pass(self, output: str) -> bool:
-        """Whether an output, or what it is a part of, is declared as mixed."""
+        """Return whether an output, or what it is a part of, is declared as mixed."""
         return any(output == name or output.startswith((f"{name}.", f"{name}[")) for name in self.mixed)
 
 
@@ -91,7 +91,7 @@ def look(trial: Trial, inputs: Inputs, size: int, declared: Declared, full: bool
 
 
 def look_at(trial: Trial, sample: Sample | GivenSample, declared: Declared, step: int) -> Record:
-    """The same on some rows.
+    """Find out where some rows are, and prove it, as `look` does.
 
     Args:
         trial: Runs the model.
@@ -110,7 +110,7 @@ def look_at(trial: Trial, sample: Sample | GivenSample, declared: Declared, step
 
 
 def _look_twice(trial: Trial, sample: Sample, declared: Declared, step: int) -> Record:
-    """The same, and once more with what is equal in all rows made to differ: lengths, masks, flags decide a way."""
+    """Look twice, then with what is equal in all rows made to differ: lengths, masks, flags decide a way."""
     record = look_at(trial, sample, declared, step)
     equal = sample.equal()
     if not equal:
@@ -125,7 +125,7 @@ def _look_twice(trial: Trial, sample: Sample, declared: Declared, step: int) -> 
 
 
 class _Failed(Exception):
-    """The base could not be run on a sample."""
+    """A sample on which the base could not be run."""
 
     def __init__(self, error: Exception):
         super().__init__(str(error))
@@ -155,12 +155,12 @@ class Unproved(ValueError):
 
 
 def _samples(inputs: Inputs, reading: Reading, size: int, full: bool) -> list[Sample]:
-    """What to run: rolled rows first; as they are, for models that refuse these."""
+    """Return the samples to run: rolled rows first, then rows as they are, for models that refuse these."""
     if full:
         return [Sample(inputs, reading, size, [(row, 0) for row in range(size)])]
     picks = choose_rows(inputs, reading.axis, size)
     plain = [(row, 0) for row, _ in picks]
-    return [Sample(inputs, reading, size, one) for one in ([picks] if picks == plain else [picks, plain])]
+    return [Sample(inputs, reading, size, rows) for rows in ([picks] if picks == plain else [picks, plain])]
 
 
 def _step(inputs: Inputs, size: int) -> int:
@@ -173,17 +173,17 @@ def _step(inputs: Inputs, size: int) -> int:
 def _propose(
     first: Observed, second: Observed, order: Sequence[int], declared: Declared, step: int
 ) -> tuple[Record, Outputs]:
-    """Where rows are at each site and in each output."""
+    """Return where rows are at each site and in each output."""
     count = len(set(order))
     places: dict[str, list[Place]] = {}
-    for i, (one, other) in enumerate(zip(first.sites, second.sites, strict=False)):
-        if one.path != other.path:
-            raise Unproved(_uneven(one.path, count, len(order)))
-        layout = _layout_of(one, other, order, declared.batch_dim)
-        if layout is None or (layout == SHARED and not (one.ndim and one.shape[0] == 1)):
-            raise Unproved(_astray(one, "its input does not follow them", i))
-        even = layout.axis is not None and one.shape[layout.axis] == count * step
-        places.setdefault(one.path, []).append(Place(one.ndim, layout, even))
+    for i, (seen, other) in enumerate(zip(first.sites, second.sites, strict=False)):
+        if seen.path != other.path:
+            raise Unproved(_uneven(seen.path, count, len(order)))
+        layout = _layout_of(seen, other, order, declared.batch_dim)
+        if layout is None or (layout == SHARED and not (seen.ndim and seen.shape[0] == 1)):
+            raise Unproved(_astray(seen, "its input does not follow them", i))
+        even = layout.axis is not None and seen.shape[layout.axis] == count * step
+        places.setdefault(seen.path, []).append(Place(seen.ndim, layout, even))
     longer, shorter = sorted((first.sites, second.sites), key=len, reverse=True)
     if len(longer) > len(shorter):
         raise Unproved(_uneven(longer[len(shorter)].path, count, len(order)))
@@ -191,7 +191,7 @@ def _propose(
 
 
 def _layouts_of_outputs(first: Observed, second: Observed, order: Sequence[int], declared: Declared) -> Outputs:
-    """Where rows are in each output, and which lists among these have an entry for each row."""
+    """Return where rows are in each output, and which lists among these have an entry for each row."""
     counts = len(set(order)), len(order)
     few, more = first.lists(), second.lists()
     lists = {name for name in few if (few[name], more.get(name)) == counts}
@@ -219,7 +219,7 @@ def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> La
 
 
 def _prove(trial: Trial, sample: Sample | GivenSample, record: Record, outputs: Outputs, length: int) -> None:
-    """Hold routed runs against runs with one adapter for all rows."""
+    """Compare routed runs with runs with one adapter for all rows."""
     count = sample.count
     alone = [trial.alone(adapter, sample.first()) for adapter in range(ADAPTERS)]
     for shift in (0, 2):
@@ -228,11 +228,11 @@ def _prove(trial: Trial, sample: Sample | GivenSample, record: Record, outputs: 
         routed = trial.routed(rows, finder, sample.first())
         _prove_sites(trial.floor, record, routed, alone, rows)
         layouts, lists = outputs
-        given, others = routed.joined(lists), [one.joined(lists) for one in alone]
+        given, others = routed.joined(lists), [run.joined(lists) for run in alone]
         for name, layout in layouts.items():
-            parts = [one.get(name) for one in others]
-            own = given.get(name)
-            if own is None or not _agree(trial.floor, own, parts, layout, rows):
+            parts = [outputs_of_run.get(name) for outputs_of_run in others]
+            output = given.get(name)
+            if output is None or not _agree(trial.floor, output, parts, layout, rows):
                 raise Unproved(_mixed(name))
 
 
@@ -240,31 +240,31 @@ def _prove_sites(
     floor: float, record: Record, routed: Observed, alone: Sequence[Observed], rows: Sequence[int]
 ) -> None:
     counts: dict[str, int] = {}
-    for i, own in enumerate(routed.sites):
-        index = counts[own.path] = counts.get(own.path, -1) + 1
-        places = record.places.get(own.path, ())
-        parts = [one.sites[i].x if i < len(one.sites) and one.sites[i].path == own.path else None for one in alone]
-        if index >= len(places) or not _agree(floor, own.x, parts, places[index].layout, rows):
-            raise Unproved(_astray(own, "with an adapter for each row its input is not what it is with one alone", i))
-    for one in alone:
-        if len(one.sites) > len(routed.sites):
-            raise Unproved(_uneven(one.sites[len(routed.sites)].path, len(rows), len(rows)))
+    for i, seen in enumerate(routed.sites):
+        index = counts[seen.path] = counts.get(seen.path, -1) + 1
+        places = record.places.get(seen.path, ())
+        parts = [run.sites[i].x if i < len(run.sites) and run.sites[i].path == seen.path else None for run in alone]
+        if index >= len(places) or not _agree(floor, seen.x, parts, places[index].layout, rows):
+            raise Unproved(_astray(seen, "with an adapter for each row its input is not what it is with one alone", i))
+    for run in alone:
+        if len(run.sites) > len(routed.sites):
+            raise Unproved(_uneven(run.sites[len(routed.sites)].path, len(rows), len(rows)))
 
 
-def _agree(floor: float, own: Tensor, alone: Sequence[Tensor | None], layout: Layout, rows: Sequence[int]) -> bool:
-    """Whether each row is that of its own adapter, to one per cent of the difference between the adapters."""
+def _agree(floor: float, tensor: Tensor, alone: Sequence[Tensor | None], layout: Layout, rows: Sequence[int]) -> bool:
+    """Return whether each row is that of its own adapter, to one per cent of the difference between the adapters."""
     size = len(rows)
-    if any(part is None or part.ndim != own.ndim for part in alone):
+    if any(part is None or part.ndim != tensor.ndim for part in alone):
         return False
     grown = (
         layout == SHARED
-        and own.ndim
-        and own.shape[0] == size
+        and tensor.ndim
+        and tensor.shape[0] == size
         and all(len(part) == 1 for part in alone if part is not None)
     )
     try:
         each = [_by_rows(part, layout, size) for part in alone if part is not None]
-        given = _by_rows(own, LEADING if grown else layout, size)
+        given = _by_rows(tensor, LEADING if grown else layout, size)
     except RuntimeError:  # axes that do not split into the rows
         return False
     if any(part.shape != given.shape for part in each):
@@ -281,7 +281,7 @@ def _agree(floor: float, own: Tensor, alone: Sequence[Tensor | None], layout: La
 
 
 def _by_rows(x: Tensor, layout: Layout, size: int) -> Tensor:
-    """`"size numbers"`."""
+    """Return a tensor by rows, flattened: `"size numbers"`."""
     x = numbers(x)
     if layout == SHARED:
         return x.expand(size, *x.shape).reshape(size, -1)

@@ -62,30 +62,30 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What one run showed: the tensors at the sites, in the order of their calls, and those that came out, by name."""
+    """The results of one run: the tensors at the sites, in the order of their calls, and the outputs, by name."""
 
     sites: Sequence[Seen]
     outputs: Mapping[str, Tensor]
 
     def lists(self) -> dict[str, int]:
-        """Lists of tensors of one shape among the outputs, by name, and how many they have."""
-        found: dict[str, list[Tensor]] = {}
+        """Return the lists of tensors of one shape among the outputs, by name, and how many they have."""
+        by_name: dict[str, list[Tensor]] = {}
         for name, x in self.outputs.items():
             if name.endswith("]") and name[name.rindex("[") + 1 : -1].isdigit():
-                found.setdefault(name[: name.rindex("[")], []).append(x)
-        return {name: len(parts) for name, parts in found.items() if len({part.shape for part in parts}) == 1}
+                by_name.setdefault(name[: name.rindex("[")], []).append(x)
+        return {name: len(parts) for name, parts in by_name.items() if len({part.shape for part in parts}) == 1}
 
     def joined(self, lists: Collection[str]) -> dict[str, Tensor]:
-        """The outputs, with each of these lists as one tensor: they have an entry for each row."""
+        """Return the outputs, with each of these lists as one tensor: they have an entry for each row."""
         parts: dict[str, list[Tensor]] = {}
         for name, x in self.outputs.items():
             owner = name.rpartition("[")[0]
             parts.setdefault(owner if name.endswith("]") and owner in lists else name, []).append(x)
-        return {name: torch.stack(one) if name in lists else one[0] for name, one in parts.items()}
+        return {name: torch.stack(tensors) if name in lists else tensors[0] for name, tensors in parts.items()}
 
 
 class Recorder:
-    """Takes down what reaches the sites in runs of one model, each begun by `start`.
+    """A recorder of what reaches the sites in runs of one model, each begun by `start`.
 
     Args:
         spatial: How many axes behind the features the input of a site has, by path; -1 for indices, without features.
@@ -121,21 +121,21 @@ class Recorder:
 
 
 def outputs_of(*results: Any) -> dict[str, Tensor]:
-    """The tensors that a run gives back, by names such as `logits` or `[0]`: in containers, dataclasses and objects.
+    """Return the tensors in a run's outputs (containers, dataclasses, objects) by names such as `logits` or `[0]`.
 
     >>> list(outputs_of({"a": [torch.ones(1)]}))
     ['a[0]']
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for result in results:
-        _walk(result, "", found, set(), 8)
-    return found
+        _walk(result, "", tensors, set(), 8)
+    return tensors
 
 
-def _walk(x: Any, name: str, found: dict[str, Tensor], seen: set[int], depth: int) -> None:
+def _walk(x: Any, name: str, tensors: dict[str, Tensor], seen: set[int], depth: int) -> None:
     if isinstance(x, Tensor):
         if not x.is_nested:
-            found[name or "the output"] = x.detach()
+            tensors[name or "the output"] = x.detach()
         return
     plain = (str, bytes, int, float, complex, type, nn.Module, torch.Generator)
     if x is None or id(x) in seen or depth == 0 or isinstance(x, plain) or callable(x):
@@ -152,11 +152,11 @@ def _walk(x: Any, name: str, found: dict[str, Tensor], seen: set[int], depth: in
     else:
         parts = [(f".{key}", value) for key, value in getattr(x, "__dict__", {}).items()]
     for part, value in parts:
-        _walk(value, f"{name}{part}".removeprefix("."), found, seen, depth - 1)
+        _walk(value, f"{name}{part}".removeprefix("."), tensors, seen, depth - 1)
 
 
 class _Calm(TorchFunctionMode):
-    """While it is on, dropout is off, and what is drawn for a batch with more than one axis is the same in each row.
+    """A mode without dropout, in which what is drawn for a batch with more than one axis is the same in each row.
 
     So stochastic depth and noise do not hide where the rows are. Vectors stay random: they shuffle rows.
     """
@@ -179,7 +179,7 @@ class _Calm(TorchFunctionMode):
         return self._alike(func, func(*args, **kwargs), args, kwargs)
 
     def _alike(self, func: Any, y: Tensor, args: tuple[Any, ...], kwargs: Any) -> Tensor:
-        """What was drawn, with one row for all: the same in each run, however many rows it has."""
+        """Return the drawn numbers with one row for all: the same in each run, however many rows it has."""
         if y.ndim < 2 or not len(y):
             return y
         row = torch.empty_like(y[:1])
@@ -197,7 +197,7 @@ class _Calm(TorchFunctionMode):
 
 @contextlib.contextmanager
 def calm(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
-    """Randomness that is repeated by the same seed and left as it was: torch's, Python's and NumPy's."""
+    """Repeat randomness from a seed within the block, and leave it as it was: torch's, Python's and NumPy's."""
     kind = devices[0].type if devices else "cuda"
     numpy: Any = sys.modules.get("numpy")
     python, other = random.getstate(), numpy.random.get_state() if numpy else None

@@ -1,4 +1,4 @@
-"""Units: modules that own tensors which adapters replace, run with a routed stack, where each row has its own."""
+"""Owners: modules whose tensors adapters replace, run group by group where each row has tensors of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .route import Routed
 
 @dataclasses.dataclass(eq=False)
 class RoutedOwner:
-    """What such a module knows beyond its class.
+    """The facts that a module which owns replaced tensors has beyond its class.
 
     Attributes:
         path: Path of the user's module.
@@ -47,16 +47,16 @@ class RoutedOwner:
         return {**vars(self), "cls": None}  # an adapted class has no name to be found by; the module knows it
 
     def routed(self) -> dict[str, Routed]:
-        """The routed stacks that have anything for this module; none, if they replace nothing of it."""
+        """Return the routed stacks that replace tensors of this module."""
         trees = self.context.trees or {}
         stacks = {name: tree for name, tree in trees.items() if isinstance(tree, Routed)}
-        if not any(one.adapter in stacks for one in self.swaps):
+        if not any(swap.adapter in stacks for swap in self.swaps):
             return {}
-        mine = {one.adapter for one in self.swaps}
+        mine = {swap.adapter for swap in self.swaps}
         return {name: tree for name, tree in stacks.items() if name in mine or self.path in tree.tree}
 
-    def run(self, stacks: Mapping[str, Routed], forward: Any, entries: Mapping[str, SiteAdapter], x: Any) -> Any:
-        """The module's forward on each group of rows, under `vmap`, with the leaves and adapters of its own."""
+    def run(self, stacks: Mapping[str, Routed], forward: Any, adapters: Mapping[str, SiteAdapter], x: Any) -> Any:
+        """Run the module's forward on each group of rows, under `vmap`, with the leaves and adapters of its own."""
         size = max(tree.rows.size for tree in stacks.values())
         if not isinstance(x, Tensor) or any(size % tree.rows.size for tree in stacks.values()):
             raise ValueError(
@@ -67,9 +67,9 @@ class RoutedOwner:
         declared = next(iter(stacks.values())).declared.batch_dim
         layout = locate(self.site, x, size, declared, self.context.finder, self)
         rows = layout.to_rows(x, size)
-        picked, groups = _pick(stacks, self.path, self.swaps, entries, size)
+        picked, groups = _pick(stacks, self.path, self.swaps, adapters, size)
 
-        def one(parts: dict[str, Any], x: Tensor) -> Tensor:
+        def run_group(parts: dict[str, Any], x: Tensor) -> Tensor:
             y = self._under(parts, functools.partial(forward, layout.from_rows(x, len(x))))
             if not isinstance(y, Tensor):
                 raise TypeError(
@@ -78,7 +78,7 @@ class RoutedOwner:
                 )
             return layout.to_rows(y, len(x))
 
-        y = torch.vmap(one, randomness="different")(picked, rows.unflatten(0, (groups[0].size, -1)))
+        y = torch.vmap(run_group, randomness="different")(picked, rows.unflatten(0, (groups[0].size, -1)))
         if all(group.base for group in groups):
             # A row without any adapter has the base's output bit for bit.
             active = functools.reduce(torch.logical_or, [group.active(y.ndim) for group in groups])
@@ -89,19 +89,19 @@ class RoutedOwner:
     def _under(self, parts: Mapping[str, Any], forward: Any) -> Any:
         """Run the forward with these parts in the place of the stacks; `None` switches one off."""
         context, before, kept = self.context, self.context.trees or {}, self.context.kept or {}
-        tensors = {one.key: kept[one.key] for one in self.swaps if one.key in kept}
-        for one in self.swaps:
-            if (part := parts.get(one.adapter)) is not None:
-                new = over(tensors[one.key], part["replaced"][f"{one.path}.{one.leaf}"], one.index)
+        tensors = {swap.key: kept[swap.key] for swap in self.swaps if swap.key in kept}
+        for swap in self.swaps:
+            if (part := parts.get(swap.adapter)) is not None:
+                new = over(tensors[swap.key], part["replaced"][f"{swap.path}.{swap.leaf}"], swap.index)
                 on = part["on"].get("replaced")
-                tensors[one.key] = new if on is None else torch.where(on, new, tensors[one.key])
-        held = [(container, name, container[name]) for one in self.swaps for container, name in one.places]
+                tensors[swap.key] = new if on is None else torch.where(on, new, tensors[swap.key])
+        held = [(container, name, container[name]) for swap in self.swaps for container, name in swap.places]
         trees = {name: GroupAdapter(parts[name]) if name in parts else tree for name, tree in before.items()}
         try:
             context.trees = {name: tree for name, tree in trees.items() if parts.get(name, tree) is not None}
-            for one in self.swaps:
-                for container, name in one.places if one.key in tensors else ():
-                    container[name] = tensors[one.key]
+            for swap in self.swaps:
+                for container, name in swap.places if swap.key in tensors else ():
+                    container[name] = tensors[swap.key]
             return forward()
         finally:
             context.trees = before
@@ -116,36 +116,41 @@ class GroupAdapter:
     part: Any
     per_row: ClassVar[bool] = False
 
-    def layer(self, below: Any, entry: SiteAdapter, finder: Any) -> SelectedAdapter:
-        """The layer that the module gets."""
+    def layer(self, below: Any, adapter: SiteAdapter, finder: Any) -> SelectedAdapter:
+        """Return the layer that the module gets."""
         part = self.part
-        return SelectedAdapter(below, entry.with_constants(part["constants"]), part["leaves"], part["on"].get("leaves"))
+        return SelectedAdapter(
+            below, adapter.with_constants(part["constants"]), part["leaves"], part["on"].get("leaves")
+        )
 
 
 def _pick(
     stacks: Mapping[str, Routed],
     path: str,
     swaps: Sequence[TensorSwap],
-    entries: Mapping[str, SiteAdapter],
+    adapters: Mapping[str, SiteAdapter],
     size: int,
 ) -> tuple[dict[str, Any], list[Groups]]:
-    """What each group of rows has of each stack here, and the groups."""
+    """Return what each group of rows has of each stack here, and the groups."""
     alone = len(stacks) == 1
     parts: dict[str, Any] = {}
-    found: list[Groups] = []
+    all_groups: list[Groups] = []
     for name, tree in stacks.items():
-        mine = [one for one in swaps if one.adapter == name]
+        mine = [swap for swap in swaps if swap.adapter == name]
         rows = tree.rows.expanded(size)
         constants: dict[str, Any] = {}
-        entry = entries.get(name)
-        own = rows
-        if entry is not None:
-            entry, own = tree.along(entry, rows)
-            constants = {key: c for key, c in entry.site.constants.items() if isinstance(c, PerAdapter)}
-        together = alone and own is rows
-        groups, of_method = (rows.groups() if together else rows.each()), (own.groups() if together else own.each())
-        replaced = {f"{one.path}.{one.leaf}": groups.pick(tree.tree[one.path][one.leaf]) for one in mine}
-        at_site: Leaves = {} if entry is None else entry.leaves(tree.tree)
+        adapter = adapters.get(name)
+        site_rows = rows
+        if adapter is not None:
+            adapter, site_rows = tree.along(adapter, rows)
+            constants = {key: c for key, c in adapter.site.constants.items() if isinstance(c, PerAdapter)}
+        together = alone and site_rows is rows
+        groups, of_method = (
+            (rows.groups() if together else rows.each()),
+            (site_rows.groups() if together else site_rows.each()),
+        )
+        replaced = {f"{swap.path}.{swap.leaf}": groups.pick(tree.tree[swap.path][swap.leaf]) for swap in mine}
+        at_site: Leaves = {} if adapter is None else adapter.leaves(tree.tree)
         on = {"replaced": groups.active(1)} if groups.base else {}
         if of_method.base:
             on["leaves"] = of_method.active(1)
@@ -155,12 +160,12 @@ def _pick(
             "constants": {key: of_method.pick(c.values) for key, c in constants.items()},
             "on": on,
         }
-        found.append(groups)
-    return parts, found
+        all_groups.append(groups)
+    return parts, all_groups
 
 
 class OwnerModule:
-    """Placed in front of the class of a module that owns replaced tensors."""
+    """A base class placed in front of the class of a module that owns replaced tensors."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         owner: RoutedOwner = self.__dict__["_owner"]
@@ -173,25 +178,25 @@ class OwnerModule:
             owner.context.see(owner.path, x)
         if not stacks:
             return inherited(*args, **kwargs)
-        count = sum(isinstance(one, Tensor) for one in (*args, *kwargs.values()))
+        count = sum(isinstance(arg, Tensor) for arg in (*args, *kwargs.values()))
         if count > 1 or (isinstance(self, _NormBase) and self.training):
             why = "normalises over the batch" if isinstance(self, _NormBase) else f"takes {count} tensors"
             raise ValueError(
                 f"{owner.path}: an adapter replaces tensors of this {owner.cls.__name__}, which {why}, so its rows "
                 "cannot be run in groups; use torch.vmap over the stack, or one adapter at a time"
             )
-        entries = self.__dict__["_runtime"].entries if isinstance(self, AdaptedModule) else {}
+        adapters = self.__dict__["_runtime"].entries if isinstance(self, AdaptedModule) else {}
         if args:
-            return owner.run(stacks, lambda x: inherited(x, *args[1:], **kwargs), entries, x)
+            return owner.run(stacks, lambda x: inherited(x, *args[1:], **kwargs), adapters, x)
         name = next(iter(kwargs))
-        return owner.run(stacks, lambda x: inherited(**{**kwargs, name: x}), entries, x)
+        return owner.run(stacks, lambda x: inherited(**{**kwargs, name: x}), adapters, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         owner: RoutedOwner = self.__dict__["_owner"]
         reduced: Any = super().__reduce_ex__(protocol)
         make, args, state, *rest = reduced
         state = {key: value for key, value in state.items() if key != "_owner"}
-        args = tuple(owner.cls if one is type(self) else one for one in args)
+        args = tuple(owner.cls if arg is type(self) else arg for arg in args)
         return _revive, (make, args, owner), state, *rest
 
 
@@ -210,29 +215,29 @@ def _mark(module: Any, owner: RoutedOwner) -> None:
 
 @functools.lru_cache(maxsize=256)
 def owner_class(cls: Any) -> Any:
-    """`cls` with the forward of `OwnerModule` in front."""
+    """Return `cls` with the forward of `OwnerModule` in front."""
     return type(cls.__name__, (OwnerModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def mark_owners(
-    context: CallContext, copies: Sequence[tuple[nn.Module, Any]], found: Sequence[TensorSwap], paths: Mapping[int, str]
+    context: CallContext, copies: Sequence[tuple[nn.Module, Any]], swaps: Sequence[TensorSwap], paths: Mapping[int, str]
 ) -> None:
-    """Turn the modules of a skeleton that own replaced tensors into units.
+    """Turn the modules of a skeleton that own replaced tensors into `OwnerModule`s.
 
     Args:
         context: The skeleton's.
         copies: The model's modules, each with its copy in the skeleton.
-        found: Where replaced tensors hang.
+        swaps: Where replaced tensors hang.
         paths: Names of the model's modules by identity.
     """
-    for theirs, own in copies:
-        registry = id(own._parameters) if isinstance(own, nn.Module) else None
+    for original, copied in copies:
+        registry = id(copied._parameters) if isinstance(copied, nn.Module) else None
         mine = [
-            dataclasses.replace(one, places=[place for place in one.places if id(place[0]) == registry])
-            for one in found
-            if any(id(place[0]) == registry for place in one.places)
+            dataclasses.replace(swap, places=[place for place in swap.places if id(place[0]) == registry])
+            for swap in swaps
+            if any(id(place[0]) == registry for place in swap.places)
         ]
         if mine:
-            path = paths[id(theirs)]
-            site = describe(path, theirs) or Site(path, "linear", 0, 0)
-            _mark(own, RoutedOwner(path, context, mine, type(own), site))
+            path = paths[id(original)]
+            site = describe(path, original) or Site(path, "linear", 0, 0)
+            _mark(copied, RoutedOwner(path, context, mine, type(copied), site))

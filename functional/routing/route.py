@@ -51,15 +51,15 @@ class Routed:
         self.picked: dict[Any, Any] = {}
 
     def named(self, name: str) -> Routed:
-        """The part of one named adapter, over the same rows."""
+        """Return the part of one named adapter, over the same rows."""
         return self.with_tree(self.tree[name])
 
     def with_tree(self, tree: Tree) -> Routed:
-        """Another stacked tree, over the same rows."""
+        """Return another stacked tree, over the same rows."""
         return self._with(tree, self.rows)
 
     def now(self) -> Routed:
-        """The same with the rows that the user's tensor has now, which may have been written to."""
+        """Return the same stack with the rows that the user's tensor has now, which may have been written to."""
         source = self._source
         if source is None:
             return self
@@ -75,20 +75,20 @@ class Routed:
         return Routed(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-        """Hold the stack against the shapes of one adapter, as `trees.check` does."""
+        """Validate the stack against the shapes of one adapter, as `trees.check` does."""
         trees.check(self.tree, shapes, what, stacked=self.rows.count)
 
-    def along(self, entry: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
-        """A site's part for this stack: constants as its members have them, and rows that have the site."""
-        return entry.along(self.members, rows, self.places)
+    def along(self, adapter: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
+        """Return a site's part for this stack: constants as its members have them, and rows that have the site."""
+        return adapter.along(self.members, rows, self.places)
 
-    def layer(self, below: Any, entry: SiteAdapter, finder: Finder | None) -> RoutedLayer:
-        """The layer that a site gets."""
-        entry, rows = self.along(entry, self.rows)
-        return RoutedLayer(below, entry, entry.leaves(self.tree), rows, finder, self, self.declared.batch_dim)
+    def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> RoutedLayer:
+        """Return the layer that a site gets."""
+        adapter, rows = self.along(adapter, self.rows)
+        return RoutedLayer(below, adapter, adapter.leaves(self.tree), rows, finder, self, self.declared.batch_dim)
 
     def tensors(self) -> Any:
-        """Everything that a call depends on."""
+        """Return all tensors that a call depends on."""
         held = None if self.places is None else (dict(self.places.constants), dict(self.places.present))
         return self.tree, self.rows.index, self.members, held
 
@@ -136,7 +136,7 @@ def route(
         batch_dim: Declares the axis of every site's input that has the batch, or of the sites at some paths. With one
             for every site nothing is looked at or proved.
         mixed: Declares outputs in which rows meet by design, by the names that the error has for them (`"loss"`): they
-            are not held against anything.
+            are not checked against anything.
         check: Prove each call, on all of its rows; takes eight times as long.
         members: `"N"`, long: which of the configs of `bind(model, [...])` the leading axis holds, where it is not all
             of them in order.
@@ -170,14 +170,14 @@ def route(
     if len(rows) == 0:
         raise ValueError("route: rows is empty, expected one index for each row of the batch")
     readable = not torch.compiler.is_compiling() and is_readable(rows)
-    found = rows_of(rows.tolist(), len(leaf), leaf.device) if readable else Rows(_placed(rows, leaf), len(leaf))
+    adapter_rows = rows_of(rows.tolist(), len(leaf), leaf.device) if readable else Rows(_placed(rows, leaf), len(leaf))
     if torch.compiler.is_compiling():
-        index: Any = found.index
+        index: Any = adapter_rows.index
         torch._assert_async(
             ((index >= -1) & (index < len(leaf))).all(),
             f"route: a row's index is outside of -1 to {len(leaf) - 1}, the {len(leaf)} adapters in the stack",
         )
-    return Routed(stacked, found, members, declared, check, rows, places)
+    return Routed(stacked, adapter_rows, members, declared, check, rows, places)
 
 
 def _placed(rows: Tensor, leaf: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Term(NamedTuple):
 
 
 class Factored:
-    """What a forward gets for an adapted parameter: it acts like the dense tensor, `W + sum of s L R`.
+    """An adapted parameter as a forward gets it: it acts like the dense tensor, `W + sum of s L R`.
 
     Products with it (`@`, `matmul`, `mm`, `bmm`, `addmm`, `baddbmm`, `F.linear`, `F.embedding`, `einsum` of two,
     grouped products) add the thin products to the plain one. Transposing, indexing the leading axis and casting stay
@@ -56,7 +56,7 @@ class Factored:
         self.weight, self.terms = weight, tuple(terms)
 
     def dense(self) -> Tensor:
-        """The weight multiplied out, summed in the widest dtype and rounded once."""
+        """Multiply the weight out, summed in the widest dtype and rounded once."""
         wide, *_ = widen(self.weight, *(term.left for term in self.terms), *(term.right for term in self.terms))
         for left, right, scaling in self.terms:
             wide = add_scaled(wide, torch.matmul(*widen(left, right)), scaling)
@@ -69,11 +69,11 @@ class Factored:
 
     @property
     def mT(self) -> Factored:
-        """The last two axes exchanged."""
+        """The weight with its last two axes exchanged."""
         return self._map(self.weight.mT, lambda term: Term(term.right.mT, term.left.mT, term.scaling))
 
     def transpose(self, dim0: int, dim1: int) -> Any:
-        """Factored where the last two axes are exchanged, else dense."""
+        """Exchange two axes: factored where they are the last two, else dense."""
         n = self.weight.ndim
         if {dim0 % n, dim1 % n} == {n - 2, n - 1}:
             return self.mT
@@ -82,7 +82,7 @@ class Factored:
     swapaxes = swapdims = transpose
 
     def t(self) -> Any:
-        """The transpose of a matrix."""
+        """Transpose a matrix."""
         return self.mT if self.weight.ndim == 2 else self.dense().t()
 
     @property
@@ -91,7 +91,7 @@ class Factored:
         return self.mT if self.weight.ndim == 2 else self.dense().T
 
     def permute(self, *dims: Any) -> Any:
-        """Factored where only the last two axes are exchanged, else dense."""
+        """Permute the axes: factored where only the last two are exchanged, else dense."""
         order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
         n = self.weight.ndim
         if [dim % n for dim in order] == [*range(n - 2), n - 1, n - 2]:
@@ -99,7 +99,7 @@ class Factored:
         return self.dense().permute(*dims)
 
     def view(self, *shape: Any) -> Any:
-        """Factored where a matrix of stacked experts gets an axis for them, else dense."""
+        """Change the shape: factored where a matrix of stacked experts gets an axis for them, else dense."""
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if self.weight.ndim != 2 or len(sizes) != 3 or sizes[-1] != self.weight.shape[-1]:
             return self.dense().view(*shape)
@@ -113,12 +113,12 @@ class Factored:
 
     reshape = view
 
-    def contiguous(self, **how: Any) -> Factored:
-        """The same numbers, the weight's in one piece."""
-        return self._map(self.weight.contiguous(**how), lambda term: term)
+    def contiguous(self, **options: Any) -> Factored:
+        """Return the same numbers, the weight's in one piece."""
+        return self._map(self.weight.contiguous(**options), lambda term: term)
 
     def to(self, *args: Any, **kwargs: Any) -> Factored:
-        """The weight in another dtype or on another device; its products keep their dtype."""
+        """Return the weight in another dtype or on another device; its products keep their dtype."""
         weight = self.weight.to(*args, **kwargs)
         if weight is self.weight:
             return self
@@ -126,7 +126,7 @@ class Factored:
         return self._map(weight, lambda term: Term(term.left.to(here), term.right.to(here), term.scaling))
 
     def detach(self) -> Factored:
-        """The same without gradients."""
+        """Return the same weight without gradients."""
         return self._map(self.weight.detach(), lambda term: Term(term.left.detach(), term.right.detach(), term.scaling))
 
     def __getitem__(self, key: Any) -> Any:
@@ -139,15 +139,15 @@ class Factored:
         return self._map(self.weight[key], lambda term: Term(term.left[key], term.right, term.scaling))
 
     def index_select(self, dim: int, index: Tensor) -> Any:
-        """Factored along the leading axis, else dense."""
+        """Select by a tensor of indices: factored along the leading axis, else dense."""
         return self[index] if dim % self.weight.ndim == 0 else self.dense().index_select(dim, index)
 
     def select(self, dim: int, index: int) -> Any:
-        """Factored along the leading axis, else dense."""
+        """Select by one index: factored along the leading axis, else dense."""
         return self[index] if dim % self.weight.ndim == 0 else self.dense().select(dim, index)
 
     def unbind(self, dim: int = 0) -> Any:
-        """Factored along the leading axis, else dense."""
+        """Split along an axis: factored along the leading one, else dense."""
         return tuple(self) if dim % self.weight.ndim == 0 else self.dense().unbind(dim)
 
     def __iter__(self) -> Iterator[Any]:
@@ -158,7 +158,7 @@ class Factored:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether any part does."""
+        """Whether the weight or any factor requires a gradient."""
         return any(t.requires_grad for t in (self.weight, *(x for term in self.terms for x in term[:2])))
 
     # -- everything else -------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ for _name in _OPERATIONS:
 
 
 def _picks(key: Any) -> bool:
-    """Whether an index picks from the leading axis alone."""
+    """Return whether an index picks from the leading axis alone."""
     if isinstance(key, Tensor):
         return key.dtype in (torch.int64, torch.int32) or (key.dtype == torch.bool and key.ndim == 1)
     return isinstance(key, (int, slice, list)) and not isinstance(key, bool)
@@ -246,7 +246,7 @@ def _refuse_writing(name: str) -> None:
 
 
 def _on_the_right(func: Any, y: Any, x: Tensor, w: Factored, product: Callable[..., Tensor] = torch.matmul) -> Any:
-    """`y + s (x L) R` for all terms."""
+    """Return `y + s (x L) R` for all terms."""
     for left, right, scaling in w.terms:
         wide, left, right = widen(x, left, right)
         y = add_scaled(y, product(product(wide, left), right), scaling)
@@ -254,7 +254,7 @@ def _on_the_right(func: Any, y: Any, x: Tensor, w: Factored, product: Callable[.
 
 
 def _operator_matmul(func: Any, a: Any, b: Any) -> Any:
-    """`@`, of which `torch.compile` shows its operands exchanged where the left one is no tensor (torch 2.13)."""
+    """Multiply for `@`, whose operands `torch.compile` shows exchanged where the left one is no tensor (torch 2.13)."""
     if torch.compiler.is_compiling() and isinstance(a, Tensor) and isinstance(b, Factored):
         right = a.shape[-1] == b.shape[-2]
         left = a.shape[-1 if a.ndim == 1 else -2] == b.shape[-1]
@@ -286,7 +286,7 @@ def _reversed_matmul(func: Any, a: Any, b: Any) -> Any:
 
 
 def _added(func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    """`addmm` and its batched forms: `beta bias + alpha a b`."""
+    """Compute `addmm` and its batched forms: `beta bias + alpha a b`."""
     if isinstance(bias, Factored) or isinstance(a, Factored) is isinstance(b, Factored):
         return NotImplemented
     plain = (x.weight if isinstance(x, Factored) else x for x in (a, b))
@@ -324,11 +324,11 @@ def _embedding(
     return y
 
 
-def _grouped(func: Any, a: Any, b: Any, offs: Any = None, **how: Any) -> Any:
-    """Rows sorted by expert. Such kernels take one dtype, so the thin matrices are rounded to the input's."""
+def _grouped(func: Any, a: Any, b: Any, offs: Any = None, **options: Any) -> Any:
+    """Multiply rows sorted by expert; the kernels take one dtype, so thin matrices are rounded to the input's."""
     if isinstance(a, Factored) or b.ndim != 3:
         return NotImplemented
-    y = func(a, b.weight, offs=offs, **how)
+    y = func(a, b.weight, offs=offs, **options)
     for left, right, scaling in b.terms:
         left, right = _for_kernel(left.to(a.dtype), right.to(a.dtype))
         y = add_scaled(y, func(func(a, left, offs=offs), right, offs=offs), scaling)
@@ -336,7 +336,7 @@ def _grouped(func: Any, a: Any, b: Any, offs: Any = None, **how: Any) -> Any:
 
 
 def _for_kernel(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Strides of whole 16 bytes, as grouped kernels want them, by a rank that is padded with zeros."""
+    """Give matrices strides of whole 16 bytes, as grouped kernels want them, by a rank that is padded with zeros."""
     missing = -left.shape[-1] % (16 // left.itemsize)
     if missing:
         left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
@@ -344,7 +344,7 @@ def _for_kernel(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
-    """Two operands, of which one is factored; the label that the other shares with one thin matrix goes first."""
+    """Contract two operands, one of them factored; the label that the other shares with a thin matrix goes first."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if len(operands) != 2 or not isinstance(equation, str) or "." in equation or "->" not in equation:
@@ -352,9 +352,9 @@ def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
     inputs, _, out = equation.replace(" ", "").partition("->")
     at = 1 if isinstance(operands[1], Factored) else 0
     x, w = operands[1 - at], operands[at]
-    other, own = inputs.split(",")[1 - at], inputs.split(",")[at]
-    batch, rows, columns = own[:-2], own[-2], own[-1]
-    if isinstance(x, Factored) or len(set(own)) < len(own) or (rows in other) is (columns in other):
+    other, labels = inputs.split(",")[1 - at], inputs.split(",")[at]
+    batch, rows, columns = labels[:-2], labels[-2], labels[-1]
+    if isinstance(x, Factored) or len(set(labels)) < len(labels) or (rows in other) is (columns in other):
         return NotImplemented
     thin = next(label for label in "zyxwvutsrqponm" if label not in equation)
     kept = [label for label in dict.fromkeys(other + batch) if label in out or label in batch]
@@ -377,7 +377,11 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.matmul, Tensor.__matmul__), _operator_matmul),
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv), _matmul),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), _added),
-    **{one: _grouped for one in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if one},
+    **{
+        function: _grouped
+        for function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
+        if function
+    },
 }
 
 

@@ -70,7 +70,7 @@ def is_folded(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of a copy of the input as rows, with the bias added after: the same kernels, in the same order.
+    """Call `F.linear` on a copy of the input as rows, and add the bias after: the same kernels, in the same order.
 
     >>> folded(torch.ones(3, 2, 1).transpose(0, 1), torch.ones(1, 1), torch.ones(1)).shape
     torch.Size([2, 3, 1])
@@ -105,8 +105,8 @@ def over_values(layer: Callable[[Tensor], Tensor], site: Site, x: Tensor) -> Ten
             raise TypeError(f"{what} with parts of shapes {[tuple(part.shape) for part in parts[:3]]}, expected rows")
         y = layer(torch.cat([part.flatten(0, -2) if site.kind == "linear" else part.flatten() for part in parts]))
         sizes = [part.shape[:-1] if site.kind == "linear" else part.shape for part in parts]
-        own = y.split([size.numel() for size in sizes])
-        shaped = [one.view(*size, y.shape[-1]) for one, size in zip(own, sizes, strict=True)]
+        outputs = y.split([size.numel() for size in sizes])
+        shaped = [output.view(*size, y.shape[-1]) for output, size in zip(outputs, sizes, strict=True)]
         return torch.nested.as_nested_tensor(shaped)
     nested: Any = x
     if nested._ragged_idx != 1:

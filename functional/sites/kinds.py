@@ -30,13 +30,13 @@ def describe(path: str, module: nn.Module) -> Site | None:
     True
     """
     for cls in type(module).__mro__:
-        if (found := _known(cls)) is not None:
-            return found(path, module)
+        if (describe_known := _known(cls)) is not None:
+            return describe_known(path, module)
     return None
 
 
 def plain_class(module: nn.Module) -> type:
-    """The class among a module's bases whose forward its kind speaks of.
+    """Return the class among a module's bases whose forward its kind speaks of.
 
     A weight that is not of floating point is stored in a form that only the module's own class can read.
 
@@ -54,7 +54,7 @@ def plain_class(module: nn.Module) -> type:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of any type.
+    """Return whether a module is a linear layer of any type.
 
     >>> is_linear(nn.Linear(2, 2)), is_linear(nn.Embedding(2, 2))
     (True, False)
@@ -126,7 +126,7 @@ def register_layer(
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module's forward is that of `nn.Linear` or `Conv1D` itself.
+    """Return whether a module's forward is that of `nn.Linear` or `Conv1D` itself.
 
     >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
     (True, False)
@@ -144,7 +144,7 @@ def _has_plain_forward(cls: Any) -> bool:
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether a module is `transformers`' `Conv1D`, a linear map that stores `"in out"`, without importing it."""
+    """Return whether a module is `transformers`' `Conv1D`, a linear map stored `"in out"`, without importing it."""
     return any(_known(cls) is _conv1d_of_transformers for cls in type(module).__mro__)
 
 
@@ -163,13 +163,13 @@ def _conv1d_of_transformers(path: str, module: Any) -> Site:
 
 
 def _packed_linear(path: str, module: Any) -> Site:
-    """A linear layer whose weight and bias are packed where no attribute holds them as tensors."""
+    """Describe a linear layer whose weight and bias are packed where no attribute holds them as tensors."""
     return Site(path, "linear", module.in_features, module.out_features, weight_names=())
 
 
 def _embedding(path: str, module: nn.Embedding) -> Site:
-    how = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
-    lookup = None if how == Lookup(None, False, None) else how
+    settings = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
+    lookup = None if settings == Lookup(None, False, None) else settings
     return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True, lookup=lookup)
 
 
@@ -179,7 +179,7 @@ def _conv(path: str, module: nn.Conv2d) -> Site:
 
 
 def _convolution(path: str, module: Any, sizes: tuple[int, int], kernel: tuple[int, ...], has_bias: bool) -> Site:
-    """A site whose settings are attributes of the module, where it has them."""
+    """Describe a convolution whose settings are attributes of the module, where it has them."""
 
     def each(name: str, default: int) -> Any:
         value = getattr(module, name, default)

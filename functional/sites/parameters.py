@@ -14,7 +14,7 @@ Key = tuple[int, str]
 
 
 def find(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None, str]:
-    """The module at a path and `""`, or a parameter's module and its name there.
+    """Return the module at a path and `""`, or a parameter's module and its name there.
 
     >>> model = nn.ModuleDict({"a": nn.Linear(2, 2)})
     >>> find(dict(model.named_modules()), "a.weight")[1]
@@ -28,7 +28,7 @@ def find(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None,
 
 
 def key_of(modules: Mapping[str, nn.Module], path: str) -> Key:
-    """The same for all names of one site."""
+    """Return a key of the parameter or module at a path, the same for all names of one site."""
     module, leaf = find(modules, path)
     return id(module), leaf
 

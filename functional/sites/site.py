@@ -34,7 +34,7 @@ _NOWHERE = torch.empty(0)
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How a convolution slides: its module's own settings."""
+    """The settings of a convolution's module: how it slides."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -46,7 +46,7 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """How an embedding looks up rows: its module's own settings."""
+    """The settings of an embedding's module: how it looks up rows."""
 
     padding_idx: int | None
     scale_grad_by_freq: bool
@@ -55,7 +55,7 @@ class Lookup:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One adapted module: where it is, what it computes, and a method's constants for it.
+    """An adapted module: where it is, what it computes, and a method's constants for it.
 
     Weights are spoken of in canonical orientation, whatever the module stores: `"out in"` for a
     linear map, `"dim vocab"` for an embedding (a linear map of one-hot rows) and `"out in/groups *kernel"`
@@ -136,7 +136,7 @@ class Site:
         return weight.mT if self.transposed else weight
 
     def read(self, module: Any, instead: Mapping[str, Tensor] | None = None) -> Dense:
-        """Canonical weight and bias of the module that this site describes.
+        """Return canonical weight and bias of the module that this site describes.
 
         What is sharded is gathered, and what is offloaded is loaded.
 
@@ -173,24 +173,24 @@ class Site:
         return weight, held[self.bias_name] if self.has_bias else None
 
     def stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """Canonical weight and bias as the module stores them, by attribute; the inverse of `read`.
+        """Return canonical weight and bias as the module stores them, by attribute; the inverse of `read`.
 
         >>> site = Site("", "linear", 2, 3, transposed=True)
         >>> {name: tuple(value.shape) for name, value in site.stored(torch.zeros(3, 2), None).items()}
         {'weight': (2, 3)}
         """
         if len(self.weight_names) == 1:
-            found = {self.weight_names[0]: self.canonical(weight)}
+            tensors = {self.weight_names[0]: self.canonical(weight)}
         else:
             parts = weight.chunk(len(self.blocks), 0)
-            found = {
+            tensors = {
                 name: part.split(self.blocks, 1)[i]
                 for i, (name, part) in enumerate(zip(self.weight_names, parts, strict=True))
             }
-        return found if bias is None else {**found, self.bias_name: bias}
+        return tensors if bias is None else {**tensors, self.bias_name: bias}
 
     def like(self, module: Any) -> Tensor:
-        """A tensor of the device and dtype that the module's adapter goes by: its weight, or its parameters' first."""
+        """Return a tensor of the device and dtype for the module's adapter: its weight, or its first parameter."""
         for name in self.weight_names:
             result: Tensor = resting(module, name)
             return result
@@ -211,12 +211,12 @@ class Site:
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1) -> Tensor:
         """Convolve as the module does: same stride, padding, dilation and padding mode."""
-        how = self.geometry
-        assert how is not None
-        padding: Any = how.padding
-        if how.padding_mode != "zeros":
-            x, padding = F.pad(x, how.pad, mode=how.padding_mode), 0
-        return _CONVOLVE[self.kind](x, weight, bias, how.stride, padding, how.dilation, groups)
+        geometry = self.geometry
+        assert geometry is not None
+        padding: Any = geometry.padding
+        if geometry.padding_mode != "zeros":
+            x, padding = F.pad(x, geometry.pad, mode=geometry.padding_mode), 0
+        return _CONVOLVE[self.kind](x, weight, bias, geometry.stride, padding, geometry.dilation, groups)
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve with a kernel of ones: a linear map of the channels, in the module's groups."""
@@ -258,7 +258,7 @@ def check_base(path: str, weight: Tensor | None, x: Tensor) -> None:
 
 
 def own_tensor(module: Any, name: str) -> Tensor | None:
-    """The parameter or buffer that a module itself has under a name; `None` for what it computes.
+    """Return the parameter or buffer that a module itself has under a name; `None` for what it computes.
 
     >>> own_tensor(torch.nn.Linear(2, 1), "weight").shape
     torch.Size([1, 2])
@@ -288,7 +288,7 @@ def wide_dtype(weight: Tensor) -> torch.dtype:
 
 
 def quantised_form(weight: Any) -> str | None:
-    """What a weight is that no adapter can be added to, `None` for numbers of floating point, real or complex.
+    """Describe a weight that no adapter can be added to; `None` for numbers of floating point, real or complex.
 
     >>> quantised_form(torch.ones(2, dtype=torch.int8))
     'torch.int8'
@@ -302,7 +302,7 @@ def quantised_form(weight: Any) -> str | None:
 
 
 def add_scaled(y: Tensor, delta: Tensor, scaling: float | Tensor) -> Tensor:
-    """`y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
+    """Return `y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
 
     >>> add_scaled(torch.ones(2), torch.ones(2), 2.0)
     tensor([3., 3.])

@@ -23,7 +23,7 @@ Masks = tuple[Tensor | None, bool]
 
 
 class AdaptedAttention:
-    """Placed in front of `nn.MultiheadAttention`: its forward with adapters on the projections."""
+    """A base class in front of `nn.MultiheadAttention`: its forward with adapters on the projections."""
 
     def forward(
         self: Any,
@@ -56,7 +56,7 @@ class AdaptedAttention:
 
 
 def _project(runtime: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values, with as few products as the identity of the inputs allows."""
+    """Project queries, keys and values, with as few products as the identity of the inputs allows."""
     site = next(iter(runtime.entries.values())).site
     dim = site.out_features // 3
     if len(site.weight_names) == 3:
@@ -80,7 +80,7 @@ def _project(runtime: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool) -> Any:
-    """Attention of `"batch length dim"` inputs: `"batch heads length size"`, and the weights where asked for."""
+    """Attend over `"batch length dim"` inputs: `"batch heads length size"`, and the weights where asked for."""
     batch, heads = len(q), module.num_heads
     if module.bias_k is not None:
         k = torch.cat([k, module.bias_k.expand(batch, -1, -1)], 1)
@@ -112,7 +112,7 @@ def _masks(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> Masks:
-    """Both masks as one to add, `"batch heads length source"` or with ones in it; `shape` is that of the keys."""
+    """Combine both masks into one to add, `"batch heads length source"` with ones in it; `shape` is the keys'."""
     if is_causal and attn_mask is None:
         raise RuntimeError(f"{path}: is_causal is a hint about attn_mask, which is None; give that mask too")
     if is_causal and key_padding_mask is None and not need_weights:

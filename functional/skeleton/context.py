@@ -1,4 +1,4 @@
-"""The context of a call: what it tells the adapted modules of its skeleton."""
+"""The context of a call: the facts that the adapted modules of its skeleton read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..locating.finder import Finder
 
 
 class CallContext:
-    """What one call tells its sites. Each skeleton has one, so threads never share it.
+    """The facts of one call that its sites need. Each skeleton has one, so threads never share it.
 
     Attributes:
-        trees: The active trees by adapter name, or what stands for one (`Active`).
+        trees: The active trees, or `ActiveTree`s in their place, by adapter name.
         finder: Finds where the rows of a routed call are in a site's input.
-        see: Told the path and the input of each site that runs, where somebody wants to look.
+        see: `(path, x)`, called with the input of each site that runs; `None` for no call.
         reached: Collects the paths of the sites that ran.
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
     """

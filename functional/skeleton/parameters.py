@@ -27,10 +27,10 @@ Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
 
 
-def check_apart(entries: Mapping[Key, Mapping[str, SiteAdapter]], paths: Mapping[Key, str]) -> None:
+def check_apart(adapters: Mapping[Key, Mapping[str, SiteAdapter]], paths: Mapping[Key, str]) -> None:
     """Refuse adapters on a module and on one of its parameters."""
-    for key in entries:
-        if key[1] and (key[0], "") in entries:
+    for key in adapters:
+        if key[1] and (key[0], "") in adapters:
             raise ValueError(
                 f"{paths[key]}: one adapter is on this parameter and another on its module as a whole; target the one "
                 "or the other"
@@ -39,13 +39,13 @@ def check_apart(entries: Mapping[Key, Mapping[str, SiteAdapter]], paths: Mapping
 
 @dataclasses.dataclass(eq=False)
 class ParameterRuntime:
-    """Everything that an adapted parameter knows.
+    """The facts that an adapted parameter has in a skeleton.
 
     Attributes:
         path: Its path in the user's model.
         leaf: Its name on its module.
         context: What the call in progress says.
-        entries: Adapter entries by name.
+        entries: Adapters by name, the innermost first.
         grouped: Whether the code of its module's class names torch's grouped product.
     """
 
@@ -56,7 +56,7 @@ class ParameterRuntime:
     grouped: bool = False
 
     def read(self, module: nn.Module) -> Any:
-        """What the module's forward gets."""
+        """Return the adapted weight that the module's forward gets."""
         weight: Any = module._parameters.get(self.leaf)
         if weight is None:  # FSDP exchanges it for a part of a flat one
             weight = vars(module)[self.leaf]
@@ -73,16 +73,16 @@ class ParameterRuntime:
     def _selected(self) -> list[Selected]:
         """Return the adapters that are active, the innermost first."""
         layer = compose(None, self.entries, self.context.active(self.path), self.context.finder)
-        found: list[Selected] = []
+        selected: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):
                 raise UnsupportedCall(no_rows(self.path))
-            found.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
+            selected.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
             layer = layer.base
-        return found[::-1]
+        return selected[::-1]
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
-        """Whether the forward may call torch's grouped product, which `torch.compile` hides from objects (torch 2.13).
+        """Return whether the forward may call the grouped product that `torch.compile` hides from objects (torch 2.13).
 
         `transformers` chooses it by a setting, and compiles it for bfloat16 alone.
         """
@@ -94,7 +94,7 @@ class ParameterRuntime:
 
 
 def no_rows(path: str) -> str:
-    """Why an adapted parameter cannot be routed."""
+    """Say why an adapted parameter cannot be routed."""
     return (
         f"{path}: this parameter is adapted in a call that routes rows, and a parameter cannot tell whose row it is "
         "multiplied with (experts mix the rows of a batch); use torch.vmap over the stack, call the graft with one "
@@ -103,42 +103,44 @@ def no_rows(path: str) -> str:
 
 
 def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = False) -> Any:
-    """A weight with adapters: factored where all their methods have factors, else multiplied out.
+    """Return a weight with adapters: factored where all their methods have factors, else multiplied out.
 
     Args:
         weight: As it is stored.
         chosen: The adapters, the innermost first.
         dense: Whether to multiply out in any case.
     """
-    for entry, leaves, _ in chosen:
-        check_leaves(entry.site.path, leaves, weight)
-    if all(entry.config.method.ability(AddsProduct) is not None for entry, _, _ in chosen):
-        factored = Factored(weight, [_term(*one) for one in chosen])
+    for adapter, leaves, _ in chosen:
+        check_leaves(adapter.site.path, leaves, weight)
+    if all(adapter.config.method.ability(AddsProduct) is not None for adapter, _, _ in chosen):
+        factored = Factored(weight, [_term(*selected) for selected in chosen])
         return factored.dense() if dense else factored
     site = chosen[0][0].site
     wide: Tensor = site.canonical(weight)
-    for entry, leaves, on in chosen:
-        merged = entry.merge(leaves, wide, None)[0]
+    for adapter, leaves, on in chosen:
+        merged = adapter.merge(leaves, wide, None)[0]
         wide = merged if on is None else torch.where(on, merged, wide)
     return site.canonical(wide).to(weight.dtype)
 
 
-def _term(entry: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
-    ability = entry.config.method.ability(AddsProduct)
+def _term(adapter: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
+    ability = adapter.config.method.ability(AddsProduct)
     assert ability is not None
-    up, down, scaling = ability.factors(entry.config, entry.site, leaves)
+    up, down, scaling = ability.factors(adapter.config, adapter.site, leaves)
     if on is not None:
         scaling = torch.where(on, scaling, 0.0)
-    return Term(down.mT, up.mT, scaling) if entry.site.transposed else Term(up, down, scaling)
+    return Term(down.mT, up.mT, scaling) if adapter.site.transposed else Term(up, down, scaling)
 
 
 def names_grouped(cls: type) -> bool:
-    """Whether the code of a class names torch's grouped product.
+    """Return whether the code of a class names torch's grouped product.
 
     >>> names_grouped(nn.Linear)
     False
     """
-    codes = [getattr(getattr(value, "__func__", value), "__code__", None) for one in cls.__mro__ for value in _own(one)]
+    codes = [
+        getattr(getattr(value, "__func__", value), "__code__", None) for base in cls.__mro__ for value in _own(base)
+    ]
     return any(code is not None and {"grouped_mm", "_grouped_mm"} & set(code.co_names) for code in codes)
 
 
@@ -147,7 +149,7 @@ def _own(cls: type) -> list[Any]:
 
 
 class AdaptedParameters:
-    """Mixed into the class of a module with adapted parameters: reading one gives the adapted weight."""
+    """A base class of modules with adapted parameters: reading one gives the adapted weight."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -172,7 +174,7 @@ class AdaptedParameters:
         runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
         described = super().extra_repr()  # type: ignore[misc]
         adapted = ", ".join(
-            f"{leaf}: {', '.join(entry.config.method.name for entry in runtime.entries.values())}"
+            f"{leaf}: {', '.join(adapter.config.method.name for adapter in runtime.entries.values())}"
             for leaf, runtime in runtimes.items()
         )
         return f"{described}, adapted=({adapted})" if described else f"adapted=({adapted})"
@@ -180,7 +182,7 @@ class AdaptedParameters:
 
 @functools.lru_cache(maxsize=256)
 def parametrised_class(cls: Any, leaves: tuple[str, ...]) -> Any:
-    """`cls` with properties in the place of these parameters."""
+    """Return `cls` with properties in the place of these parameters."""
     members: dict[str, Any] = {leaf: _property(leaf) for leaf in leaves}
     if issubclass(cls, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, _put_flat_weights)
@@ -200,13 +202,13 @@ def _property(leaf: str) -> property:
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:
-    """The list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
-    found = list(self.__dict__["_flat_weights"])
+    """Return the list that torch's kernels for recurrent layers get, with the adapted weights multiplied out."""
+    weights = list(self.__dict__["_flat_weights"])
     for index, name in enumerate(self.__dict__["_flat_weights_names"]):
         if name in self.__dict__["_parameter_runtimes"]:
             weight = self.__dict__["_parameter_runtimes"][name].read(self)
-            found[index] = weight.dense() if isinstance(weight, Factored) else weight
-    return found
+            weights[index] = weight.dense() if isinstance(weight, Factored) else weight
+    return weights
 
 
 def _put_flat_weights(self: Any, value: list[Tensor | None]) -> None:
@@ -226,7 +228,7 @@ def adapt_parameters(shell: nn.Module, cls: Any, runtimes: Mapping[str, Paramete
 
 
 def _revive(cls: Any, runtimes: Mapping[str, ParameterRuntime]) -> nn.Module:
-    """A module with adapted parameters and without a state yet, for copies and pickles."""
+    """Make a module with adapted parameters and without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
     adapt_parameters(shell, cls, runtimes)
     result: nn.Module = shell

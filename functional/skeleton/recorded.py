@@ -86,7 +86,7 @@ class Recorded:
             return True
 
     def restore(self) -> None:
-        """Make everything what it was."""
+        """Restore every object to its recorded state."""
         for x, cls in zip(self._instances, self._classes, strict=True):
             if type(x) is not cls:
                 object.__setattr__(x, "__class__", cls)
@@ -121,7 +121,7 @@ class Recorded:
         return [count + added[id(x)] for x, count in zip(self._objects, self.own, strict=True)]
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
-        """Containers that have changed, each with what was in it."""
+        """Yield containers that have changed, each with what was in it."""
         for container, saved in zip(self._full, self._saved, strict=True):
             if not _same(container, saved):
                 yield container, saved
@@ -131,7 +131,7 @@ class Recorded:
 
 
 def slots_of(x: Any) -> Iterator[str]:
-    """The attributes that an object has outside of its `__dict__`."""
+    """Yield the attributes that an object has outside of its `__dict__`."""
     for cls in type(x).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -185,7 +185,7 @@ def _refill(container: Any, saved: Any) -> None:
 
 
 def _referents(start: Any, known: dict[int, int]) -> Iterator[Any]:
-    """The known objects that a container leads to, each as often as it is referred to."""
+    """Yield the known objects that a container leads to, each as often as it is referred to."""
     seen: set[int] = set()
     stack = [start]
     while stack:

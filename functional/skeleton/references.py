@@ -26,8 +26,8 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
     watched = {id(module): name for name, module in model.named_modules() if name in parents or name in sites}
     done: set[Any] = set()
     for where, module in model.named_modules():
-        own = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
-        functions = [(function, False) for function in own]
+        instance_functions = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
+        functions = [(function, False) for function in instance_functions]
         for cls in type(module).__mro__:
             if cls in done or cls.__module__.startswith("torch."):
                 continue
@@ -36,16 +36,16 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
             functions += [(method, True) for method in methods if method is not None]
         for function, from_class in functions:
             for name, value in _named(function, from_class):
-                for found in (watched[id(one)] for one in _modules(value) if id(one) in watched):
+                for reached in (watched[id(target)] for target in _modules(value) if id(target) in watched):
                     raise ValueError(
-                        f"{found or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
+                        f"{reached or 'the model'}: {function.__qualname__} (used at {where or 'the root'}) "
                         f"reaches this module through the variable {name!r} instead of an attribute, so it would run "
                         "without its adapter; store it on the module that uses it, or do not target it"
                     )
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """The plain function behind a class attribute."""
+    """Return the plain function behind a class attribute."""
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, (staticmethod, classmethod)):
@@ -54,7 +54,7 @@ def _function(value: Any) -> types.FunctionType | None:
 
 
 def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str, Any]]:
-    """Variables from outside of a function. An instance's own functions have their closures rebuilt by the skeleton."""
+    """Yield variables from outside of a function. The skeleton rebuilds the closures of an instance's own functions."""
     codes = [function.__code__]
     while codes:
         code = codes.pop()
@@ -72,11 +72,11 @@ def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str
 
 
 def _reads(code: types.CodeType, name: str) -> bool:
-    """Whether code reads a global of this name, and not just an attribute."""
+    """Return whether code reads a global of this name, and not just an attribute."""
     return any(each.argval == name and each.opname == "LOAD_GLOBAL" for each in dis.get_instructions(code))
 
 
 def _modules(value: Any) -> list[nn.Module]:
-    """A module, or those in a plain container."""
+    """Return a module, or those in a plain container."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, _CONTAINERS) else (value,)
-    return [one for one in items if isinstance(one, nn.Module)]
+    return [item for item in items if isinstance(item, nn.Module)]

@@ -28,7 +28,7 @@ from .context import CallContext
 
 @dataclasses.dataclass(eq=False)
 class SiteRuntime:
-    """Everything an adapted module knows beyond its class."""
+    """The facts that an adapted module has beyond its class."""
 
     path: str
     context: CallContext
@@ -41,7 +41,7 @@ class SiteRuntime:
     def layer(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
     ) -> Any:
-        """The base under the active adapters, the first innermost; or a part of an attention's projection."""
+        """Return the base under the active adapters, the first innermost; or a part of an attention's projection."""
         base = self._base(next(iter(self.entries.values())).site, args, kwargs, part)
         return compose(base, self.entries, self.context.active(self.path), self.context.finder, part)
 
@@ -51,26 +51,27 @@ class SiteRuntime:
         return Base(self.inner, site, args, kwargs) if part is None else Projection(self.inner, site, part)
 
     def project(self, part: ProjectionSlice, x: Tensor) -> Tensor:
-        """A part of an attention's projection, under the adapters."""
+        """Call a part of an attention's projection, under the adapters."""
         self.look(x)
         result: Tensor = self.layer(part=part)(x)
         return result
 
     def look(self, x: Tensor) -> None:
-        """Show an input to whoever wants to see."""
+        """Call `see(path, x)` with an input, where the context has a `see`."""
         if self.context.see is not None:
             self.context.see(self.path, x)
 
     def reach(self) -> None:
-        """Note that a forward came by: it ran the module or read its weight."""
+        """Note that a forward reached the site: it ran the module or read its weight."""
         if self.context.reached is not None:
             self.context.reached.add(self.path)
 
     def dense(self, name: str) -> Tensor | None:
-        """The weight or bias that the module stores under a name, with the active adapters in, in the base's dtype."""
-        layer, own = self.layer(), getattr(self.inner, name)
-        if isinstance(layer, Base) or (own is not None and own.is_meta and resting(self.inner, name) is own):
-            result: Tensor | None = own  # without values there is nothing to adapt: who offloads weights asks for these
+        """Return the weight or bias stored under a name, with the active adapters in, in the base's dtype."""
+        layer, tensor = self.layer(), getattr(self.inner, name)
+        if isinstance(layer, Base) or (tensor is not None and tensor.is_meta and resting(self.inner, name) is tensor):
+            # Without values there is nothing to adapt: code that offloads weights reads these.
+            result: Tensor | None = tensor
             return result
         if _is_routed(layer):
             return self._without_value(getattr(self.inner, name))
@@ -79,7 +80,7 @@ class SiteRuntime:
         return None if value is None else value.to(site.like(self.inner).dtype)
 
     def changed(self) -> dict[str, Any]:
-        """The adapted weight and bias by the names that the module stores them under; nothing without an adapter."""
+        """Return the adapted weight and bias by the names that the module has for them; none without an adapter."""
         layer = self.layer()
         if isinstance(layer, Base):
             return {}
@@ -89,9 +90,9 @@ class SiteRuntime:
         dtype = site.like(self.inner).dtype
         return {name: value.to(dtype) for name, value in site.stored(*layer.dense()).items()}
 
-    def _without_value(self, own: Tensor | None) -> Tensor | None:
-        """What stands for a weight or bias where each row has its own."""
-        return None if own is None else stand_in(own, self.path)
+    def _without_value(self, tensor: Tensor | None) -> Tensor | None:
+        """Return a placeholder for a weight or bias where each row has its own."""
+        return None if tensor is None else stand_in(tensor, self.path)
 
 
 def _is_routed(layer: Any) -> bool:
@@ -103,7 +104,7 @@ def _is_routed(layer: Any) -> bool:
 
 
 class AdaptedForward:
-    """Placed in front of the class that `Site.kind` speaks of: its forward under the adapters."""
+    """A base class in front of the class that `Site.kind` speaks of: its forward under the adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         runtime: SiteRuntime = self.__dict__["_runtime"]
@@ -121,7 +122,7 @@ class AdaptedForward:
 
 
 class AdaptedModule:
-    """Mixed into the class of a targeted module: same attributes, adapted forward, adapted `weight` and `bias`.
+    """A base class of targeted modules: same attributes, adapted forward, adapted `weight` and `bias`.
 
     Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable. So does a
     subclass with a forward of its own, unless that calls the inherited forward, which is the factored one.
@@ -129,7 +130,7 @@ class AdaptedModule:
 
     def extra_repr(self) -> str:
         runtime: SiteRuntime = self.__dict__["_runtime"]
-        names = ", ".join(f"{name!r}: {entry.config.method.name}" for name, entry in runtime.entries.items())
+        names = ", ".join(f"{name!r}: {adapter.config.method.name}" for name, adapter in runtime.entries.items())
         described = super().extra_repr()  # type: ignore[misc]
         return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
 
@@ -152,7 +153,7 @@ class AdaptedModule:
 
 
 def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
-    """`cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
+    """Return `cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
     return _adapted_class(cls, plain, site.weight_names, site.bias_name, site.kind == "attention")
 
 
@@ -167,7 +168,7 @@ def _adapted_class(cls: Any, plain: Any, weights: tuple[str, ...], bias: str, at
 
 
 def _held(name: str, counts: bool) -> property:
-    """A weight or bias as parents see it; whoever reads a weight has reached the module."""
+    """Return a weight or bias as parents see it; whoever reads a weight has reached the module."""
 
     def get(self: Any) -> Tensor | None:
         runtime: SiteRuntime = self.__dict__["_runtime"]
@@ -183,7 +184,7 @@ def _held(name: str, counts: bool) -> property:
 
 @functools.lru_cache(maxsize=256)
 def inner_class(cls: Any, plain: Any) -> type[nn.Module]:
-    """`cls` with the forward of `plain`."""
+    """Return `cls` with the forward of `plain`."""
     result: type[nn.Module] = cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
     return result
 
@@ -193,7 +194,7 @@ def _subclass(cls: Any, bases: tuple[Any, ...], **members: Any) -> Any:
 
 
 def adapt(
-    shell: nn.Module, cls: Any, plain: Any, path: str, context: CallContext, entries: Mapping[str, SiteAdapter]
+    shell: nn.Module, cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]
 ) -> None:
     """Turn a bare copy of a module into an adapted one, in place.
 
@@ -206,26 +207,26 @@ def adapt(
         plain: The class among its bases whose forward the adapters go around.
         path: Path of the user's module.
         context: CallContext of the skeleton.
-        entries: Adapter entries by name.
+        adapters: Adapters by name, the innermost first.
     """
     inner = object.__new__(inner_class(cls, plain))
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
-    shell.__class__ = adapted_class(cls, plain, next(iter(entries.values())).site)
-    shell.__dict__["_runtime"] = SiteRuntime(path, context, entries, inner, argument, cls, plain)
+    shell.__class__ = adapted_class(cls, plain, next(iter(adapters.values())).site)
+    shell.__dict__["_runtime"] = SiteRuntime(path, context, adapters, inner, argument, cls, plain)
 
 
 def load_below(shell: Any) -> None:
     """Have accelerate's hooks of an adapted module load the base's tensors, whose names on it are the adapted ones."""
-    own, inner = vars(shell), vars(shell)["_runtime"].inner
-    forward = own.get("forward")
-    if "_hf_hook" in own and isinstance(forward, functools.partial):
-        own["forward"] = functools.partial(forward.func, inner)
+    attributes, inner = vars(shell), vars(shell)["_runtime"].inner
+    forward = attributes.get("forward")
+    if "_hf_hook" in attributes and isinstance(forward, functools.partial):
+        attributes["forward"] = functools.partial(forward.func, inner)
 
 
-def _revive(cls: Any, plain: Any, path: str, context: CallContext, entries: Mapping[str, SiteAdapter]) -> nn.Module:
-    """An adapted module without a state yet, for copies and pickles."""
+def _revive(cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]) -> nn.Module:
+    """Make an adapted module without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
-    adapt(shell, cls, plain, path, context, entries)
+    adapt(shell, cls, plain, path, context, adapters)
     result: nn.Module = shell
     return result

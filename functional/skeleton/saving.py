@@ -17,7 +17,7 @@ def write(path: str, destination: dict[str, Any], prefix: str, tensors: Mapping[
         path: The site's path.
         destination: The state dict.
         prefix: What the names of the module's tensors start with in it.
-        tensors: Adapted tensors by the module's names; what is no tensor stands for one of each row.
+        tensors: Adapted tensors by the module's names; `None` where each row has a tensor of its own.
         keep_vars: Whether they stay part of the autograd graph.
 
     Raises:

@@ -28,12 +28,12 @@ _STATE = "__composable_api_state_key"
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to a module itself."""
+    """Return whether `fully_shard` was applied to a module itself."""
     return hasattr(type(module), "_orig_cls_mro_index") and hasattr(type(module), "reshard")
 
 
 def plain_type(module: nn.Module) -> Any:
-    """A module's class, without what `fully_shard` put in front of it.
+    """Return a module's class, without what `fully_shard` put in front of it.
 
     >>> plain_type(nn.Linear(2, 2)).__name__
     'Linear'
@@ -43,32 +43,34 @@ def plain_type(module: nn.Module) -> Any:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, without what `fully_shard` keeps of its state among those of a unit."""
-    own = vars(module)
-    return {key: value for key, value in own.items() if not key.startswith(_STATE)} if is_unit(module) else own
+    """Return a module's attributes, without what `fully_shard` keeps of its state among those of a unit."""
+    attributes = vars(module)
+    if not is_unit(module):
+        return attributes
+    return {key: value for key, value in attributes.items() if not key.startswith(_STATE)}
 
 
 def hooks_of_unit(module: Any) -> dict[int, Any]:
-    """What takes the place of the hooks of a unit in a copy of it: hooks by the identity of the unit's own."""
+    """Return the hooks of a copy of a unit, by the identity of the unit's own hooks that they replace."""
     loading = module._load_state_dict_post_hooks.values()
-    found: dict[int, Any] = {
+    new_hooks: dict[int, Any] = {
         id(hook): _nothing for hook in loading if "FSDPParam." in getattr(hook, "__qualname__", "")
     }
     if not is_unit(module):
-        return found
+        return new_hooks
     state = module._get_fsdp_state()
     policy = Policy(state._mp_policy.param_dtype, state._mp_policy.output_dtype, state._mp_policy.cast_forward_inputs)
     for handle, hooks, new in (
         (state._pre_forward_hook_handle, module._forward_pre_hooks, Gather(policy)),
         (state._post_forward_hook_handle, module._forward_hooks, Release(policy)),
     ):
-        ids = {one.id for one in getattr(handle, "handles", (handle,))}
-        found |= {id(hook): new for key, hook in hooks.items() if key in ids}
-    return found
+        ids = {single.id for single in getattr(handle, "handles", (handle,))}
+        new_hooks |= {id(hook): new for key, hook in hooks.items() if key in ids}
+    return new_hooks
 
 
 def _nothing(*_: Any) -> None:
-    """What a copy does where `fully_shard` would look at the user's parameters after loading."""
+    """Do nothing where `fully_shard` would look at the user's parameters after loading."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Before a unit's forward: gather the parameters that it has."""
+    """A hook before a unit's forward: it gathers the parameters that the unit has."""
 
     policy: Policy
 
@@ -98,13 +100,13 @@ class Gather:
                 made[id(tensor)] = _cast(whole(tensor), self.policy.param_dtype)
             registry[name] = made[id(tensor)]
         if self.policy.cast_inputs:
-            args, kwargs = (_cast_all(one, self.policy.param_dtype) for one in (args, dict(kwargs)))
+            args, kwargs = (_cast_all(arguments, self.policy.param_dtype) for arguments in (args, dict(kwargs)))
         return args, kwargs
 
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """After a unit's forward: put its shards back."""
+    """A hook after a unit's forward: it puts the unit's shards back."""
 
     policy: Policy
 
@@ -124,12 +126,12 @@ def adopt_unit(new: nn.Module, unit: nn.Module) -> None:
 
 
 def is_gathering(module: nn.Module) -> bool:
-    """Whether a module of a copy gathers parameters for its forward."""
+    """Return whether a module of a copy gathers parameters for its forward."""
     return any(isinstance(hook, Gather) for hook in module._forward_pre_hooks.values())
 
 
 def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
-    """A unit and the modules within it that are in no other unit."""
+    """Yield a unit and the modules within it that are in no other unit."""
     yield unit
     for child in unit._modules.values():
         if child is not None and not is_gathering(child):

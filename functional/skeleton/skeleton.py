@@ -54,7 +54,7 @@ class Skeleton:
 
     Args:
         model: The user's model; only read.
-        entries: Adapter entries by name, for each targeted module or parameter.
+        adapters: Adapters by name, for each targeted module or parameter.
         paths: The path of each of these.
 
     Attributes:
@@ -74,12 +74,12 @@ class Skeleton:
     def __init__(
         self,
         model: nn.Module,
-        entries: Mapping[Key, Mapping[str, SiteAdapter]],
+        adapters: Mapping[Key, Mapping[str, SiteAdapter]],
         paths: Mapping[Key, str],
         context: CallContext | None = None,
     ):
         self.context = context or CallContext()
-        self._entries, self._paths = entries, paths
+        self._adapters, self._paths = adapters, paths
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._tensors = {id(tensor) for tensor in _tensors(model)}
         self._memo: dict[int, Any] = {}
@@ -113,7 +113,7 @@ class Skeleton:
         del self._memo, self._keep, self._plain
 
     def remember(self) -> None:
-        """Take everything in the skeleton as it is now for what a call begins with."""
+        """Record the skeleton as it is now: the state that a call begins with."""
         self.recorded = Recorded(self._copies)
 
     def end(self) -> list[int] | None:
@@ -127,12 +127,12 @@ class Skeleton:
         left = [(*place, _at(*place)) for key in self.filled for place in self.places[key]]
         self._put_back()
         changed = recorded.changed()
-        own = recorded.own_counts() if changed else recorded.own
-        if recorded.counts() != own:
+        counts = recorded.own_counts() if changed else recorded.own
+        if recorded.counts() != counts:
             for container, name, tensor in left:
                 if tensor is not None:
                     container[name] = tensor
-            return own
+            return counts
         self.filled = ()
         self.context.clear()
         if changed:
@@ -160,8 +160,8 @@ class Skeleton:
                 container[name] = copied
 
     def _volatile(self) -> dict[int, bool]:
-        """Tensors that a forward may write to, and whether it may do so in the modes that the modules are in now."""
-        found: dict[int, bool] = {}
+        """Find tensors that a forward may write to, and whether it may in the modes that the modules are in now."""
+        volatile: dict[int, bool] = {}
         for module, _ in self.modules:
             active = module.training or not isinstance(module, _NormBase)
             tensors = [*module._buffers.values(), *vars(module).values()]
@@ -169,8 +169,8 @@ class Skeleton:
                 tensors.append(module.weight)
             for tensor in tensors:
                 if isinstance(tensor, Tensor) and id(tensor) in self.places:
-                    found[id(tensor)] = found.get(id(tensor), False) or active
-        return found
+                    volatile[id(tensor)] = volatile.get(id(tensor), False) or active
+        return volatile
 
     # -- copying ---------------------------------------------------------------------------------------------
 
@@ -249,8 +249,8 @@ class Skeleton:
         new: nn.Module = self._remember(x, object.__new__(cls))
         self.modules.append((x, new))
         whole = (id(x), "")
-        if whole in self._entries:
-            adapt(new, cls, plain_class(x), self._paths[whole], self.context, self._entries[whole])
+        if whole in self._adapters:
+            adapt(new, cls, plain_class(x), self._paths[whole], self.context, self._adapters[whole])
         self._adapt_parameters(x, new)
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
         for key, value in attributes_of(x).items():
@@ -262,13 +262,13 @@ class Skeleton:
                 new.__dict__[key] = copy.copy(value)
             else:
                 self._put(new.__dict__, key, value)
-        if whole in self._entries:
+        if whole in self._adapters:
             load_below(new)
         self._where = where
         return new
 
     def _adapt_parameters(self, x: nn.Module, new: nn.Module) -> None:
-        keys = [key for name in x._parameters if (key := (id(x), name)) in self._entries]
+        keys = [key for name in x._parameters if (key := (id(x), name)) in self._adapters]
         if keys and next(offloading(x), None) is not None:
             raise ValueError(
                 f"{self._paths[keys[0]]}: is offloaded by a hook of accelerate, which no adapter of a parameter can "
@@ -277,7 +277,7 @@ class Skeleton:
         if keys:
             grouped = names_grouped(plain_type(x))
             runtimes = {
-                key[1]: ParameterRuntime(self._paths[key], key[1], self.context, self._entries[key], grouped)
+                key[1]: ParameterRuntime(self._paths[key], key[1], self.context, self._adapters[key], grouped)
                 for key in keys
             }
             adapt_parameters(new, plain_type(x), runtimes)
@@ -335,7 +335,7 @@ class Skeleton:
     # -- does an object lead to the model? --------------------------------------------------------------------
 
     def _holds(self, x: Any) -> bool:
-        """Whether a module or tensor of the model can be reached from `x`."""
+        """Return whether a module or tensor of the model can be reached from `x`."""
         seen: dict[int, Any] = {}
         stack = [x]
         while stack:
@@ -383,7 +383,7 @@ def _parts(x: Any) -> Iterator[Any]:
 
 
 def _target(proxy: Any) -> Any:
-    """What a weak proxy stands for: the owner of its methods."""
+    """Return what a weak proxy stands for: the owner of its methods."""
     return proxy.__repr__.__self__
 
 
@@ -401,7 +401,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _at(container: Any, key: Any) -> Any:
-    """What hangs at a place, if anything does."""
+    """Return what hangs at a place, if anything does."""
     try:
         return container[key]
     except LookupError:

@@ -20,7 +20,7 @@ from .skeleton import Place, Skeleton
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorSwap:
-    """One leaf's places in a skeleton.
+    """A leaf of a tree and its places in a skeleton.
 
     Attributes:
         adapter: Name of the adapter.
@@ -59,7 +59,7 @@ class TensorSwap:
 
 
 def tensor_swaps(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]) -> list[TensorSwap]:
-    """Where replaced tensors hang in a skeleton.
+    """Find where replaced tensors hang in a skeleton.
 
     Raises:
         ValueError: A tensor that the model no longer has, or has in another shape or another tie; one that is also
@@ -67,33 +67,33 @@ def tensor_swaps(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]
     """
     if not any(plans.values()):
         return []
-    parallel = not any(is_gathering(own) for _, own in skeleton.modules)
-    copy_of = {id(theirs): own for theirs, own in skeleton.modules}
+    parallel = not any(is_gathering(copied) for _, copied in skeleton.modules)
+    copy_of = {id(original): copied for original, copied in skeleton.modules}
     holders: dict[int, set[int]] = {}
     for module, _ in skeleton.modules:
         for held in module._parameters.values():
             holders.setdefault(id(held), set()).add(id(module))
-    found = []
+    swaps = []
     for adapter, plan in plans.items():
-        for path, leaf, one in each(plan):
+        for path, leaf, replacement in each(plan):
             owners: dict[int, tuple[nn.Module, str]] = {}
-            tensor = tensor_at(modules, one.names[0])
+            tensor = tensor_at(modules, replacement.names[0])
             key = id(tensor)
-            for name in one.names:
+            for name in replacement.names:
                 owner, _, tensor_name = name.rpartition(".")
-                _check_same(modules, name, one, key)
+                _check_same(modules, name, replacement, key)
                 _check_resting(modules[owner], name)
                 owners[id(modules[owner])] = modules[owner], tensor_name
             if any(owner not in copy_of for owner in owners) or key not in skeleton.places or key in skeleton.frozen:
                 raise ValueError(
-                    f"{one.names[0]}: the model keeps this tensor in a tuple or in a scripted module, where it cannot "
-                    "be replaced; keep it in a module or in a list"
+                    f"{replacement.names[0]}: the model keeps this tensor in a tuple or in a scripted module, where it "
+                    "cannot be replaced; keep it in a module or in a list"
                 )
             others = {id(copy_of[other]._parameters) for other in holders[key] - owners.keys()}
             places = [place for place in skeleton.places[key] if id(place[0]) not in others]
-            index = None if one.rows is None else torch.tensor(one.rows, device=tensor.device)
-            found.append(TensorSwap(adapter, path, leaf, key, places, index, parallel))
-    return found
+            index = None if replacement.rows is None else torch.tensor(replacement.rows, device=tensor.device)
+            swaps.append(TensorSwap(adapter, path, leaf, key, places, index, parallel))
+    return swaps
 
 
 def _check_resting(module: nn.Module, name: str) -> None:
@@ -105,39 +105,39 @@ def _check_resting(module: nn.Module, name: str) -> None:
         )
 
 
-def _check_same(modules: Modules, name: str, one: Replaced, key: int) -> None:
+def _check_same(modules: Modules, name: str, replacement: Replaced, key: int) -> None:
     tensor = tensor_at(modules, name)
-    shape = tuple(tensor.shape) if one.rows is None else (len(one.rows), *tensor.shape[1:])
-    if shape != one.shape or (one.rows and max(one.rows) >= tensor.shape[0]):
+    shape = tuple(tensor.shape) if replacement.rows is None else (len(replacement.rows), *tensor.shape[1:])
+    if shape != replacement.shape or (replacement.rows and max(replacement.rows) >= tensor.shape[0]):
         raise ValueError(
             f"{name}: was replaced after bind by a tensor of shape {tuple(tensor.shape)}, which parameters of shape "
-            f"{one.shape} do not fit; bind the model again"
+            f"{replacement.shape} do not fit; bind the model again"
         )
     if id(tensor) != key:
         raise ValueError(
-            f"{name}: was one tensor with {one.names[0]} at bind and is not any more; bind the model again"
+            f"{name}: was one tensor with {replacement.names[0]} at bind and is not any more; bind the model again"
         )
 
 
 def swap_tensors(skeleton: Skeleton, trees: Mapping[str, Any]) -> list[int]:
-    """Put the leaves of the active trees into their skeleton; returns which tensors were replaced, by identity.
+    """Put the leaves of the active trees into their skeleton; return the tensors that were replaced, by identity.
 
-    Where each row has its own, the owner of the tensor runs with them (`units`), and nobody else can use it.
+    Where each row has its own, the owner of the tensor runs with them (`routing.owners`), and nothing else can use it.
     """
-    active = [one for one in skeleton.swaps if one.adapter in trees]
+    active = [swap for swap in skeleton.swaps if swap.adapter in trees]
     if not active:
         return []
     skeleton.context.kept = kept = {}
-    for one in active:
-        tree = trees[one.adapter]
-        leaf = (tree if type(tree) is dict else tree.tree)[one.path][one.leaf]
+    for swap in active:
+        tree = trees[swap.adapter]
+        leaf = (tree if type(tree) is dict else tree.tree)[swap.path][swap.leaf]
         if leaf.is_meta:
-            check_leaves(one.path, {one.leaf: leaf}, one.places[0][0][one.places[0][1]])
+            check_leaves(swap.path, {swap.leaf: leaf}, swap.places[0][0][swap.places[0][1]])
         if not is_per_row(tree):
-            one.put(leaf)
-    for one in active:
-        if is_per_row(trees[one.adapter]) and one.key not in kept:
-            container, name = one.places[0]
-            kept[one.key] = current = container[name]
-            one.hide(stand_in(current, one.path))
-    return [one.key for one in active]
+            swap.put(leaf)
+    for swap in active:
+        if is_per_row(trees[swap.adapter]) and swap.key not in kept:
+            container, name = swap.places[0]
+            kept[swap.key] = current = container[name]
+            swap.hide(stand_in(current, swap.path))
+    return [swap.key for swap in active]

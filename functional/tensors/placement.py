@@ -17,7 +17,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is spread over the processes of a mesh.
+    """Return whether a tensor is spread over the processes of a mesh.
 
     >>> is_sharded(torch.zeros(2))
     False
@@ -26,7 +26,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def whole(tensor: Any) -> Any:
-    """A tensor in one piece, gathered from all processes where it is sharded; differentiable.
+    """Return a tensor in one piece, gathered from all processes where it is sharded; differentiable.
 
     >>> whole(torch.ones(1))
     tensor([1.])
@@ -35,19 +35,19 @@ def whole(tensor: Any) -> Any:
 
 
 def replicated(value: Tensor, mesh: Any) -> Any:
-    """A tensor that every process of a mesh has in one piece, as a `DTensor`; differentiable."""
+    """Return a tensor that every process of a mesh has in one piece as a `DTensor`; differentiable."""
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def spread(value: Tensor, mesh: Any, placements: Any) -> Any:
-    """A tensor that every process has in one piece as a sharded one; differentiable, without communication."""
+    """Return a tensor that every process has in one piece as a sharded one; differentiable, without communication."""
     return replicated(value, mesh).redistribute(placements=placements)
 
 
 def agreed(value: Tensor, like: Tensor) -> Tensor:
-    """What each process has drawn for a model whose tensors are sharded like `like`: the first one's.
+    """Return what the first process has drawn, for a model whose tensors are sharded like `like`.
 
     >>> agreed(torch.ones(1), torch.zeros(1))
     tensor([1.])
@@ -63,7 +63,7 @@ def agreed(value: Tensor, like: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has, in the tensor's own memory.
+    """Return the part of a tensor that this process has, in the tensor's own memory.
 
     >>> local_part(torch.ones(1, requires_grad=True))
     tensor([1.])
@@ -98,31 +98,31 @@ def write(tensor: Tensor, value: Tensor) -> None:
 
 
 def offloading(module: Any) -> Iterator[Any]:
-    """The hooks of accelerate that keep a module's weights elsewhere between its calls."""
+    """Yield the hooks of accelerate that keep a module's weights elsewhere between its calls."""
     hook = vars(module).get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
-            yield one
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
+            yield part
 
 
 def copied_hooks(module: Any) -> dict[int, Any]:
-    """Copies of these hooks for a copy of their module, by identity: each keeps what it knows of a call to itself."""
+    """Copy these hooks for a copy of their module, by identity: each keeps what it knows of a call to itself."""
     hook = vars(module).get("_hf_hook")
     parts = getattr(hook, "hooks", (hook,))
-    if not all(hasattr(one, "weights_map") for one in parts):
+    if not all(hasattr(part, "weights_map") for part in parts):
         return {}
-    made = {id(one): copy.copy(one) for one in parts}
-    for one in made.values():
-        if one.tied_params_map is not None:
-            one.tied_params_map = {key: dict(held) for key, held in one.tied_params_map.items()}
+    made = {id(part): copy.copy(part) for part in parts}
+    for copied in made.values():
+        if copied.tied_params_map is not None:
+            copied.tied_params_map = {key: dict(held) for key, held in copied.tied_params_map.items()}
     if hook is not None and id(hook) not in made:
         made[id(hook)] = copy.copy(hook)
-        made[id(hook)].hooks = tuple(made[id(one)] for one in parts)
+        made[id(hook)].hooks = tuple(made[id(part)] for part in parts)
     return made
 
 
 def resting(module: Any, name: str) -> Any:
-    """A module's tensor of this name with its values: where it is offloaded, the values that its hook would load.
+    """Return a module's tensor of this name with its values; of an offloaded one those that its hook would load.
 
     >>> resting(torch.nn.Linear(2, 1), "bias").shape
     torch.Size([1])
@@ -136,7 +136,7 @@ def resting(module: Any, name: str) -> Any:
 
 
 def store(module: Any, name: str, value: Tensor) -> None:
-    """Have an offloaded tensor be another one; what is offloaded to a disk rests in memory from then on.
+    """Replace an offloaded tensor; what is offloaded to a disk rests in memory from then on.
 
     Raises:
         ValueError: A tensor that is not offloaded, or in a way that is not accelerate's.

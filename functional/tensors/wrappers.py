@@ -20,7 +20,7 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def child_of_wrapper(module: nn.Module) -> str | None:
-    """The name under which a wrapper holds what it wraps; `None` for a module that is no wrapper.
+    """Return the name under which a wrapper holds what it wraps; `None` for a module that is no wrapper.
 
     >>> child_of_wrapper(nn.DataParallel(nn.Linear(2, 2))), child_of_wrapper(nn.Linear(2, 2))
     ('module', None)
@@ -32,7 +32,7 @@ def child_of_wrapper(module: nn.Module) -> str | None:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module within all wrappers around it; what is no module is returned as it is.
+    """Return the module within all wrappers around it; what is no module is returned as it is.
 
     >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
@@ -43,7 +43,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def submodule(model: nn.Module, path: str) -> Any:
-    """The module of a name that does not speak of wrappers.
+    """Return the module of a name that does not speak of wrappers.
 
     Raises:
         AttributeError: There is none.
@@ -58,7 +58,7 @@ def submodule(model: nn.Module, path: str) -> Any:
 
 
 def without_parallel(model: Any) -> Any:
-    """The module within `DistributedDataParallel` or `DataParallel`, whose forwards do more than run it.
+    """Return the module within `DistributedDataParallel` or `DataParallel`, whose forwards do more than run it.
 
     >>> without_parallel(nn.DataParallel(nn.ReLU()))
     ReLU()
@@ -69,7 +69,7 @@ def without_parallel(model: Any) -> Any:
 
 
 def bare_name(name: str) -> str:
-    """The name of a module or a tensor without those of the wrappers on the way to it.
+    """Return the name of a module or a tensor without those of the wrappers on the way to it.
 
     >>> bare_name("layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
@@ -80,7 +80,7 @@ def bare_name(name: str) -> str:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by all their names, those within a wrapper in its place.
+    """Return a model's modules by all their names, those within a wrapper in its place.
 
     >>> list(modules_of(nn.Sequential(nn.Linear(2, 2))))
     ['', '0']
@@ -89,7 +89,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """A model's state dict, with the values of what is offloaded.
+    """Return a model's state dict, with the values of what is offloaded.
 
     >>> list(state_of(nn.Linear(2, 1)))
     ['weight', 'bias']
@@ -109,11 +109,11 @@ def check_flat(path: str, module: nn.Module) -> None:
     Raises:
         TypeError: A module of FSDP1; says what to do.
     """
-    own = module._parameters
+    parameters = module._parameters
     if (
         "_fsdp_wrapped_module" in module._modules
-        or "_flat_param" in own
-        or any(getattr(p, "_fsdp_flattened", False) for p in own.values())
+        or "_flat_param" in parameters
+        or any(getattr(p, "_fsdp_flattened", False) for p in parameters.values())
     ):
         raise TypeError(
             f"{path}: its parameters are parts of a flat one of FullyShardedDataParallel, which no copy can gather. "
