@@ -33,6 +33,7 @@ from .sites.kernels import has_rows as has_rows
 from .sites.kinds import describe as describe
 from .sites.kinds import is_linear as is_linear
 from .sites.kinds import plain_class as plain_class
+from .sites.kinds import register_by_name as register_by_name
 from .sites.parameters import Key as Key
 from .sites.site import PARAMETERS as PARAMETERS
 from .sites.site import Dense as Dense

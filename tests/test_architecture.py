@@ -32,8 +32,8 @@ OPTIONAL = {"adapters/calibration/progress.py": {"tqdm"}}
 ORDER = {
     "adapters": """
         files/disk: folder strict_json headers config_file
-        config: peft_format messages patterns fields matching peft_type target_parameters experts architectures ties
-            targets tokens replaced base token_fields replication keys
+        config: layers peft_format messages patterns fields matching peft_type target_parameters experts architectures
+            ties targets tokens replaced base token_fields replication keys
         calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         methods/shared: called fused low_rank scalings
         methods: *

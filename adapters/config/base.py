@@ -14,6 +14,7 @@ from torchgraft.functional import Method
 from torchgraft.functional.extending import modules_of
 
 from ..files.disk.config_file import about, read_fields, write_fields
+from . import layers  # noqa: F401 - what any config may target
 from .architectures import with_targets
 from .fields import check_fields
 from .messages import require

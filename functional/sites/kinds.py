@@ -125,8 +125,22 @@ def register_layer(
     _DESCRIBE[cls] = new
 
 
+def register_by_name(module: str, name: str, describe: Describe, *, plain: bool = False) -> None:
+    """Let modules of a class carry adapters that another library defines, without importing it.
+
+    Args:
+        module: The name of the Python module that defines the class.
+        name: The name of the class.
+        describe: `(path, module) -> Site`.
+        plain: Whether its forward is `F.linear` of its canonical weight and its bias, and nothing else.
+    """
+    _BY_NAME[module, name] = describe
+    if plain:
+        _PLAIN.add((module, f"{name}.forward"))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module's forward is that of `nn.Linear` or `Conv1D` itself.
+    """Return whether a module's forward is that of `nn.Linear` itself, or of a layer that is as plain.
 
     >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
     (True, False)
@@ -138,14 +152,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 @functools.lru_cache(maxsize=256)
 def _has_plain_forward(cls: Any) -> bool:
     forward = cls.forward
-    return forward is nn.Linear.forward or (
-        forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward"
-    )
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Return whether a module is `transformers`' `Conv1D`, a linear map stored `"in out"`, without importing it."""
-    return any(_known(cls) is _conv1d_of_transformers for cls in type(module).__mro__)
+    return forward is nn.Linear.forward or (forward.__module__, forward.__qualname__) in _PLAIN
 
 
 # -- torch's own, and those known by name ---------------------------------------------------------------------------
@@ -153,13 +160,6 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 def _linear(path: str, module: nn.Linear) -> Site:
     return Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
-
-
-def _conv1d_of_transformers(path: str, module: Any) -> Site:
-    weight: Any = module._parameters.get("weight")
-    flat = weight is None or weight.ndim != 2  # what FullyShardedDataParallel makes of it between calls
-    rows, columns = (module.nx, module.nf) if flat else weight.shape
-    return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
 
 
 def _packed_linear(path: str, module: Any) -> Site:
@@ -250,8 +250,10 @@ _DESCRIBE: dict[type, Describe] = {
 }
 
 
+_PLAIN: set[tuple[str, str]] = set()
+"""Forwards that are plain linear maps, by the names of their Python module and of themselves."""
+
 _BY_NAME: dict[tuple[str, str], Describe] = {
-    ("transformers.pytorch_utils", "Conv1D"): _conv1d_of_transformers,
     ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"): _packed_linear,
 }
 

@@ -1,0 +1,19 @@
+"""Layers of other libraries that carry adapters, known by name so that nothing is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchgraft.functional import Site
+from torchgraft.functional.extending import register_by_name
+
+
+def _conv1d(path: str, module: Any) -> Site:
+    """Describe `transformers`' `Conv1D`, a linear map that stores `"in out"`."""
+    weight: Any = module._parameters.get("weight")
+    flat = weight is None or weight.ndim != 2  # what FullyShardedDataParallel makes of it between calls
+    rows, columns = (module.nx, module.nf) if flat else weight.shape
+    return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
+
+
+register_by_name("transformers.pytorch_utils", "Conv1D", _conv1d, plain=True)
