@@ -8,14 +8,15 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
 from torchgraft import adapters
+from torchgraft.adapters.config.base import config_types
 from torchgraft.functional import bind, route, stack
 
-from .models import FIELDS, KINDS, SIZES, X, both, configs, inputs, net, peft_state, randomise
+from .models import KINDS, SIZES, X, both, configs, inputs, net, peft_state, randomise
 
 CASES = [("LORA", kind, {}) for kind in KINDS]
 CASES += [("LORA", kind, {"use_dora": True}) for kind in ("linear", "embedding", "conv2d")]
 CASES += [("LORA", "linear", {"lora_bias": True}), ("LORA", "linear", {"init_lora_weights": "olora"})]
-CASES += [(method, "linear", {}) for method in FIELDS if method != "LORA"]
+CASES += [(method, "linear", {}) for method in SIZES if method != "LORA"]
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .default.. 2 LoRA tensor")
 cases = pytest.mark.parametrize(("method", "kind", "fields"), CASES, ids=lambda x: str(x))
 
@@ -109,4 +110,4 @@ def test_attention_under_autocast_is_pefts_formula_applied_once():
 
 
 def test_every_kind_is_tried():
-    assert set(X) < set(KINDS) and set(SIZES) == set(FIELDS)
+    assert set(X) < set(KINDS) and set(SIZES) == set(config_types())
