@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := $(wildcard functional adapters examples benchmarks tests)
+SOURCES := $(wildcard torchgraft functional adapters examples benchmarks tests)
 SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
@@ -48,7 +48,7 @@ test-full: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy --strict -p torchgraft.functional -p torchgraft.adapters
+	$(BIN)/mypy --strict -p torchgraft
 	$(BIN)/mypy $(SCRIPTS)
 
 format: $(VENV)/.test
@@ -72,6 +72,7 @@ $(VENV)/.demo $(VENV)/.bench $(VENV)/.test: $(VENV)/.%: pyproject.toml constrain
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) --editable '.[$*]'
 	mkdir -p $(VENV)/types/torchgraft
+	ln -sfn ../../../torchgraft/__init__.py $(VENV)/types/torchgraft/__init__.py
 	ln -sfn ../../../functional $(VENV)/types/torchgraft/functional
 	ln -sfn ../../../adapters $(VENV)/types/torchgraft/adapters
 	touch $@

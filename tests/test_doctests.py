@@ -6,7 +6,7 @@ import pkgutil
 
 import pytest
 
-PACKAGES = ("torchgraft.functional", "torchgraft.adapters")
+PACKAGES = ("torchgraft", "torchgraft.functional", "torchgraft.adapters")
 
 
 def modules() -> list[str]:

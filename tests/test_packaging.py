@@ -19,10 +19,12 @@ import torchgraft.functional
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("functional", "adapters")
+FOLDERS = ("functional", "adapters", "torchgraft")
 VERSION = torchgraft.functional.__version__
 PROGRAM = """
 import importlib.metadata
+import torchgraft as tg
+assert tg.bind is tg.functional.bind and tg.LoraConfig is tg.adapters.LoraConfig
 import torchgraft.adapters, torchgraft.functional
 print(torchgraft.adapters.__file__)
 print(torchgraft.functional.__file__)
@@ -61,7 +63,7 @@ def test_wheel_has_the_packages_and_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(dist / f"torchgraft-{VERSION}-py3-none-any.whl") as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = sources() | {f"{folder}/py.typed" for folder in FOLDERS}
-    assert names == {f"torchgraft/{name}" for name in expected}
+    assert names == {f"torchgraft/{name}".replace("torchgraft/torchgraft/", "torchgraft/") for name in expected}
 
 
 def test_wheel_metadata(dist: Path) -> None:
