@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ from .pool import Pool
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """What rounding may change of a number, of a model that computes in half precision."""
 
+
+_NUMBERS = 8
+"""Different numbers among the arguments of a kind that are looked at, before what all have shown holds for others."""
 
 BaseTensors = Mapping[str, Tensor]
 
@@ -163,6 +166,7 @@ def finder_of(
     if not may_look(inputs, base, active):
         return Finder(_known(bound, key))
     exact = (*key, torch.is_grad_enabled(), kind_of(inputs))
+    alike = (*key[:-1], torch.is_grad_enabled(), kind_of(inputs, numbers=False))
 
     def again() -> Record:
         for name, tree in active.items():
@@ -173,17 +177,29 @@ def finder_of(
             trial = ModelTrial(bound, pool, active, base, entered)
             record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
         pool.seen[exact] = record
+        pool.alike.setdefault(alike, {})[exact] = record
         if not record.equal:
             pool.known[key] = _common(pool.known.get(key), record)
         return record
 
-    known = None if any(stack.check_all for stack in stacks) else pool.seen.get(exact)
+    known = pool.seen.get(exact) or _of_any_number(pool.alike.get(alike, {}).values())
+    if any(stack.check_all for stack in stacks):
+        known = None
     if known is not None and known.equal and not have_equal_rows(inputs, known.equal):
         known = None
     paths = {path for stack in stacks for path in stack.tree}
     if known is not None:
         return Finder(known, length_of(inputs, size), again, paths)
     return Finder(again(), length_of(inputs, size), None, paths)
+
+
+def _of_any_number(records: Collection[Record]) -> Record | None:
+    """Return what many kinds have found alike that differ in the numbers among their arguments."""
+    if len(records) < _NUMBERS:
+        return None
+    first, *others = records
+    alike = all(record.places == first.places and not record.equal for record in (first, *others))
+    return first if alike else None
 
 
 def remember(

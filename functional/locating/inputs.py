@@ -39,24 +39,31 @@ class Reading:
 _DEPTH = 6
 
 
-def kind_of(x: Any, inside: bool = True) -> Any:
-    """Return what may decide which way a model takes: types, numbers of axes, flags, whether a cache is filled.
+def kind_of(x: Any, inside: bool = True, numbers: bool = True) -> Any:
+    """Return what may decide which way a model takes: types, axes, flags, numbers, whether a cache is filled.
 
     Args:
         x: Arguments.
-        inside: Whether to look into objects; not under `torch.compile`.
+        inside: Whether to look into objects and single values on the CPU; not under `torch.compile`.
+        numbers: Whether numbers count; else their types do.
 
-    >>> kind_of({"x": torch.ones(2, 3), "flag": True})
-    (<class 'dict'>, (('x', (2, True)), ('flag', True)))
+    >>> kind_of({"x": torch.ones(2, 3), "flag": True, "k": 2})
+    (<class 'dict'>, (('x', (2, True)), ('flag', True), ('k', ('int', 2))))
     """
     if isinstance(x, Tensor):
-        return x.ndim, x.is_floating_point()
+        value = inside and numbers and x.ndim == 0 and x.device.type == "cpu" and not x.is_nested
+        return (x.ndim, x.is_floating_point(), *([unwrapped(x).item()] if value else []))
     if x is None or isinstance(x, (bool, str)):
         return x
+    if isinstance(x, int):
+        return ("int", int(x)) if numbers else "int"
+    if isinstance(x, float):
+        return ("float", float(x)) if numbers else "float"
     if isinstance(x, Mapping):
-        return type(x), tuple((key, kind_of(value, inside)) for key, value in x.items() if value is not None)
+        items = ((key, value) for key, value in x.items() if value is not None)
+        return type(x), tuple((key, kind_of(value, inside, numbers)) for key, value in items)
     if isinstance(x, (list, tuple)):
-        return type(x), tuple(kind_of(value, inside) for value in x)
+        return type(x), tuple(kind_of(value, inside, numbers) for value in x)
     if not inside:
         return type(x)
     return type(x), next(_inside(x), None) is not None
@@ -72,6 +79,29 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (list, tuple)):
         for value in x:
             yield from tensors_in(value)
+
+
+def every_tensor(x: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Yield the tensors of nested arguments, also those inside of objects, as often as they are there.
+
+    >>> import types
+    >>> [len(t) for t in every_tensor([torch.ones(2), types.SimpleNamespace(lengths=torch.ones(3))])]
+    [2, 3]
+    """
+    if isinstance(x, Tensor):
+        yield x
+    elif depth and not (x is None or callable(x) or isinstance(x, (str, bytes, int, float, complex))):
+        if isinstance(x, Mapping):
+            parts = list(x.values())
+        elif isinstance(x, (list, tuple)):
+            parts = list(x)
+        else:
+            slots = (
+                [getattr(x, field.name, None) for field in dataclasses.fields(x)] if dataclasses.is_dataclass(x) else []
+            )
+            parts = list(getattr(x, "__dict__", {}).values()) or slots
+        for part in parts:
+            yield from every_tensor(part, depth - 1)
 
 
 def lists_in(x: Any) -> Iterator[Sequence[Tensor]]:
@@ -174,7 +204,7 @@ class Sample:
     def equal(self) -> tuple[tuple[int, int], ...]:
         """Find the tensors of the inputs that are the same in all picked rows: their places, and their axes of rows."""
         places = []
-        for i, x in enumerate(tensors_in(self.inputs)):
+        for i, x in enumerate(every_tensor(self.inputs)):
             axis = self.reading.axis(x)
             if axis is not None and x.numel() and _are_equal(self.rows_of(unwrapped(x), axis)):
                 places.append((i, axis))
@@ -297,8 +327,14 @@ def have_equal_rows(inputs: Inputs, places: Iterable[tuple[int, int]]) -> bool:
     >>> have_equal_rows(((torch.ones(3), torch.arange(3)), {}), [(0, 0)])
     True
     """
-    given = list(tensors_in(inputs))
-    return all(bool((x == x.narrow(axis, 0, 1)).all()) for x, axis in ((unwrapped(given[i]), k) for i, k in places))
+    given = list(every_tensor(inputs))
+    for i, axis in places:
+        if i >= len(given) or given[i].ndim <= axis or not given[i].numel():
+            return False
+        x = unwrapped(given[i])
+        if not bool((x == x.narrow(axis, 0, 1)).all()):
+            return False
+    return True
 
 
 def choose_rows(inputs: Inputs, axis: Axis, size: int) -> list[tuple[int, int]]:
