@@ -94,12 +94,14 @@ class Pool:
         watch: Notices that the model has changed.
         seen: Where rows are, by kind of routed call.
         alike: The same for kinds that differ in numbers alone.
+        given: Where they are in samples of the user's own, whatever numbers are among the arguments.
         known: The same by what can be told of a kind under `torch.compile`.
     """
 
     def __init__(self, build: Callable[..., Skeleton]):
         self.seen: dict[Any, Record] = {}
         self.alike: dict[Any, dict[Any, Record]] = {}
+        self.given: dict[Any, Record] = {}
         self.known: dict[Any, Record] = {}
         self._build = build
         self.traced = self._make(TracedContext())

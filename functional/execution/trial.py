@@ -164,7 +164,7 @@ def finder_of(
     inputs: Inputs = args, dict(kwargs)
     key = _kind(active, declared, inputs, entered)
     if not may_look(inputs, base, active):
-        return Finder(_known(bound, key))
+        return Finder(_known(bound, key) or _known(bound, (*key[:-1], kind_of(inputs, inside=False, numbers=False))))
     exact = (*key, torch.is_grad_enabled(), kind_of(inputs))
     alike = (*key[:-1], torch.is_grad_enabled(), kind_of(inputs, numbers=False))
 
@@ -182,7 +182,7 @@ def finder_of(
             pool.known[key] = _common(pool.known.get(key), record)
         return record
 
-    known = pool.seen.get(exact) or _of_any_number(pool.alike.get(alike, {}).values())
+    known = pool.seen.get(exact) or pool.given.get(alike) or _of_any_number(pool.alike.get(alike, {}).values())
     if any(stack.check_all for stack in stacks):
         known = None
     if known is not None and known.equal and not have_equal_rows(inputs, known.equal):
@@ -222,6 +222,10 @@ def remember(
         pool.known[key] = _common(pool.known.get(key), record)
     for mode in (False, True):
         pool.seen[(*key, mode, kind_of(inputs))] = record
+        if rearranged is not None:  # its numbers are the sizes of its rows
+            pool.given[(*key[:-1], mode, kind_of(inputs, numbers=False))] = record
+    if rearranged is not None:
+        pool.known[(*key[:-1], kind_of(inputs, inside=False, numbers=False))] = record
 
 
 def _like(bound: BoundModel, name: str) -> Tree:
