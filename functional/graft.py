@@ -36,6 +36,11 @@ class Graft:
     """
 
     def __init__(self, model: nn.Module, binding: Binding, *, allow_unreached: bool = False):
+        if not isinstance(binding, Binding):
+            raise TypeError(
+                f"Graft: binding is of type {type(binding).__name__}, expected a Binding; bind(model, config) makes a "
+                "graft of a config"
+            )
         self.binding = binding.on(model)
         self.bound = BoundModel(self.binding, allow_unreached)
 

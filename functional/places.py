@@ -28,10 +28,22 @@ class Places:
             index: The place.
             other: Places of which the first holds the adapter, as `graft.places([config])`.
 
+        Raises:
+            IndexError: There is no such place.
+            ValueError: Places of another graft.
+
         >>> places = Places({"0": {"scaling": torch.ones(3)}}, {"0": torch.ones(3, dtype=torch.bool)})
         >>> places.put(1, Places({"0": {"scaling": torch.tensor([2.0])}}, {"0": torch.tensor([False])})).present["0"]
         tensor([ True, False,  True])
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"put: index is {index}, and the stack has places 0 to {len(self) - 1}")
+        for path, own in self.constants.items():
+            if path not in other.constants or other.constants[path].keys() != own.keys():
+                raise ValueError(
+                    f"put: the other places have no {', '.join(own) or 'site'} at {path!r}; make them with "
+                    "places([...]) of the same graft"
+                )
         at = torch.tensor([index])
         constants = {
             path: {

@@ -157,7 +157,7 @@ class Binding:
             KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
         """
         if not self.named:
-            _check(params, self.shapes[""], "params")
+            self._check(params, "", "params")
             return {"": params}
         if hasattr(params, "named") and isinstance(params.tree, dict):
             params = {name: params.named(name) for name in params.tree}
@@ -168,7 +168,7 @@ class Binding:
         for name, tree in params.items():
             if name not in self.configs:
                 raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
-            _check(tree, self.shapes[name], f"params[{name!r}]")
+            self._check(tree, name, f"params[{name!r}]")
         for first, second, name in self.conflicts:
             if first in params and second in params:
                 raise ValueError(
@@ -176,6 +176,18 @@ class Binding:
                     "one of them out of the call"
                 )
         return {name: params[name] for name in self.configs if name in params}
+
+    def _check(self, tree: Any, name: str, what: str) -> None:
+        """Refuse a tree, or what stands for one, that does not fit an adapter."""
+        if self.members is None and getattr(tree, "places", None) is not None:
+            raise ValueError(
+                "route: places are given, and this graft was bound with one config for all adapters of a stack; bind "
+                "it with one for each: bind(model, [config, ...])"
+            )
+        if hasattr(tree, "check"):
+            tree.check(self.shapes[name], what)
+        else:
+            trees.check(tree, self.shapes[name], what)
 
     def adapters(self, name: str) -> dict[str, SiteAdapter]:
         """Return one adapter's part at each of its sites, with constants on the devices where the model is now.
@@ -226,10 +238,3 @@ def _to(constants: Constants, device: torch.device, moved: dict[tuple[int, torch
             tensor = moved.setdefault((id(tensor), device), tensor.to(device))
             out[key] = PerAdapter(tensor) if isinstance(value, PerAdapter) else tensor
     return constants.replace(out)
-
-
-def _check(tree: Any, shapes: Shapes, what: str) -> None:
-    if hasattr(tree, "check"):
-        tree.check(shapes, what)
-    else:
-        trees.check(tree, shapes, what)

@@ -174,7 +174,12 @@ class StackedBinding(Binding):
 
     def places(self, configs: Sequence[Config | None] | None = None) -> Places:
         """Plan the constants and sites of each place of a stack, as `StackedGraft.places` does."""
-        given = self.members if configs is None else configs
+        given = self.members if configs is None else list(configs)
+        if not given:
+            raise ValueError("places: got no configs; give one for each place, None for an empty one")
+        for i, config in enumerate(given):
+            if config is not None and not hasattr(config, "method"):
+                raise TypeError(f"places: configs[{i}] is of type {type(config).__name__}, expected a config or None")
         check_configs([self.members[0], *(config for config in given if config is not None)])
         modules = modules_of(self.model)
         plans: list[Mapping[str, Site]] = [{} for _ in given]

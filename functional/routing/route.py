@@ -158,6 +158,8 @@ def route(
     if leaf is None or leaf.ndim == 0 or len(leaf) == 0:
         raise ValueError("route: the stacked tree has no leaves with a leading axis; make it with stack([tree, ...])")
     declared = _declared(batch_dim, mixed)
+    if places is not None and not isinstance(places, Places):
+        raise TypeError(f"route: places is of type {type(places).__name__}, expected what graft.places() returns")
     if rows is None:
         return Routed(stacked, Rows(None, len(leaf)), members, declared, check, None, places)
     if not isinstance(rows, Tensor):

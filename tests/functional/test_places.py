@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchgraft.adapters import IA3Config, LoraConfig, VeraConfig
-from torchgraft.functional import bind, route, stack
+from torchgraft.functional import Graft, bind, route, stack
 
 
 class Model(nn.Module):
@@ -136,3 +136,37 @@ def test_constants_that_are_tensors_are_in_places_too():
     many, places = stack([graft.pad(first), graft.pad(second)]), graft.places([config, other])
     out = graft(route(many, torch.tensor([1, 0, 1, 0, 1]), places=places), X)
     torch.testing.assert_close(out, torch.stack([z[0], y[1], z[2], y[3], z[4]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda g: g.places().put(2, g.places([lora()])),
+            IndexError,
+            "put: index is 2, and the stack has places 0 to 1",
+        ),
+        (lambda g: g.places().put(-1, g.places([lora()])), IndexError, "put: index is -1"),
+        (
+            lambda g: g.places().put(0, bind(Model(), [lora(targets=["first"])]).places()),
+            ValueError,
+            "'second'.*same graft",
+        ),
+        (lambda g: g.places([]), ValueError, "places: got no configs"),
+        (lambda g: g.places(["lora"]), TypeError, r"places: configs\[0\] is of type str"),
+        (lambda g: route(g.init(), ROWS, places={}), TypeError, "route: places is of type dict"),
+        (lambda g: Graft(g.model, lora()), TypeError, "Graft: binding is of type LoraConfig.*bind\\(model, config\\)"),
+    ],
+)
+def test_what_is_no_place_is_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call(bind(Model(), [lora(), lora()]))
+
+
+def test_places_of_a_graft_of_one_config_are_refused():
+    graft, places = bind(Model(), lora()), bind(Model(), [lora(), lora()]).places()
+    with pytest.raises(ValueError, match="route: places are given.*bind it with one for each"):
+        graft(route(stack([graft.init(), graft.init()]), ROWS.clamp(max=1), places=places), X.float())
+    named = bind(Model(), {"a": lora()})
+    with pytest.raises(ValueError, match="route: places are given"):
+        named({"a": route(stack([graft.init(), graft.init()]), ROWS.clamp(max=1), places=places)}, X.float())
