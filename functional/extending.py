@@ -21,6 +21,7 @@ from .binding.tied import TiedSite as TiedSite
 from .binding.tied import TiedSites as TiedSites
 from .binding.tied import tied_adapter as tied_adapter
 from .layers.adapted import Adapted as Adapted
+from .layers.around import Around as Around
 from .layers.base import Base as Base
 from .layers.base import BaseWithTensors as BaseWithTensors
 from .layers.projection import ProjectionSlice as ProjectionSlice

@@ -39,7 +39,7 @@ ORDER = {
         methods: *
         methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
         methods/adalora: adalora budget
-        inplace: root placed
+        inplace: root switched placed
         inplace/tensors: checksum gathering originals
         inplace/beside: biases modules_to_save token_rows tokens
         inplace/layer: reads containers holders leaves weights called_base shell active values tuner_layer parameters
@@ -59,9 +59,9 @@ ORDER = {
         sites: site kernels kinds parameters factored
         .: abilities method trees norms grads
         locating: layout finder inputs observed look
-        layers: base adapted projection routed gathered no_weight compose
+        layers: around base adapted projection routed gathered no_weight compose
         binding: tied replaced plan leaves binding stacked
-        skeleton: context saving recorded references sharded attention runtime parameters skeleton swaps
+        skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
         routing: route owners
         execution: traced pool fill bound_model watched constant trial run entered views
         .: graft call merge stacks base_with_weights bind extending __init__

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..skeleton.context import CallContext
+from ..skeleton.marking import mark, reduce_marked
 from ..skeleton.skeleton import Skeleton
 from .bound_model import BoundModel
 from .pool import Pool
@@ -82,24 +83,11 @@ class EnteredModule:
     """A base class placed in front of the class of each module that leads to a site."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        entrance: Entrance = self.__dict__["_entrance"]
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, args, state, *rest = reduced
-        state = {key: value for key, value in state.items() if key != "_entrance"}
-        args = tuple(entrance.cls if arg is type(self) else arg for arg in args)
-        return _revive, (make, args, entrance), state, *rest
-
-
-def _revive(make: Any, args: tuple[Any, ...], entrance: Entrance) -> Any:
-    module = make(*args)
-    _mark(module, entrance)
-    return module
+        return reduce_marked(self, "_entrance", super().__reduce_ex__(protocol), _mark)
 
 
 def _mark(module: Any, entrance: Entrance) -> None:
-    cls: Any = type(module)
-    module.__class__ = _entered_class(cls)
-    module.__dict__["_entrance"] = entrance
+    mark(module, "_entrance", entrance, _entered_class)
 
 
 @functools.lru_cache(maxsize=512)

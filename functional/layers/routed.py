@@ -14,6 +14,7 @@ from ..locating.layout import LEADING, Layout
 from ..method import Layer, SiteAdapter, Weighted
 from ..rows import Groups, PerAdapter, Rows
 from ..sites.site import check_leaves
+from .around import Around
 
 
 class RoutedLayer(Weighted):
@@ -184,38 +185,19 @@ class SelectedAdapter(Weighted):
         return result
 
 
-class _Moved:
-    """A layer as a method sees it whose input is not led by the rows: the batch goes to where the module has it."""
+class _Moved(Around):
+    """A layer whose input is not led by the rows: the batch goes to where the module has it."""
 
-    __slots__ = ("base", "layout", "size")
+    __slots__ = ("layout", "size")
 
     def __init__(self, base: Layer, layout: Layout, size: int):
-        self.base, self.layout, self.size = base, layout, size
+        super().__init__(base)
+        self.layout, self.size = layout, size
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.layout.axis is None:
             return self.layout.to_rows(self.base(x[:1]), self.size)
         return self.layout.to_rows(self.base(self.layout.from_rows(x, self.size)), self.size)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    @property
-    def plain(self) -> None:
-        return None
-
-    @property
-    def original(self) -> Layer:
-        return self.base.original
-
-    @property
-    def training(self) -> bool:
-        return self.base.training
 
 
 def _varying(adapter: SiteAdapter) -> dict[str, PerAdapter]:

@@ -20,6 +20,7 @@ from ..rows import Groups, PerAdapter
 from ..sites.kinds import describe
 from ..sites.site import Site
 from ..skeleton.context import CallContext
+from ..skeleton.marking import mark, reduce_marked
 from ..skeleton.runtime import AdaptedModule
 from ..skeleton.swaps import TensorSwap
 from .route import Routed
@@ -192,25 +193,11 @@ class OwnerModule:
         return owner.run(stacks, lambda x: inherited(**{**kwargs, name: x}), adapters, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        owner: RoutedOwner = self.__dict__["_owner"]
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, args, state, *rest = reduced
-        state = {key: value for key, value in state.items() if key != "_owner"}
-        args = tuple(owner.cls if arg is type(self) else arg for arg in args)
-        return _revive, (make, args, owner), state, *rest
-
-
-def _revive(make: Any, args: tuple[Any, ...], owner: RoutedOwner) -> Any:
-    module = make(*args)
-    object.__setattr__(owner, "cls", type(module))
-    _mark(module, owner)
-    return module
+        return reduce_marked(self, "_owner", super().__reduce_ex__(protocol), _mark)
 
 
 def _mark(module: Any, owner: RoutedOwner) -> None:
-    cls: Any = type(module)
-    module.__class__ = owner_class(cls)
-    module.__dict__["_owner"] = owner
+    mark(module, "_owner", owner, owner_class)
 
 
 @functools.lru_cache(maxsize=256)

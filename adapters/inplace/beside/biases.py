@@ -13,13 +13,14 @@ from torchgraft.functional.extending import Tree, offloading, whole, write
 
 from ...config.keys import held_at, replaced_key
 from ..placed import Layout, Owners, Slot
+from ..switched import Switched
 from ..tensors.gathering import fill, kept, put
 
 ATTRIBUTE = "_trained_biases"
 """Where a model keeps them, outside of its module tree."""
 
 
-class Biases:
+class Biases(Switched):
     """The base's biases as one adapter has them. Only one adapter of a model can have any.
 
     The parameters stay the base's own objects, under their names, as in PEFT. What is different from PEFT: the base's
@@ -86,24 +87,6 @@ class Biases:
     def in_place(self) -> bool:
         """Whether the adapter's biases are in their places, and the base's own kept elsewhere."""
         return self._in
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters."""
-        return self._active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the base's own biases are in their places because adapters are disabled."""
-        return self._disabled
-
-    def check_active(self, names: Iterable[str]) -> None:
-        """Do nothing: only one adapter has biases."""
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Have the adapter's biases in their places if it is among these, trainable unless `inference_mode`."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.activate(names, not inference_mode)
 
     def activate(self, names: Iterable[str], trained: bool) -> None:
         """Have the adapter's biases in their places if it is among these, trainable or not."""

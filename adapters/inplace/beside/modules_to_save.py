@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torchgraft.functional.extending import Tree, unwrapped, whole
 
 from ..placed import Layout, Owners, Slot, own_modules
+from ..switched import Switched
 from ..tensors.gathering import kept, loaded_copy
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Switched, nn.Module):
     """A module of the user's model and the copies of it that adapters train, by adapter name.
 
     Attributes:
@@ -76,33 +77,11 @@ class ModulesToSaveWrapper(nn.Module):
                     found.setdefault(path, {})[leaf] = parameter
         return found
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapter whose copy runs, if it has one here."""
-        return self._active
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same as `active_adapters`."""
-        return self._active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the user's module runs."""
-        return self._disabled
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Run and train the copy of this adapter; adapters without a copy here leave the user's module in place.
-
-        Raises:
-            ValueError: Several of the adapters have a copy, and only one can run.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_active(names)
+    def freeze_others(self, names: list[str]) -> None:
+        """Freeze the copies of adapters other than these."""
         for name, module in self.modules_to_save.items():
             if name not in names:
                 module.requires_grad_(False)
-        self.activate(names, not inference_mode)
 
     def activate(self, names: Iterable[str], trained: bool) -> None:
         """Run the copy of this adapter, trainable or not; other copies stay as frozen as they are."""

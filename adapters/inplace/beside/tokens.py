@@ -19,12 +19,13 @@ from torchgraft.functional.extending import (
 from ...config.keys import replaced_key
 from ...config.tokens import LEAF
 from ..placed import Layout, Owners, Slot, own_modules, refuse_tied
+from ..switched import Switched
 from ..tensors.gathering import kept
 from ..tensors.originals import Originals
 from .token_rows import TrainableTokensLayer
 
 
-class TrainableTokensWrapper(nn.Module):
+class TrainableTokensWrapper(Switched, nn.Module):
     """What stands in the place of an embedding of which adapters train rows, or of a module that is tied to one.
 
     Attributes:
@@ -71,28 +72,11 @@ class TrainableTokensWrapper(nn.Module):
             return self._sources[name][0].rows(name)
         return self.token_adapter.rows(name)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters that have rows here."""
-        return self._active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the user's module runs."""
-        return self._disabled
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use and train the rows of these adapters.
-
-        Raises:
-            ValueError: Adapters that have rows for the same token.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_active(names)
+    def freeze_others(self, names: list[str]) -> None:
+        """Freeze the rows of adapters other than these."""
         for name, delta in self.token_adapter.trainable_tokens_delta.items():
             if name not in names:
                 delta.requires_grad_(False)
-        self.activate(names, not inference_mode)
 
     def activate(self, names: Iterable[str], trained: bool) -> None:
         """Use the rows of these adapters, trainable or not; others stay as frozen as they are."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..placed import own_modules
+from ..switched import Switched
 from .active import ActiveAdapters
 from .containers import Container
 from .reads import computes
@@ -21,7 +22,7 @@ _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with `child.weight` instead of calling the child."""
 
 
-class BaseTunerLayer(MergingLayer):
+class BaseTunerLayer(Switched, MergingLayer):
     """A module of the user's model with adapters on it, by name.
 
     The wrapped module is `base_layer`. Parameters hang where PEFT has them, `layer.lora_A["default"].weight`, and so
@@ -41,31 +42,11 @@ class BaseTunerLayer(MergingLayer):
 
     # -- which run -----------------------------------------------------------------------------------------------
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters; some may have nothing on this layer."""
-        return self._active
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same as `active_adapters`."""
-        return self._active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the forward is the base's alone."""
-        return self._disabled
-
-    def check_active(self, names: Iterable[str]) -> None:
-        """Do nothing: any adapters can be active together."""
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones, and trainable unless `inference_mode`; all others are frozen."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    def freeze_others(self, names: list[str]) -> None:
+        """Freeze the parameters of adapters other than these."""
         for name, parameter in self.named_leaves():
             if parameter.requires_grad and name not in names:
                 parameter.requires_grad_(False)
-        self.activate(names, not inference_mode)
 
     def activate(self, names: Iterable[str], trained: bool) -> None:
         """Make these adapters the active ones, trainable or not; others stay as frozen as they are."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from torchgraft.functional import Layer, Site, widen
-from torchgraft.functional.extending import add_scaled
+from torchgraft.functional.extending import Around, add_scaled
 
 from ..shared.low_rank import add_product
 
 
-class Quantised:
+class Quantised(Around):
     """A layer whose weight differs from its base's by a constant.
 
     Attributes:
@@ -21,10 +21,11 @@ class Quantised:
         site: Its site, with the difference, `"out in"`, as the constant `rounding`.
     """
 
-    __slots__ = ("base", "site")
+    __slots__ = ("site",)
 
     def __init__(self, base: Layer, site: Site):
-        self.base, self.site = base, site
+        super().__init__(base)
+        self.site = site
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -42,24 +43,12 @@ class Quantised:
         return result
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    @property
-    def plain(self) -> None:
-        return None
-
-    @property
     def original(self) -> Layer:
         below = self.base.original
         return self if below is self.base else Quantised(below, self.site)
 
-    @property
-    def training(self) -> bool:
-        return self.base.training
 
-
-class BaseMinusInitial:
+class BaseMinusInitial(Around):
     """A layer that lost `s B0 A0`.
 
     Attributes:
@@ -67,10 +56,11 @@ class BaseMinusInitial:
         site: Its site, with the constants `initial_A`, `initial_B` and `scaling`.
     """
 
-    __slots__ = ("base", "site")
+    __slots__ = ("site",)
 
     def __init__(self, base: Layer, site: Site):
-        self.base, self.site = base, site
+        super().__init__(base)
+        self.site = site
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -87,21 +77,9 @@ class BaseMinusInitial:
         return add_scaled(self.base.weight, -(b @ a), self.site.constants.scaling)
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    @property
-    def plain(self) -> None:
-        return None
-
-    @property
     def original(self) -> Layer:
         below = self.base.original
         return self if below is self.base else BaseMinusInitial(below, self.site)
-
-    @property
-    def training(self) -> bool:
-        return self.base.training
 
 
 def base_of(site: Site, base: Layer) -> Layer:
