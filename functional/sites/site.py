@@ -239,8 +239,8 @@ def check_leaves(path: str, leaves: Mapping[str, Tensor], like: Tensor) -> None:
     for leaf, tensor in leaves.items():
         if tensor.is_meta and not like.is_meta:
             raise ValueError(
-                f"{path}: the adapter's {leaf} is on the meta device, without values, and is used with a tensor on "
-                f"{like.device}; load it first (load_adapter, set_peft_model_state_dict), or start with graft.init()"
+                f"{path or 'the model'}: the adapter's {leaf} is on the meta device, without values, and is used with a "
+                f"tensor on {like.device}; load it first (load_adapter, set_peft_model_state_dict), or start with graft.init()"
             )
 
 
@@ -252,8 +252,8 @@ def check_base(path: str, weight: Tensor | None, x: Tensor) -> None:
     """
     if weight is not None and weight.is_meta and not x.is_meta:
         raise ValueError(
-            f"{path}: the base's weight is on the meta device, without values, and its input is on {x.device}; load "
-            "the model first (load_state_dict(..., assign=True)), or give base tensors with the call"
+            f"{path or 'the model'}: the base's weight is on the meta device, without values, and its input is on "
+            f"{x.device}; load the model first (load_state_dict(..., assign=True)), or give base tensors with the call"
         )
 
 

@@ -120,3 +120,9 @@ def test_all_on_the_meta_device_gives_shapes():
         graft = bind(empty, config)
         assert graft(graft.init(), x).shape == (3, 5)
         assert inject_adapter_in_model(config, copy.deepcopy(empty), low_cpu_mem_usage=True)(x).is_meta
+
+
+def test_the_model_itself_is_named_where_it_is_the_site():
+    graft = bind(nn.Linear(4, 3), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="^the model: the adapter's lora_A is on the meta device"):
+        graft(graft.init(device="meta"), torch.ones(1, 4))
