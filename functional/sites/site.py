@@ -239,8 +239,9 @@ def check_leaves(path: str, leaves: Mapping[str, Tensor], like: Tensor) -> None:
     for leaf, tensor in leaves.items():
         if tensor.is_meta and not like.is_meta:
             raise ValueError(
-                f"{path or 'the model'}: the adapter's {leaf} is on the meta device, without values, and is used with a "
-                f"tensor on {like.device}; load it first (load_adapter, set_peft_model_state_dict), or start with graft.init()"
+                f"{path or 'the model'}: the adapter's {leaf} is on the meta device, without values, and is used with "
+                f"a tensor on {like.device}; load it first (load_adapter, set_peft_model_state_dict), or start with "
+                "graft.init()"
             )
 
 
