@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.adapters.methods.shared.fused import linear
+from torchgraft.adapters._methods.shared.fused import linear
 
 
 class Plain(nn.Module):

@@ -26,45 +26,45 @@ ALLOWED = {
     "adapters": {"torch", "optree", "safetensors", "torchgraft.functional", "torchgraft.adapters"},
 }
 
-OPTIONAL = {"adapters/calibration/progress.py": {"tqdm"}}
+OPTIONAL = {"adapters/_calibration/progress.py": {"tqdm"}}
 """What a file imports where it is installed, within a function, and goes without else."""
 
 ORDER = {
     "adapters": """
-        files/disk: folder strict_json headers config_file
-        config: layers peft_format messages patterns fields matching peft_type target_parameters experts architectures
+        _files/disk: folder strict_json headers config_file
+        _config: layers peft_format messages patterns fields matching peft_type target_parameters experts architectures
             ties targets tokens replaced base token_fields replication keys
-        calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
-        methods/shared: called fused low_rank scalings
-        methods: *
-        methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
-        methods/adalora: adalora budget
-        inplace: root switched placed
-        inplace/tensors: checksum gathering originals
-        inplace/beside: biases modules_to_save token_rows tokens
-        inplace/layer: reads containers holders leaves weights called_base shell active values tuner_layer parameters
-        inplace: walk switch merging
-        inplace/states: bare layouts base_state extract state summaries
-        inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
-        inplace: inject __init__
-        files: configs fit stored save into_graft into_model load
-        calibration: progress observing statistics
-        optim: lora_plus lora_fa
-        peft: peft_modules alias
+        _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
+        _methods/shared: called fused low_rank scalings
+        _methods: *
+        _methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
+        _methods/adalora: adalora budget
+        _inplace: root switched placed
+        _inplace/tensors: checksum gathering originals
+        _inplace/beside: biases modules_to_save token_rows tokens
+        _inplace/layer: reads containers holders leaves weights called_base shell active values tuner_layer parameters
+        _inplace: walk switch merging
+        _inplace/states: bare layouts base_state extract state summaries
+        _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
+        _inplace: inject __init__
+        _files: configs fit stored save into_graft into_model load
+        _calibration: progress observing statistics
+        _optim: lora_plus lora_fa
+        _peft: peft_modules alias
         .: __init__
     """,
     "functional": """
-        .: constants places rows unsupported
-        tensors: placement wrappers
-        sites: site kernels kinds parameters factored
-        .: abilities method trees norms grads
-        locating: layout finder inputs observed look
-        layers: around base adapted projection routed gathered no_weight compose
-        binding: tied replaced plan leaves binding stacked
-        skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
-        routing: route owners
-        execution: traced pool fill bound_model watched constant trial run entered views
-        .: graft call merge stacks base_with_weights bind extending __init__
+        .: _constants _places _rows _unsupported
+        _tensors: placement wrappers
+        _sites: site kernels kinds parameters factored
+        .: _abilities _method _trees _norms _grads
+        _locating: layout finder inputs observed look
+        _layers: around base adapted projection routed gathered no_weight compose
+        _binding: tied replaced plan leaves binding stacked
+        _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
+        _routing: route owners
+        _execution: traced pool fill bound_model watched constant trial run entered views
+        .: _graft _call _merge _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.
@@ -72,7 +72,7 @@ ORDER = {
 A star is every file of a room, none of which imports another. An `__init__` that imports nothing stands nowhere.
 """
 
-STARRED = {"adapters/methods"}
+STARRED = {"adapters/_methods"}
 """Rooms with a star."""
 
 
@@ -102,8 +102,8 @@ def package_of(file: Path) -> str:
     [
         ("import torch.nn", ["torch.nn"]),
         ("from torch import nn", ["torch.nn"]),
-        ("from . import trees", ["torchgraft.functional.trees"]),
-        ("from .trees import stack", ["torchgraft.functional.trees.stack"]),
+        ("from . import _trees", ["torchgraft.functional._trees"]),
+        ("from ._trees import stack", ["torchgraft.functional._trees.stack"]),
         ("from ..adapters import LoraConfig", ["torchgraft.adapters.LoraConfig"]),
         ("from .. import adapters", ["torchgraft.adapters"]),
         ("def f():\n    import peft", ["peft"]),
@@ -173,21 +173,21 @@ def upward(file: Path, order: list[str], source: str) -> list[str]:
     ("source", "names"),
     [
         ("from .base import AdapterConfig", []),
-        ("from ..calibration.initial.configs import made", ["configs", "__init__"]),
-        ("def f():\n    from ..inplace import inject_adapter_in_model", ["__init__"]),
-        ("from ..methods.lora import lora", ["lora"]),
+        ("from .._calibration.initial.configs import made", ["configs", "__init__"]),
+        ("def f():\n    from .._inplace import inject_adapter_in_model", ["__init__"]),
+        ("from .._methods.lora import lora", ["lora"]),
         ("from .. import LoraConfig", ["__init__"]),
-        ("if TYPE_CHECKING:\n    from ..methods.lora.lora import LoraConfig", []),
+        ("if TYPE_CHECKING:\n    from .._methods.lora.lora import LoraConfig", []),
     ],
 )
 def test_an_import_that_goes_up_is_seen(source: str, names: list[str]) -> None:
-    found = upward(Path("adapters/config/keys.py"), ordered("adapters"), source)
+    found = upward(Path("adapters/_config/keys.py"), ordered("adapters"), source)
     assert sorted(Path(one.split(" (")[1].rstrip(")")).stem for one in found) == sorted(names)
 
 
 def test_a_method_that_imports_another_is_seen() -> None:
     source = "from .ia3 import IA3Config"
-    assert len(upward(Path("adapters/methods/vera.py"), ordered("adapters"), source)) == 1
+    assert len(upward(Path("adapters/_methods/vera.py"), ordered("adapters"), source)) == 1
 
 
 @pytest.mark.parametrize("folder", ORDER)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.adapters import AdapterConfig
-from torchgraft.adapters.config.peft_format import PeftFormat
+from torchgraft.adapters._config.peft_format import PeftFormat
 from torchgraft.functional import Constants, Method, SharesLeaves, Varying
 
 

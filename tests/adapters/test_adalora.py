@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from transformers.pytorch_utils import Conv1D
 
 from torchgraft.adapters import AdaLoraConfig, adalora_state, allocate, orthogonality, prune
-from torchgraft.adapters.methods.adalora.budget import budget
+from torchgraft.adapters._methods.adalora.budget import budget
 from torchgraft.functional import bind, merge, stack, unstack
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}

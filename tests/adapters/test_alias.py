@@ -13,8 +13,8 @@ from torch import nn
 
 from torchgraft import adapters
 from torchgraft.adapters import IA3Config, LoraConfig, as_peft, inject_adapter_in_model
-from torchgraft.adapters.config.base import config_types
-from torchgraft.adapters.peft.peft_modules import MODULES
+from torchgraft.adapters._config.base import config_types
+from torchgraft.adapters._peft.peft_modules import MODULES
 
 REAL = {name: importlib.import_module(name) for name in MODULES}
 

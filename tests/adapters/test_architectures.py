@@ -8,8 +8,8 @@ from torch import nn
 
 from torchgraft import adapters
 from torchgraft.adapters import IA3Config, LoraConfig, VeraConfig, inject_adapter_in_model
-from torchgraft.adapters.config.architectures import TARGETS, with_targets
-from torchgraft.adapters.config.base import config_types
+from torchgraft.adapters._config.architectures import TARGETS, with_targets
+from torchgraft.adapters._config.base import config_types
 
 
 def model_of(kind):

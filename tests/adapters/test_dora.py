@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from torchgraft import adapters
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model
-from torchgraft.adapters.methods.lora import dora
+from torchgraft.adapters._methods.lora import dora
 from torchgraft.functional import Site, bind, functional_call, merge, route, stack
 
 LAYERS = {

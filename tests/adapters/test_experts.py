@@ -19,7 +19,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
-from torchgraft.adapters.config.experts import MIXTRAL, NEW_NAMES, QWEN
+from torchgraft.adapters._config.experts import MIXTRAL, NEW_NAMES, QWEN
 from torchgraft.functional import bind
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -32,7 +32,7 @@ from torchgraft.adapters import (
     save_adapter,
 )
 from torchgraft.functional import bind, stack, unstack
-from torchgraft.functional.layers.base import Base
+from torchgraft.functional._layers.base import Base
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BOTH = {"target_modules": ["first", "second"]}

@@ -28,7 +28,7 @@ from torchgraft.adapters import (
     load_config,
     save_adapter,
 )
-from torchgraft.adapters.files.disk import headers
+from torchgraft.adapters._files.disk import headers
 from torchgraft.functional import bind
 
 BOTH = {"target_modules": ["first", "second"]}

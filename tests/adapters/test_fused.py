@@ -17,7 +17,7 @@ from torchgraft.adapters import (
     VeraConfig,
     inject_adapter_in_model,
 )
-from torchgraft.adapters.methods.shared import fused
+from torchgraft.adapters._methods.shared import fused
 from torchgraft.functional import bind, functional_call
 
 TRACED = {

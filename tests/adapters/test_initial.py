@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from torchgraft.adapters import LoraConfig
-from torchgraft.adapters.calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, Statistics
-from torchgraft.adapters.calibration.initial.loftq import NF4, loftq, quantise
-from torchgraft.adapters.calibration.initial.spectral import randomised_svd
+from torchgraft.adapters._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, Statistics
+from torchgraft.adapters._calibration.initial.loftq import NF4, loftq, quantise
+from torchgraft.adapters._calibration.initial.spectral import randomised_svd
 from torchgraft.functional import bind, merge, route, stack
 
 SITES = ["first", "second"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchgraft.adapters import AdapterConfig, IA3Config, LoraConfig, inject_adapter_in_model
-from torchgraft.adapters.config import patterns
+from torchgraft.adapters._config import patterns
 from torchgraft.functional import bind
 
 NAMES = (

@@ -9,7 +9,7 @@ import torch
 
 from torchgraft import adapters
 from torchgraft.adapters import IA3Config, LoraConfig, load_adapter, save_adapter, to_plain
-from torchgraft.adapters.calibration.initial import Statistics
+from torchgraft.adapters._calibration.initial import Statistics
 from torchgraft.functional import bind, merge
 
 from .test_initial import SITES, away, config, net

@@ -16,9 +16,9 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
-from torchgraft.adapters.config.keys import split_key, to_keys
-from torchgraft.adapters.config.peft_format import PeftFormat
-from torchgraft.adapters.files.disk.headers import Weights
+from torchgraft.adapters._config.keys import split_key, to_keys
+from torchgraft.adapters._config.peft_format import PeftFormat
+from torchgraft.adapters._files.disk.headers import Weights
 from torchgraft.functional import Site, bind
 
 from ..toy_methods import CONFIG, BankConfig, Model, X, away

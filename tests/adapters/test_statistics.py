@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchgraft import adapters
 from torchgraft.adapters import EvaConfig, LoraConfig, LoraGAConfig, fit_corda, fit_eva, fit_lora_ga
-from torchgraft.adapters.calibration.initial.eva import Directions
+from torchgraft.adapters._calibration.initial.eva import Directions
 from torchgraft.functional import bind, merge
 
 from .test_initial import SITES, away, config, net

@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import nn
 
 from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
-from torchgraft.adapters.config.matching import by_pattern
+from torchgraft.adapters._config.matching import by_pattern
 from torchgraft.functional import bind
 
 

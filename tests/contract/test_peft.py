@@ -18,7 +18,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
-from torchgraft.adapters.config.base import plain
+from torchgraft.adapters._config.base import plain
 from torchgraft.functional import bind
 
 from .cases import Conv1D, case, close, same

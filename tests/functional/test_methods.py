@@ -21,8 +21,8 @@ from torchgraft.functional import (
     unstack,
     value_and_grad,
 )
-from torchgraft.functional.method import with_shared
-from torchgraft.functional.rows import Groups
+from torchgraft.functional._method import with_shared
+from torchgraft.functional._rows import Groups
 
 from .. import toy_methods
 from ..toy_methods import CONFIG, METHOD, BankConfig, BankConstants, Model, X, dense

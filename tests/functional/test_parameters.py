@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchgraft.adapters import IA3Config, LoraConfig
 from torchgraft.functional import bind, functional_call, merge, route, stack, unstack, value_and_grad
-from torchgraft.functional.sites.factored import Factored, Term
+from torchgraft.functional._sites.factored import Factored, Term
 
 EXPERTS, TOKENS, INNER, OUTER = 3, 5, 4, 8
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

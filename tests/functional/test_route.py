@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchgraft.adapters import IA3Config, LoraConfig, OFTConfig
-from torchgraft.adapters.methods.shared.low_rank import add_routed, choose
+from torchgraft.adapters._methods.shared.low_rank import add_routed, choose
 from torchgraft.functional import PerAdapter, bind, functional_call, merge, route, stack, unstack, value_and_grad
-from torchgraft.functional.rows import Rows
+from torchgraft.functional._rows import Rows
 
 METHODS = {
     "lora": lambda targets: LoraConfig(r=2, target_modules=targets),

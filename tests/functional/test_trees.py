@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from hypothesis import given
 
 from torchgraft.functional import stack, unstack
-from torchgraft.functional.trees import check, sort
+from torchgraft.functional._trees import check_tree, sort
 
 keys = st.text("abc.01", min_size=1, max_size=4)
 shapes = st.dictionaries(
@@ -41,7 +41,7 @@ def test_unstack_undoes_stack(shapes, count):
 @given(shapes, st.data())
 def test_a_tree_fits_its_own_shapes_and_no_others(shapes, data):
     tree = filled(shapes, 0)
-    check(tree, shapes)
+    check_tree(tree, shapes)
     path = data.draw(st.sampled_from(sorted(tree)))
     name = data.draw(st.sampled_from(sorted(tree[path])))
     wrong = copy.deepcopy(tree)
@@ -61,6 +61,6 @@ def test_a_tree_fits_its_own_shapes_and_no_others(shapes, data):
     else:
         wrong["unknown site"] = wrong.pop(path)
     with pytest.raises((KeyError, TypeError, ValueError)) as caught:
-        check(wrong, shapes)
+        check_tree(wrong, shapes)
     expected = "unknown" if "new" in change or change == "renamed" else path
     assert expected in str(caught.value) or repr(expected)[1:-1] in str(caught.value)

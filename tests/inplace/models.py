@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from torchgraft import adapters
-from torchgraft.adapters.config.base import config_types
+from torchgraft.adapters._config.base import config_types
 
 LINEAR = ("linear", "linear_without_bias", "transposed")
 KINDS = (*LINEAR, "embedding", "conv1d", "conv2d", "conv3d")

@@ -25,7 +25,7 @@ from torchgraft.adapters import (
     unload,
     unmerge_adapter,
 )
-from torchgraft.adapters.inplace.tensors.checksum import content, holds
+from torchgraft.adapters._inplace.tensors.checksum import content, holds
 
 from .models import SIZES, inject, inputs, layers, net, randomise
 

@@ -13,7 +13,7 @@ from torch import nn
 from torchgraft import adapters
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model
 from torchgraft.functional import bind
-from torchgraft.functional.sites.factored import Factored
+from torchgraft.functional._sites.factored import Factored
 
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
 FIELDS = {"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": ["experts.up", "experts.down"]}

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
 from torchgraft import adapters
-from torchgraft.adapters.config.base import config_types
+from torchgraft.adapters._config.base import config_types
 from torchgraft.functional import bind, route, stack
 
 from .models import KINDS, SIZES, X, both, configs, inputs, net, peft_state, randomise

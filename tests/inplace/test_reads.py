@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchgraft import adapters
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model
-from torchgraft.adapters.inplace.layer.active import ActiveAdapters
+from torchgraft.adapters._inplace.layer.active import ActiveAdapters
 from torchgraft.functional import bind
 
 CONFIGS = {

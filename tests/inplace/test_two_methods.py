@@ -20,7 +20,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_adapter,
 )
-from torchgraft.adapters.inplace.layer.tuner_layer import BaseTunerLayer
+from torchgraft.adapters._inplace.layer.tuner_layer import BaseTunerLayer
 from torchgraft.functional import bind
 
 CONFIGS = {

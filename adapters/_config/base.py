@@ -1,0 +1,264 @@
+"""What all configs share: PEFT's field names, the modules they target, and how they become JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from torchgraft.functional import Method
+from torchgraft.functional.extending import modules_of
+
+from .._files.disk.config_file import about, read_fields, write_fields
+from . import layers  # noqa: F401 - what any config may target
+from .architectures import with_targets
+from .fields import check_fields
+from .messages import require
+from .peft_format import PeftFormat
+from .peft_type import PeftType
+from .replaced import Plan, find_replaced
+from .targets import find_targets
+
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose files these are."""
+
+
+class _NoForm:
+    """Stands where a method has not said how PEFT's layers and files hold its leaves."""
+
+    def __get__(self, config: Any, cls: type) -> Any:
+        raise AttributeError(
+            f"{cls.__name__} has no form, by which files and layers in place hold its leaves; set {cls.__name__}.form ="
+            " PeftFormat(prefix=..., parameters=(...))"
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdapterConfig:
+    """Fields that every method has.
+
+    Attributes:
+        target_modules: Modules to adapt: names (a whole name, or its end after a dot), a regular expression for the
+            whole name, or `"all-linear"`.
+        exclude_modules: Modules to leave out, in the same notation.
+        layers_to_transform: Indices of the layers to adapt; `None` or `[]` for all. Whole names ignore it.
+        layers_pattern: Names of the module list that holds the layers, where it is not the first numbered one.
+        modules_to_save: Modules that are trained as a whole and saved with the adapter, by name or end of a name. Their
+            parameters are leaves of the tree: `params["head"] = {"bias": ..., "weight": ...}`.
+        bias: Whether biases of the base are trained too: `"none"`, `"all"`, or `"lora_only"` for those of the targeted
+            modules (any name that ends in `_only`). They are leaves of the tree: `params["layers.0.q"]["bias"]`.
+        fan_in_fan_out: Has no effect: how a module stores its weight is seen from the module.
+        inference_mode: Whether an injected adapter starts frozen.
+        task_type: PEFT's name of the task, for files.
+        base_model_name_or_path: Where the base model came from, for files.
+        revision: Version of the base model, for files.
+        auto_mapping: Class of the base model, for files.
+        peft_version: Version of PEFT that wrote the file.
+        unknown_fields: Fields of a file that mean nothing here; written back as they were.
+    """
+
+    method: ClassVar[Method]
+    form: ClassVar[PeftFormat] = _NoForm()  # type: ignore[assignment]
+    site_fields: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+        | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"}
+        | {"task_type", "unknown_fields"}
+    )
+    """Fields that only choose modules or say where things came from, so that the adapters of a stack may differ."""
+    in_memory: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are never written to a file or read from one."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    inference_mode: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    unknown_fields: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    is_prompt_learning: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        only = f"{self.method.name.lower()}_only"
+        require(
+            self.bias in ("none", "all") or self.bias.endswith("_only"),
+            self,
+            f"bias is {self.bias!r}, expected 'none', 'all' or {only!r}",
+        )
+        given = self.layers_to_transform is not None
+        require(
+            given or not self.layers_pattern,
+            self,
+            f"layers_pattern is {self.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
+        )
+        require(
+            not (given and isinstance(self.target_modules, str)),
+            self,
+            f"layers_to_transform is {self.layers_to_transform!r}, which applies to names in a list, and "
+            f"target_modules is the string {self.target_modules!r}; give a list, or put the layers into the expression",
+        )
+
+    @property
+    def peft_type(self) -> PeftType | str:
+        """Name of the method, as in files."""
+        name = self.method.name
+        return PeftType(name) if name in PeftType.__members__ else name
+
+    def for_model(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Self:
+        """Return this config with its targets named as a model has them: PEFT's for its type where none are named.
+
+        Args:
+            model: The model.
+            modules: Its modules by name; by default those of `named_modules`.
+
+        Raises:
+            ValueError: Names that cannot be told apart in this model.
+        """
+        return with_targets(self, model, modules)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        """Return names of the modules of `model` to adapt, in the order of `named_modules`.
+
+        Raises:
+            ValueError: No target given, or nothing matched.
+        """
+        modules = modules_of(model)
+        return find_targets(self.for_model(model, modules), modules, model)
+
+    def structure(self, model: nn.Module) -> nn.Module:
+        """Return the model that the config is for; another one than this only where it has more layers."""
+        return model
+
+    def follows(self, modules: Mapping[str, nn.Module], paths: list[str]) -> Mapping[str, Any]:
+        """Return the modules that have the parameters of a site, by path; none, but for ties."""
+        return {}
+
+    def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
+        """Return the tensors of a model that the adapter trains copies of, by path and leaf.
+
+        Args:
+            modules: The model's modules by name.
+            model: The model.
+            paths: Names of the modules that are adapted.
+
+        Raises:
+            ValueError: A field that names nothing, or a tensor that cannot be trained.
+        """
+        return find_replaced(self, modules, model, paths)
+
+    def recall(self, other: AdapterConfig) -> Self:
+        """Return this config with what another of its class holds in memory, where both start alike."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as `adapter_config.json` has them: plain values, `peft_type` and `peft_version` among them.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> LoraConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
+        ['a', 'b']
+        """
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.in_memory]
+        fields = {name: plain(getattr(self, name)) for name in names}
+        unknown = fields.pop("unknown_fields")
+        for name in self.form.only_here:
+            if fields[name] in (None, [], "none", False):
+                del fields[name]
+        fields["peft_type"] = str(getattr(self.peft_type, "value", self.peft_type))
+        fields["peft_version"] = fields["peft_version"] or PEFT_VERSION
+        return {**unknown, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Make the config of the class that `peft_type` names, or of this class where there is no `peft_type`.
+
+        Fields that are unknown here, from a newer PEFT, are kept in `unknown_fields` with a warning.
+
+        Raises:
+            ValueError: An unknown `peft_type`, a value of another type than its field's, or one that the method does
+                not accept.
+            TypeError: Another method's `peft_type`.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> AdapterConfig.from_dict({"peft_type": "LORA", "r": 4}).r
+        4
+        """
+        given = dict(fields)
+        given.pop("runtime_config", None)
+        name = given.pop("peft_type", None)
+        types = config_types()
+        found = cls if name is None else types.get(str(getattr(name, "value", name)))
+        if found is None or "method" not in vars(found):
+            raise ValueError(f"peft_type is {name!r}, expected one of {sorted(types)}")
+        if not issubclass(found, cls):
+            raise TypeError(f"{cls.__name__}: peft_type is {name!r}, the type of {found.__name__}; use that class")
+        known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"} - found.in_memory
+        unknown = {key: value for key, value in given.items() if key not in known}
+        if unknown:
+            warnings.warn(
+                f"{found.__name__}: unknown fields {sorted(unknown)}, perhaps of a newer PEFT, have no effect; "
+                "they are kept for when the config is saved again",
+                UserWarning,
+                stacklevel=2,
+            )
+        return found(**{key: given[key] for key in given if key in known}, unknown_fields=unknown)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write `adapter_config.json` into a directory; a file is replaced as a whole or not at all."""
+        write_fields(save_directory, self.to_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **_: Any
+    ) -> Self:
+        """Read `adapter_config.json` from a directory; nothing is ever downloaded.
+
+        Raises:
+            FileNotFoundError, ValueError: No such file, or one that is no config; names the file and the field.
+            TypeError: The config of another method than this class's.
+        """
+        file, fields = read_fields(pretrained_model_name_or_path, subfolder)
+        with about(file):
+            config = AdapterConfig.from_dict(fields)
+        if not isinstance(config, cls):
+            raise TypeError(f"{cls.__name__}: {pretrained_model_name_or_path} holds a {type(config).__name__}")
+        return config
+
+
+def config_types() -> dict[str, type[AdapterConfig]]:
+    """Return the config class of each method, by `peft_type`; subclasses that users define are among them.
+
+    >>> config_types()["LORA"].__name__
+    'LoraConfig'
+    """
+    found: dict[str, type[AdapterConfig]] = {}
+    classes: list[type[AdapterConfig]] = AdapterConfig.__subclasses__()
+    for cls in classes:
+        classes.extend(cls.__subclasses__())
+        if "method" in vars(cls):
+            found[cls.method.name] = cls
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it; sets become sorted lists, configs within a config become objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return getattr(value, "value", value)

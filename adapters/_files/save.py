@@ -1,0 +1,175 @@
+"""Adapters written to files, as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from torchgraft.functional import Graft
+from torchgraft.functional.extending import Site, Tree, modules_of, whole
+
+from .._config.base import AdapterConfig
+from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
+from .._config.replaced import other_names, saved_buffers
+from .._inplace import get_peft_model_state_dict
+from .._inplace.states.layouts import config_of, shared_keys, shared_tensors, source_sites
+from .._inplace.tensors.gathering import gathered, groups_of, kept, once
+from .._inplace.walk import layers, unwrap
+from .._methods.lora.to_plain import plain as to_plain
+from .._methods.lora.to_plain import raw
+from .disk.config_file import make_folder, to_json
+from .disk.folder import check_name, write_pair
+
+
+def save_adapter(
+    target: nn.Module | Graft,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    params: Tree | None = None,
+    plain: bool = False,
+) -> Path:
+    """Write an adapter into a directory, as PEFT's `save_pretrained` does.
+
+    `adapter_config.json` and `adapter_model.safetensors` go into the directory itself for an adapter of the name
+    "default", and else into a subdirectory of the adapter's name. Both files are replaced together: a crash at any
+    moment leaves the old pair or the new one.
+
+    Where the adapter is sharded (FSDP1, FSDP2), all processes call this: its tensors are gathered, the first process
+    writes, and the others return when the files are there. So they do under tensor parallelism for trained tensors of
+    the base that are spread (biases, whole modules). Where each process has all of it (DDP, other adapters under tensor
+    parallelism), one process calls this.
+
+    Args:
+        target: A model with injected adapters, or a graft.
+        path: The directory; made if it is not there.
+        adapter_name: Name of the adapter; of a graft with named adapters, the one to save.
+        params: The graft's parameters: the adapter's tree, or `{name: tree}`.
+        plain: Write a LoRA that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA as a plain one, see `to_plain`;
+            PEFT's `path_initial_model_for_weight_conversion`.
+
+    Returns:
+        The directory that holds the two files.
+
+    Raises:
+        ValueError: A name that the target does not have or that leads out of the directory; tensors without values.
+        KeyError, TypeError: Parameters that do not fit the graft.
+        OSError: Files that cannot be written; names the file.
+
+    >>> import tempfile
+    >>> from torchgraft.adapters import LoraConfig
+    >>> from torchgraft.functional import bind
+    >>> graft = bind(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(sorted(file.name for file in save_adapter(graft, folder, params=graft.init()).iterdir()))
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    check_name(adapter_name)
+    if isinstance(target, Graft):
+        model, config, sites, state = _of_graft(target, adapter_name, params, plain)
+    else:
+        model, config, sites, state = _of_model(target, adapter_name, params, plain)
+    groups = groups_of(target, state.values())
+    weights = safetensors.torch.save(
+        {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
+    )
+    fields = to_json(_fields(config, model, sites))
+    root = Path(path)
+    folder = root if adapter_name == "default" else root / adapter_name
+    once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
+    return folder
+
+
+_Saved = tuple[nn.Module, AdapterConfig, Mapping[str, Site], dict[str, Tensor]]
+
+
+def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
+    """Return a graft's model, and one adapter's config, sites and tensors."""
+    name = adapter_name if graft.binding.named else ""
+    if params is None:
+        raise TypeError("params is None, expected the graft's parameter tree: save_adapter(graft, path, params=params)")
+    if name not in graft.configs:
+        raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
+    own = params.get(name)
+    by_name = (
+        graft.binding.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
+    )
+    tree = params[name] if by_name else params
+    graft.binding.active({name: tree} if graft.binding.named else tree)
+    config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
+    fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
+    whole_tree = {path: tree.get(path, {}) | fixed.get(path, {}) for path in fixed | tree}
+    state = to_keys(config, whole_tree, PREFIX, places(graft.sites[name]))
+    modules = modules_of(graft.model)
+    state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
+    for other, (at, leaf) in other_names(graft.binding.replaced[name]).items():
+        owner = other.rpartition(".")[0]
+        if modules[owner] is not modules[at]:
+            state[PREFIX + replaced_key(owner, other.rpartition(".")[2], owner in graft.sites[name])] = tree[at][leaf]
+    for at, follow in graft.binding.tied[name].items():
+        turned = follow.turned(tree[follow.source])
+        state |= {join(config, at, leaf, PREFIX): tensor for leaf, tensor in turned.items()}
+    if config.form.saves_shared(config):
+        constants = next(iter(graft.sites[name].values())).constants
+        state |= {f"{SHARED}{shared}": getattr(constants, shared) for shared in config.form.shared}
+    return graft.model, config, graft.sites[name], state
+
+
+def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
+    """Return a model, and one of its adapters' config, sites and tensors."""
+    if params is not None:
+        raise TypeError("params go with a graft; a model's parameters are those injected in it")
+    state = get_peft_model_state_dict(target, adapter_name=adapter_name)
+    model = unwrap(target)
+    config = config_of(model, adapter_name)
+    shared = {*shared_tensors(model, config, adapter_name), *shared_keys(model, adapter_name)}
+    sites = {
+        path: layer.entries[adapter_name].site for path, layer in layers(model).items() if adapter_name in layer.entries
+    }
+    if plain:
+        with gathered(target):
+            found = layers(model).items()
+            leaves = {
+                path: {leaf: kept(one) for leaf, one in layer.numbers(adapter_name).items()}
+                for path, layer in found
+                if path in sites
+            }
+        config, tree = to_plain(config, source_sites(model, adapter_name), leaves)
+        state |= to_keys(config, tree, at=places(sites))
+    else:
+        config = raw(config, source_sites(model, adapter_name))
+    return model, config, sites, {key if key in shared else f"{PREFIX}{key}": t for key, t in state.items()}
+
+
+def _formed(config: Any, sites: Mapping[str, Site], tree: Tree, plain: bool) -> tuple[Any, Tree]:
+    return to_plain(config, sites, tree) if plain else (raw(config, sites), tree)
+
+
+def _snapshot(key: str, tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor's values, in memory of its own."""
+    if tensor.is_meta:
+        raise ValueError(f"{key!r} is on the meta device, so it has no values to save; load or initialise it first")
+    result: Tensor = whole(tensor.detach()).to("cpu", copy=True).contiguous()
+    return result
+
+
+def _fields(config: AdapterConfig, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Any]:
+    """Return the fields of the file, with what PEFT fills in."""
+    fields = config.to_dict()
+    fields["inference_mode"] = True
+    name = vars(model).get("name_or_path")
+    if fields["base_model_name_or_path"] is None and isinstance(name, str) and name:
+        fields["base_model_name_or_path"] = name
+    if fields["task_type"] is None:
+        fields["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    if "fan_in_fan_out" in fields:
+        fields["fan_in_fan_out"] |= any(site.kind == "linear" and site.transposed for site in sites.values())
+    return fields

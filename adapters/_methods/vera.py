@@ -1,0 +1,195 @@
+"""VeRA: vector-based random matrix adaptation.
+
+    y = base(x) + b * (B (d * (A x))),    A and B random, frozen and shared by all modules
+
+Kopiczko et al., *VeRA: Vector-based Random Matrix Adaptation*, 2023, arXiv:2310.11454. Names, defaults and initial
+distributions are those of PEFT's `tuners/vera`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchgraft.functional import (
+    Constants,
+    Layer,
+    Method,
+    PerAdapter,
+    Rows,
+    Site,
+    TakesComplex,
+    Varying,
+    Weights,
+    widen,
+)
+
+from .._config.base import AdapterConfig
+from .._config.messages import require
+from .._config.peft_format import PeftFormat, Value
+from .shared.called import DROPOUT, dropped
+
+
+@dataclasses.dataclass(kw_only=True)
+class VeraConfig(AdapterConfig):
+    """VeRA learns two vectors per module, around one pair of random matrices that all modules share.
+
+    Supports linear layers (also `transformers`' `Conv1D`). The shared matrices are as large as the largest targeted
+    module; each module takes its first rows and columns. They are constants of the graft, drawn from
+    `projection_prng_key` alone, and no leaves of the tree.
+
+    Attributes:
+        r: Rank.
+        projection_prng_key: Seed of the shared matrices.
+        save_projection: Whether files hold the shared matrices too.
+        vera_dropout: Probability of dropout on the adapter's input, in training mode.
+        d_initial: Initial value of the vector `d`.
+        init_weights: `True` for a constant `d` and a zero `b`, `False` for a normal `d` and a `b` of ones.
+
+    >>> VeraConfig(r=64, target_modules=["q_proj"]).d_initial
+    0.1
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    init_weights: bool = True
+
+    method: ClassVar[Method]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(isinstance(self.r, int) and self.r > 0, self, f"r is {self.r!r}, expected a positive integer")
+        require(0 <= self.vera_dropout < 1, self, f"vera_dropout is {self.vera_dropout}, expected 0 <= p < 1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VeraConstants(Constants):
+    """The matrices that all sites share: `"r max_in"` and `"max_out r"`."""
+
+    vera_A: Varying[Tensor]
+    vera_B: Varying[Tensor]
+
+
+def plan(config: VeraConfig, sites: list[Site], weights: Weights) -> dict[str, VeraConstants]:
+    """Return the shared matrices: `vera_A` is `"r max_in"` and `vera_B` is `"max_out r"`, over all sites."""
+    generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+    a = _draw((config.r, max(site.in_features for site in sites)), generator)
+    b = _draw((max(site.out_features for site in sites), config.r), generator)
+    return {site.path: VeraConstants(a, b) for site in sites}
+
+
+def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform distribution, as `nn.init.kaiming_uniform_` has it for a rectifier."""
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def shapes(config: VeraConfig, site: Site) -> dict[str, tuple[int, ...]]:
+    """`vera_lambda_b` is `"out"`, `vera_lambda_d` is `"r"`."""
+    return {"vera_lambda_b": (site.out_features,), "vera_lambda_d": (config.r,)}
+
+
+def init(
+    config: VeraConfig, sites: list[Site], generator: torch.Generator | None, weights: Weights
+) -> dict[str, dict[str, Tensor]]:
+    """Draw parameters, in PEFT's order of draws; a constant `d` uses up the same random numbers."""
+    made = {}
+    for site in sites:
+        b = torch.ones(site.out_features, dtype=torch.float32)
+        d = torch.randn(config.r, dtype=torch.float32, generator=generator)
+        if config.init_weights:
+            b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
+        made[site.path] = {"vera_lambda_b": b, "vera_lambda_d": d}
+    return made
+
+
+def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
+    """`base(x) + b * (B (d * (A dropout(x))))`, the sum in the wider dtype and rounded once to the base's."""
+    y = base(x)
+    x = dropped(x, leaves.get(DROPOUT, config.vera_dropout), base.training)
+    x, lambda_b, lambda_d = widen(x, leaves["vera_lambda_b"], leaves["vera_lambda_d"])
+    a, b = _projections(site, x.dtype)
+    wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * F.linear(x, a), b))
+    return torch.addcmul(wide, lambda_b, up).to(y.dtype)
+
+
+def routed(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
+    """`apply` with vectors for each row; adapters with projections of their own take the general way."""
+    if isinstance(site.constants.vera_A, PerAdapter) or isinstance(site.constants.vera_B, PerAdapter):
+        return NotImplemented
+    y = base(x)
+    if config.vera_dropout:
+        x = F.dropout(x, config.vera_dropout, training=base.training)
+    x, lambda_b, lambda_d = widen(x, leaves["vera_lambda_b"], leaves["vera_lambda_d"])
+    a, b = _projections(site, x.dtype)
+    groups = rows.groups()
+    lambda_b, lambda_d = (groups.pick(vector).unsqueeze(1) for vector in (lambda_b, lambda_d))
+    per_group = F.linear(x, a).reshape(groups.size, -1, a.shape[0])
+    wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * per_group, b))
+    return torch.addcmul(wide.reshape(up.shape), lambda_b, up).view(y.shape).to(y.dtype)
+
+
+def merge(
+    config: VeraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`W' = W + diag(b) B diag(d) A`."""
+    a, b = _projections(site, weight.dtype)
+    return torch.addmm(weight, leaves["vera_lambda_b"].unsqueeze(1) * b, leaves["vera_lambda_d"].unsqueeze(1) * a), bias
+
+
+def _projections(site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the site's part of the shared matrices."""
+    a = site.constants.vera_A[:, : site.in_features]
+    b = site.constants.vera_B[: site.out_features]
+    return a.to(dtype), b.to(dtype)
+
+
+VeraConfig.method = Method(
+    name="VERA",
+    config=VeraConfig,
+    kinds=frozenset({"linear"}),
+    plan=plan,
+    shapes=shapes,
+    init=init,
+    apply=apply,
+    merge=merge,
+    constants=VeraConstants,
+    routed=routed,
+    varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights"}),
+    abilities=(TakesComplex(),),
+)
+
+
+def _check(config: VeraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Hold the rank, by which `plan` makes the shared matrices, against the tensors."""
+    given = {path: tuple(leaves["vera_lambda_d"].shape) for path, leaves in found.items() if "vera_lambda_d" in leaves}
+    require(bool(given), config, f"there is no vera_lambda_d to hold r={config.r} against")
+    for path, shape in given.items():
+        what = f"r is {config.r}, and vera_lambda_d of {path} has shape {shape}, expected (r,)"
+        require(shape == (config.r,), config, what)
+
+
+VeraConfig.form = PeftFormat(
+    prefix="vera_",
+    dropout="vera_dropout",
+    parameters=("vera_lambda_b", "vera_lambda_d"),
+    values={
+        "r": Value(lambda config, site: config.r),
+        "vera_A": Value(lambda config, site: site.constants.vera_A),
+        "vera_B": Value(lambda config, site: site.constants.vera_B),
+    },
+    infer=lambda config, found: {"r": len(next(iter(found.values()))["vera_lambda_d"])},
+    shared=("vera_A", "vera_B"),
+    saves_shared=lambda config: config.save_projection,
+    check=_check,
+    only_here=("exclude_modules",),
+)

@@ -1,0 +1,96 @@
+"""Abilities: optional functions of a method beyond the required ones, each a small object in `Method.abilities`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ._sites.site import Dense, Site
+
+Leaves = dict[str, Tensor]
+Original = Callable[[], Dense]
+"""The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitsProjection:
+    """The ability to adapt a slice of a linear map, some outputs from some inputs: for sites of the kind `"attention"`.
+
+    Attributes:
+        split: `(config, site, leaves, rows, columns) -> leaves`; leaves may be stacked.
+    """
+
+    split: Callable[[Any, Site, Leaves, slice, slice], Leaves]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddsProduct:
+    """The ability to be added to a bare parameter as `scaling * up @ down`, multiplied out only where a model needs it.
+
+    Attributes:
+        factors: `(config, site, leaves) -> (up, down, scaling)`, `"[experts] out r"` and `"[experts] r in"`.
+    """
+
+    factors: Callable[[Any, Site, Leaves], tuple[Tensor, Tensor, float | Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergesOver:
+    """A dense meaning that depends on the base's own weight, also where other adapters are merged beneath.
+
+    Attributes:
+        merge: `(config, site, leaves, weight, bias, original) -> (weight, bias)`.
+    """
+
+    merge: Callable[[Any, Site, Leaves, Tensor, Tensor | None, Original], Dense]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precomputes:
+    """Constants computed from the leaves and the base's weight alone, once for a view that is said to be constant.
+
+    Attributes:
+        compute: `(config, site, leaves, base) -> constants`, which `apply` then finds among the site's.
+    """
+
+    compute: Callable[[Any, Site, Leaves, Any], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepsDtype:
+    """Leaves that `merge` gets in their own dtype, because what they were rounded to counts.
+
+    Attributes:
+        leaves: Their names.
+    """
+
+    leaves: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TakesComplex:
+    """A meaning for complex weights.
+
+    Attributes:
+        refuses: `config -> description` of what of a config has none; `None` for nothing.
+    """
+
+    refuses: Callable[[Any], str | None] = lambda config: None
+
+
+@dataclasses.dataclass(frozen=True)
+class SharesLeaves:
+    """Leaves that several sites train together; they stand under `"*"` beside the paths of a tree.
+
+    `apply`, `merge` and the rest find them among a site's own leaves. A site that has none of its own is not in a tree.
+
+    Attributes:
+        uses: `(config, sites) -> {path: {leaf: name}}`: by which name under `"*"` a site's leaf goes.
+        shapes: `(config, sites) -> {name: shape}`. `init` returns them under `"*"`.
+    """
+
+    uses: Callable[[Any, list[Site]], Mapping[str, Mapping[str, str]]]
+    shapes: Callable[[Any, list[Site]], Mapping[str, tuple[int, ...]]]

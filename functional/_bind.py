@@ -1,0 +1,83 @@
+"""Binding configs to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from torch import nn
+
+from ._binding.binding import Binding
+from ._binding.stacked import StackedBinding
+from ._graft import Graft
+from ._method import Config
+from ._skeleton.parameters import AdaptedParameters
+from ._skeleton.runtime import AdaptedModule
+from ._stacks import StackedGraft
+from ._tensors.wrappers import check_flat, without_parallel
+
+
+@overload
+def bind(model: nn.Module, config: Sequence[Config], *, allow_unreached: bool = ...) -> StackedGraft: ...
+
+
+@overload
+def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unreached: bool = ...) -> Graft: ...
+
+
+def bind(
+    model: nn.Module, config: Config | Mapping[str, Config] | Sequence[Config], *, allow_unreached: bool = False
+) -> Graft:
+    """Bind adapter configs to a model; the model stays as it is.
+
+    Args:
+        model: Any module. It may still move, be evaluated or get new weights later; every call sees it. Of one in
+            `DistributedDataParallel`, the module within. One that `fully_shard` has sharded is gathered in calls, owner
+            by owner, in which each process takes part.
+        config: One config, or several by name. With names, parameters are `{name: tree}` and a name that is missing
+            from them is switched off. With a list, one config for each adapter of a stack: see `StackedGraft`.
+        allow_unreached: Accept forwards that run past a site, as mixtures of experts and encoder-decoder models
+            with cached encoder outputs do. Otherwise such a forward is an error.
+
+    Returns:
+        A `Graft`: `graft.init(generator)` makes parameters, `graft(params, *inputs)` runs the model with them.
+
+    Raises:
+        TypeError: `model` is no module, or `config` no config.
+        ValueError: A config that matches nothing, or a module that its method does not support.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> bind(model, LoraConfig(target_modules=["0"]))
+    Graft(Sequential, LORA on 1 sites)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    model = without_parallel(model)
+    named = isinstance(config, Mapping)
+    configs: Mapping[str, Any] = {"": config}
+    if isinstance(config, Mapping):
+        configs = config
+    elif isinstance(config, (list, tuple)):
+        configs = {f"[{i}]": value for i, value in enumerate(config)}
+    if not configs:
+        given = "dict of configs; give at least one, as {'name': LoraConfig(...)}"
+        raise ValueError(f"bind: got an empty {given if named else 'list of configs; give at least one'}")
+    for name, value in configs.items():
+        if not isinstance(name, str) or (named and not name):
+            raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
+        if isinstance(value, type) or not hasattr(value, "method") or not hasattr(value, "targets"):
+            given = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+            raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
+    for path, module in model.named_modules():
+        check_flat(path or "the model", module)
+        if isinstance(module, (AdaptedModule, AdaptedParameters)):
+            raise TypeError(
+                f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "
+                "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
+            )
+    if isinstance(config, (list, tuple)):
+        return StackedGraft(
+            model, StackedBinding.plan_stack(model, list(configs.values())), allow_unreached=allow_unreached
+        )
+    return Graft(model, Binding.plan(model, configs, named), allow_unreached=allow_unreached)

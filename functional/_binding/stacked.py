@@ -1,0 +1,401 @@
+"""Bindings of stacks: several configs of one method meet a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._method import Config, SiteAdapter, Tree
+from .._places import Places
+from .._rows import PerAdapter, Rows, is_readable
+from .._sites.parameters import Key, key_of
+from .._sites.site import Site
+from .._tensors.wrappers import modules_of
+from .._trees import check_tree, sort
+from .binding import Binding, Shapes
+from .plan import for_model, structure_for
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StackedBinding(Binding):
+    """Several configs of one method bound to a model, one for each adapter of a stack; made by `plan_stack`.
+
+    Attributes:
+        members: The configs, in the order of the stack.
+        singles: The binding of each config alone; leaves of the stack are as large as the largest of theirs.
+    """
+
+    members: Sequence[Config] = ()  # type: ignore[misc]
+    singles: Sequence[Binding] = ()
+
+    @property
+    def plans(self) -> list[Mapping[str, Site]]:
+        """The sites of each config alone, by path."""
+        return [single.sites[""] for single in self.singles]
+
+    @property
+    def own(self) -> list[Shapes]:
+        """The shapes of each config's own leaves, before padding."""
+        return [single.shapes[""] for single in self.singles]
+
+    @classmethod
+    def plan_stack(cls, model: nn.Module, members: Sequence[Config]) -> StackedBinding:
+        """Bind the configs of a stack to a model.
+
+        Raises:
+            TypeError: Configs of several methods.
+            ValueError: Configs that differ in what the adapters of a stack share, or that do not fit the model.
+        """
+        model = structure_for(members, model)
+        members = [for_model(copy.deepcopy(config), model) for config in members]
+        check_configs(members)
+        modules = modules_of(model)
+        singles = [Binding.of_modules(model, {"": config}, modules) for config in members]
+        _check_leaves(singles)
+        replaced, member_shapes = singles[0].replaced[""], [single.shapes[""] for single in singles]
+        for i, other in enumerate(singles[1:], start=1):
+            if differing := set(other.replaced[""]) ^ set(replaced):
+                raise ValueError(
+                    f"bind: only one of configs[0] and configs[{i}] replaces tensors of {min(differing)!r}, which the "
+                    "adapters of a stack do together; bind them apart"
+                )
+        for path, tied in ((path, tied) for single in singles for path, tied in single.tied[""].items()):
+            raise ValueError(
+                f"bind: {path} is tied to {tied.source} (ensure_weight_tying), and a stack of several configs has no "
+                "such ties; bind them apart, or stack trees of one config"
+            )
+        sites = _union(members[0], [single.sites[""] for single in singles], model)
+        paths = sorted({path for shapes in member_shapes for path in shapes})
+        shapes = {path: _largest(path, sites.get(path), member_shapes) for path in paths}
+        first = singles[0]
+        return cls(
+            model,
+            first.configs,
+            named=False,
+            sites={"": sites},
+            replaced=first.replaced,
+            tied=first.tied,
+            shapes={"": shapes},
+            members=members,
+            singles=singles,
+        )
+
+    def init(
+        self,
+        generator: Any = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tree:
+        """Make a fresh stack, as `StackedGraft.init` does."""
+        count = len(self.members)
+        generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
+        if len(generators) != count:
+            raise ValueError(
+                f"init: got {len(generators)} generators, expected one for each of the {count} adapters, or one for all"
+            )
+        fresh = [single.init(source, dtype, device) for single, source in zip(self.singles, generators, strict=True)]
+        return self.stack(fresh)
+
+    def stack(self, adapters: Sequence[Tree]) -> Tree:
+        """Stack one tree of each config, as `StackedGraft.stack` does."""
+        adapters = list(adapters)
+        if len(adapters) != len(self.members):
+            raise ValueError(
+                f"stack: got {len(adapters)} trees, expected one for each of the {len(self.members)} configs"
+            )
+        for i, (tree, shapes) in enumerate(zip(adapters, self.own, strict=True)):
+            check_tree(tree, shapes, f"trees[{i}]")
+        stacked: Tree = {}
+        for path, leaves in self.shapes[""].items():
+            stacked[path] = {}
+            for name, shape in leaves.items():
+                given = [tree.get(path, {}).get(name) for tree in adapters]
+                having = next(leaf for leaf in given if leaf is not None)
+                parts = [having.new_zeros(shape) if leaf is None else _padded(leaf, shape) for leaf in given]
+                stacked[path][name] = torch.stack(parts)
+        return sort(stacked)
+
+    def pad(self, tree: Tree) -> Tree:
+        """Pad one adapter's tree, as `StackedGraft.pad` does."""
+        like = next((leaf for leaves in tree.values() for leaf in leaves.values()), None)
+        padded: Tree = {}
+        for path, leaves in tree.items():
+            for name, leaf in leaves.items():
+                room = self.shapes[""].get(path, {}).get(name, ())
+                if leaf.ndim != len(room) or any(a > b for a, b in zip(leaf.shape, room, strict=True)):
+                    raise ValueError(
+                        f"pad: {name} of {path!r} has shape {tuple(leaf.shape)}, and this graft was bound with room "
+                        f"for {room or 'none'}"
+                    )
+                padded.setdefault(path, {})[name] = _padded(leaf, room)
+        for path, leaves in self.shapes[""].items():
+            for name, room in leaves.items():
+                if name not in padded.setdefault(path, {}):
+                    padded[path][name] = torch.zeros(room) if like is None else like.new_zeros(room)
+        return sort(padded)
+
+    def unstack(self, stacked: Tree) -> list[Tree]:
+        """Split a stack, as `StackedGraft.unstack` does."""
+        check_tree(stacked, self.shapes[""], "the stack", stacked=len(self.members))
+        return [
+            {
+                path: {name: stacked[path][name][(i, *map(slice, shape))] for name, shape in leaves.items()}
+                for path, leaves in shapes.items()
+            }
+            for i, shapes in enumerate(self.own)
+        ]
+
+    def active(self, params: Any) -> dict[str, Any]:
+        if isinstance(params, dict):
+            raise TypeError(
+                f"params is a dict; this graft was bound with {len(self.members)} configs: call it with "
+                "route(stacked, rows), or call graft.at(i) for adapter i of the stack, or graft.member(i) for its own "
+                "tree"
+            )
+        active = super().active(params)
+        rows, members, places = (getattr(params, name, None) for name in ("rows", "members", "places"))
+        held = self.members if members is None else members
+        if rows is not None and places is not None and rows.count != len(places):
+            raise ValueError(
+                f"the stack has {rows.count} adapters, and places of it are given for {len(places)}; give one for each"
+            )
+        if rows is not None and places is None and rows.count != len(held):
+            raise ValueError(
+                f"the stack has {rows.count} adapters, and this graft was bound with {len(self.members)} configs; say "
+                f"which of them it holds: route(stacked, rows, members=...) with {rows.count} indices"
+            )
+        return active
+
+    def places(self, configs: Sequence[Config | None] | None = None) -> Places:
+        """Plan the constants and sites of each place of a stack, as `StackedGraft.places` does."""
+        given = self.members if configs is None else list(configs)
+        if not given:
+            raise ValueError("places: got no configs; give one for each place, None for an empty one")
+        for i, config in enumerate(given):
+            if config is not None and not hasattr(config, "method"):
+                raise TypeError(f"places: configs[{i}] is of type {type(config).__name__}, expected a config or None")
+        check_configs([self.members[0], *(config for config in given if config is not None)])
+        modules = modules_of(self.model)
+        plans: list[Mapping[str, Site]] = [{} for _ in given]
+        for i, config in enumerate(given):
+            if config is not None:
+                single = Binding.plan(self.model, {"": config}, False)
+                self._check_fits(i, single.shapes[""])
+                plans[i] = single.sites[""]
+        constants, present = {}, {}
+        for path, site in self.sites[""].items():
+            device = site.like(modules[site.owner]).device
+            in_places = [plan.get(path) for plan in plans]
+            present[path] = torch.tensor([placed is not None for placed in in_places], device=device)
+            constants[path] = _in_places(path, site, in_places, device)
+        return Places(constants, present)
+
+    def _check_fits(self, place: int, shapes: Shapes) -> None:
+        """Refuse a config that the stack has no room for."""
+        for path, leaves in shapes.items():
+            most = self.shapes[""].get(path, {})
+            site = self.sites[""].get(path)
+            whole = site is not None and (site.groups > 1 or site.experts > 0)
+            for leaf, shape in leaves.items():
+                room = most.get(leaf, ())
+                fits = len(room) == len(shape) and all(a <= b for a, b in zip(shape, room, strict=True))
+                if not fits or (whole and shape != room):
+                    raise ValueError(
+                        f"places: configs[{place}] has {leaf} of shape {shape} at {path!r}, and this graft was bound "
+                        f"with room for {room or 'none'}; bind it with a config that is as large"
+                    )
+
+    def adapters(self, name: str) -> dict[str, SiteAdapter]:
+        return {path: self._adapter(path, adapter) for path, adapter in super().adapters(name).items()}
+
+    def _adapter(self, path: str, adapter: SiteAdapter) -> StackedAdapter:
+        known = tuple(path in plan for plan in self.plans)
+        device = adapter.site.like(modules_of(self.model)[adapter.site.owner]).device
+        return StackedAdapter(adapter.config, adapter.site, torch.tensor(known, device=device), known)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StackedAdapter(SiteAdapter):
+    """The part of a stack at one site, which some of its adapters may not have."""
+
+    present: Tensor
+    known: tuple[bool, ...]
+
+    def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
+        if places is not None:
+            here = {name: PerAdapter(values) for name, values in places.constants[self.site.path].items()}
+            return self.with_constants(here), rows.only(places.present[self.site.path], None)
+        if members is None:
+            return self, rows.only(self.present, self.known)
+        constants = {
+            name: PerAdapter(constant.values[members])
+            for name, constant in self.site.constants.items()
+            if isinstance(constant, PerAdapter)
+        }
+        readable = not torch.compiler.is_compiling() and is_readable(members)
+        known = tuple(self.known[i] for i in members.tolist()) if readable else None
+        return self.with_constants(constants), rows.only(self.present[members], known)
+
+    def several(self, count: int) -> SiteAdapter:
+        having = [i for i, known in enumerate(self.known) if known]
+        members = torch.tensor([having[i % len(having)] for i in range(count)], device=self.present.device)
+        return self.along(members, Rows(None, count))[0]
+
+    def at(self, index: int | Tensor) -> tuple[SiteAdapter, Tensor | None]:
+        """Return one adapter's part, and whether it has the site (`None` for yes)."""
+        constants = {
+            name: _at(constant.values, index)
+            for name, constant in self.site.constants.items()
+            if isinstance(constant, PerAdapter)
+        }
+        return self.with_constants(constants), None if all(self.known) else _at(self.present, index)
+
+
+def check_configs(configs: Sequence[Config]) -> None:
+    """Check that the configs of a stack agree in all that its adapters share.
+
+    Raises:
+        TypeError: Configs of several methods.
+        ValueError: A field that differs and that the method cannot have differ.
+    """
+    first = configs[0]
+    for i, config in enumerate(configs[1:], start=1):
+        if config.method is not first.method:
+            raise TypeError(
+                f"bind: configs[{i}] is a {type(config).__name__} and configs[0] a {type(first).__name__}; a stack has "
+                "one method. Bind several methods by name: bind(model, {'first': ..., 'second': ...})"
+            )
+        free = first.method.varying | first.site_fields
+        for field in dataclasses.fields(config):  # type: ignore[arg-type]
+            name = field.name
+            if name not in free and getattr(config, name) != getattr(first, name):
+                raise ValueError(
+                    f"bind: configs[{i}].{name} is {getattr(config, name)!r} and configs[0].{name} is "
+                    f"{getattr(first, name)!r}; the adapters of a {first.method.name} stack share it. Bind them apart"
+                )
+
+
+def _check_leaves(singles: Sequence[Binding]) -> None:
+    """Refuse configs that train different leaves of one site."""
+    names_at: dict[str, tuple[Any, ...]] = {}
+    for single in singles:
+        for path, site in single.sites[""].items():
+            names = (*sorted(single.configs[""].method.shapes(single.configs[""], site)), *sorted(site.shared.items()))
+            if names_at.setdefault(path, names) != names:
+                raise ValueError(
+                    f"{path}: the configs train different leaves: {list(names_at[path])} and {list(names)}; bind them "
+                    "apart"
+                )
+
+
+def _union(config: Config, plans: Sequence[Mapping[str, Site]], model: nn.Module) -> dict[str, Site]:
+    """Return every site that some adapter has, with the constants of all."""
+    modules = modules_of(model)
+    paths = {path: None for plan in plans for path in plan}
+    names: dict[Key, str] = {}
+    for path in paths:
+        other = names.setdefault(key_of(modules, path), path)
+        if other != path:
+            raise ValueError(f"bind: {other} and {path} are one module under two names; target it by one of them")
+    return {path: _merged(path, config, [plan.get(path) for plan in plans]) for path in paths}
+
+
+def _merged(path: str, config: Config, sites: Sequence[Site | None]) -> Site:
+    """Return a site with the constants of all that have it; a tensor that one of them lacks is zero there."""
+    having = [site for site in sites if site is not None]
+    first = having[0]
+    constants: dict[str, Any] = {}
+    for name in config.method.constants.names():
+        values = [None if site is None else getattr(site.constants, name) for site in sites]
+        if all(value is None for value in values):
+            continue
+        value = next(value for value in values if value is not None)
+        if all(_same(value, getattr(site.constants, name)) for site in having):
+            continue
+        elif name in config.method.constants.varying():
+            constants[name] = PerAdapter(_padded_stack(values))
+        else:
+            raise ValueError(
+                f"{path}: the configs differ in {name!r}, which the adapters of a {config.method.name} stack share; "
+                "bind them apart"
+            )
+    return dataclasses.replace(first, constants=first.constants.replace(constants))
+
+
+def _in_places(path: str, site: Site, sites: Sequence[Site | None], device: torch.device) -> dict[str, Tensor]:
+    """Return the constants that may vary, one for each place, padded to what was bound."""
+    constants: dict[str, Tensor] = {}
+    for name in site.constants.names():
+        bound = getattr(site.constants, name)
+        values = [None if placed is None else getattr(placed.constants, name) for placed in sites]
+        if bound is None and all(value is None for value in values):
+            continue
+        if bound is None or name not in site.constants.varying():
+            if any(value is not None and not _same(value, bound) for value in values):
+                raise ValueError(
+                    f"{path}: a config differs in {name!r} from those that the graft was bound with, which the "
+                    "adapters of the stack share; bind them apart"
+                )
+            continue
+        first = bound.values[0] if isinstance(bound, PerAdapter) else bound
+        like = first if isinstance(first, Tensor) else torch.tensor(first, dtype=torch.float64)
+        parts = [
+            like.new_zeros(like.shape) if value is None else _padded(torch.as_tensor(value).to(like), tuple(like.shape))
+            for value in values
+        ]
+        constants[name] = torch.stack(parts).to(device)
+    return constants
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
+    return bool(a == b)
+
+
+def _padded_stack(values: Sequence[Any]) -> Tensor:
+    tensors = [
+        None if v is None else v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in values
+    ]
+    present = [t for t in tensors if t is not None]
+    shape = tuple(map(max, zip(*(t.shape for t in present), strict=True)))
+    return torch.stack([present[0].new_zeros(shape) if t is None else _padded(t, shape) for t in tensors])
+
+
+def _largest(path: str, site: Site | None, member_shapes: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
+    having = [shapes[path] for shapes in member_shapes if path in shapes]
+    largest = {}
+    for name in {name: None for shapes in having for name in shapes}:
+        sizes = [shapes[name] for shapes in having if name in shapes]
+        largest[name] = tuple(map(max, zip(*sizes, strict=True)))
+        if site is not None and site.groups > 1 and len(set(sizes)) > 1:
+            raise ValueError(
+                f"{path}: a convolution with {site.groups} groups has parameters group by group, which padding would "
+                f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"
+            )
+        if site is not None and site.experts and len(set(sizes)) > 1:
+            raise ValueError(
+                f"{path}: a parameter of {site.experts} experts has leaves of all experts in one, which padding would "
+                f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"
+            )
+    return largest
+
+
+def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
+    if not any(missing):
+        return tensor
+    return F.pad(tensor, [edge for size in reversed(missing) for edge in (0, size)])
+
+
+def _at(values: Tensor, index: int | Tensor) -> Tensor:
+    """Return `values[index]`, without reading an index that is a tensor."""
+    if isinstance(index, Tensor):
+        return values.index_select(0, index.view(1)).squeeze(0)
+    return values[index]

@@ -1,0 +1,73 @@
+"""Bound models: a binding and the skeletons that run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._binding.binding import Binding
+from .._routing.owners import mark_owners
+from .._skeleton.context import CallContext
+from .._skeleton.parameters import check_apart
+from .._skeleton.references import check_references
+from .._skeleton.skeleton import Skeleton
+from .._skeleton.swaps import tensor_swaps
+from .._tensors.wrappers import modules_of
+from .pool import Pool
+from .traced import Traced
+
+_RECENT = 4
+"""Pools kept for states of the model that come back, such as train() and eval()."""
+
+
+class BoundModel:
+    """A binding, and skeletons for the states that its model is in.
+
+    Attributes:
+        binding: The binding.
+        allow_unreached: Whether a forward may run past a site.
+        pools: Skeletons of the states that the model was in, the last one first.
+        compiled: Those that compiled calls run through.
+    """
+
+    def __init__(self, binding: Binding, allow_unreached: bool = False):
+        self.binding, self.allow_unreached = binding, allow_unreached
+        self.pools: list[Pool] = []
+        self.compiled = Traced()
+        plans = (*binding.sites.values(), *binding.replaced.values())
+        check_references(binding.model, {path for plan in plans for path in plan})
+        self.pool()
+
+    def pool(self) -> Pool:
+        """Return the skeletons that fit the model as it is now."""
+        for pool in self.pools:
+            if pool.watch.same():
+                return pool
+        pool = Pool(self.build)
+        self.pools = [pool, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
+        return pool
+
+    def build(self, context: CallContext | None = None) -> Skeleton:
+        """Make a skeleton of the model as it is now.
+
+        Args:
+            context: What its sites ask about the call in progress.
+
+        Raises:
+            ValueError: A module at a site was replaced by one that the site's parameters do not fit.
+        """
+        binding = self.binding
+        modules = modules_of(binding.model)
+        adapters, paths = binding.adapters_by_key(binding.configs)
+        check_apart(adapters, paths)
+        skeleton = Skeleton(binding.model, adapters, paths, context)
+        skeleton.swaps = tensor_swaps(skeleton, modules, binding.replaced)
+        mark_owners(skeleton.context, skeleton.modules, skeleton.swaps, {id(m): name for name, m in modules.items()})
+        skeleton.remember()
+        return skeleton
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "pools": [], "compiled": Traced()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pool()

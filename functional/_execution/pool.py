@@ -1,0 +1,146 @@
+"""Pools: the skeletons of one state of the user's model, each leased to one call at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .._locating.layout import Record
+from .._skeleton.context import CallContext
+from .._skeleton.skeleton import Skeleton
+from .._tensors.placement import is_sharded, local_part
+from .traced import TracedContext
+
+_HELD = 64
+"""Skeletons of calls that are over and that a pool looks after; more of them are left to those who hold them."""
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+class Watch:
+    """A check, in microseconds, that the user's model is still what the skeletons were made from.
+
+    It compares object identities of everything a module refers to and the storages of all tensors, so that
+    `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        registries = [vars(module)[name] for module in modules for name in _REGISTRIES]
+        self._empty = [registry for registry in registries if not registry]
+        self._views = [vars(module).values() for module in modules]
+        self._views += [registry.values() for registry in registries if registry]
+        self._state = list(chain.from_iterable(self._views))
+        tensors = {id(t): t for view in self._views for t in view if isinstance(t, Tensor)}
+        self._tensors = [t for t in tensors.values() if _has_storage(t)]
+        self._storages = list(map(Tensor.data_ptr, self._tensors))
+        self._sharded = [t for t in tensors.values() if is_sharded(t)]
+        self._parts = [local_part(t).data_ptr() for t in self._sharded]
+
+    def same_tensors(self) -> bool:
+        """Return whether every tensor still lives where it lived."""
+        return list(map(Tensor.data_ptr, self._tensors)) == self._storages and (
+            not self._sharded or [local_part(t).data_ptr() for t in self._sharded] == self._parts
+        )
+
+    def same(self) -> bool:
+        """Return whether nothing has changed."""
+        try:
+            return (
+                not any(self._empty)  # truth is cheaper to ask for than values
+                and list(chain.from_iterable(self._views)) == self._state
+                and self.same_tensors()
+            )
+        except Exception:
+            return False
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        return not is_sharded(tensor) and tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+class Lease:
+    """A skeleton held for one call."""
+
+    __slots__ = ("_pool", "skeleton")
+
+    def __init__(self, skeleton: Skeleton, pool: Pool):
+        self.skeleton, self._pool = skeleton, pool
+
+    def release(self) -> None:
+        """End the call."""
+        self._pool.take_back(self.skeleton)
+
+
+class Pool:
+    """The skeletons for one state of the model: as many as are in use at once, and one for compiled calls.
+
+    A call may be over and its skeleton still in use: what the autograd graph holds may run it again, and finds the
+    call's adapters and tensors as long as it does.
+
+    Attributes:
+        traced: The skeleton of compiled calls.
+        watch: Notices that the model has changed.
+        seen: Where rows are, by kind of routed call.
+        alike: The same for kinds that differ in numbers alone.
+        given: Where they are in samples of the user's own, whatever numbers are among the arguments.
+        known: The same by what can be told of a kind under `torch.compile`.
+    """
+
+    def __init__(self, build: Callable[..., Skeleton]):
+        self.seen: dict[Any, Record] = {}
+        self.alike: dict[Any, dict[Any, Record]] = {}
+        self.given: dict[Any, Record] = {}
+        self.known: dict[Any, Record] = {}
+        self._build = build
+        self.traced = self._make(TracedContext())
+        self.watch = Watch(module for module, _ in self.traced.modules)
+        self._free: deque[Skeleton] = deque()
+        self._held: deque[tuple[Skeleton, list[int]]] = deque(maxlen=_HELD)
+
+    def lease(self) -> Lease:
+        """Take a free skeleton, or make one."""
+        self.sweep()
+        try:
+            skeleton = self._free.pop()
+        except IndexError:
+            skeleton = self._make(CallContext())
+            skeleton.recorded.settle()
+        return Lease(skeleton, self)
+
+    def take_back(self, skeleton: Skeleton) -> None:
+        """Free a skeleton whose call is over, now or when nobody refers to it any more."""
+        counts = skeleton.end()
+        if counts is None:
+            self._free.append(skeleton)
+        else:
+            self._held.append((skeleton, counts))
+
+    def sweep(self) -> None:
+        """Free the skeletons that nobody refers to any more."""
+        for _ in range(len(self._held)):
+            try:
+                skeleton, counts = self._held.popleft()
+            except IndexError:  # another thread took it
+                return
+            if skeleton.recorded.counts() == counts:
+                skeleton.restore()
+                self._free.append(skeleton)
+            else:
+                self._held.append((skeleton, counts))
+
+    def _make(self, context: CallContext) -> Skeleton:
+        """Make a skeleton, whose tensors outlive the transforms and modes that are on around the call."""
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            return self._build(context)

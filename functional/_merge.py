@@ -1,0 +1,106 @@
+"""Merging: adapters baked into a state dict of the original model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._binding.replaced import merged
+from ._binding.tied import TiedAdapter
+from ._graft import Graft
+from ._layers.base import BaseWithTensors
+from ._layers.compose import compose
+from ._method import SiteAdapter, Tree
+from ._sites.parameters import Key, find
+from ._sites.site import own_tensor
+from ._tensors.placement import is_sharded, spread
+from ._tensors.wrappers import bare_name, modules_of, state_of
+
+
+def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
+    """Bake adapters into a full state dict under the original model's keys.
+
+    Adapters apply in the order they were bound in, `W' = merge_n(... merge_1(W))`, in float32 or wider, rounded to
+    the base's dtype once; the norms of DoRA are those of the base's own weight, as in PEFT. Tensors that no adapter
+    touches are the model's own, as in `model.state_dict()`; the model stays as it was.
+
+    Args:
+        graft: What `bind` returned.
+        params: A parameter tree, as for a call; the result is differentiable in it.
+
+    Returns:
+        A state dict to load into a model of the original architecture, which then computes the adapted output.
+
+    Raises:
+        KeyError, TypeError, ValueError: A tree that does not fit; a weight that is tied to a module outside of the
+            adapter or computed by a parametrization, which no state dict can express; a site whose method has no
+            dense form.
+
+    >>> import torch
+    >>> from torchgraft.adapters import LoraConfig
+    >>> from torchgraft.functional import bind
+    >>> graft = bind(torch.nn.Linear(2, 2), LoraConfig(target_modules="all-linear"))
+    >>> sorted(merge(graft, graft.init()))
+    ['bias', 'weight']
+    """
+    if not isinstance(graft, Graft):
+        raise TypeError(f"merge: graft is of type {type(graft).__name__}, expected what bind returned")
+    active = graft.binding.active(params)
+    if not all(isinstance(tree, dict) for tree in active.values()):
+        raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")
+    model = graft.binding.model
+    state = state_of(model)
+    modules = modules_of(model)
+    given = merged(modules, graft.binding.replaced, active)
+    state.update(given)
+    names: dict[int, list[str]] = {}
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in itertools.chain(*tensors):
+        names.setdefault(id(tensor), []).append(bare_name(name))
+    by_key, _ = graft.binding.adapters_by_key(active)
+    tied: dict[str, set[int]] = {}
+    carriers: dict[Key, dict[str, SiteAdapter]] = {}
+    for key, adapters in by_key.items():
+        for name, adapter in adapters.items():
+            if isinstance(adapter, TiedAdapter):
+                tied.setdefault(adapter.tied.source, set()).add(key[0])
+            else:
+                carriers.setdefault(key, {})[name] = adapter
+    carrying = {module for module, _ in carriers}
+    for adapters in carriers.values():
+        site = next(iter(adapters.values())).site
+        replaced = {leaf: given[name] for leaf in site.names if (name := f"{site.owner}.{leaf}".lstrip(".")) in given}
+        layer = compose(BaseWithTensors(modules[site.owner], site, replaced), adapters, active)
+        for leaf, value in site.stored(*layer.dense()).items():
+            _write(state, names, modules, site.path, leaf, value, tied.get(site.path, set()) - carrying)
+    return state
+
+
+def _write(
+    state: dict[str, Tensor],
+    names: dict[int, list[str]],
+    modules: dict[str, nn.Module],
+    path: str,
+    leaf: str,
+    value: Tensor,
+    following: Collection[int] = (),
+) -> None:
+    module: Any = find(modules, path)[0]
+    tensor = own_tensor(module, leaf)
+    if tensor is None:
+        raise ValueError(
+            f"{path}: {leaf} is computed (a parametrization or weight norm), so no entry of the state dict is the "
+            "merged one; remove it first, or use graft.view(params)"
+        )
+    for name in names[id(tensor)]:
+        parent = name.rpartition(".")[0]
+        if modules[parent] is not module and id(modules[parent]) not in following:
+            raise ValueError(
+                f"{path}: its {leaf} is tied to {name}, which would change with it; untie the two, "
+                "or use graft.view(params), which keeps them apart"
+            )
+        value = value.to(tensor.dtype)
+        state[name] = spread(value, tensor.device_mesh, tensor.placements) if is_sharded(tensor) else value  # type: ignore[attr-defined]

@@ -1,0 +1,232 @@
+"""Adapted modules: the user's own classes, with the adapter in their forward and in their weight."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._layers.adapted import Adapted
+from .._layers.base import Base
+from .._layers.compose import compose
+from .._layers.gathered import run_on_shards
+from .._layers.no_weight import stand_in
+from .._layers.projection import Projection, ProjectionSlice
+from .._layers.routed import RoutedLayer
+from .._method import SiteAdapter
+from .._sites.site import Site
+from .._tensors.placement import is_sharded, resting
+from . import saving
+from .attention import AdaptedAttention
+from .context import CallContext
+
+
+@dataclasses.dataclass(eq=False)
+class SiteRuntime:
+    """The facts that an adapted module has beyond its class."""
+
+    path: str
+    context: CallContext
+    entries: Mapping[str, SiteAdapter]
+    inner: Any
+    argument: str
+    cls: Any
+    plain: Any
+
+    def layer(
+        self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
+    ) -> Any:
+        """Return the base under the active adapters, the first innermost; or a part of an attention's projection."""
+        base = self._base(next(iter(self.entries.values())).site, args, kwargs, part)
+        return compose(base, self.entries, self.context.active(self.path), self.context.finder, part)
+
+    def _base(
+        self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, part: ProjectionSlice | None
+    ) -> Any:
+        return Base(self.inner, site, args, kwargs) if part is None else Projection(self.inner, site, part)
+
+    def project(self, part: ProjectionSlice, x: Tensor) -> Tensor:
+        """Call a part of an attention's projection, under the adapters."""
+        self.look(x)
+        result: Tensor = self.layer(part=part)(x)
+        return result
+
+    def look(self, x: Tensor) -> None:
+        """Call `see(path, x)` with an input, where the context has a `see`."""
+        if self.context.see is not None:
+            self.context.see(self.path, x)
+
+    def reach(self) -> None:
+        """Note that a forward reached the site: it ran the module or read its weight."""
+        if self.context.reached is not None:
+            self.context.reached.add(self.path)
+
+    def dense(self, name: str) -> Tensor | None:
+        """Return the weight or bias stored under a name, with the active adapters in, in the base's dtype."""
+        layer, tensor = self.layer(), getattr(self.inner, name)
+        if isinstance(layer, Base) or (tensor is not None and tensor.is_meta and resting(self.inner, name) is tensor):
+            # Without values there is nothing to adapt: code that offloads weights reads these.
+            result: Tensor | None = tensor
+            return result
+        if _is_routed(layer):
+            return self._without_value(getattr(self.inner, name))
+        site: Site = layer.entry.site
+        value = site.stored(*layer.dense()).get(name)
+        return None if value is None else value.to(site.like(self.inner).dtype)
+
+    def changed(self) -> dict[str, Any]:
+        """Return the adapted weight and bias by the names that the module has for them; none without an adapter."""
+        layer = self.layer()
+        if isinstance(layer, Base):
+            return {}
+        if _is_routed(layer):
+            return dict.fromkeys(layer.entry.site.weight_names)
+        site: Site = layer.entry.site
+        dtype = site.like(self.inner).dtype
+        return {name: value.to(dtype) for name, value in site.stored(*layer.dense()).items()}
+
+    def _without_value(self, tensor: Tensor | None) -> Tensor | None:
+        """Return a placeholder for a weight or bias where each row has its own."""
+        return None if tensor is None else stand_in(tensor, self.path)
+
+
+def _is_routed(layer: Any) -> bool:
+    while not isinstance(layer, RoutedLayer):
+        if not isinstance(layer, Adapted):
+            return False
+        layer = layer.base
+    return True
+
+
+class AdaptedForward:
+    """A base class in front of the class that `Site.kind` speaks of: its forward under the adapters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        runtime: SiteRuntime = self.__dict__["_runtime"]
+        if args:
+            x, args = args[0], args[1:]
+        elif runtime.argument in kwargs:
+            x = kwargs.pop(runtime.argument)
+        else:
+            raise TypeError(f"{runtime.path}: forward() got no {runtime.argument!r}")
+        runtime.reach()
+        runtime.look(x)
+        layer = runtime.layer(args, kwargs)
+        result: Tensor = layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
+        return result
+
+
+class AdaptedModule:
+    """A base class of targeted modules: same attributes, adapted forward, adapted `weight` and `bias`.
+
+    Parents that read `child.weight` instead of calling the child get the dense meaning, differentiable. So does a
+    subclass with a forward of its own, unless that calls the inherited forward, which is the factored one.
+    """
+
+    def extra_repr(self) -> str:
+        runtime: SiteRuntime = self.__dict__["_runtime"]
+        names = ", ".join(f"{name!r}: {adapter.config.method.name}" for name, adapter in runtime.entries.items())
+        described = super().extra_repr()  # type: ignore[misc]
+        return f"{described}, adapters={{{names}}}" if described else f"adapters={{{names}}}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        runtime: SiteRuntime = self.__dict__["_runtime"]
+        saving.write(runtime.path, destination, prefix, runtime.changed(), keep_vars)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = dict(self.__dict__)
+        runtime: SiteRuntime = state.pop("_runtime")
+        return _revive, (runtime.cls, runtime.plain, runtime.path, runtime.context, runtime.entries), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
+        revive, args, state = self.__reduce_ex__(4)
+        new = memo[id(self)] = revive(*copy.deepcopy(args, memo))
+        new.__dict__.update(copy.deepcopy(state, memo))
+        result: AdaptedModule = new
+        return result
+
+
+def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
+    """Return `cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
+    return _adapted_class(cls, plain, site.weight_names, site.bias_name, site.kind == "attention")
+
+
+@functools.lru_cache(maxsize=256)
+def _adapted_class(cls: Any, plain: Any, weights: tuple[str, ...], bias: str, attention: bool) -> type[nn.Module]:
+    core = _subclass(plain, (AdaptedAttention if attention else AdaptedForward, plain))
+    held = {name: _held(name, True) for name in weights} | ({bias: _held(bias, False)} if weights else {})
+    result: type[nn.Module] = _subclass(
+        cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core), **held
+    )
+    return result
+
+
+def _held(name: str, counts: bool) -> property:
+    """Return a weight or bias as parents see it; whoever reads a weight has reached the module."""
+
+    def get(self: Any) -> Tensor | None:
+        runtime: SiteRuntime = self.__dict__["_runtime"]
+        if counts:
+            runtime.reach()
+        return runtime.dense(name)
+
+    def put(self: Any, value: Tensor | None) -> None:
+        setattr(self.__dict__["_runtime"].inner, name, value)
+
+    return property(get, put)
+
+
+@functools.lru_cache(maxsize=256)
+def inner_class(cls: Any, plain: Any) -> type[nn.Module]:
+    """Return `cls` with the forward of `plain`."""
+    result: type[nn.Module] = cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
+    return result
+
+
+def _subclass(cls: Any, bases: tuple[Any, ...], **members: Any) -> Any:
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__, **members})
+
+
+def adapt(
+    shell: nn.Module, cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]
+) -> None:
+    """Turn a bare copy of a module into an adapted one, in place.
+
+    The copy keeps its `__dict__`; a second object of the plain class shares that dict and is the base layer, so
+    hooks, flags and tensors stay one set.
+
+    Args:
+        shell: The copy.
+        cls: Class of the user's module.
+        plain: The class among its bases whose forward the adapters go around.
+        path: Path of the user's module.
+        context: CallContext of the skeleton.
+        adapters: Adapters by name, the innermost first.
+    """
+    inner = object.__new__(inner_class(cls, plain))
+    object.__setattr__(inner, "__dict__", shell.__dict__)
+    argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
+    shell.__class__ = adapted_class(cls, plain, next(iter(adapters.values())).site)
+    shell.__dict__["_runtime"] = SiteRuntime(path, context, adapters, inner, argument, cls, plain)
+
+
+def load_below(shell: Any) -> None:
+    """Have accelerate's hooks of an adapted module load the base's tensors, whose names on it are the adapted ones."""
+    attributes, inner = vars(shell), vars(shell)["_runtime"].inner
+    forward = attributes.get("forward")
+    if "_hf_hook" in attributes and isinstance(forward, functools.partial):
+        attributes["forward"] = functools.partial(forward.func, inner)
+
+
+def _revive(cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]) -> nn.Module:
+    """Make an adapted module without a state yet, for copies and pickles."""
+    shell = object.__new__(cls)
+    adapt(shell, cls, plain, path, context, adapters)
+    result: nn.Module = shell
+    return result

@@ -1,0 +1,408 @@
+"""Skeletons: structural copies of a module tree that share its tensors and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from .._method import SiteAdapter
+from .._sites.kernels import set_origin
+from .._sites.kinds import plain_class
+from .._sites.parameters import Key
+from .._tensors.placement import copied_hooks, offloading
+from .._tensors.wrappers import bare_name, check_flat
+from .context import CallContext
+from .parameters import ParameterRuntime, adapt_parameters, names_grouped
+from .recorded import Recorded, slots_of
+from .runtime import adapt, load_below
+from .sharded import attributes_of, hooks_of_unit, plain_type
+
+Place = tuple[Any, Any]
+"""Where a tensor hangs: a mutable container and the key in it."""
+
+
+_ATOMIC = (
+    type(None), bool, int, float, complex, str, bytes, type, range, slice,
+    types.ModuleType, types.BuiltinFunctionType, types.CodeType,
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator,
+    torch.fx.Graph, torch.fx.Node,
+)  # fmt: skip
+
+
+_CONTAINERS = (list, dict, set, deque)
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+class Skeleton:
+    """A copy of `model` in which targeted modules are adapted and every tensor is a detached alias.
+
+    Modules, plain containers, bound methods, partials, closures and objects that hold a module of the model
+    are rebuilt around the copies; everything else is shared by reference.
+
+    Args:
+        model: The user's model; only read.
+        adapters: Adapters by name, for each targeted module or parameter.
+        paths: The path of each of these.
+
+    Attributes:
+        root: The copy.
+        context: What the call in progress tells the adapted modules.
+        aliases: The detached alias of each tensor of the model, by the tensor's id.
+        places: Where each alias hangs in the copy: containers and keys.
+        sources: Where each named tensor hangs in the model, and its id.
+        modules: The model's modules, those that it keeps in plain containers too, each with its copy.
+        children: The registries of the model's modules, each with the submodules that are in it.
+        filled: The tensors that the call in progress has replaced, by id.
+        offloaded: The tensors of the model, by id, that hooks of accelerate load where they are called.
+        volatile: Tensors that a forward may write to, and whether it may in the present modes.
+        swaps: Where the tensors hang that adapters replace.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Mapping[Key, Mapping[str, SiteAdapter]],
+        paths: Mapping[Key, str],
+        context: CallContext | None = None,
+    ):
+        self.context = context or CallContext()
+        self._adapters, self._paths = adapters, paths
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._tensors = {id(tensor) for tensor in _tensors(model)}
+        self._memo: dict[int, Any] = {}
+        self._keep: list[Any] = []
+        self._plain: dict[int, Any] = {}
+        self._where = "the model"
+        self.places: dict[int, list[Place]] = {}
+        self.frozen: set[int] = set()
+        self.aliases: dict[int, Tensor] = {}
+        self._copies: list[Any] = []
+        self.modules: list[tuple[nn.Module, Any]] = []
+        self.root: nn.Module = self._copy(model)
+        self.children = [(m._modules, dict(m._modules)) for m in model.modules()]
+        self.sources: dict[str, tuple[Any, str, int]] = {
+            bare_name(f"{path}.{name}" if path else name): (registry, name, id(tensor))
+            for path, module in model.named_modules(remove_duplicate=False)
+            for registry in (module._parameters, module._buffers)
+            for name, tensor in registry.items()
+            if tensor is not None
+        }
+        self.offloaded = {
+            id(t) for m, _ in self.modules if next(offloading(m), None) is not None for t in m._parameters.values()
+        }
+        self.volatile = self._volatile()
+        self.written = [key for key, active in self.volatile.items() if active]
+        held = {id(container): container for places in self.places.values() for container, _ in places}
+        self.containers = (getattr(self.context, "state", {}), *held.values())
+        self.filled: Iterable[int] = ()
+        self.swaps: list[Any] = []
+        self.remember()
+        del self._memo, self._keep, self._plain
+
+    def remember(self) -> None:
+        """Record the skeleton as it is now: the state that a call begins with."""
+        self.recorded = Recorded(self._copies)
+
+    def end(self) -> list[int] | None:
+        """End a call: undo whatever it and the model's forward wrote to the skeleton.
+
+        Returns:
+            `None`; or, if somebody outside still refers to a part of the skeleton and may run it again, the reference
+            counts at which nobody does any more. The skeleton is then left as the call's forward left it.
+        """
+        recorded = self.recorded
+        left = [(*place, _at(*place)) for key in self.filled for place in self.places[key]]
+        self._put_back()
+        changed = recorded.changed()
+        counts = recorded.own_counts() if changed else recorded.own
+        if recorded.counts() != counts:
+            for container, name, tensor in left:
+                if tensor is not None:
+                    container[name] = tensor
+            return counts
+        self.filled = ()
+        self.context.clear()
+        if changed:
+            recorded.restore()
+        return None
+
+    def restore(self) -> None:
+        """Undo whatever a call and the model's forward wrote to the skeleton."""
+        self._put_back()
+        self.filled = ()
+        self.context.clear()
+        self.recorded.restore()
+
+    def _put_back(self) -> None:
+        for key in self.filled:
+            for container, name in self.places[key]:
+                if isinstance(container, dict) or name < len(container):
+                    container[name] = self.aliases[key]
+
+    def own_buffers(self) -> None:
+        """Give the skeleton its own copy of every tensor that a forward may write to."""
+        for key in self.volatile:
+            copied = self.aliases[key].clone()
+            for container, name in self.places[key]:
+                container[name] = copied
+
+    def _volatile(self) -> dict[int, bool]:
+        """Find tensors that a forward may write to, and whether it may in the modes that the modules are in now."""
+        volatile: dict[int, bool] = {}
+        for module, _ in self.modules:
+            active = module.training or not isinstance(module, _NormBase)
+            tensors = [*module._buffers.values(), *vars(module).values()]
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                tensors.append(module.weight)
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and id(tensor) in self.places:
+                    volatile[id(tensor)] = volatile.get(id(tensor), False) or active
+        return volatile
+
+    # -- copying ---------------------------------------------------------------------------------------------
+
+    def _copy(self, x: Any) -> Any:
+        if isinstance(x, _ATOMIC):
+            return x
+        if id(x) in self._memo:
+            return self._memo[id(x)]
+        if isinstance(x, Tensor):
+            return self._remember(x, self._alias(x))
+        if isinstance(x, weakref.ProxyTypes):
+            return weakref.proxy(self._copy(_target(x)))
+        if isinstance(x, nn.Module):
+            return self._module(x)
+        if isinstance(x, _CONTAINERS):
+            return self._container(x)
+        if isinstance(x, (tuple, frozenset)):
+            return self._tuple(x)
+        if not self._holds(x):
+            return x
+        if isinstance(x, types.MethodType):
+            owner = self._copy(x.__self__)
+            name = getattr(x.__func__, "__name__", "")  # a partial has none
+            named = getattr(type(x.__self__), name, None) is x.__func__
+            func = getattr(type(owner), name) if named else self._copy(x.__func__)
+            return types.MethodType(func, owner)
+        if isinstance(x, types.FunctionType):
+            return self._function(x)
+        if isinstance(x, functools.partial):
+            new = functools.partial(
+                self._copy(x.func), *map(self._copy, x.args), **{k: self._copy(v) for k, v in x.keywords.items()}
+            )
+            vars(new).update({k: self._copy(v) for k, v in vars(x).items()})
+            return self._remember(x, new)
+        if isinstance(x, weakref.ReferenceType):
+            return (weakref.WeakMethod if isinstance(x, weakref.WeakMethod) else weakref.ref)(self._copy(x()))
+        return self._object(x)
+
+    def _remember(self, old: Any, new: Any) -> Any:
+        self._memo[id(old)] = new
+        self._keep.append(old)
+        if new is not old and not isinstance(new, Tensor):
+            self._copies.append(new)
+        return new
+
+    def _alias(self, x: Tensor) -> Tensor:
+        if isinstance(x, (UninitializedParameter, UninitializedBuffer)):
+            raise ValueError(
+                f"{self._where}: a parameter of a lazy module has no shape yet; run the model once before bind"
+            )
+        alias = x.detach() if type(x) in (Tensor, nn.Parameter) or x.requires_grad else x
+        if type(x) is nn.Parameter:
+            alias = nn.Parameter(alias, requires_grad=False)
+            set_origin(alias, x)
+        self.aliases[id(x)] = alias
+        self.places[id(x)] = []
+        return alias
+
+    def _put(self, container: Any, key: Any, value: Any) -> None:
+        container[key] = self._copy(value)
+        if isinstance(value, Tensor):
+            self.places[id(value)].append((container, key))
+
+    def _module(self, x: nn.Module) -> nn.Module:
+        if isinstance(x, torch.jit.ScriptModule):
+            self._remember(x, x)
+            return x
+        if (type(x).__module__, type(x).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule"):
+            raise TypeError(
+                f"{self._modules.get(id(x)) or 'the model'}: a module compiled by torch.compile hides its structure; "
+                "bind the module it was made from and compile a function that calls the graft"
+            )
+        check_flat(self._modules.get(id(x)) or "the model", x)
+        cls = plain_type(x)
+        self._memo.update(hooks_of_unit(x) | copied_hooks(x))
+        new: nn.Module = self._remember(x, object.__new__(cls))
+        self.modules.append((x, new))
+        whole = (id(x), "")
+        if whole in self._adapters:
+            adapt(new, cls, plain_class(x), self._paths[whole], self.context, self._adapters[whole])
+        self._adapt_parameters(x, new)
+        where, self._where = self._where, self._modules.get(id(x)) or "the model"
+        for key, value in attributes_of(x).items():
+            if key in ("_parameters", "_buffers"):
+                new.__dict__[key] = registry = type(value)()
+                for name, tensor in value.items():
+                    self._put(registry, name, tensor)
+            elif key in _INTERNAL and not value:
+                new.__dict__[key] = copy.copy(value)
+            else:
+                self._put(new.__dict__, key, value)
+        if whole in self._adapters:
+            load_below(new)
+        self._where = where
+        return new
+
+    def _adapt_parameters(self, x: nn.Module, new: nn.Module) -> None:
+        keys = [key for name in x._parameters if (key := (id(x), name)) in self._adapters]
+        if keys and next(offloading(x), None) is not None:
+            raise ValueError(
+                f"{self._paths[keys[0]]}: is offloaded by a hook of accelerate, which no adapter of a parameter can "
+                "follow into a copy of its module; keep this module in memory, or call inject_adapter_in_model"
+            )
+        if keys:
+            grouped = names_grouped(plain_type(x))
+            runtimes = {
+                key[1]: ParameterRuntime(self._paths[key], key[1], self.context, self._adapters[key], grouped)
+                for key in keys
+            }
+            adapt_parameters(new, plain_type(x), runtimes)
+
+    def _container(self, x: Any) -> Any:
+        new = self._remember(x, copy.copy(x))
+        if isinstance(x, dict):
+            new.clear()
+            for key, value in x.items():
+                self._put(new, self._copy(key), value)
+        elif isinstance(x, set):
+            new.clear()
+            new.update(map(self._copy, x))
+        else:
+            for index, value in enumerate(x):
+                self._put(new, index, value)
+        for key, value in getattr(x, "__dict__", {}).items():
+            self._put(new.__dict__, key, value)
+        return new
+
+    def _tuple(self, x: Any) -> Any:
+        items = [self._copy(item) for item in x]
+        self.frozen.update(id(item) for item in x if isinstance(item, Tensor))
+        if all(new is old for new, old in zip(items, x, strict=True)):
+            return x
+        if isinstance(x, tuple) and type(x) is not tuple and hasattr(x, "_make"):
+            return self._remember(x, x._make(items))
+        return self._remember(x, type(x)(items))
+
+    def _function(self, x: types.FunctionType) -> types.FunctionType:
+        cells = tuple(types.CellType() for _ in x.__closure__ or ())
+        new = types.FunctionType(x.__code__, x.__globals__, x.__name__, None, cells or None)
+        self._remember(x, new)
+        for cell, old in zip(cells, x.__closure__ or (), strict=True):
+            if _filled(old):
+                cell.cell_contents = self._copy(old.cell_contents)
+        new.__defaults__ = self._copy(x.__defaults__)
+        new.__kwdefaults__ = self._copy(x.__kwdefaults__)
+        vars(new).update({key: self._copy(value) for key, value in vars(x).items()})
+        new.__qualname__, new.__doc__, new.__annotations__ = x.__qualname__, x.__doc__, x.__annotations__
+        return new
+
+    def _object(self, x: Any) -> Any:
+        try:
+            new = self._remember(x, object.__new__(type(x)))
+        except TypeError:
+            raise TypeError(
+                f"{self._where}: an attribute of type {type(x).__module__}.{type(x).__qualname__} holds a module of "
+                "the model and cannot be rebuilt around an adapted copy; keep the module in a submodule, list or dict"
+            ) from None
+        for key, value in _attributes(x):
+            object.__setattr__(new, key, self._copy(value))
+        return new
+
+    # -- does an object lead to the model? --------------------------------------------------------------------
+
+    def _holds(self, x: Any) -> bool:
+        """Return whether a module or tensor of the model can be reached from `x`."""
+        seen: dict[int, Any] = {}
+        stack = [x]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, _ATOMIC) or id(item) in seen or id(item) in self._plain:
+                continue
+            if id(item) in self._modules or id(item) in self._tensors:
+                return True
+            seen[id(item)] = item
+            if not isinstance(item, (nn.Module, Tensor)):
+                stack.extend(_parts(item))
+        self._plain.update(seen)
+        return False
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            yield from (tensor for tensor in registry.values() if tensor is not None)
+
+
+def _parts(x: Any) -> Iterator[Any]:
+    if isinstance(x, dict):
+        yield from x
+        yield from x.values()
+    elif isinstance(x, (list, tuple, set, frozenset, deque)):
+        yield from x
+    elif isinstance(x, types.MethodType):
+        yield x.__self__
+        yield x.__func__
+    elif isinstance(x, types.FunctionType):
+        yield from (cell.cell_contents for cell in x.__closure__ or () if _filled(cell))
+        yield x.__defaults__
+        yield x.__kwdefaults__
+        yield vars(x)
+    elif isinstance(x, functools.partial):
+        yield x.func
+        yield x.args
+        yield x.keywords
+        yield vars(x)
+    elif isinstance(x, weakref.ReferenceType):
+        yield x()
+    else:
+        yield from gc.get_referents(x)
+
+
+def _target(proxy: Any) -> Any:
+    """Return what a weak proxy stands for: the owner of its methods."""
+    return proxy.__repr__.__self__
+
+
+def _attributes(x: Any) -> Iterator[tuple[str, Any]]:
+    yield from getattr(x, "__dict__", {}).items()
+    yield from ((name, getattr(x, name)) for name in slots_of(x) if hasattr(x, name))
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - reading an empty cell is the only way to learn that it is empty
+    except ValueError:
+        return False
+    return True
+
+
+def _at(container: Any, key: Any) -> Any:
+    """Return what hangs at a place, if anything does."""
+    try:
+        return container[key]
+    except LookupError:
+        return None
