@@ -94,7 +94,7 @@ def by_injecting(config, name, first=None):
 def scalings(injected):
     return {
         path: layer.scaling["default"]
-        for path, layer in adapters.inplace.walk.layers(injected).items()
+        for path, layer in adapters._inplace.walk.layers(injected).items()
         if "default" in layer.scaling
     }
 

@@ -61,7 +61,7 @@ WRITES = {
 def injected(write=None, **fields):
     fields = {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False, **fields}
     model = inject_adapter_in_model(LoraConfig(**fields), Net().double())
-    for path, layer in adapters.inplace.walk.layers(model).items():
+    for path, layer in adapters._inplace.walk.layers(model).items():
         if write is not None:
             layer.scaling["default"] = write(path, layer.scaling["default"])
     return model
@@ -88,7 +88,7 @@ def test_a_written_factor_comes_back(fields, write, tmp_path):
         inject_adapter_in_model(extract_config(model), Net().double(), params=params)(X), expected
     )
     loaded = load_adapter(Net().double(), tmp_path / "model")
-    for path, layer in adapters.inplace.walk.layers(model).items():
+    for path, layer in adapters._inplace.walk.layers(model).items():
         assert loaded.get_submodule(path).scaling["default"] == float(layer.scaling["default"])
 
 

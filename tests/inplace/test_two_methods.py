@@ -51,7 +51,7 @@ def state(model):
     tensors = {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()}
     layers = {
         path: (list(layer.entries), list(layer.active_adapters), list(layer.merged_adapters), layer.disable_adapters)
-        for path, layer in adapters.inplace.walk.layers(model).items()
+        for path, layer in adapters._inplace.walk.layers(model).items()
     }
     return modules, tensors, layers, adapter_names(model), list(getattr(model, "peft_config", ["none"]))
 
@@ -137,7 +137,7 @@ def test_whatever_fails_leaves_the_model_as_it_was(when, late, monkeypatch):
     cls, method = (BaseTunerLayer, "activate") if late else (BaseTunerLayer, "add")
     original = getattr(cls, method)
     if late:
-        cls, method = (adapters.inplace.beside.tokens.TrainableTokensWrapper, "activate")
+        cls, method = (adapters._inplace.beside.tokens.TrainableTokensWrapper, "activate")
         original, calls = getattr(cls, method), [None, None]
     monkeypatch.setattr(cls, method, fail)
     with pytest.raises(RuntimeError, match="in between"):
