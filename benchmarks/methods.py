@@ -1,0 +1,136 @@
+"""The cost of each method over the frozen base, and of PEFT's: training step, inference, activations kept.
+
+Each method at its defaults, but for fields that a model of this size asks for, on all linear layers of a Llama with
+random weights. Peers in the same rounds: the frozen base, PEFT's layers of the same config.
+
+    python benchmarks/methods.py [--quick] [--only LORA VERA]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import warnings
+from typing import Any
+
+import peft
+import torch
+from _memory import saved_bytes
+from _models import LINEARS, lively, llama, tokens, trained
+from _picture import bars
+from _results import apart, write
+from _rounds import Cases, measure, ratios, table
+from single import frozen, loss_of, step
+from torch import Tensor
+
+from torchgraft import adapters
+from torchgraft.adapters import AdapterConfig
+from torchgraft.functional import bind
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 1000},
+    "C3A": {"block_size": 32},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "OFT": {"oft_block_size": 32},
+    "VBLORA": {"vector_length": 32},
+    "VERA": {"r": 256},
+}
+"""Fields of a method beside its rank."""
+
+
+def config_of(cls: type[AdapterConfig]) -> AdapterConfig:
+    """Return a method's config for the linear layers of the Llama: rank 8 where it has one."""
+    name, fields = cls.method.name, inspect.signature(cls).parameters
+    given = {rank: 8 for rank in ("r", "init_r") if rank in fields and name != "OFT"}
+    given |= {"target_r": 4} if "target_r" in fields else {}
+    return cls(target_modules=LINEARS, **{**given, **SPECIAL.get(name, {})})
+
+
+def theirs_of(config: AdapterConfig, model: Any) -> Any:
+    """Inject PEFT's adapter of the same config into a copy of the model, its parameters away from the initial ones."""
+    theirs = getattr(peft, type(config).__name__)
+    fields = {name: value for name, value in config.to_dict().items() if name in inspect.signature(theirs).parameters}
+    fields.pop("peft_type", None)
+    injected: Any = peft.get_peft_model(copy.deepcopy(model), theirs(**fields)).base_model.model  # VeRA needs this way
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in injected.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return injected
+
+
+def method_cases(model: Any, ids: Tensor, config: AdapterConfig) -> tuple[Cases, Cases, dict[str, int]]:
+    """Return training steps, forward passes, and the bytes that autograd keeps in a forward."""
+    graft = bind(model, config)
+    params = lively(graft.init())
+    view: Any = graft.view(params)
+    theirs = theirs_of(config, model)
+    training = {
+        "frozen base": frozen(model, ids),
+        "torchgraft": step(lambda: graft(params, ids).logits, trained(params), ids),
+        "PEFT": step(lambda: theirs(ids).logits, [p for p in theirs.parameters() if p.requires_grad], ids),
+    }
+    inference = {"frozen base": lambda: model(ids), "torchgraft": lambda: view(ids), "PEFT": lambda: theirs(ids)}
+    own = [*model.parameters(), *model.buffers()]
+    embedded = model.get_input_embeddings()(ids).requires_grad_()
+    kept = {
+        "frozen base": saved_bytes(lambda: loss_of(model(inputs_embeds=embedded).logits, ids), own),
+        "torchgraft": saved_bytes(lambda: loss_of(graft(params, ids).logits, ids), [*own, *trained(params)]),
+        "PEFT": saved_bytes(lambda: loss_of(theirs(ids).logits, ids), [*own, *theirs.parameters(), *theirs.buffers()]),
+    }
+    return training, {name: torch.no_grad()(run) for name, run in inference.items()}, kept
+
+
+def main() -> None:
+    """Measure, print, write `results/methods.json` and draw `results/methods.png`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small models and few rounds, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", help="methods by their peft_type")
+    given = parser.parse_args()
+    if given.quick or given.only:
+        apart()
+    rounds = 1 if given.quick else given.rounds
+    torch.set_num_threads(2)
+    model, ids = (llama(64, 1), tokens(2, 16)) if given.quick else (llama(512, 4), tokens(4, 128))
+    found: dict[str, dict[str, Any]] = {}
+    for name, cls in config_classes(given.only).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            training, inference, kept = method_cases(model, ids, config_of(cls))
+        one = {
+            "training step": ratios(measure(training, rounds, label=f"{name}: training"), "frozen base"),
+            "inference": ratios(measure(inference, rounds, label=f"{name}: inference"), "frozen base"),
+            "kept_bytes": kept,
+        }
+        found[name] = one
+        for setting in ("training step", "inference"):
+            print(f"{name}: {setting}\n{table(one[setting], 'frozen base')}")
+        print(f"  kept for backward: {kept}")
+    write("methods", {"claim": "No method costs more than PEFT's", "methods": found})
+    draw(found)
+
+
+def config_classes(only: list[str] | None) -> dict[str, type[AdapterConfig]]:
+    """Return the config of each method of the library by its type."""
+    classes = [one for one in vars(adapters).values() if isinstance(one, type) and hasattr(one, "method")]
+    return {cls.method.name: cls for cls in classes if not only or cls.method.name in only}
+
+
+def draw(found: dict[str, dict[str, Any]]) -> None:
+    """Draw a panel for training and one for inference, methods sorted by their cost here."""
+    panels = {}
+    for setting in ("training step", "inference"):
+        rows = sorted(found, key=lambda name: found[name][setting]["torchgraft"]["ratio"])
+        panels[setting] = {
+            (f"torchgraft, {name}" if who == "torchgraft" else f"PEFT, {name}"): found[name][setting][who]
+            for name in rows
+            for who in ("torchgraft", "PEFT")
+        }
+    bars("methods", "What each method costs over the frozen base", panels, "the frozen base's")
+
+
+if __name__ == "__main__":
+    main()
