@@ -100,7 +100,7 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             training, inference, kept = method_cases(model, ids, config_of(cls))
-        one = {
+        one: dict[str, Any] = {
             "training step": ratios(measure(training, rounds, label=f"{name}: training"), "frozen base"),
             "inference": ratios(measure(inference, rounds, label=f"{name}: inference"), "frozen base"),
             "kept_bytes": kept,
