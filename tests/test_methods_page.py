@@ -1,6 +1,6 @@
 """`docs/methods.md` says what each method does and costs: made from the registry, the contract's table and measurements.
 
-python tests/test_methods_page.py    writes the page's tables
+python -m tests.test_methods_page    writes the page's tables
 """
 
 import ast
@@ -16,18 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    from tests.contract.cases import KINDS
-    from tests.contract.methods import METHODS
-else:
-    from .contract.cases import KINDS
-    from .contract.methods import METHODS
-
 from torchgraft import adapters
 from torchgraft.functional import bind
 
+from .contract.cases import KINDS
+from .contract.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 START, END = "<!-- {}: tests/test_methods_page.py -->", "<!-- end -->"
 GROUPS = {
@@ -63,14 +58,18 @@ def docstring(name):
 
 def formula_of(name):
     found = re.search(r"\n\n    y = (.+)\n", docstring(name))
-    assert found, f"{CONFIGS[name].__module__} has no line `    y = ...` of its own that says what an adapted layer does"
+    assert found, (
+        f"{CONFIGS[name].__module__} has no line `    y = ...` of its own that says what an adapted layer does"
+    )
     return re.split(r",? {3,}", found[1])[0].rstrip(",. ").replace("|", "\\|")
 
 
 def papers_of(name):
     found = re.findall(r"arXiv:(\d{4}\.\d{5})|openreview:(\w+)", docstring(name))
     assert found, f"{CONFIGS[name].__module__} names no paper: arXiv:... or openreview:..."
-    pages = [f"[{a}](https://arxiv.org/abs/{a})" if a else f"[{b}](https://openreview.net/forum?id={b})" for a, b in found]
+    pages = [
+        f"[{a}](https://arxiv.org/abs/{a})" if a else f"[{b}](https://openreview.net/forum?id={b})" for a, b in found
+    ]
     return " ".join(dict.fromkeys(pages))
 
 
@@ -101,7 +100,10 @@ def is_factored(name):
     model = nn.Sequential(nn.Linear(256, 320)).requires_grad_(False)
     graft = bind(model, config_of(name, ["0"]))
     params = optree.tree_map(lambda leaf: (leaf + 0.01).requires_grad_(), graft.init())
-    own, large = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *optree.tree_leaves(params))}, []
+    own, large = (
+        {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *optree.tree_leaves(params))},
+        [],
+    )
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own and tensor.numel() >= 256 * 320:
@@ -178,7 +180,7 @@ def test_the_row_of_a_method_is_true(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row = row_of(name)
-    assert row in page(), f"python {Path(__file__).relative_to(ROOT)} writes the page; this row should be\n{row}"
+    assert row in page(), f"python -m tests.test_methods_page writes the page; this row should be\n{row}"
 
 
 def test_exemptions_are_those_of_the_contract():
