@@ -1,4 +1,4 @@
-"""`docs/methods.md` says what each method does and costs: made from the registry, the contract's table and measurements.
+"""`docs/methods.md` says what each method does and costs, from the registry, the contract and measurements.
 
 python -m tests.test_methods_page    writes the page's tables
 """
