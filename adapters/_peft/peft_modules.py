@@ -166,11 +166,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.config": {"PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
-    "peft.mapping": {
-        **_TABLES,
-        "get_peft_model": get_peft_model,
-        "inject_adapter_in_model": inplace.inject_adapter_in_model,
-    },
+    "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
     "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS},
