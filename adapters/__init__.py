@@ -17,6 +17,7 @@ from ._files.load import load_adapter as load_adapter
 from ._files.save import save_adapter as save_adapter
 from ._inplace import BaseTunerLayer as BaseTunerLayer
 from ._inplace import ModulesToSaveWrapper as ModulesToSaveWrapper
+from ._inplace import active_adapters as active_adapters
 from ._inplace import adapter_names as adapter_names
 from ._inplace import cast_adapter_dtype as cast_adapter_dtype
 from ._inplace import delete_adapter as delete_adapter
@@ -56,3 +57,15 @@ from ._optim.lora_fa import lora_fa_gradients as lora_fa_gradients
 from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+from ._peft.peft_model import PeftMixedModel as PeftMixedModel
+from ._peft.peft_model import PeftModel as PeftModel
+from ._peft.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+from ._peft.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from ._peft.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from ._peft.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from ._peft.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from ._peft.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from ._peft.peft_model import get_peft_model as get_peft_model
+from ._peft.status import get_layer_status as get_layer_status
+from ._peft.status import get_model_status as get_model_status
+from ._peft.weights import load_peft_weights as load_peft_weights

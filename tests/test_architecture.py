@@ -50,7 +50,7 @@ ORDER = {
         _files: configs fit stored save into_graft into_model load
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: peft_modules alias
+        _peft: hub card tuners status weights peft_model peft_modules alias
         .: __init__
     """,
     "functional": """

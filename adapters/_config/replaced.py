@@ -61,7 +61,7 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     return plan
 
 
-_HEADS = {
+HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -71,7 +71,7 @@ _HEADS = {
 
 def _warn_of_heads(config: Any, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
     """Say which new heads stay frozen, that a config's task has and its `modules_to_save` leave out."""
-    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     if not heads or config.inference_mode:
         return
     given = set(config.modules_to_save or ()) | set(paths)
@@ -133,6 +133,7 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
     """Return the modules that `config.modules_to_save` names, each under one of its names.
 
     A name is a whole name, or the end of one after a dot. (PEFT takes any end of a name, so that `"in0"` wraps `lin0`.)
+    Of a task's heads, all of which PEFT writes into its configs, one has to be there.
 
     Args:
         config: An adapter's config.
@@ -146,9 +147,14 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
     ['model.head']
     """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for saved in config.modules_to_save or ():
+    wanted = config.modules_to_save or ()
+    ends = {path.rpartition(".")[2] for path in modules}
+    heads = {head for one in HEADS.values() if ends.intersection(one) and set(one) <= set(wanted) for head in one}
+    for saved in wanted:
         paths = [path for path in modules if path and (path == saved or path.endswith(f".{saved}"))]
-        require(bool(paths), config, f"modules_to_save has {saved!r}, which is no module of the model")
+        require(
+            bool(paths) or saved in heads, config, f"modules_to_save has {saved!r}, which is no module of the model"
+        )
         for path in paths:
             module = modules[path]
             require(

@@ -25,7 +25,7 @@ from .fit import Parts, fit
 from .stored import Stored, base_of, fixed_leaves, other_base, other_shared
 
 
-def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trainable: bool) -> None:
+def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trainable: bool, activate: bool) -> None:
     """Inject an adapter with the values of a file; all that can fail comes before the model is touched.
 
     Raises:
@@ -60,7 +60,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
     config = dataclasses.replace(stored.config, inference_mode=not is_trainable)
-    inject_adapter_in_model(config, model, adapter_name, params=tree)
+    inject_adapter_in_model(config, model, adapter_name, params=tree, activate=activate)
     if parts.saved:
         set_peft_model_state_dict(model, {name: tensors[key] for name, key in parts.saved.items()}, adapter_name)
     _put_constants(model, adapter_name, fixed, constants)

@@ -28,6 +28,7 @@ def load_adapter(
     *,
     check_finite: bool = False,
     is_trainable: bool = False,
+    activate: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Any:
@@ -47,6 +48,7 @@ def load_adapter(
             the one to load.
         check_finite: Refuse NaN and infinite values.
         is_trainable: Whether the injected adapter is to be trained; of no effect for a graft.
+        activate: Whether the injected adapter becomes the active one; if not, it is frozen; of no effect for a graft.
         dtype: Dtype of the parameters. By default that of the base in a model, as `inject_adapter_in_model` has it; for
             a graft float32, or the base's where that is wider, as `Graft.init` has it.
         device: Device of the parameters; by default each site's own.
@@ -85,6 +87,6 @@ def load_adapter(
         with about(config_file), gathered(target, writes=True):
             if isinstance(model, Graft):
                 return load_into_graft(model, stored, adapter_name)
-            check_averaged(target, is_trainable)
-            load_into_model(model, stored, adapter_name, is_trainable)
+            check_averaged(target, is_trainable and activate)
+            load_into_model(model, stored, adapter_name, is_trainable, activate)
             return target

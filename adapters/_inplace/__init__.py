@@ -14,6 +14,7 @@ from .states.extract import extract_graft as extract_graft
 from .states.extract import extract_params as extract_params
 from .states.state import get_peft_model_state_dict as get_peft_model_state_dict
 from .states.state import set_peft_model_state_dict as set_peft_model_state_dict
+from .switch import active_adapters as active_adapters
 from .switch import adapter_names as adapter_names
 from .switch import cast_adapter_dtype as cast_adapter_dtype
 from .switch import delete_adapter as delete_adapter

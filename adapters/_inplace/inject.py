@@ -19,7 +19,7 @@ from .injection.bound import Injection, bind_injection, check_injection
 from .injection.placing import place
 from .injection.positions import Positions
 from .injection.restoring import restoring
-from .switch import adapter_names
+from .switch import active_adapters, adapter_names, set_requires_grad
 from .tensors.gathering import check_averaged, gathered
 from .walk import layers, outermost, parts, unwrap
 
@@ -32,6 +32,7 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     params: Tree | None = None,
+    activate: bool = True,
 ) -> nn.Module:
     """Put an adapter into a model, in place, and make it the active and trainable one.
 
@@ -56,6 +57,7 @@ def inject_adapter_in_model(
             not loaded.
         params: A tree as `bind(model, peft_config).init()` makes it, whose tensors become the parameters, sharing their
             memory where they have the dtype and the device of what they are in.
+        activate: Whether the adapter becomes the active one. If not, it is frozen, and what is active stays so.
 
     Of a model that is sharded, all processes take part, and what is drawn is what the first one draws.
 
@@ -77,29 +79,40 @@ def inject_adapter_in_model(
     """
     given, model = model, unwrap(model)
     _check_arguments(peft_config, model, adapter_name, state_dict, params)
-    check_averaged(given, trained=not peft_config.inference_mode)
+    check_averaged(given, trained=activate and not peft_config.inference_mode)
     with gathered(given, writes=True), replicating(model, peft_config, adapter_names(model)), restoring(model):
         injection = bind_injection(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, params)
         check_injection(injection, model)
         wanted = injection.targets | injection.embeddings | injection.copied
         positions = Positions(injection.modules, wanted, outermost(model))
-        first = not layers(model)
+        first, before = not layers(model), active_adapters(model)
         place(injection, model, positions)
-        _activate(injection, model, first)
+        _register(injection, model)
+        if first:
+            model.requires_grad_(False)
+        if activate:
+            for part in parts(model):
+                part.activate([adapter_name], not injection.config.inference_mode)
+        else:
+            _keep_active(model, before, adapter_name)
     root.attach(model)
     return given
 
 
-def _activate(injection: Injection, model: nn.Module, first: bool) -> None:
-    """Make a placed adapter the active one; the base is frozen with the first."""
+def _register(injection: Injection, model: nn.Module) -> None:
+    """Let the model's `peft_config` have an adapter's config."""
     if not hasattr(model, "peft_config"):
         vars(model)["peft_config"] = {}
     configs: Any = model.peft_config
     configs[injection.name] = injection.config
-    if first:
-        model.requires_grad_(False)
+
+
+def _keep_active(model: nn.Module, active: list[str], name: str) -> None:
+    """Let a new adapter rest, frozen, with the active ones active also where only it has something."""
     for part in parts(model):
-        part.activate([injection.name], not injection.config.inference_mode)
+        if [*part.carried_adapters] == [name]:
+            part.activate(active, False)
+    set_requires_grad(model, name, False)
 
 
 def _check_arguments(config: Any, model: nn.Module, name: Any, state_dict: Any, params: Any) -> None:

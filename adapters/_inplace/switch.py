@@ -32,6 +32,29 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for part in parts(unwrap(model)) for name in part.carried_adapters))
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return names of the active adapters, in the order in which they run; none of a model without adapters.
+
+    They stay the active ones while adapters are disabled or merged.
+
+    Raises:
+        ValueError: Layers whose active adapters are not the same: something has set them one by one.
+
+    >>> active_adapters(nn.Linear(2, 2))
+    []
+    """
+    every = parts(unwrap(model))
+    found = {tuple(part.active_adapters) for part in every if part.is_layer}
+    if not found:
+        return list(dict.fromkeys(name for part in every for name in part.active_adapters))
+    if len(found) > 1:
+        raise ValueError(
+            f"the model's layers have different active adapters: {sorted(map(list, found))}; call set_adapter(model, "
+            "names) to have the same everywhere"
+        )
+    return [*next(iter(found))]
+
+
 @on_gathered(writes=True, when=_swaps)
 def set_adapter(
     model: nn.Module,

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from .peft_modules import PeftMixedModel, PeftModel, make_modules, missing
+from .peft_model import PeftMixedModel, PeftModel
+from .peft_modules import make_modules, missing
 
 VERSION = "0.22.0"
 """The version of PEFT that is claimed: the one that transformers 5.24 asks for."""

@@ -17,6 +17,10 @@ from .._config.keys import PREFIX, split_key
 from .._config.peft_type import PeftType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._methods.lora.lora import LoraConfig
+from .peft_model import TASKS, PeftMixedModel, PeftModel, get_peft_model
+from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from .tuners import BaseTuner, tuner_class
+from .weights import load_peft_weights
 
 
 class TaskType(enum.StrEnum):
@@ -28,37 +32,6 @@ class TaskType(enum.StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-class _Absent(type):
-    """Classes of PEFT that torchgraft does not have. Only objects that real PEFT made are their instances."""
-
-    def __call__(cls, *_: Any, **__: Any) -> Any:
-        raise TypeError(cls._refusal())
-
-    def __getattr__(cls, name: str) -> Any:
-        raise AttributeError(f"{cls.__name__}.{name}: {cls._refusal()}")
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return any(
-            base.__name__ == cls.__name__ and base.__module__.partition(".")[0] == "peft"
-            for base in type(instance).__mro__
-        )
-
-    def _refusal(cls) -> str:
-        return (
-            f"torchgraft stands in for peft, and has no {cls.__name__}: models are not wrapped. Use "
-            "inject_adapter_in_model(config, model), or model.add_adapter(config) and model.load_adapter(path) of "
-            "transformers; leave as_peft() for PEFT's own"
-        )
-
-
-class PeftModel(metaclass=_Absent):
-    """A name for `isinstance`."""
-
-
-class PeftMixedModel(metaclass=_Absent):
-    """A name for `isinstance`."""
 
 
 class _OfMethod(type):
@@ -135,12 +108,20 @@ _METHODS = config_types()
 """Every method of this package: `adapters/__init__.py` imports them before this module."""
 _CONFIGS = {cls.__name__: cls for cls in _METHODS.values()}
 _TUNERS: dict[str, dict[str, Any]] = {
-    f"peft.tuners.{name.lower()}": {cls.__name__: cls, (layer := _layer_class(cls)).__name__: layer}
+    f"peft.tuners.{name.lower()}": {one.__name__: one for one in (cls, _layer_class(cls), tuner_class(cls))}
     for name, cls in _METHODS.items()
 }
 _LORA = _TUNERS["peft.tuners.lora"]
 _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
-_MODELS = {"PeftMixedModel": PeftMixedModel, "PeftModel": PeftModel}
+_TASKS: list[type] = [PeftModel, *TASKS.values()]
+_MODELS = {cls.__name__: cls for cls in _TASKS}
+_TUNER_MODELS: dict[str, type] = {tuner_class(cls).__name__: tuner_class(cls) for cls in _METHODS.values()}
+_STATUS = {
+    "TunerLayerStatus": LayerStatus,
+    "TunerModelStatus": ModelStatus,
+    "get_layer_status": get_layer_status,
+    "get_model_status": get_model_status,
+}
 _STATE = {
     "get_peft_model_state_dict": inplace.get_peft_model_state_dict,
     "set_peft_model_state_dict": inplace.set_peft_model_state_dict,
@@ -170,27 +151,34 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_CONFIGS,
         **_STARTS,
         **_MODELS,
+        **_TUNER_MODELS,
+        "get_layer_status": get_layer_status,
+        "get_model_status": get_model_status,
         **_TYPES,
         **_STATE,
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
         "PeftConfig": AdapterConfig,
+        "PeftMixedModel": PeftMixedModel,
+        "get_peft_model": get_peft_model,
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
+        "load_peft_weights": load_peft_weights,
     },
     "peft.config": {"PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
+    "peft.mapping_func": {"get_peft_model": get_peft_model},
     "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
-    "peft.peft_model": {"PeftModel": PeftModel},
-    "peft.tuners": {**_CONFIGS, **_STARTS},
+    "peft.peft_model": {**_MODELS, **_STATUS},
+    "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS},
     **_TUNERS,
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     "peft.tuners.lora.layer": {"LoraLayer": _LORA["LoraLayer"]},
-    "peft.tuners.tuners_utils": {"BaseTunerLayer": BaseTunerLayer},
+    "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
     "peft.utils": {**_FILES, **_STATE, **_TYPES, **_WRAPPERS},
     "peft.utils.other": {**_FILES, **_WRAPPERS},
     "peft.utils.peft_types": _TYPES,
-    "peft.utils.save_and_load": _STATE,
+    "peft.utils.save_and_load": {**_STATE, "load_peft_weights": load_peft_weights},
     "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": build_peft_weight_mapping},
 }
 """The names of each module."""

@@ -1,6 +1,7 @@
 """transformers' Trainer on models with injected adapters, with and without the alias."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 from torchgraft.adapters import (
     IA3Config,
     LoraConfig,
+    PeftModel,
     as_peft,
     get_base_model_state_dict,
+    get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -99,3 +102,29 @@ def test_checkpoints_through_the_alias_are_adapters_and_need_loading_by_hand(lla
     found = set_peft_model_state_dict(again, load_file(checkpoint / "adapter_model.safetensors"))
     assert found == ([], [])
     torch.testing.assert_close(llama.logits(again.eval()), llama.logits(model.eval()))
+
+
+@pytest.mark.usefixtures("alias")
+@pytest.mark.parametrize("best", [False, True], ids=["resumed", "best"])
+def test_checkpoints_of_a_peft_model_resume(llama, best, tmp_path):
+    config = dataclasses.replace(CONFIGS["lora"], lora_dropout=0.0, task_type="CAUSAL_LM")
+
+    def made():
+        torch.manual_seed(0)
+        return get_peft_model(llama.model(), config)
+
+    whole, model, again = made(), made(), made()
+    trainer(whole, tmp_path / "whole").train()
+    run = trainer(model, tmp_path, save_steps=4)
+    run.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    assert sorted(file.name for file in checkpoint.glob("*.safetensors")) == ["adapter_model.safetensors"]
+    if best:  # as `load_best_model_at_end` does
+        run.state.best_model_checkpoint = str(checkpoint)
+        run._load_best_model()
+        found = PeftModel.from_pretrained(llama.model(), checkpoint)
+        return torch.testing.assert_close(llama.logits(model.eval()), llama.logits(found))
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
+        torch.testing.assert_close(again.state_dict()[name], tensor, msg=name)

@@ -1,0 +1,118 @@
+"""What adapters do in a model, layer by layer and as a whole, as PEFT reports it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from .. import _inplace as inplace
+from .._inplace.walk import layers, unwrap
+
+Agreed = bool | Literal["irregular"]
+"""What parts have in common, or `"irregular"` where they differ."""
+
+
+@dataclasses.dataclass
+class LayerStatus:
+    """One layer with adapters; PEFT's `TunerLayerStatus`."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Agreed]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclasses.dataclass
+class ModelStatus:
+    """A model with adapters; PEFT's `TunerModelStatus`."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: Agreed
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, Agreed]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """Describe each layer with adapters in a model.
+
+    Raises:
+        ValueError: A model without adapters.
+
+    >>> from torchgraft.adapters import IA3Config, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(IA3Config(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> get_layer_status(model)[0].requires_grad
+    {'default': True}
+    """
+    found = [_of_layer(path, layer) for path, layer in layers(_injected(model)).items()]
+    if not found:
+        raise ValueError("the model has no layers with adapters; inject one first")
+    return found
+
+
+def get_model_status(model: nn.Module) -> ModelStatus:
+    """Describe a model with adapters: what its layers agree on, and where they do not.
+
+    Raises:
+        ValueError: A model without adapters.
+    """
+    inner: Any = _injected(model)
+    rows = get_layer_status(model)
+    names = inplace.adapter_names(inner)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return ModelStatus(
+        base_model_type=type(inner).__name__,
+        adapter_model_type=type(getattr(model, "base_model", None)).__name__ if inner is not model else "None",
+        peft_types={name: config.method.name for name, config in inner.peft_config.items()},
+        trainable_params=sum(count for count, trained in counts if trained),
+        total_params=sum(count for count, _ in counts),
+        num_adapter_layers=len(rows),
+        enabled=_agreed(row.enabled for row in rows),
+        active_adapters=_agreed(row.active_adapters for row in rows),
+        merged_adapters=_agreed(row.merged_adapters for row in rows),
+        requires_grad={
+            name: _agreed(row.requires_grad[name] for row in rows if name in row.requires_grad) for name in names
+        },
+        available_adapters=sorted(names),
+        devices={name: sorted({one for row in rows for one in row.devices.get(name, ())}) for name in names},
+    )
+
+
+def _injected(model: nn.Module) -> nn.Module:
+    """Return the user's model in a `PeftModel`, or the model itself."""
+    get = getattr(model, "get_base_model", None)
+    return get() if callable(get) else unwrap(model)
+
+
+def _of_layer(path: str, layer: Any) -> LayerStatus:
+    tensors = {name: [*layer.tensors_of(name)] for name in layer.carried_adapters}
+    methods = {entry.config.method.name for entry in layer.entries.values()}
+    return LayerStatus(
+        name=path,
+        module_type=f"{'/'.join(sorted(methods)).lower()}.{type(layer.user_module).__name__}",
+        enabled=not layer.disable_adapters,
+        active_adapters=[*layer.active_adapters],
+        merged_adapters=[*layer.merged_adapters],
+        requires_grad={name: _agreed(one.requires_grad for one in found) for name, found in tensors.items()},
+        available_adapters=sorted(layer.carried_adapters),
+        devices={name: sorted({one.device.type for one in found}) for name, found in tensors.items()},
+    )
+
+
+def _agreed(values: Iterable[Any]) -> Any:
+    found = [*values]
+    return found[0] if all(one == found[0] for one in found) else "irregular"

@@ -1,0 +1,126 @@
+"""PEFT's tuners: what stands between a `PeftModel` and the user's model, so that keys begin with `base_model.model.`"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from .. import _inplace as inplace
+from .._config.base import AdapterConfig
+
+
+class BaseTuner(nn.Module):
+    """A model with adapters in it, as `base_model` of a `PeftModel`; attributes it has not are the model's.
+
+    Args:
+        model: The model; changed in place.
+        peft_config: The adapter's config, or `{name: config}` with one.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Make the parameters on the meta device.
+        state_dict: Keys of an adapter, which say what its targets are.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> tuner = tuner_class(LoraConfig)(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    >>> type(tuner).__name__, tuner.active_adapters
+    ('LoraModel', ['default'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig | Mapping[str, AdapterConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        self.model = inplace.inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
+
+    @classmethod
+    def around(cls, model: nn.Module) -> Self:
+        """Wrap a model that has its adapters already."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        return tuner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return inplace.active_adapters(self.model)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`."""
+        return self.active_adapters
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, peft_config: AdapterConfig, low_cpu_mem_usage: bool = False
+    ) -> None:
+        """Add an adapter that is not active yet."""
+        inplace.inject_adapter_in_model(peft_config, model, adapter_name, low_cpu_mem_usage, activate=False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones."""
+        inplace.set_adapter(self.model, adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze these adapters."""
+        inplace.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        inplace.delete_adapter(self.model, adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch adapters on."""
+        inplace.enable_adapter_layers(self.model)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch adapters off."""
+        inplace.disable_adapter_layers(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters, by default the active ones, into the weights."""
+        inplace.merge_adapter(self.model, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the weights again, bit for bit."""
+        inplace.unmerge_adapter(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters for good and return the user's model; `progressbar` has no effect."""
+        return inplace.merge_and_unload(self.model, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters and return the user's model."""
+        return inplace.unload(self.model)
+
+
+def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
+    """Return the tuner of a method under PEFT's name: `LoraModel` for `LoraConfig`, always the same class."""
+    name = config.__name__.removesuffix("Config") + "Model"
+    if name not in _CLASSES:
+        fields = {"__doc__": f"A model with adapters of type {config.method.name}.", "__module__": __name__}
+        _CLASSES[name] = type(name, (BaseTuner,), fields)
+    return _CLASSES[name]
+
+
+_CLASSES: dict[str, type[BaseTuner]] = {}

@@ -1,0 +1,72 @@
+"""An adapter's tensors from its file, by key."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .._files.disk.folder import WEIGHTS, find_folder, open_pair
+from .._files.disk.headers import open_weights
+from .._inplace import set_peft_model_state_dict
+from .._inplace.states.base_state import IncompatibleKeys
+from .hub import local_folder
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Tensor]:
+    """Read an adapter's tensors; safetensors only, never a pickle.
+
+    Args:
+        model_id: The directory, or the name of a repository in the Hub's local cache.
+        device: Where the tensors go; by default the CPU.
+        key_mapping: Regular expressions and what to put in the place of what they match in keys.
+        subfolder: The directory's subdirectory.
+        revision: The repository's branch or commit.
+        cache_dir: The Hub's cache.
+
+    Returns:
+        Tensors by key, as the file has them: `base_model.model.layers.0.lora_A.weight`.
+
+    Raises:
+        FileNotFoundError: No such directory, or one without weights.
+        ValueError: A damaged file; two keys that `key_mapping` makes one.
+    """
+    with open_pair(find_folder(local_folder(model_id, subfolder, revision, cache_dir), "default")) as (file, _, handle):
+        tensors = open_weights(handle, file.parent / WEIGHTS).read()
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        renamed = key
+        for pattern, replacement in (key_mapping or {}).items():
+            renamed, count = re.subn(pattern, replacement, renamed)
+            if count:
+                break
+        if renamed in found:
+            raise ValueError(f"{model_id}: key_mapping makes two keys one, {renamed!r}, of which {key!r} is the second")
+        found[renamed] = tensor if device is None else tensor.to(device)
+    return found
+
+
+def load_values(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, source: str | os.PathLike[str]
+) -> IncompatibleKeys:
+    """Load tensors into an adapter of a model.
+
+    Raises:
+        KeyError: Tensors of the adapter that are not among these, or the reverse. Those that fit are loaded by then.
+    """
+    result = set_peft_model_state_dict(model, tensors, adapter_name)
+    for what, keys in (("lacks", result.missing_keys), ("has what fits nothing,", result.unexpected_keys)):
+        if keys:
+            raise KeyError(f"{source}: for adapter {adapter_name!r} it {what} {sorted(keys)[:3]}; is it of this model?")
+    return result
