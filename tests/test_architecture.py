@@ -58,7 +58,7 @@ ORDER = {
         _tensors: placement wrappers
         _sites: site kernels kinds parameters factored
         .: _abilities _method _trees _norms _grads
-        _locating: layout finder inputs observed look
+        _locating: layout finder inputs observed look tokens
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacked
         _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps

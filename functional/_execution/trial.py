@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._locating.finder import Finder
+from .._locating.finder import Declared, Finder
 from .._locating.inputs import (
     GivenSample,
     Inputs,
@@ -23,8 +23,9 @@ from .._locating.inputs import (
     unwrapped,
 )
 from .._locating.layout import Record
-from .._locating.look import ADAPTERS, Declared, look, look_at
+from .._locating.look import ADAPTERS, look, look_at
 from .._locating.observed import Observed, Recorder, calm, outputs_of
+from .._locating.tokens import look_at_tokens
 from .._method import SiteAdapter, Tree
 from .._routing.route import Routed
 from .._rows import Rows
@@ -158,11 +159,14 @@ def finder_of(
     stacks = [tree for tree in active.values() if isinstance(tree, Routed)]
     if not stacks:
         return None
-    size, declared = max(stack.rows.size for stack in stacks), stacks[0].declared
-    if size == 1 or _is_declared(bound, active, declared):
-        return Finder(None)
+    size, declared, tokens = max(stack.batch for stack in stacks), stacks[0].declared, stacks[0].tokens
     inputs: Inputs = args, dict(kwargs)
-    key = _kind(active, declared, inputs, entered)
+    _check_tokens(bound, active)
+    if size == tokens == 1 or _is_declared(bound, active, declared, tokens):
+        return Finder(None)
+    if any(stack.rows.tokens for stack in stacks):
+        _check_sizes(inputs, size, tokens)
+    key = _kind(active, declared, inputs, entered, tokens)
     if not may_look(inputs, base, active):
         return Finder(_known(bound, key) or _known(bound, (*key[:-1], kind_of(inputs, inside=False, numbers=False))))
     exact = (*key, torch.is_grad_enabled(), kind_of(inputs))
@@ -175,7 +179,12 @@ def finder_of(
                 raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(bound, pool, active, base, entered)
-            record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
+            full = any(stack.check_all for stack in stacks)
+            record = look(trial, inputs, size, declared, full)
+            if tokens > 1:
+                record = look_at_tokens(trial, inputs, size, tokens, record, _borders(stacks), declared, full)
+        if not record.lasting:
+            return record
         pool.seen[exact] = record
         pool.alike.setdefault(alike, {})[exact] = record
         if not record.equal:
@@ -202,8 +211,56 @@ def _of_any_number(records: Collection[Record]) -> Record | None:
     return first if alike else None
 
 
+def _check_tokens(bound: BoundModel, active: Mapping[str, Any]) -> None:
+    """Refuse stacks that are routed by tokens beside others, or on layers that do not work token by token."""
+    stacks = {name: tree for name, tree in active.items() if isinstance(tree, Routed)}
+    first, *others = stacks.values()
+    for other in others:
+        if other.tokens != first.tokens:
+            raise ValueError(
+                f"route: adapters are routed over rows of {first.tokens} and of {other.tokens} tokens in one call; "
+                "give each of them rows of the same shape, (batch, tokens)"
+            )
+    for name in stacks if first.tokens > 1 else ():
+        for path, site in bound.binding.sites[name].items():
+            if not site.by_token:
+                raise UnsupportedCall(
+                    f"{path}: it is a site of kind {site.kind!r}, which does not work token by token, in a call that "
+                    "routes by tokens; use one adapter for each row, rows of shape (batch,), or target linear layers "
+                    "and embeddings only"
+                )
+
+
+def _check_sizes(inputs: Inputs, size: int, tokens: int) -> None:
+    """Refuse rows of tokens that the inputs do not have."""
+    shapes = [tuple(x.shape[:2]) for x in tensors_in(inputs) if x.ndim > 1 and not x.is_nested]
+    if (size, tokens) not in shapes:
+        have = f"have {shapes[0][0]} x {shapes[0][1]}" if shapes else "have no tensor with two axes"
+        raise ValueError(
+            f"route: rows has {size} x {tokens}, the inputs {have}; give an index for each token of the inputs of this "
+            "call, shape (batch, tokens), or one for each row, shape (batch,)"
+        )
+
+
+def _borders(stacks: Sequence[Routed]) -> list[list[int]]:
+    """Return the tokens of each row that have another adapter than the one before, where that can be read."""
+    tokens, size = stacks[0].tokens, stacks[0].batch
+    borders: list[set[int]] = [set() for _ in range(size)]
+    for stack in stacks:
+        values = stack.rows.values
+        for place in range(size * tokens) if values is not None else ():
+            if place % tokens and values[place] != values[place - 1]:  # type: ignore[index]
+                borders[place // tokens].add(place % tokens)
+    return [sorted(cuts) for cuts in borders]
+
+
 def remember(
-    bound: BoundModel, inputs: Inputs, size: int | None, declared: Declared, rearranged: Inputs | None = None
+    bound: BoundModel,
+    inputs: Inputs,
+    size: int | None,
+    declared: Declared,
+    rearranged: Inputs | None = None,
+    tokens: int = 1,
 ) -> None:
     """Look at a kind of call before it is made, with all adapters of a bound model."""
     pool = bound.pool()
@@ -211,13 +268,17 @@ def remember(
     size = next((len(x) for x in tensors_in(inputs) if x.ndim), 0) if size is None else size
     if size < 2:
         raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
+    if tokens > 1:
+        _check_sizes(inputs, size, tokens)
     stacks = {name: Random(_like(bound, name), Rows(None, ADAPTERS)) for name in bound.binding.configs}
     trial = ModelTrial(bound, pool, stacks, {}, entered)
     if rearranged is None:
         record = look(trial, inputs, size, declared)
     else:
         record = look_at(trial, GivenSample(inputs, rearranged, size), declared, 1)
-    key = _kind(stacks, declared, inputs, entered)
+    if tokens > 1:
+        record = look_at_tokens(trial, inputs, size, tokens, record, [[]] * size, declared)
+    key = _kind(stacks, declared, inputs, entered, tokens)
     if not record.equal:
         pool.known[key] = _common(pool.known.get(key), record)
     for mode in (False, True):
@@ -263,12 +324,14 @@ def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bo
     return kinds <= {functorch.TransformType.Grad, functorch.TransformType.Jvp}
 
 
-def _kind(active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered) -> tuple[Hashable, ...]:
+def _kind(
+    active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered, tokens: int
+) -> tuple[Hashable, ...]:
     """Return what decides how a model arranges its rows, as far as it can be told under `torch.compile`."""
-    batch_dim = declared.batch_dim
-    axes = tuple(batch_dim.items()) if isinstance(batch_dim, Mapping) else batch_dim
+    said = (declared.batch_dim, declared.tokens_dim)
+    axes = tuple(tuple(axis.items()) if isinstance(axis, Mapping) else axis for axis in said)
     names = tuple((name, isinstance(tree, Routed)) for name, tree in active.items())
-    return entered.path, entered.modes, names, axes, declared.mixed, kind_of(inputs, inside=False)
+    return entered.path, entered.modes, names, axes, declared.mixed, tokens > 1, kind_of(inputs, inside=False)
 
 
 def _known(bound: BoundModel, key: tuple[Hashable, ...]) -> Record | None:
@@ -286,18 +349,18 @@ def _common(before: Record | None, after: Record) -> Record:
     return Record({path: (*before.places.get(path, ()), *after.places.get(path, ())) for path in paths})
 
 
-def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declared) -> bool:
-    """Return whether the user said where the rows are at every site."""
-    if not isinstance(declared.batch_dim, Mapping):
-        return declared.batch_dim is not None
-    paths = bound.binding.paths(active)
-    unknown = [path for path in declared.batch_dim if path not in paths]
-    if unknown:
-        raise KeyError(
-            f"route: batch_dim names {unknown[0]!r}, which is no adapted module of this call; there are "
-            f"{', '.join(sorted(paths)[:6])}{', ...' if len(paths) > 6 else ''}"
-        )
-    return paths <= set(declared.batch_dim)
+def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declared, tokens: int) -> bool:
+    """Return whether the user said where the rows are at every site, and their tokens where these are routed."""
+    given = {"batch_dim": declared.batch_dim} | ({"tokens_dim": declared.tokens_dim} if tokens > 1 else {})
+    by_path = {name: said for name, said in given.items() if isinstance(said, Mapping)}
+    paths = bound.binding.paths(active) if by_path else set()
+    for name, said in by_path.items():
+        if unknown := [path for path in said if path not in paths]:
+            raise KeyError(
+                f"route: {name} names {unknown[0]!r}, which is no adapted module of this call; there are "
+                f"{', '.join(sorted(paths)[:6])}{', ...' if len(paths) > 6 else ''}"
+            )
+    return all(paths <= set(by_path[name]) if name in by_path else said is not None for name, said in given.items())
 
 
 def _random(tree: Tree) -> Tree:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._abilities import Leaves
-from .._locating.finder import BatchDim, Finder, locate
+from .._locating.finder import Declared, Finder, locate
 from .._locating.layout import LEADING, Layout
 from .._method import Layer, SiteAdapter, Weighted
 from .._rows import Groups, PerAdapter, Rows
@@ -18,9 +18,9 @@ from .around import Around
 
 
 class RoutedLayer(Weighted):
-    """A layer with a stack of adapters on it, one for each row."""
+    """A layer with a stack of adapters on it, one for each row, or for each of the `tokens` tokens of a row."""
 
-    __slots__ = ("base", "batch_dim", "entry", "finder", "leaves", "owner", "rows")
+    __slots__ = ("base", "declared", "entry", "finder", "leaves", "owner", "rows", "tokens")
 
     def __init__(
         self,
@@ -29,14 +29,15 @@ class RoutedLayer(Weighted):
         leaves: Leaves,
         rows: Rows,
         finder: Finder | None,
-        owner: Any = None,
-        batch_dim: BatchDim = None,
+        owner: Any,
+        declared: Declared,
+        tokens: int,
     ):
         self.base, self.entry, self.leaves, self.rows, self.finder = base, adapter, leaves, rows, finder
-        self.owner, self.batch_dim = owner, batch_dim
+        self.owner, self.declared, self.tokens = owner, declared, tokens
 
     def __call__(self, x: Tensor) -> Tensor:
-        adapter, size = self.entry, self.rows.size
+        adapter, size = self.entry, self.rows.size // self.tokens
         for leaf in self.leaves.values():
             if leaf.is_meta:
                 check_leaves(adapter.site.path, self.leaves, x)
@@ -45,7 +46,7 @@ class RoutedLayer(Weighted):
                 f"{adapter.site.path}: the input is a nested tensor, whose rows have no places of their own to route "
                 "by; pad it, or call the graft with one adapter at a time"
             )
-        layout = locate(adapter.site, x, size, self.batch_dim, self.finder, self.owner)
+        layout = locate(adapter.site, x, size, self.declared, self.finder, self.owner, self.tokens)
         method = adapter.config.method
         base: Layer = self.base
         if layout != LEADING:
