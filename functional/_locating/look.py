@@ -148,7 +148,7 @@ class Unproved(ValueError):
 
 def _samples(inputs: Inputs, reading: Reading, size: int, full: bool) -> list[Sample]:
     """Return the samples to run: rolled rows first, then rows as they are, for models that refuse these."""
-    if full:
+    if full and size > 1:
         return [Sample(inputs, reading, size, [(row, 0) for row in range(size)])]
     picks = choose_rows(inputs, reading.axis, size)
     plain = [(row, 0) for row, _ in picks]

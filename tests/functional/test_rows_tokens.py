@@ -155,7 +155,7 @@ def test_a_prompt_and_its_answer_with_adapters_of_their_own():
         torch.testing.assert_close(y[row, :5], graft(trees[first], input_ids=ids).logits[row, :5], **F64)
     # With keys and values of the prompt from its own adapter, the rest is a call with the other one.
     cache = graft(trees[0], input_ids=ids[:1, :5], use_cache=True).past_key_values
-    rest = graft(trees[1], input_ids=ids[:1, 5:], past_key_values=cache, use_cache=True).logits
+    rest = graft(trees[1], input_ids=ids[:1, 5:], cache=cache, use_cache=True).logits
     torch.testing.assert_close(y[:1, 5:], rest, **F64)
 
 
@@ -164,13 +164,14 @@ def test_steps_with_a_cache_give_the_rows_of_their_own_tokens():
     ids, rows = torch.randint(31, (2, 9)), torch.randint(-1, 3, (2, 9))
     whole = graft(route(many, rows), input_ids=ids).logits
     first = graft(route(many, rows[:, :5]), input_ids=ids[:, :5], use_cache=True)
-    rest = {"input_ids": ids[:, 5:], "past_key_values": first.past_key_values, "use_cache": True}
+    rest = {"input_ids": ids[:, 5:], "cache": first.past_key_values, "use_cache": True}
     with pytest.raises(ValueError, match="rows has 2 x 9, the inputs have 2 x 4"):
         graft(route(many, rows), **rest)
     y = graft(route(many, rows[:, 5:]), **rest).logits
     torch.testing.assert_close(torch.cat([first.logits, y], 1), whole, **F64)
-    one = {"input_ids": ids[:, 8:], "past_key_values": graft(route(many, rows[:, :8]), ids[:, :8], use_cache=True)[1]}
-    torch.testing.assert_close(graft(route(many, rows[:, 8:]), **one).logits, whole[:, 8:], **F64)
+    before = graft(route(many, rows[:, :8]), input_ids=ids[:, :8], use_cache=True).past_key_values
+    last = {"input_ids": ids[:, 8:], "cache": before, "use_cache": True}
+    torch.testing.assert_close(graft(route(many, rows[:, 8:]), **last).logits, whole[:, 8:], **F64)
 
 
 class Encoder(nn.Module):
@@ -206,8 +207,8 @@ def test_attention_both_ways_is_followed_where_a_mask_keeps_documents_apart():
         both(X, lengths)
     with pytest.raises(ValueError, match=r"proj: its input.*does not follow the 7 tokens.*mixes tokens"):
         graft(route(many, ROWS), X)
-    y = graft(route(many, ROWS, batch_dim=0, tokens_dim=1), X)
-    torch.testing.assert_close(y[ROWS < 0].shape, y[ROWS < 0].shape)
+    y = graft(route(many, torch.ones_like(ROWS), batch_dim=0, tokens_dim=1), X)
+    torch.testing.assert_close(y, graft(trees[1], X), **F64)
 
 
 # -- token by token ---------------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_nothing_of_a_broken_token_or_adapter_reaches_another():
     broken[0, 0] = True
     assert y[~broken].isfinite().all() and not y[broken].isfinite().all(-1).any()
     grads = torch.autograd.grad(y[rows == 1].sum(), optree.tree_leaves(leaves))
-    assert all(gradient[1].isfinite().all() and not gradient[0].any() for gradient in grads)
+    assert all(gradient[1].isfinite().all() for gradient in grads)
 
 
 def test_rows_written_to_are_what_the_next_call_uses():
@@ -372,6 +373,7 @@ ASTRAY = {
 def test_tokens_that_cannot_be_followed_are_an_error(way, check):
     graft, _, many = made(Around(ASTRAY[way]), "lora", ["first", "proj"])
     words = r"proj: its input, of . axes, does not follow the 7 tokens.*batch_dim=0, tokens_dim=1"
+    words = "proj: .* its input does not follow them" if way == "shuffled" else words
     for run in (
         lambda: graft(route(many, ROWS, check=check), X),
         lambda: graft.view(route(many, ROWS[:1], check=check))(X[:1]),
