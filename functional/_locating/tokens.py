@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .finder import Declared
 from .inputs import Inputs, Reading, Sample, choose_rows, every_tensor, readings, unwrapped
-from .layout import Layout, Place, Record, finite, numbers
+from .layout import Place, Record, finite, numbers
 from .look import Trial, Unproved
 from .observed import Seen
 
@@ -191,19 +191,18 @@ class Marks:
             for (_, candidates), (_, views) in zip(found, calls, strict=True):
                 for candidate, (_, x) in zip(candidates, views, strict=True):
                     if x is not None:
-                        _judge(candidate, _changed(x, self._trial.floor), part, own)
+                        _judge(candidate, _changed(x), part, own)
         return found
 
     def _marked(self, which: int, row: int, codes: Codes) -> Inputs:
-        """Make arguments with copies of a row: as it is, with other tokens, and with those of each code."""
+        """Make arguments with copies of a row: as it is, with other tokens where a code says so, and as it is."""
         sample = Sample(self._inputs, self._reading, self._size, [(row, 0)] * (len(codes.sets) + 2))
         given = list(every_tensor(self._inputs))[which]
         inputs = sample.first()
         x = list(every_tensor(inputs))[which]
         other = _others(unwrapped(given), row)
-        sets = torch.cat([torch.ones(1, self._tokens, dtype=torch.bool), codes.sets]).to(x.device)
-        for i, changed in enumerate(sets):
-            x[i + 1, changed] = other[changed]
+        for i, changed in enumerate(codes.sets.to(x.device), start=1):
+            x[i, changed] = other[changed]
         return inputs
 
     def _candidates(
@@ -266,13 +265,17 @@ def _judge(candidate: Candidate, changed: Tensor, codes: Codes, own: bool) -> No
     candidate.causal &= not bool(leaked[cuts].any())
 
 
-def _changed(x: Tensor, floor: float) -> Tensor:
-    """Return whether each position of the copies differs from the first, by one per cent of what all tokens do."""
+def _changed(x: Tensor) -> Tensor:
+    """Return whether each position of the copies differs from the first one, by more than the last one does.
+
+    A token is one of many that attention adds up, so the least difference counts; the first and the last copy are the
+    same, and tell what is rounding.
+    """
     broken = x.isfinite() != x[:1].isfinite()
     x = finite(x)
-    first, other = x[:1], x[1:2]
-    bound = 0.01 * (other - first).abs().amax(-1, keepdim=True) + floor * first.abs()
-    return (((x - first).abs() > bound) | broken)[2:].any(-1)
+    first, last = x[:1], x[-1:]
+    noise = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps * first.abs() + (last - first).abs()
+    return (((x - first).abs() > 8 * noise.amax(1, keepdim=True)) | broken)[1:-1].any(-1)
 
 
 # -- which tokens are changed ---------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_attention_both_ways_is_followed_where_a_mask_keeps_documents_apart():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_token_has_its_own_adapter(method):
-    graft, trees, many = made(mlp(), method, ["0", "2"])
+    graft, _, many = made(mlp(), method, ["0", "2"])
     leaves = optree.tree_map(lambda t: t.clone().requires_grad_(), many)
     expected = each_alone(graft, unstack(leaves), X, ROWS)
     flat, seed = optree.tree_leaves(leaves), torch.randn_like(expected)
@@ -231,7 +231,9 @@ def test_a_token_has_its_own_adapter(method):
     torch.testing.assert_close(graft.view(route(many, ROWS))(X), expected.detach(), **F64)
 
 
-@pytest.mark.parametrize("rows", [[[0] * 7] * 3, [[1, 1, 2, 2, 0, 0, -1]] * 3, [[-1] * 7] * 3, [[2, 0, 1, 0, 2, 1, 0]] * 3])
+@pytest.mark.parametrize(
+    "rows", [[[0] * 7] * 3, [[1, 1, 2, 2, 0, 0, -1]] * 3, [[-1] * 7] * 3, [[2, 0, 1, 0, 2, 1, 0]] * 3]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_rows_in_any_precision(rows, dtype):
     graft, trees, many = made(mlp().to(dtype), "lora", ["0", "2"])
@@ -266,7 +268,7 @@ def test_stacks_of_different_ranks_and_named_adapters():
 
 
 def test_nothing_of_a_broken_token_or_adapter_reaches_another():
-    graft, trees, many = made(mlp(), "lora", ["0", "2"])
+    graft, _, many = made(mlp(), "lora", ["0", "2"])
     x, rows = X.clone(), torch.tensor([[0, 1, 1, 2, -1, 1, 2]] * 3)
     x[0, 0] = torch.nan
     many = optree.tree_map(lambda t: t.clone(), many)
