@@ -36,6 +36,7 @@ from .._unsupported import UnsupportedCall
 from .bound_model import BoundModel
 from .fill import fill
 from .pool import Pool
+from .token_rows import borders_of, check_sizes, check_tokens
 
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """What rounding may change of a number, of a model that computes in half precision."""
@@ -161,11 +162,11 @@ def finder_of(
         return None
     size, declared, tokens = max(stack.batch for stack in stacks), stacks[0].declared, stacks[0].tokens
     inputs: Inputs = args, dict(kwargs)
-    _check_tokens(bound, active)
+    check_tokens(bound, active)
     if size == tokens == 1 or _is_declared(bound, active, declared, tokens):
         return Finder(None)
     if any(stack.rows.tokens for stack in stacks):
-        _check_sizes(inputs, size, tokens)
+        check_sizes(inputs, size, tokens)
     key = _kind(active, declared, inputs, entered, tokens)
     if not may_look(inputs, base, active):
         return Finder(_known(bound, key) or _known(bound, (*key[:-1], kind_of(inputs, inside=False, numbers=False))))
@@ -182,7 +183,7 @@ def finder_of(
             full = any(stack.check_all for stack in stacks)
             record = look(trial, inputs, size, declared, full)
             if tokens > 1:
-                record = look_at_tokens(trial, inputs, size, tokens, record, _borders(stacks), declared, full)
+                record = look_at_tokens(trial, inputs, size, tokens, record, borders_of(stacks), declared, full)
         if not record.lasting:
             return record
         pool.seen[exact] = record
@@ -211,49 +212,6 @@ def _of_any_number(records: Collection[Record]) -> Record | None:
     return first if alike else None
 
 
-def _check_tokens(bound: BoundModel, active: Mapping[str, Any]) -> None:
-    """Refuse stacks that are routed by tokens beside others, or on layers that do not work token by token."""
-    stacks = {name: tree for name, tree in active.items() if isinstance(tree, Routed)}
-    first, *others = stacks.values()
-    for other in others:
-        if other.tokens != first.tokens:
-            raise ValueError(
-                f"route: adapters are routed over rows of {first.tokens} and of {other.tokens} tokens in one call; "
-                "give each of them rows of the same shape, (batch, tokens)"
-            )
-    for name in stacks if first.tokens > 1 else ():
-        for path, site in bound.binding.sites[name].items():
-            if not site.by_token:
-                raise UnsupportedCall(
-                    f"{path}: it is a site of kind {site.kind!r}, which does not work token by token, in a call that "
-                    "routes by tokens; use one adapter for each row, rows of shape (batch,), or target linear layers "
-                    "and embeddings only"
-                )
-
-
-def _check_sizes(inputs: Inputs, size: int, tokens: int) -> None:
-    """Refuse rows of tokens that the inputs do not have."""
-    shapes = [tuple(x.shape[:2]) for x in tensors_in(inputs) if x.ndim > 1 and not x.is_nested]
-    if (size, tokens) not in shapes:
-        have = f"have {shapes[0][0]} x {shapes[0][1]}" if shapes else "have no tensor with two axes"
-        raise ValueError(
-            f"route: rows has {size} x {tokens}, the inputs {have}; give an index for each token of the inputs of this "
-            "call, shape (batch, tokens), or one for each row, shape (batch,)"
-        )
-
-
-def _borders(stacks: Sequence[Routed]) -> list[list[int]]:
-    """Return the tokens of each row that have another adapter than the one before, where that can be read."""
-    tokens, size = stacks[0].tokens, stacks[0].batch
-    borders: list[set[int]] = [set() for _ in range(size)]
-    for stack in stacks:
-        values = stack.rows.values
-        for place in range(size * tokens) if values is not None else ():
-            if place % tokens and values[place] != values[place - 1]:  # type: ignore[index]
-                borders[place // tokens].add(place % tokens)
-    return [sorted(cuts) for cuts in borders]
-
-
 def remember(
     bound: BoundModel,
     inputs: Inputs,
@@ -269,7 +227,7 @@ def remember(
     if size < 2:
         raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
     if tokens > 1:
-        _check_sizes(inputs, size, tokens)
+        check_sizes(inputs, size, tokens)
     stacks = {name: Random(_like(bound, name), Rows(None, ADAPTERS)) for name in bound.binding.configs}
     trial = ModelTrial(bound, pool, stacks, {}, entered)
     if rearranged is None:

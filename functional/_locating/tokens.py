@@ -13,63 +13,20 @@ keeps documents apart, passes where a document ends: that is proved for a call, 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .finder import Declared
-from .inputs import Inputs, Reading, Sample, choose_rows, every_tensor, readings, unwrapped
-from .layout import Place, Record, finite, numbers
+from .inputs import Inputs, Reading, Sample, choose_rows, every_tensor, readings, unwrapped, varied
+from .layout import Place, Record
 from .look import Trial, Unproved
-from .observed import Seen
+from .marks import Codes, codes_of, differs, others, pool_of, spread
+from .positions import Calls, Uneven, candidates_at, changed_in, judge, keeps
 
 _BORDERS = 8
 """Cuts of a look where a row changes its adapter, of all that it has."""
-
-
-_CUTS = 12
-"""Cuts of a look in all, some of them elsewhere."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """Sets of tokens that are changed, one for each copy of a row: `"copies tokens"`.
-
-    Attributes:
-        sets: Whether each token is changed.
-        cuts: Whether a set is all tokens from one on, so that earlier positions stay as they are.
-        borders: Whether that one is where the row changes its adapter.
-    """
-
-    sets: Tensor
-    cuts: Tensor
-    borders: Tensor
-
-    def split(self, size: int) -> Iterator[Codes]:
-        """Yield them in parts of a size."""
-        for part in zip(self.sets.split(size), self.cuts.split(size), self.borders.split(size), strict=True):
-            yield Codes(*part)
-
-
-@dataclasses.dataclass
-class Candidate:
-    """An axis of one call's input that may have the tokens.
-
-    Attributes:
-        place: Where that would be.
-        follows: Whether each position changes with its own token, and no position before a border.
-        causal: Whether no position changes before any cut.
-    """
-
-    place: Place
-    follows: bool = True
-    causal: bool = True
-
-
-Calls = list[tuple[str, list[Candidate]]]
-"""The calls of sites of one run, each with the axes that may have its tokens."""
 
 
 class _Failed(Exception):
@@ -110,8 +67,12 @@ def look_at_tokens(
         marks = Marks(trial, inputs, reading, size, tokens, declared)
         for content in marks.tensors():
             try:
-                found = [marks.prove(content, row, record, borders[row], full) for row in picked]
-                return marks.lasting(content, picked[0], _agreed(found))
+                found = _agreed([marks.prove(content, row, record, borders[row], full) for row in picked])
+                if not found.lasting or marks.is_all(content, picked[0], found):
+                    return found
+                # Another input decides about tokens, and each row has its own.
+                each = [marks.prove(content, row, record, borders[row], full) for row in range(size)]
+                return _agreed([found, *each], lasting=False)
             except Unproved as error:
                 failures.append(error)
             except _Failed as error:
@@ -139,11 +100,15 @@ class Marks:
         """Return the inputs that have tokens which differ, the likeliest to be what the model reads first."""
         kinds: dict[int, int] = {}
         for i, x in enumerate(every_tensor(self._inputs)):
-            if self._reading.axis(x) == 0 and len(x) == self._size and x.ndim > 1 and x.shape[1] == self._tokens:
-                pool = _pool(x)
-                if len(pool) and bool((pool != pool[0]).any()):
-                    kinds[i] = len(pool.unique()) if x.ndim == 2 else len(pool)
+            if self._has_tokens(x) and differs(pool := pool_of(x)):
+                kinds[i] = len(pool.unique()) if x.ndim == 2 else len(pool)
         return sorted(kinds, key=lambda i: -kinds[i])
+
+    def _has_rows(self, x: Tensor) -> bool:
+        return self._reading.axis(x) == 0 and len(x) == self._size
+
+    def _has_tokens(self, x: Tensor) -> bool:
+        return self._has_rows(x) and x.ndim > 1 and x.shape[1] == self._tokens
 
     def prove(self, content: int, row: int, record: Record, borders: Sequence[int], full: bool) -> Record:
         """Return where the tokens are, from what changes with those of one of the inputs.
@@ -152,7 +117,7 @@ class Marks:
             Unproved: A site that does not follow them.
             _Failed: The base cannot be run like this.
         """
-        codes = _codes(self._tokens, borders if full else _spread(borders, _BORDERS))
+        codes = codes_of(self._tokens, borders if full else spread(borders, _BORDERS))
         calls = self._run(content, row, record, codes)
         places: dict[str, list[Place]] = {}
         for i, (path, candidates) in enumerate(calls):
@@ -163,184 +128,87 @@ class Marks:
         lasting = all(any(one.follows and one.causal for one in candidates) for _, candidates in calls)
         return Record(places, record.equal, lasting)
 
-    def lasting(self, content: int, row: int, record: Record) -> Record:
-        """Return the record as one of this call alone where some other input decides about tokens."""
-        codes = _codes(self._tokens, ())
-        cuts = Codes(codes.sets[codes.cuts], codes.cuts[codes.cuts], codes.borders[codes.cuts])
-        for other in self.tensors():
-            if record.lasting and other != content:
-                try:
-                    calls = self._run(other, row, record, cuts, own=False)
-                except (Unproved, _Failed):
-                    calls = []
-                record = Record(record.places, record.equal, bool(calls) and _keeps(record, calls))
-        return record
+    def is_all(self, content: int, row: int, record: Record) -> bool:
+        """Return whether no other input decides where tokens are.
 
-    def _run(self, which: int, row: int, record: Record, codes: Codes, own: bool = True) -> Calls:
-        """Run the base on copies of a row, a few at a time, and see what changes."""
+        Those that have tokens are changed from a cut on, which may change nothing before it; those that have a number
+        or a few for each row (lengths) are changed everywhere, after which all has to be as it was.
+        """
+        codes = codes_of(self._tokens, ())
+        for i, x in enumerate(every_tensor(self._inputs)):
+            if i == content or not self._has_rows(x) or not x.numel():
+                continue
+            try:
+                if self._has_tokens(x):
+                    calls = self._run(i, row, record, codes.only_cuts(), own=False)
+                elif x.ndim <= 2:
+                    calls = self._run(content, row, record, codes, altered=i)
+                else:
+                    continue
+            except (Unproved, _Failed):
+                return False
+            if not keeps(record, calls):
+                return False
+        return True
+
+    def _run(
+        self, which: int, row: int, record: Record, codes: Codes, own: bool = True, altered: int | None = None
+    ) -> Calls:
+        """Run the base on copies of a row, a few at a time, and see what changes.
+
+        Args:
+            which: The input whose tokens are changed.
+            row: The row.
+            record: Where the rows are.
+            codes: Which tokens.
+            own: Whether each position has to change with its own token.
+            altered: An input that is changed in all copies alike.
+        """
         found: Calls = []
         for part in codes.split(max(self._size, 4)):
             try:
-                observed = self._trial.base(self._marked(which, row, part), seed=1)
+                observed = self._trial.base(self._marked(which, row, part, altered), seed=1)
             except Exception as error:
                 raise _Failed(f"{type(error).__name__}: {str(error)[:500]}") from error
-            calls = self._candidates(observed.sites, record, len(part.sets) + 2)
+            try:
+                calls = candidates_at(observed.sites, record, self._declared, self._tokens, len(part.sets) + 2)
+            except Uneven as error:
+                raise Unproved(_uneven(error.path)) from None
             found = found or [(path, [one for one, _ in views]) for path, views in calls]
-            if len(calls) != len(found):
-                raise Unproved(_uneven(record))
             for (_, candidates), (_, views) in zip(found, calls, strict=True):
                 for candidate, (_, x) in zip(candidates, views, strict=True):
                     if x is not None:
-                        _judge(candidate, _changed(x), part, own)
+                        judge(candidate, changed_in(x), part, own)
         return found
 
-    def _marked(self, which: int, row: int, codes: Codes) -> Inputs:
+    def _marked(self, which: int, row: int, codes: Codes, altered: int | None) -> Inputs:
         """Make arguments with copies of a row: as it is, with other tokens where a code says so, and as it is."""
         sample = Sample(self._inputs, self._reading, self._size, [(row, 0)] * (len(codes.sets) + 2))
         given = list(every_tensor(self._inputs))[which]
         inputs = sample.first()
-        x = list(every_tensor(inputs))[which]
-        other = _others(unwrapped(given), row)
+        copies = list(every_tensor(inputs))
+        if altered is not None:
+            copies[altered].copy_(varied(copies[altered], copies[altered].shape[-1]))
+        x = copies[which]
+        other = others(unwrapped(given), row)
         for i, changed in enumerate(codes.sets.to(x.device), start=1):
             x[i, changed] = other[changed]
         return inputs
 
-    def _candidates(
-        self, sites: Sequence[Seen], record: Record, count: int
-    ) -> list[tuple[str, list[tuple[Candidate, Tensor | None]]]]:
-        """Return the axes that may have tokens at each call of a site, each with its input `"copies tokens numbers"`.
-
-        Raises:
-            Unproved: The sites are not called as they were when rows were looked for.
-        """
-        indices: dict[str, int] = {}
-        calls = []
-        for seen in sites:
-            index = indices[seen.path] = indices.get(seen.path, -1) + 1
-            places = record.places.get(seen.path, ())
-            if index >= len(places):
-                raise Unproved(_uneven(record, seen.path))
-            calls.append((seen.path, list(self._views(seen, places[index], count))))
-        if indices != {path: calls - 1 for path, calls in record.counts.items() if calls}:
-            raise Unproved(_uneven(record))
-        return calls
-
-    def _views(self, seen: Seen, place: Place, count: int) -> Iterator[tuple[Candidate, Tensor | None]]:
-        said = self._declared.layout(seen.path, seen.ndim, by_token=True)
-        tokens_axis = None if said is not None else self._declared.tokens(seen.path, seen.ndim)
-        rows = dataclasses.replace(place.layout, tokens=None)
-        if said is None and tokens_axis is not None and rows.axis is not None:
-            said = rows.with_tokens(tokens_axis)
-        if said is not None:
-            yield Candidate(dataclasses.replace(place, layout=said)), None
-            return
-        if rows.axis is None:
-            return
-        x = rows.to_rows(numbers(seen.x), count)
-        x = x if seen.axes < seen.ndim else x.unsqueeze(-1)
-        folded = [0] if len(x) == count * self._tokens else []
-        for axis in folded or (range(1, seen.axes) if len(x) == count else ()):
-            if axis == 0 or x.shape[axis] == self._tokens:
-                layout = dataclasses.replace(rows, tokens=axis)
-                apart = x.movedim(axis, 1) if axis else x.unflatten(0, (count, self._tokens))
-                yield Candidate(dataclasses.replace(place, layout=layout)), apart.flatten(2)
-
-
-def _keeps(record: Record, calls: Calls) -> bool:
-    """Return whether no position before a cut has changed, where a record has the tokens."""
-    indices: dict[str, int] = {}
-    kept = []
-    for path, candidates in calls:
-        index = indices[path] = indices.get(path, -1) + 1
-        kept.append(any(one.causal and one.place == record.places[path][index] for one in candidates))
-    return all(kept)
-
-
-def _judge(candidate: Candidate, changed: Tensor, codes: Codes, own: bool) -> None:
-    """Hold what changed, `"copies tokens"`, against what was changed."""
-    sets, cuts, borders = (t.to(changed.device) for t in (codes.sets, codes.cuts, codes.borders))
-    missing = own and bool((sets & ~changed).any())
-    leaked = (changed & ~sets).any(1)
-    candidate.follows &= not (missing or bool(leaked[borders].any()))
-    candidate.causal &= not bool(leaked[cuts].any())
-
-
-def _changed(x: Tensor) -> Tensor:
-    """Return whether each position of the copies differs from the first one, by more than the last one does.
-
-    A token is one of many that attention adds up, so the least difference counts; the first and the last copy are the
-    same, and tell what is rounding.
-    """
-    broken = x.isfinite() != x[:1].isfinite()
-    x = finite(x)
-    first, last = x[:1], x[-1:]
-    noise = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps * first.abs() + (last - first).abs()
-    return (((x - first).abs() > 8 * noise.amax(1, keepdim=True)) | broken)[1:-1].any(-1)
-
-
-# -- which tokens are changed ---------------------------------------------------------------------------------------
-
-
-def _codes(tokens: int, borders: Sequence[int]) -> Codes:
-    """Return the sets of tokens to change: cuts at borders and elsewhere, and sets that tell each token from others.
-
-    >>> codes = _codes(4, [2])
-    >>> codes.sets.int().tolist()[0], codes.borders.tolist()[0]
-    ([0, 0, 1, 1], True)
-    """
-    index = torch.arange(tokens)
-    rest = [cut for cut in range(1, tokens) if cut not in set(borders)]
-    cuts = [*borders, *_spread(rest, max(_CUTS - len(borders), 4))]
-    width = (tokens - 1).bit_length()
-    bits = index[:, None].bitwise_right_shift(torch.arange(width)) & 1
-    zeros = (width - bits.sum(1))[:, None].bitwise_right_shift(torch.arange(width.bit_length())) & 1
-    words = torch.cat([bits, zeros], 1).T.bool()  # Berger's code: no word of a token contains that of another
-    sets = torch.cat([index >= torch.tensor(cuts, dtype=torch.long)[:, None], words])
-    of_cuts = torch.arange(len(sets)) < len(cuts)
-    return Codes(sets, of_cuts, torch.arange(len(sets)) < len(borders))
-
-
-def _spread(cuts: Sequence[int], count: int) -> list[int]:
-    """Return a few of the cuts, in even steps with the first and the last.
-
-    >>> _spread([1, 2, 3, 4, 5], 3), _spread([7], 3)
-    ([1, 3, 5], [7])
-    """
-    if len(cuts) <= count:
-        return list(cuts)
-    return [cuts[i * (len(cuts) - 1) // (count - 1)] for i in range(count)]
-
 
 def _fullest(inputs: Inputs, reading: Reading, size: int, borders: Sequence[Sequence[int]]) -> int:
-    """Return the row with the most borders among a few that are finite and differ."""
-    return max((row for row, _ in choose_rows(inputs, reading.axis, size)), key=lambda row: len(borders[row]))
+    """Return the row with the most borders, among those that are finite if there are any."""
+    good = torch.ones(size, dtype=torch.bool)
+    for x in every_tensor(inputs):
+        if x.is_floating_point() and reading.axis(x) == 0 and len(x) == size:
+            good &= unwrapped(x).flatten(1).isfinite().all(1).cpu() if x.ndim > 1 else unwrapped(x).isfinite().cpu()
+    rows = good.nonzero().flatten().tolist() or [row for row, _ in choose_rows(inputs, reading.axis, size)]
+    fullest: int = max(rows, key=lambda row: len(borders[row]))
+    return fullest
 
 
-def _pool(x: Tensor) -> Tensor:
-    """Return the tokens of all rows that are finite, flattened: `"many numbers"`."""
-    flat = unwrapped(x).flatten(0, 1).reshape(x.shape[0] * x.shape[1], -1)
-    return flat[flat.isfinite().all(1)]
-
-
-def _others(x: Tensor, row: int) -> Tensor:
-    """Return for each token of a row another one that some row has, `"tokens ..."`.
-
-    >>> x = torch.tensor([[3, 3, 5]])
-    >>> bool((_others(x, 0) != x[0]).all())
-    True
-    """
-    own, pool = x[row].reshape(x.shape[1], -1), _pool(x)
-    first, second = pool[0], pool[(pool != pool[0]).any(1)][0]
-    drawn = torch.randint(len(pool), (len(own),), generator=torch.Generator().manual_seed(0))
-    picked = pool[drawn.to(x.device)]
-    for spare in (first, second):
-        equal = (picked == own).all(1, keepdim=True)
-        picked = torch.where(equal, spare, picked)
-    return picked.view(x.shape[1:])
-
-
-def _agreed(records: Sequence[Record]) -> Record:
-    """Return what the looks at several rows agree on.
+def _agreed(records: Sequence[Record], lasting: bool = True) -> Record:
+    """Return what the looks at several rows agree on, which lasts if all of them do.
 
     Raises:
         Unproved: They do not.
@@ -349,8 +217,8 @@ def _agreed(records: Sequence[Record]) -> Record:
     for record in records[1:]:
         for path, places in record:
             if places != first.places.get(path):
-                raise Unproved(_uneven(first, path))
-    return Record(first.places, first.equal, all(record.lasting for record in records))
+                raise Unproved(_uneven(path))
+    return Record(first.places, first.equal, lasting and all(record.lasting for record in records))
 
 
 # -- words ----------------------------------------------------------------------------------------------------------
@@ -370,10 +238,9 @@ def _astray(path: str, place: Place, tokens: int) -> str:
     )
 
 
-def _uneven(record: Record, path: str | None = None) -> str:
-    named = next(iter(record.places), "") if path is None else path
+def _uneven(path: str) -> str:
     return (
-        f"{named or 'the model'}: is not called alike with some tokens changed, so it is not known which of its "
+        f"{path or 'the model'}: is not called alike with some tokens changed, so it is not known which of its "
         f"positions is whose: the model decides by their values. {_ADVICE}"
     )
 

@@ -404,6 +404,66 @@ def test_positions_that_decide_about_tokens_are_looked_at_in_each_call():
         graft(route(many, ROWS), X, order.flip(1))
 
 
+def to_the_right(x, count):
+    """Move the first tokens of each row to its end, `count` of them at the front becoming the last."""
+    place = (torch.arange(x.shape[1]) + count[:, None]) % x.shape[1]
+    return x.gather(1, place[..., None].expand_as(x))
+
+
+@pytest.mark.parametrize("argument", ["mask", "lengths"])
+def test_what_decides_about_tokens_and_was_alike_is_looked_at_again(argument):
+    class Padded(nn.Module):
+        """Turns padding at the end of a row into padding at its front."""
+
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 6).double()
+
+        def forward(self, x, given):
+            lengths = given if given.ndim == 1 else given.sum(1)
+            return self.proj(to_the_right(x, lengths))
+
+    graft, trees, many = made(Padded())
+    lengths = torch.tensor([7, 7, 7])
+    mask = torch.ones(3, 7, dtype=torch.long)
+    y = graft(route(many, ROWS), X, mask if argument == "mask" else lengths)
+    torch.testing.assert_close(y, each_alone(Whole(graft), trees, X, ROWS), **F64)
+    lengths[1], mask[1, 4:] = 4, 0
+    with pytest.raises(ValueError, match="does not follow the 7 tokens"):
+        graft(route(many, ROWS), X, mask if argument == "mask" else lengths)
+
+
+class Whole:
+    """A graft of a model that also takes lengths, with those of full rows."""
+
+    def __init__(self, graft):
+        self.graft = graft
+
+    def __call__(self, tree, x):
+        return self.graft(tree, x, torch.full((len(x),), x.shape[1]))
+
+    def model(self, x):
+        return self.graft.model(x, torch.full((len(x),), x.shape[1]))
+
+
+def test_lengths_that_decide_nothing_about_tokens_are_looked_at_once():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.runs = nn.Linear(6, 6).double(), 0
+
+        def forward(self, x, lengths):
+            runs.append(len(x))
+            return self.proj(x) * (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
+
+    runs = []
+    graft, _, many = made(Pooled())
+    graft(route(many, ROWS), X, torch.tensor([7, 7, 7]))
+    runs.clear()
+    graft(route(many, ROWS.flip(1)), X, torch.tensor([7, 3, 5]))
+    assert runs == [3]
+
+
 def test_shared_positions_are_no_tokens():
     class Model(nn.Module):
         def __init__(self):
