@@ -52,11 +52,34 @@ class RoutedLayer(Weighted):
         if layout != LEADING:
             x, base = layout.to_rows(x, size), _Moved(base, layout, size)
         y: Any = NotImplemented
-        if method.routed is not None:
+        if method.routed is not None and not (adapter.site.kind == "embedding" and self._has_many_groups()):
             y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
         if y is NotImplemented:
-            y = self._general(base, x)
+            y = self._by_adapter(base, x) if self._has_many_groups() else self._general(base, x)
         return y if layout == LEADING else layout.from_rows(y, size)
+
+    def _has_many_groups(self) -> bool:
+        """Return whether tokens have so many groups that parameters of their own for each are not worth it."""
+        known = self.rows.known() if self.tokens > 1 else None
+        if known is None or known.groups.size <= self.rows.count:
+            return False
+        return sum(1 for _ in self._chain()) == 1
+
+    def _by_adapter(self, base: Layer, x: Tensor) -> Tensor:
+        """Run the method's `apply` once for each adapter, on the rows that have it."""
+        known, order = self.rows.known(), self.rows.order()
+        assert known is not None
+        parts = []
+        for i, part in enumerate(x.index_select(0, order).split(known.counts)) if len(order) else ():
+            if len(part):
+                leaves = {name: leaf[i] for name, leaf in self.leaves.items()}
+                constants = {name: c.values[i] for name, c in _varying(self.entry).items()}
+                parts.append(self._build(iter([(leaves, constants, {})]), outermost=True)(part))
+        if len(order) == self.rows.size:
+            y = torch.cat(parts)
+            return torch.empty_like(y).index_copy(0, order, y)
+        y = base(x)
+        return y.index_copy(0, order, torch.cat(parts)) if parts else y
 
     def _general(self, base: Layer, x: Tensor) -> Tensor:
         """Run the method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""

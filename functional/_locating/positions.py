@@ -45,6 +45,14 @@ class Uneven(Exception):
         self.path = path
 
 
+def said_of(path: str, place: Place, declared: Declared) -> Place | None:
+    """Return a place with the tokens that the user says it has; `None` where that is not said."""
+    axis = declared.tokens(path, place.ndim)
+    if axis is None or place.layout.axis is None:
+        return None
+    return dataclasses.replace(place, layout=place.layout.with_tokens(axis))
+
+
 def candidates_at(
     sites: Sequence[Seen], record: Record, declared: Declared, tokens: int, count: int
 ) -> list[tuple[str, list[tuple[Candidate, Tensor | None]]]]:
@@ -69,13 +77,9 @@ def candidates_at(
 def _views(
     seen: Seen, place: Place, declared: Declared, tokens: int, count: int
 ) -> Iterator[tuple[Candidate, Tensor | None]]:
-    said = declared.layout(seen.path, seen.ndim, by_token=True)
-    tokens_axis = None if said is not None else declared.tokens(seen.path, seen.ndim)
-    rows = dataclasses.replace(place.layout, tokens=None)
-    if said is None and tokens_axis is not None and rows.axis is not None:
-        said = rows.with_tokens(tokens_axis)
+    said, rows = said_of(seen.path, place, declared), dataclasses.replace(place.layout, tokens=None)
     if said is not None:
-        yield Candidate(dataclasses.replace(place, layout=said)), None
+        yield Candidate(said), None
         return
     if rows.axis is None:
         return

@@ -23,7 +23,7 @@ from .inputs import Inputs, Reading, Sample, choose_rows, every_tensor, readings
 from .layout import Place, Record
 from .look import Trial, Unproved
 from .marks import Codes, codes_of, differs, others, pool_of, spread
-from .positions import Calls, Uneven, candidates_at, changed_in, judge, keeps
+from .positions import Calls, Uneven, candidates_at, changed_in, judge, keeps, said_of
 
 _BORDERS = 8
 """Cuts of a look where a row changes its adapter, of all that it has."""
@@ -61,6 +61,9 @@ def look_at_tokens(
     Raises:
         ValueError: Inputs without tokens that differ, or that cannot be run; a site that does not follow the tokens.
     """
+    said = {path: [said_of(path, place, declared) for place in places] for path, places in record}
+    if all(None not in places for places in said.values()):
+        return Record({path: [p for p in places if p is not None] for path, places in said.items()}, record.equal)
     failures: list[Unproved] = []
     for reading in readings(inputs, size):
         picked = [row for row in range(size) if full and borders[row]] or [_fullest(inputs, reading, size, borders)]

@@ -501,6 +501,8 @@ def test_declared_axes():
         routed = route(many, ROWS, **axes)
         assert f"tokens_dim={axes['tokens_dim']}" in repr(routed)
         torch.testing.assert_close(graft(routed, X), expected, **F64)
+    alike = torch.ones_like(X)
+    torch.testing.assert_close(graft(routed, alike), each_alone(graft, trees, alike, ROWS), **F64)
     first, flat = made(Around(*FOLLOWED["tokens first"])), made(Around(*FOLLOWED["flattened"]))
     for (graft, _, many), axes in ((first, (1, 0)), (flat, (0, 0))):
         y = graft(route(many, ROWS, batch_dim={"proj": axes[0]}, tokens_dim={"proj": axes[1]}), X)
