@@ -224,7 +224,7 @@ def remember(
     pool = bound.pool()
     entered = Entered("", modes_of(pool))
     size = next((len(x) for x in tensors_in(inputs) if x.ndim), 0) if size is None else size
-    if size < 2:
+    if size < 2 and tokens == 1:
         raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
     if tokens > 1:
         check_sizes(inputs, size, tokens)
@@ -236,6 +236,11 @@ def remember(
         record = look_at(trial, GivenSample(inputs, rearranged, size), declared, 1)
     if tokens > 1:
         record = look_at_tokens(trial, inputs, size, tokens, record, [[]] * size, declared)
+        if not record.lasting:
+            raise ValueError(
+                "look: where the tokens of this sample are is decided by a mask or another input beside them, so that "
+                "it says nothing of other calls; declare it: route(stacked, rows, batch_dim=0, tokens_dim=1)"
+            )
     key = _kind(stacks, declared, inputs, entered, tokens)
     if not record.equal:
         pool.known[key] = _common(pool.known.get(key), record)

@@ -67,19 +67,23 @@ def look_at_tokens(
     failures: list[Unproved] = []
     for reading in readings(inputs, size):
         picked = [row for row in range(size) if full and borders[row]] or [_fullest(inputs, reading, size, borders)]
-        marks = Marks(trial, inputs, reading, size, tokens, declared)
-        for content in marks.tensors():
-            try:
-                found = _agreed([marks.prove(content, row, record, borders[row], full) for row in picked])
-                if not found.lasting or marks.is_all(content, picked[0], found):
-                    return found
-                # Another input decides about tokens, and each row has its own.
-                each = [marks.prove(content, row, record, borders[row], full) for row in range(size)]
-                return _agreed([found, *each], lasting=False)
-            except Unproved as error:
-                failures.append(error)
-            except _Failed as error:
-                failures.append(_not_run(error))
+        for filled in (False, True):
+            marks = Marks(trial, inputs, reading, size, tokens, declared, filled)
+            for content in marks.tensors() if marks.masks() or not filled else ():
+                try:
+                    found = _agreed([marks.prove(content, row, record, borders[row], full) for row in picked])
+                    if found.lasting and marks.is_all(content, picked[0], found):
+                        return found
+                    if filled:
+                        raise Unproved(_decided())
+                    # Masks or another input decide about tokens, and each row has its own.
+                    rest = [row for row in range(size) if borders[row] and row not in picked]
+                    each = [marks.prove(content, row, record, borders[row], full) for row in rest]
+                    return _agreed([found, *each], lasting=False)
+                except Unproved as error:
+                    failures.append(error)
+                except _Failed as error:
+                    failures.append(_not_run(error))
     raise max(failures, key=lambda error: error.reached) if failures else Unproved(_no_tokens(size, tokens))
 
 
@@ -93,11 +97,21 @@ class Marks:
         size: Number of rows.
         tokens: Number of tokens in each.
         declared: What the user said.
+        filled: Whether masks are taken as all ones, for padding neither sees nor is seen as tokens are.
     """
 
-    def __init__(self, trial: Trial, inputs: Inputs, reading: Reading, size: int, tokens: int, declared: Declared):
+    def __init__(
+        self,
+        trial: Trial,
+        inputs: Inputs,
+        reading: Reading,
+        size: int,
+        tokens: int,
+        declared: Declared,
+        filled: bool = False,
+    ):
         self._trial, self._inputs, self._reading = trial, inputs, reading
-        self._size, self._tokens, self._declared = size, tokens, declared
+        self._size, self._tokens, self._declared, self._filled = size, tokens, declared, filled
 
     def tensors(self) -> list[int]:
         """Return the inputs that have tokens which differ, the likeliest to be what the model reads first."""
@@ -106,6 +120,12 @@ class Marks:
             if self._has_tokens(x) and differs(pool := pool_of(x)):
                 kinds[i] = len(pool.unique()) if x.ndim == 2 else len(pool)
         return sorted(kinds, key=lambda i: -kinds[i])
+
+    def masks(self) -> list[int]:
+        """Return the inputs that say of each token yes or no, and not yes of all."""
+        given = enumerate(every_tensor(self._inputs))
+        masks = [(i, x) for i, x in given if self._has_tokens(x) and x.ndim == 2]
+        return [i for i, x in masks if bool(((x == 0) | (x == 1)).all()) and bool((x == 0).any())]
 
     def _has_rows(self, x: Tensor) -> bool:
         return self._reading.axis(x) == 0 and len(x) == self._size
@@ -190,10 +210,12 @@ class Marks:
         given = list(every_tensor(self._inputs))[which]
         inputs = sample.first()
         copies = list(every_tensor(inputs))
+        for i in self.masks() if self._filled else ():
+            copies[i].fill_(1)
         if altered is not None:
             copies[altered].copy_(varied(copies[altered], copies[altered].shape[-1]))
         x = copies[which]
-        other = others(unwrapped(given), row)
+        other = others(unwrapped(given), x[0])
         for i, changed in enumerate(codes.sets.to(x.device), start=1):
             x[i, changed] = other[changed]
         return inputs
@@ -238,6 +260,13 @@ def _astray(path: str, place: Place, tokens: int) -> str:
         "routes by tokens: before it the model reorders, drops, adds or mixes tokens, so that it is not known which "
         "position is whose. Attention that looks both ways is followed where a mask keeps tokens of different "
         f"adapters apart, causal attention everywhere. {_ADVICE}"
+    )
+
+
+def _decided() -> str:
+    return (
+        "route: tokens are where they are expected if nothing is masked, and the inputs of this call mask some: the "
+        f"model rearranges its tokens by a mask, or another input. {_ADVICE}"
     )
 
 
