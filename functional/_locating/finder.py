@@ -187,7 +187,7 @@ def locate(
     if size == tokens == 1:
         return LEADING
     layout = finder.find(site.path, x, size, owner, tokens) if finder else None
-    if layout is None:
+    if layout is None or (layout.tokens or 0) >= max(len(axes), 1):
         doubt = _doubt(site.path, x, axes, size, finder) if tokens == 1 else _doubt_tokens(site.path, x, size, tokens)
         raise ValueError(doubt)
     return layout

@@ -541,6 +541,8 @@ def test_declared_axes():
         torch.testing.assert_close(y, graft(route(many, ROWS), X), **F64)
     words = "proj: its input has shape (3, 7, 6), and route(..., batch_dim=1, tokens_dim=0) asks for 3 rows of 7 tokens"
     graft, _, many = made(Around())
+    with pytest.raises(ValueError, match=r"proj: its input has shape \(3, 6, 6\).*it is not known where these are"):
+        graft(route(many, ROWS[:, :6], tokens_dim=2), X[:, :6])
     with pytest.raises(ValueError, match=re.escape(words)):
         graft(route(many, ROWS, batch_dim=1, tokens_dim=0), X)
     with pytest.raises(KeyError, match="tokens_dim names 'nothing', which is no adapted module of this call"):
@@ -565,6 +567,19 @@ def test_a_compiled_call_knows_what_a_look_saw(looked):
     torch.testing.assert_close(f(many, ROWS, X), each_alone(graft, trees, X, ROWS), **F64)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(f(many, ROWS.flip(1), X), each_alone(graft, trees, X, ROWS.flip(1)), **F64)
+
+
+def test_a_vmapped_call_knows_what_an_earlier_one_saw():
+    graft, trees, many = made(mlp(), "lora", ["0", "2"])
+    several = torch.stack([X, X.flip(0)])
+    with pytest.raises(ValueError, match="0: its input has shape .* routes 3 rows of 7 tokens, and it is not known"):
+        torch.vmap(lambda x: graft(route(many, ROWS), x))(several)
+    graft(route(many, ROWS), X)
+    y = torch.vmap(lambda x: graft(route(many, ROWS), x))(several)
+    torch.testing.assert_close(y, torch.stack([each_alone(graft, trees, x, ROWS) for x in several]), **F64)
+    rows = torch.stack([ROWS, ROWS.flip(1)])
+    y = torch.vmap(lambda rows: graft(route(many, rows), X))(rows)
+    torch.testing.assert_close(y, torch.stack([each_alone(graft, trees, X, each) for each in rows]), **F64)
 
 
 def test_known_kinds_take_other_sizes():
