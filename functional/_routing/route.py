@@ -159,7 +159,8 @@ def route(
             both are folded into one. Then `batch_dim` has to be declared too, or nothing is spared.
         mixed: Declares outputs in which rows meet by design, by the names that the error has for them (`"loss"`): they
             are not checked against anything.
-        check: Prove each call, on all of its rows; takes eight times as long.
+        check: Prove each call, on all of its rows, and wherever one changes adapters between tokens; takes eight times
+            as long, and longer with tokens.
         members: `"N"`, long: which of the configs of `bind(model, [...])` the leading axis holds, where it is not all
             of them in order.
         places: What is in each place of the stack beside its leaves, where it is not what `bind(model, [...])` was
