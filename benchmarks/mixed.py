@@ -39,10 +39,12 @@ def cases(model: Any, batch: int, length: int) -> Cases:
         mixed.add_adapter(str(index), peft.LoraConfig(**FIELDS))
     mixed.eval()
     names = [str(row) for row in rows.tolist()]
+    each = torch.randint(ADAPTERS, (batch, length), generator=torch.Generator().manual_seed(4))
     found = {
         "bare base": lambda: model(ids),
         "torchgraft, one adapter": lambda: graft(trees[0], ids),
         "torchgraft, mixed": lambda: graft(route(many, rows), ids),
+        "torchgraft, mixed token by token": lambda: graft(route(many, each), ids),
         "PEFT, one adapter": lambda: single(ids),
         "PEFT, mixed (adapter_names)": lambda: mixed(ids, adapter_names=names),
     }

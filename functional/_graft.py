@@ -15,7 +15,7 @@ from ._execution.run import call
 from ._execution.trial import remember
 from ._execution.views import make_view
 from ._execution.watched import watched_base
-from ._locating.look import Declared
+from ._locating.finder import Declared
 from ._method import Config, Tree
 from ._routing.route import Routed
 from ._sites.site import Site
@@ -126,7 +126,9 @@ class Graft:
         self,
         *args: Any,
         rows: int | None = None,
+        tokens: int = 1,
         batch_dim: int | Mapping[str, int] | None = None,
+        tokens_dim: int | Mapping[str, int] | None = None,
         mixed: Sequence[str] = (),
         rearranged: tuple[Any, ...] | Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -139,7 +141,9 @@ class Graft:
         Args:
             *args: Positional arguments of the model's forward, with at least two rows.
             rows: Number of rows in them; by default the length of the first tensor.
+            tokens: Number of tokens in each row, for calls that route by tokens: rows of shape `(batch, tokens)`.
             batch_dim: As for `route`.
+            tokens_dim: As for `route`.
             mixed: As for `route`.
             rearranged: For inputs that cannot be cut by rows (packed images, lists): the arguments of the same call
                 with its rows in the order 1, 0, 2, ..., n-1, n-1, positional ones or a dict of keyword arguments. Then
@@ -155,8 +159,8 @@ class Graft:
         >>> graft.look(torch.randn(3, 4))
         """
         other = (rearranged, {}) if isinstance(rearranged, tuple) else ((), dict(rearranged or {}))
-        declared = Declared(batch_dim, tuple(mixed))
-        remember(self.bound, (args, kwargs), rows, declared, None if rearranged is None else other)
+        declared = Declared(batch_dim, tokens_dim, tuple(mixed))
+        remember(self.bound, (args, kwargs), rows, declared, None if rearranged is None else other, tokens)
 
     def looking(self, see: Callable[[str, Tensor], None]) -> contextlib.AbstractContextManager[nn.Module]:
         """Run the base alone, in evaluation mode and without autograd, calling `see(path, x)` at each site.

@@ -111,17 +111,21 @@ class Rows:
         index: `"rows"`, long, `-1` for the base alone; `None` for as many equal parts as there are adapters, in order.
         count: Number of adapters.
         values: The values of `index`, where they are known without looking.
+        tokens: How many in succession are the tokens of one row of the batch; `None` where each is a row of it.
 
     Attributes:
         values: The values of `index`, where they can be read.
+        tokens: As given.
 
     >>> rows = Rows(torch.tensor([1, 1, 0, 0]), 2)
     >>> rows.groups().size, rows.known().counts
     (2, (2, 2))
     """
 
-    def __init__(self, index: Tensor | None, count: int, values: Sequence[int] | None = None):
-        self.index, self.count = index, count
+    def __init__(
+        self, index: Tensor | None, count: int, values: Sequence[int] | None = None, tokens: int | None = None
+    ):
+        self.index, self.count, self.tokens = index, count, tokens
         self.size = count if index is None else len(index)
         self._static = index is None or values is not None
         self.values: Sequence[int] | None = values
@@ -134,7 +138,7 @@ class Rows:
             self._known = Known(Groups(count, None, base=False), (1,) * count)
         elif values is not None or (not torch.compiler.is_compiling() and is_readable(index)):
             self.values = index.tolist() if values is None else values
-            self._known = _read(self.values, index, count)
+            self._known = _read(self.values, index, count, tokens)
 
     def __len__(self) -> int:
         return self.size
@@ -233,10 +237,10 @@ class Rows:
         return Rows(index.repeat_interleave(size // self.size), self.count)
 
 
-def rows_of(values: Sequence[int], count: int, device: torch.device) -> Rows:
+def rows_of(values: Sequence[int], count: int, device: torch.device, tokens: int | None = None) -> Rows:
     """Make rows with these values, in memory of their own, that any later call may use."""
     with torch.inference_mode(False):
-        return Rows(torch.tensor(values, dtype=torch.long, device=device), count)
+        return Rows(torch.tensor(values, dtype=torch.long, device=device), count, tokens=tokens)
 
 
 def is_readable(index: Tensor) -> bool:
@@ -247,13 +251,14 @@ def is_readable(index: Tensor) -> bool:
     return type(index) is Tensor and not index.is_meta and not functorch.is_functorch_wrapped_tensor(index)
 
 
-def _read(values: Sequence[int], index: Tensor, count: int) -> Known:
+def _read(values: Sequence[int], index: Tensor, count: int, tokens: int | None) -> Known:
     runs = [(value, len(list(run))) for value, run in itertools.groupby(values)]
     for value, _ in runs:
         if not -1 <= value < count:
             row = list(values).index(value)
+            place = f"{row // tokens}, {row % tokens}" if tokens else row
             raise ValueError(
-                f"route: rows[{row}] is {value}, expected an index of one of the {count} adapters in the stack "
+                f"route: rows[{place}] is {value}, expected an index of one of the {count} adapters in the stack "
                 f"(0 to {count - 1}), or -1 for the base alone"
             )
     counts = [0] * count

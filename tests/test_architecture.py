@@ -58,12 +58,12 @@ ORDER = {
         _tensors: placement wrappers
         _sites: site kernels kinds parameters factored
         .: _abilities _method _trees _norms _grads
-        _locating: layout finder inputs observed look
+        _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacked
         _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
         _routing: route owners
-        _execution: traced pool fill bound_model watched constant trial run entered views
+        _execution: traced pool fill bound_model watched constant token_rows trial run entered views
         .: _graft _call _merge _stacks _base_with_weights _bind extending __init__
     """,
 }

@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._locating.finder import Finder
+from .._locating.finder import Declared, Finder
 from .._locating.inputs import (
     GivenSample,
     Inputs,
@@ -23,8 +23,9 @@ from .._locating.inputs import (
     unwrapped,
 )
 from .._locating.layout import Record
-from .._locating.look import ADAPTERS, Declared, look, look_at
+from .._locating.look import ADAPTERS, look, look_at
 from .._locating.observed import Observed, Recorder, calm, outputs_of
+from .._locating.tokens import look_at_tokens
 from .._method import SiteAdapter, Tree
 from .._routing.route import Routed
 from .._rows import Rows
@@ -35,6 +36,7 @@ from .._unsupported import UnsupportedCall
 from .bound_model import BoundModel
 from .fill import fill
 from .pool import Pool
+from .token_rows import borders_of, check_sizes, check_tokens
 
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """What rounding may change of a number, of a model that computes in half precision."""
@@ -158,11 +160,14 @@ def finder_of(
     stacks = [tree for tree in active.values() if isinstance(tree, Routed)]
     if not stacks:
         return None
-    size, declared = max(stack.rows.size for stack in stacks), stacks[0].declared
-    if size == 1 or _is_declared(bound, active, declared):
-        return Finder(None)
+    size, declared, tokens = max(stack.batch for stack in stacks), stacks[0].declared, stacks[0].tokens
     inputs: Inputs = args, dict(kwargs)
-    key = _kind(active, declared, inputs, entered)
+    check_tokens(bound, active)
+    if size == tokens == 1 or _is_declared(bound, active, declared, tokens):
+        return Finder(None)
+    if any(stack.rows.tokens for stack in stacks):
+        check_sizes(inputs, size, tokens)
+    key = _kind(active, declared, inputs, entered, tokens)
     if not may_look(inputs, base, active):
         return Finder(_known(bound, key) or _known(bound, (*key[:-1], kind_of(inputs, inside=False, numbers=False))))
     exact = (*key, torch.is_grad_enabled(), kind_of(inputs))
@@ -175,7 +180,12 @@ def finder_of(
                 raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(bound, pool, active, base, entered)
-            record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))
+            full = any(stack.check_all for stack in stacks)
+            record = look(trial, inputs, size, declared, full)
+            if tokens > 1:
+                record = look_at_tokens(trial, inputs, size, tokens, record, borders_of(stacks), declared, full)
+        if not record.lasting:
+            return record
         pool.seen[exact] = record
         pool.alike.setdefault(alike, {})[exact] = record
         if not record.equal:
@@ -203,21 +213,35 @@ def _of_any_number(records: Collection[Record]) -> Record | None:
 
 
 def remember(
-    bound: BoundModel, inputs: Inputs, size: int | None, declared: Declared, rearranged: Inputs | None = None
+    bound: BoundModel,
+    inputs: Inputs,
+    size: int | None,
+    declared: Declared,
+    rearranged: Inputs | None = None,
+    tokens: int = 1,
 ) -> None:
     """Look at a kind of call before it is made, with all adapters of a bound model."""
     pool = bound.pool()
     entered = Entered("", modes_of(pool))
     size = next((len(x) for x in tensors_in(inputs) if x.ndim), 0) if size is None else size
-    if size < 2:
+    if size < 2 and tokens == 1:
         raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
+    if tokens > 1:
+        check_sizes(inputs, size, tokens)
     stacks = {name: Random(_like(bound, name), Rows(None, ADAPTERS)) for name in bound.binding.configs}
     trial = ModelTrial(bound, pool, stacks, {}, entered)
     if rearranged is None:
         record = look(trial, inputs, size, declared)
     else:
         record = look_at(trial, GivenSample(inputs, rearranged, size), declared, 1)
-    key = _kind(stacks, declared, inputs, entered)
+    if tokens > 1:
+        record = look_at_tokens(trial, inputs, size, tokens, record, [[]] * size, declared)
+        if not record.lasting:
+            raise ValueError(
+                "look: where the tokens of this sample are is decided by a mask or another input beside them, so that "
+                "it says nothing of other calls; declare it: route(stacked, rows, batch_dim=0, tokens_dim=1)"
+            )
+    key = _kind(stacks, declared, inputs, entered, tokens)
     if not record.equal:
         pool.known[key] = _common(pool.known.get(key), record)
     for mode in (False, True):
@@ -263,12 +287,14 @@ def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bo
     return kinds <= {functorch.TransformType.Grad, functorch.TransformType.Jvp}
 
 
-def _kind(active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered) -> tuple[Hashable, ...]:
+def _kind(
+    active: Mapping[str, Any], declared: Declared, inputs: Inputs, entered: Entered, tokens: int
+) -> tuple[Hashable, ...]:
     """Return what decides how a model arranges its rows, as far as it can be told under `torch.compile`."""
-    batch_dim = declared.batch_dim
-    axes = tuple(batch_dim.items()) if isinstance(batch_dim, Mapping) else batch_dim
+    said = (declared.batch_dim, declared.tokens_dim)
+    axes = tuple(tuple(axis.items()) if isinstance(axis, Mapping) else axis for axis in said)
     names = tuple((name, isinstance(tree, Routed)) for name, tree in active.items())
-    return entered.path, entered.modes, names, axes, declared.mixed, kind_of(inputs, inside=False)
+    return entered.path, entered.modes, names, axes, declared.mixed, tokens > 1, kind_of(inputs, inside=False)
 
 
 def _known(bound: BoundModel, key: tuple[Hashable, ...]) -> Record | None:
@@ -286,18 +312,18 @@ def _common(before: Record | None, after: Record) -> Record:
     return Record({path: (*before.places.get(path, ()), *after.places.get(path, ())) for path in paths})
 
 
-def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declared) -> bool:
-    """Return whether the user said where the rows are at every site."""
-    if not isinstance(declared.batch_dim, Mapping):
-        return declared.batch_dim is not None
-    paths = bound.binding.paths(active)
-    unknown = [path for path in declared.batch_dim if path not in paths]
-    if unknown:
-        raise KeyError(
-            f"route: batch_dim names {unknown[0]!r}, which is no adapted module of this call; there are "
-            f"{', '.join(sorted(paths)[:6])}{', ...' if len(paths) > 6 else ''}"
-        )
-    return paths <= set(declared.batch_dim)
+def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declared, tokens: int) -> bool:
+    """Return whether the user said where the rows are at every site, and their tokens where these are routed."""
+    given = {"batch_dim": declared.batch_dim} | ({"tokens_dim": declared.tokens_dim} if tokens > 1 else {})
+    by_path = {name: said for name, said in given.items() if isinstance(said, Mapping)}
+    paths = bound.binding.paths(active) if by_path else set()
+    for name, said in by_path.items():
+        if unknown := [path for path in said if path not in paths]:
+            raise KeyError(
+                f"route: {name} names {unknown[0]!r}, which is no adapted module of this call; there are "
+                f"{', '.join(sorted(paths)[:6])}{', ...' if len(paths) > 6 else ''}"
+            )
+    return all(paths <= set(by_path[name]) if name in by_path else said is not None for name, said in given.items())
 
 
 def _random(tree: Tree) -> Tree:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._abilities import Leaves
-from .._locating.finder import BatchDim, Finder, locate
+from .._locating.finder import Declared, Finder, locate
 from .._locating.layout import LEADING, Layout
 from .._method import Layer, SiteAdapter, Weighted
 from .._rows import Groups, PerAdapter, Rows
@@ -18,9 +18,9 @@ from .around import Around
 
 
 class RoutedLayer(Weighted):
-    """A layer with a stack of adapters on it, one for each row."""
+    """A layer with a stack of adapters on it, one for each row, or for each of the `tokens` tokens of a row."""
 
-    __slots__ = ("base", "batch_dim", "entry", "finder", "leaves", "owner", "rows")
+    __slots__ = ("base", "declared", "entry", "finder", "leaves", "owner", "rows", "tokens")
 
     def __init__(
         self,
@@ -29,14 +29,15 @@ class RoutedLayer(Weighted):
         leaves: Leaves,
         rows: Rows,
         finder: Finder | None,
-        owner: Any = None,
-        batch_dim: BatchDim = None,
+        owner: Any,
+        declared: Declared,
+        tokens: int,
     ):
         self.base, self.entry, self.leaves, self.rows, self.finder = base, adapter, leaves, rows, finder
-        self.owner, self.batch_dim = owner, batch_dim
+        self.owner, self.declared, self.tokens = owner, declared, tokens
 
     def __call__(self, x: Tensor) -> Tensor:
-        adapter, size = self.entry, self.rows.size
+        adapter, size = self.entry, self.rows.size // self.tokens
         for leaf in self.leaves.values():
             if leaf.is_meta:
                 check_leaves(adapter.site.path, self.leaves, x)
@@ -45,17 +46,40 @@ class RoutedLayer(Weighted):
                 f"{adapter.site.path}: the input is a nested tensor, whose rows have no places of their own to route "
                 "by; pad it, or call the graft with one adapter at a time"
             )
-        layout = locate(adapter.site, x, size, self.batch_dim, self.finder, self.owner)
+        layout = locate(adapter.site, x, size, self.declared, self.finder, self.owner, self.tokens)
         method = adapter.config.method
         base: Layer = self.base
         if layout != LEADING:
             x, base = layout.to_rows(x, size), _Moved(base, layout, size)
         y: Any = NotImplemented
-        if method.routed is not None:
+        if method.routed is not None and not (adapter.site.kind == "embedding" and self._has_many_groups()):
             y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
         if y is NotImplemented:
-            y = self._general(base, x)
+            y = self._by_adapter(base, x) if self._has_many_groups() else self._general(base, x)
         return y if layout == LEADING else layout.from_rows(y, size)
+
+    def _has_many_groups(self) -> bool:
+        """Return whether tokens have so many groups that parameters of their own for each are not worth it."""
+        known = self.rows.known() if self.tokens > 1 else None
+        if known is None or known.groups.size <= self.rows.count:
+            return False
+        return sum(1 for _ in self._chain()) == 1
+
+    def _by_adapter(self, base: Layer, x: Tensor) -> Tensor:
+        """Run the method's `apply` once for each adapter, on the rows that have it."""
+        known, order = self.rows.known(), self.rows.order()
+        assert known is not None
+        parts = []
+        for i, part in enumerate(x.index_select(0, order).split(known.counts)) if len(order) else ():
+            if len(part):
+                leaves = {name: leaf[i] for name, leaf in self.leaves.items()}
+                constants = {name: c.values[i] for name, c in _varying(self.entry).items()}
+                parts.append(self._build(iter([(leaves, constants, {})]), outermost=True)(part))
+        if len(order) == self.rows.size:
+            y = torch.cat(parts)
+            return torch.empty_like(y).index_copy(0, order, y)
+        y = base(x)
+        return y.index_copy(0, order, torch.cat(parts)) if parts else y
 
     def _general(self, base: Layer, x: Tensor) -> Tensor:
         """Run the method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,41 @@ from .._sites.site import Site
 from .layout import LEADING, SHARED, Layout, Place, Record
 
 BatchDim = int | Mapping[str, int] | None
-"""The axis that has the batch at every site, or by path, where the user says so."""
+"""The axis that has the batch, or the tokens, at every site or by path, where the user says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """The user's statements about a call beside its rows.
+
+    Attributes:
+        batch_dim: The axis that has the batch, everywhere or by path.
+        tokens_dim: The axis that has the tokens of each row, everywhere or by path.
+        mixed: Names of outputs in which rows meet by design.
+    """
+
+    batch_dim: BatchDim = None
+    tokens_dim: BatchDim = None
+    mixed: tuple[str, ...] = ()
+
+    def layout(self, path: str, ndim: int, by_token: bool = False) -> Layout | None:
+        """Return where the rows of a site's input are, and their tokens if asked for; `None` where that is not said.
+
+        >>> Declared(batch_dim=1, tokens_dim=0).layout("head", 3, by_token=True)
+        Layout(axis=1, minor=False, tokens=1)
+        """
+        axis, tokens = _axis(self.batch_dim, path, ndim), self.tokens(path, ndim)
+        if axis is None or (by_token and tokens is None):
+            return None
+        return Layout(axis).with_tokens(tokens) if by_token and tokens is not None else Layout(axis)
+
+    def tokens(self, path: str, ndim: int) -> int | None:
+        """Return the axis of a site's input that is said to have the tokens."""
+        return _axis(self.tokens_dim, path, ndim)
+
+    def lets_pass(self, output: str) -> bool:
+        """Return whether an output, or what it is a part of, is declared as mixed."""
+        return any(output == name or output.startswith((f"{name}.", f"{name}[")) for name in self.mixed)
 
 
 class Finder:
@@ -38,7 +73,7 @@ class Finder:
         self.counts: dict[tuple[int, str], int] = {}
         self.over = False
 
-    def find(self, path: str, x: Tensor, size: int, owner: Any) -> Layout | None:
+    def find(self, path: str, x: Tensor, size: int, owner: Any, tokens: int = 1) -> Layout | None:
         """Return where a site's input has `size` rows.
 
         Args:
@@ -46,6 +81,7 @@ class Finder:
             x: Its input.
             size: Number of rows.
             owner: The stack that asks; each one asks at each call of a site.
+            tokens: How many tokens each row has, 1 where these are not routed.
 
         Returns:
             The layout; `None` where nothing is known of such an input.
@@ -55,15 +91,15 @@ class Finder:
         if self.over or torch.compiler.is_compiling():
             if self.paths and not self.over:  # parts of a call are compiled, whose calls of sites nobody counts
                 self.over = True
-            return self._fit(self.record.anywhere(path, x.ndim), x, size)
+            return self._fit(self.record.anywhere(path, x.ndim), x, size, tokens)
         key = id(owner), path
         index = self.counts.get(key, 0)
         self.counts[key] = index + 1
-        layout = self._fit(self._place(path, index), x, size)
+        layout = self._fit(self._place(path, index), x, size, tokens)
         if layout is None and self.again is not None:
             again, self.again = self.again, None
             self.record = again()
-            layout = self._fit(self._place(path, index), x, size)
+            layout = self._fit(self._place(path, index), x, size, tokens)
         return layout
 
     def _place(self, path: str, index: int) -> Place | None:
@@ -71,11 +107,13 @@ class Finder:
         places = self.record.places.get(path, ())
         return places[index] if index < len(places) else None
 
-    def _fit(self, place: Place | None, x: Tensor, size: int) -> Layout | None:
+    def _fit(self, place: Place | None, x: Tensor, size: int, tokens: int) -> Layout | None:
         if place is None:
             return None
-        if place.holds(x.shape, size, None if torch.compiler.is_compiling() else self.length):
+        if place.holds(x.shape, size, None if torch.compiler.is_compiling() else self.length, tokens):
             return place.layout
+        if tokens > 1:
+            return None
         # What all rows share has rows of its own behind a site that gave it some.
         grown = place.layout == SHARED and len(x.shape) == place.ndim and x.shape[0] == size
         return LEADING if grown else None
@@ -118,12 +156,15 @@ class Finder:
         return max((calls for (_, other), calls in self.counts.items() if other == path), default=0)
 
 
-def declared_axis(declared: BatchDim, path: str) -> int | None:
-    """Return the axis that the user named for a site."""
-    return declared.get(path) if isinstance(declared, Mapping) else declared
+def _axis(declared: BatchDim, path: str, ndim: int) -> int | None:
+    """Return the axis that the user named for a site, counted from the first."""
+    axis = declared.get(path) if isinstance(declared, Mapping) else declared
+    return axis + ndim if axis is not None and axis < 0 else axis
 
 
-def locate(site: Site, x: Tensor, size: int, declared: BatchDim, finder: Finder | None, owner: Any) -> Layout:
+def locate(
+    site: Site, x: Tensor, size: int, declared: Declared, finder: Finder | None, owner: Any, tokens: int = 1
+) -> Layout:
     """Return where the input of a site has `size` rows.
 
     Args:
@@ -133,26 +174,54 @@ def locate(site: Site, x: Tensor, size: int, declared: BatchDim, finder: Finder 
         declared: What the user said of it.
         finder: What is known of the call.
         owner: The stack that asks.
+        tokens: How many tokens each row has, 1 where these are not routed.
 
     Raises:
         ValueError: The rows are not where they are said to be, or it is not known where they are.
     """
     axes = x.shape[: x.ndim - (0 if site.kind == "embedding" else 1 + len(site.kernel_size))]
-    axis = declared_axis(declared, site.path)
-    if axis is not None:
-        axis = axis + x.ndim if axis < 0 else axis
-        if 0 <= axis < len(axes) and axes[axis] % size == 0:
-            return Layout(axis)
+    layout = declared.layout(site.path, x.ndim, by_token=tokens > 1)
+    if layout is not None:
+        _check_declared(site.path, x, axes, layout, size, declared, tokens)
+        return layout
+    if size == tokens == 1:
+        return LEADING
+    layout = finder.find(site.path, x, size, owner, tokens) if finder else None
+    if layout is None or (layout.tokens or 0) >= max(len(axes), 1):
+        doubt = _doubt(site.path, x, axes, size, finder) if tokens == 1 else _doubt_tokens(site.path, x, size, tokens)
+        raise ValueError(doubt)
+    return layout
+
+
+def _check_declared(
+    path: str, x: Tensor, axes: tuple[int, ...], layout: Layout, size: int, declared: Declared, tokens: int
+) -> None:
+    axis, ndim = layout.axis, len(axes)
+    assert axis is not None
+    if tokens > 1:
+        within = 0 <= axis < ndim and 0 <= (layout.tokens or 0) < ndim
+        if not within or not layout.has_tokens(axes, size, tokens):
+            raise ValueError(
+                f"{path}: its input has shape {tuple(x.shape)}, and route(..., batch_dim={declared.batch_dim}, "
+                f"tokens_dim={declared.tokens_dim}) asks for {size} rows of {tokens} tokens along these axes; one axis "
+                f"that has both, named twice, has {size * tokens} entries"
+            )
+    elif not 0 <= axis < ndim or axes[axis] % size:
         raise ValueError(
-            f"{site.path}: its input has shape {tuple(x.shape)}, and route(..., batch_dim={declared}) asks for "
+            f"{path}: its input has shape {tuple(x.shape)}, and route(..., batch_dim={declared.batch_dim}) asks for "
             f"{size} rows, or a multiple, along axis {axis}"
         )
-    if size == 1:
-        return LEADING
-    layout = finder.find(site.path, x, size, owner) if finder else None
-    if layout is None:
-        raise ValueError(_doubt(site.path, x, axes, size, finder))
-    return layout
+
+
+def _doubt_tokens(path: str, x: Tensor, size: int, tokens: int) -> str:
+    return (
+        f"{path or 'the model'}: its input has shape {tuple(x.shape)} in a call that routes {size} rows of {tokens} "
+        "tokens, and it is not known where these are. A call finds out by running the base on a few of its rows, which "
+        "it cannot do under torch.compile, torch.vmap, export or tracing: call the graft once outside of them with "
+        "inputs of this kind, or graft.look(*inputs, tokens=...); if the model picks or regroups its tokens depending "
+        "on its inputs, use one adapter for each row, or leave this module out of target_modules; or declare the axes: "
+        "route(stacked, rows, batch_dim=0, tokens_dim=1)"
+    )
 
 
 def _doubt(path: str, x: Tensor, axes: tuple[int, ...], size: int, finder: Finder | None) -> str:

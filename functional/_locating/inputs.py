@@ -214,7 +214,7 @@ class Sample:
         """Return the picked rows of a tensor."""
         each = x.unflatten(axis, (self.size, -1))
         rows = [_rolled(each.select(axis, row), turn, axis) for row, turn in self.picks]
-        return [_varied(row, i) for i, row in enumerate(rows)] if self.varied and _are_equal(rows) else rows
+        return [varied(row, i) for i, row in enumerate(rows)] if self.varied and _are_equal(rows) else rows
 
     def _copy(self, order: Sequence[int]) -> Inputs:
         with _Cut(self, order):
@@ -304,10 +304,13 @@ def _are_equal(rows: Sequence[Tensor]) -> bool:
     return all(torch.equal(row, rows[0]) for row in rows[1:])
 
 
-def _varied(row: Tensor, count: int) -> Tensor:
+def varied(row: Tensor, count: int) -> Tensor:
     """Return a row whose last entries are a bit less, as many as `count` of them.
 
     Flags turn round, and whole numbers that are not positive stay, so that an index is still one.
+
+    >>> varied(torch.tensor([3, 2, 0]), 2)
+    tensor([3, 1, 0])
     """
     if not count:
         return row

@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from .finder import BatchDim, Finder, declared_axis
+from .finder import Declared, Finder
 from .inputs import GivenSample, Inputs, Reading, Sample, choose_rows, length_of, readings
 from .layout import LEADING, SHARED, Layout, Place, Record, compare, finite, numbers
 from .observed import Observed, Seen
@@ -45,23 +45,6 @@ class Trial(Protocol):
     def routed(self, rows: Sequence[int], finder: Finder, inputs: Inputs) -> Observed:
         """Run with a random adapter for each row."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Declared:
-    """The user's statements about a call beside its rows.
-
-    Attributes:
-        batch_dim: The axis that has the batch, everywhere or by path.
-        mixed: Names of outputs in which rows meet by design.
-    """
-
-    batch_dim: BatchDim = None
-    mixed: tuple[str, ...] = ()
-
-    def lets_pass(self, output: str) -> bool:
-        """Return whether an output, or what it is a part of, is declared as mixed."""
-        return any(output == name or output.startswith((f"{name}.", f"{name}[")) for name in self.mixed)
 
 
 def look(trial: Trial, inputs: Inputs, size: int, declared: Declared, full: bool = False) -> Record:
@@ -151,12 +134,21 @@ def _give_up(failures: Sequence[Exception], inputs: Inputs, size: int) -> NoRetu
 
 
 class Unproved(ValueError):
-    """A site or an output that does not follow the rows of a batch."""
+    """A site or an output that does not follow the rows of a batch, or their tokens.
+
+    Args:
+        message: What it is, and what to do.
+        reached: How many calls of sites followed them.
+    """
+
+    def __init__(self, message: str, reached: int = 0):
+        super().__init__(message)
+        self.reached = reached
 
 
 def _samples(inputs: Inputs, reading: Reading, size: int, full: bool) -> list[Sample]:
     """Return the samples to run: rolled rows first, then rows as they are, for models that refuse these."""
-    if full:
+    if full and size > 1:
         return [Sample(inputs, reading, size, [(row, 0) for row in range(size)])]
     picks = choose_rows(inputs, reading.axis, size)
     plain = [(row, 0) for row, _ in picks]
@@ -179,7 +171,7 @@ def _propose(
     for i, (seen, other) in enumerate(zip(first.sites, second.sites, strict=False)):
         if seen.path != other.path:
             raise Unproved(_uneven(seen.path, count, len(order)))
-        layout = _layout_of(seen, other, order, declared.batch_dim)
+        layout = _layout_of(seen, other, order, declared)
         if layout is None or (layout == SHARED and not (seen.ndim and seen.shape[0] == 1)):
             raise Unproved(_astray(seen, "its input does not follow them", i))
         even = layout.axis is not None and seen.shape[layout.axis] == count * step
@@ -208,11 +200,9 @@ def _layouts_of_outputs(first: Observed, second: Observed, order: Sequence[int],
     return layouts, lists
 
 
-def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: BatchDim) -> Layout | None:
-    axis = declared_axis(declared, a.path)
-    if axis is not None:
-        return Layout(axis + a.ndim if axis < 0 else axis)
-    return compare(a.x, b.x, order, a.axes) if a.ndim == b.ndim else None
+def _layout_of(a: Seen, b: Seen, order: Sequence[int], declared: Declared) -> Layout | None:
+    layout = declared.layout(a.path, a.ndim)
+    return layout or (compare(a.x, b.x, order, a.axes) if a.ndim == b.ndim else None)
 
 
 # -- the proof ------------------------------------------------------------------------------------------------------

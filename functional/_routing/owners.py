@@ -23,6 +23,7 @@ from .._skeleton.context import CallContext
 from .._skeleton.marking import mark, reduce_marked
 from .._skeleton.runtime import AdaptedModule
 from .._skeleton.swaps import TensorSwap
+from .._unsupported import UnsupportedCall
 from .route import Routed
 
 
@@ -58,6 +59,11 @@ class RoutedOwner:
 
     def run(self, stacks: Mapping[str, Routed], forward: Any, adapters: Mapping[str, SiteAdapter], x: Any) -> Any:
         """Run the module's forward on each group of rows, under `vmap`, with the leaves and adapters of its own."""
+        if any(tree.tokens > 1 for tree in stacks.values()):
+            raise UnsupportedCall(
+                f"{self.path}: an adapter replaces tensors of this {self.cls.__name__}, which cannot be done token by "
+                "token; use one adapter for each row, or a config that replaces no tensors (modules_to_save, bias)"
+            )
         size = max(tree.rows.size for tree in stacks.values())
         if not isinstance(x, Tensor) or any(size % tree.rows.size for tree in stacks.values()):
             raise ValueError(
@@ -65,7 +71,7 @@ class RoutedOwner:
                 f"and {sorted(tree.rows.size for tree in stacks.values())} rows in one call; routing it needs a tensor "
                 "and one number of rows. Use torch.vmap over the stack, or one adapter at a time"
             )
-        declared = next(iter(stacks.values())).declared.batch_dim
+        declared = next(iter(stacks.values())).declared
         layout = locate(self.site, x, size, declared, self.context.finder, self)
         rows = layout.to_rows(x, size)
         picked, groups = _pick(stacks, self.path, self.swaps, adapters, size)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .._layers.routed import RoutedLayer
-from .._locating.finder import Finder
-from .._locating.look import Declared
+from .._locating.finder import Declared, Finder
 from .._method import SiteAdapter, Tree
 from .._places import Places
 from .._rows import Rows, is_readable, rows_of
@@ -50,6 +49,16 @@ class Routed:
         self._source, self.places = source, places
         self.picked: dict[Any, Any] = {}
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of a row have adapters of their own; 1 where the row has one adapter."""
+        return self.rows.tokens or 1
+
+    @property
+    def batch(self) -> int:
+        """How many rows the batch has."""
+        return self.rows.size // self.tokens
+
     def named(self, name: str) -> Routed:
         """Return the part of one named adapter, over the same rows."""
         return self.with_tree(self.tree[name])
@@ -65,10 +74,10 @@ class Routed:
             return self
         if torch.compiler.is_compiling() or not is_readable(source):
             rows = _placed(source, next(_leaves(self.tree)))
-            return self._with(self.tree, Rows(rows, self.rows.count))
-        values = source.tolist()
+            return self._with(self.tree, Rows(rows, self.rows.count, tokens=self.rows.tokens))
+        values = source.flatten().tolist()
         if values != self.rows.values:
-            self.rows = rows_of(values, self.rows.count, next(_leaves(self.tree)).device)
+            self.rows = rows_of(values, self.rows.count, next(_leaves(self.tree)).device, self.rows.tokens)
         return self._with(self.tree, self.rows)
 
     def _with(self, tree: Tree, rows: Rows) -> Routed:
@@ -85,7 +94,8 @@ class Routed:
     def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> RoutedLayer:
         """Return the layer that a site gets."""
         adapter, rows = self.along(adapter, self.rows)
-        return RoutedLayer(below, adapter, adapter.leaves(self.tree), rows, finder, self, self.declared.batch_dim)
+        leaves = adapter.leaves(self.tree)
+        return RoutedLayer(below, adapter, leaves, rows, finder, self, self.declared, self.tokens)
 
     def tensors(self) -> Any:
         """Return all tensors that a call depends on."""
@@ -95,14 +105,16 @@ class Routed:
     def __repr__(self) -> str:
         said = [f"{name}={value!r}" for name, value in vars(self.declared).items() if value not in (None, ())]
         declared = f", declared: {', '.join(said)}" if said else ""
-        return f"Routed({self.rows.count} adapters, {self.rows.size} rows{declared})"
+        each = f" of {self.rows.tokens} tokens" if self.rows.tokens else ""
+        return f"Routed({self.rows.count} adapters, {self.batch} rows{each}{declared})"
 
 
 def route(
     stacked: Tree,
-    rows: Tensor | None = None,
+    rows: Tensor | Sequence[Any] | None = None,
     *,
     batch_dim: int | Mapping[str, int] | None = None,
+    tokens_dim: int | Mapping[str, int] | None = None,
     mixed: Sequence[str] = (),
     check: bool = False,
     members: Tensor | None = None,
@@ -125,6 +137,13 @@ def route(
     an earlier call or `graft.look` saw counts, or what is declared, or it is an error. Under collectives, each rank
     has to make the same first calls.
 
+    With `rows` of shape `(batch, tokens)`, token `j` of row `i` meets adapter `rows[i, j]` in every adapted layer: for
+    several documents packed into one row, or a prompt and its answer. What the model does between the layers stays as
+    it is; documents that shall not see each other are the business of its attention mask. Adapters have to be on
+    layers that work token by token, linear ones and embeddings. Where the tokens are is found out and proved as well,
+    by what reaches each site when some of them change (`functional/ROWS.md`); a model that reorders, drops or adds
+    tokens on the way is an error.
+
     Values of `rows` are looked at in each call, outside of `torch.compile` (rows on a GPU are waited for), to choose
     the fastest way: equal runs of one adapter are one batched product. `rows=None` says so without looking.
 
@@ -132,19 +151,23 @@ def route(
         stacked: A tree made by `stack`, leaves `"N ..."`.
         rows: `"batch"`, long: the adapter of each row, in any order; `-1` is the base alone, bit for bit. An input of
             `k` times as many rows has each one `k` times in succession. `None`: the batch is `N` equal parts, one for
-            each adapter in order. What is written to the tensor later is what the next call uses.
+            each adapter in order. What is written to the tensor later is what the next call uses. Or `"batch tokens"`:
+            the adapter of each token. Lists of indices are taken too.
         batch_dim: Declares the axis of every site's input that has the batch, or of the sites at some paths. With one
             for every site nothing is looked at or proved.
+        tokens_dim: The same of the tokens, where `rows` has some: the axis that has them, or that of the batch where
+            both are folded into one. Then `batch_dim` has to be declared too, or nothing is spared.
         mixed: Declares outputs in which rows meet by design, by the names that the error has for them (`"loss"`): they
             are not checked against anything.
-        check: Prove each call, on all of its rows; takes eight times as long.
+        check: Prove each call, on all of its rows, and wherever one changes adapters between tokens; takes eight times
+            as long, and longer with tokens.
         members: `"N"`, long: which of the configs of `bind(model, [...])` the leading axis holds, where it is not all
             of them in order.
         places: What is in each place of the stack beside its leaves, where it is not what `bind(model, [...])` was
             given: `graft.places([...])`, and `put`, which changes one of them without binding again.
 
     Raises:
-        TypeError, ValueError: Rows that are no vector of integers, or out of range; a stack without leaves.
+        TypeError, ValueError: Rows that are no integers with one axis or two, or out of range; a stack without leaves.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> from torchgraft.functional import bind, stack, unstack
@@ -153,26 +176,25 @@ def route(
     >>> y = graft(route(many, torch.tensor([1, -1, 0])), x)
     >>> torch.allclose(y[0], graft(unstack(many)[1], x)[0]), torch.equal(y[1], graft.model(x)[1])
     (True, True)
+    >>> packed = torch.randn(1, 5, 4)  # three tokens of one document, then two of another
+    >>> y = graft(route(many, torch.tensor([[0, 0, 0, 1, 1]])), packed)
+    >>> torch.allclose(y[:, 3:], graft(unstack(many)[1], packed[:, 3:]))
+    True
     """
     leaf = next(_leaves(stacked), None)
     if leaf is None or leaf.ndim == 0 or len(leaf) == 0:
         raise ValueError("route: the stacked tree has no leaves with a leading axis; make it with stack([tree, ...])")
-    declared = _declared(batch_dim, mixed)
+    declared = _declared(batch_dim, tokens_dim, mixed)
     if places is not None and not isinstance(places, Places):
         raise TypeError(f"route: places is of type {type(places).__name__}, expected what graft.places() returns")
     if rows is None:
         return Routed(stacked, Rows(None, len(leaf)), members, declared, check, None, places)
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"route: rows is of type {type(rows).__name__}, expected a tensor: torch.tensor(rows)")
-    if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"route: rows has shape {tuple(rows.shape)} and dtype {rows.dtype}, expected one long index for each row "
-            "of the batch, shape (batch,)"
-        )
-    if len(rows) == 0:
-        raise ValueError("route: rows is empty, expected one index for each row of the batch")
-    readable = not torch.compiler.is_compiling() and is_readable(rows)
-    adapter_rows = rows_of(rows.tolist(), len(leaf), leaf.device) if readable else Rows(_placed(rows, leaf), len(leaf))
+    rows = _checked(rows)
+    tokens = rows.shape[1] if rows.ndim == 2 else None
+    if not torch.compiler.is_compiling() and is_readable(rows):
+        adapter_rows = rows_of(rows.flatten().tolist(), len(leaf), leaf.device, tokens)
+    else:
+        adapter_rows = Rows(_placed(rows, leaf), len(leaf), tokens=tokens)
     if torch.compiler.is_compiling():
         index: Any = adapter_rows.index
         torch._assert_async(
@@ -182,17 +204,37 @@ def route(
     return Routed(stacked, adapter_rows, members, declared, check, rows, places)
 
 
+def _checked(rows: Any) -> Tensor:
+    """Return the rows that the user gave as a tensor."""
+    if isinstance(rows, (list, tuple)):
+        try:
+            rows = torch.tensor(rows)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"route: rows is a list that is no tensor: {error}") from error
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"route: rows is of type {type(rows).__name__}, expected a tensor: torch.tensor(rows)")
+    if rows.numel() == 0:
+        raise ValueError("route: rows is empty, expected one index for each row of the batch, or for each token")
+    if rows.ndim not in (1, 2) or rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"route: rows has shape {tuple(rows.shape)} and dtype {rows.dtype}, expected one long index for each row "
+            "of the batch, shape (batch,), or for each of its tokens, shape (batch, tokens)"
+        )
+    return rows
+
+
 def _placed(rows: Tensor, leaf: Tensor) -> Tensor:
-    return rows.to(leaf.device, torch.long)
+    return rows.flatten().to(leaf.device, torch.long)
 
 
-def _declared(batch_dim: Any, mixed: Any) -> Declared:
+def _declared(batch_dim: Any, tokens_dim: Any, mixed: Any) -> Declared:
     if isinstance(mixed, str) or not all(isinstance(name, str) for name in mixed):
         raise TypeError(f"route: mixed is {mixed!r}, expected a list of names of outputs, as ['loss']")
-    axes = [*batch_dim.values()] if isinstance(batch_dim, Mapping) else [batch_dim]
-    if any(not isinstance(axis, int) or isinstance(axis, bool) for axis in axes if batch_dim is not None):
-        raise TypeError(f"route: batch_dim is {batch_dim!r}, expected an axis, or axes by path: {{'layers.0.q': 1}}")
-    return Declared(batch_dim, tuple(mixed))
+    for name, given in (("batch_dim", batch_dim), ("tokens_dim", tokens_dim)):
+        axes = [*given.values()] if isinstance(given, Mapping) else [given]
+        if any(not isinstance(axis, int) or isinstance(axis, bool) for axis in axes if given is not None):
+            raise TypeError(f"route: {name} is {given!r}, expected an axis, or axes by path: {{'layers.0.q': 1}}")
+    return Declared(batch_dim, tokens_dim, tuple(mixed))
 
 
 def _leaves(tree: Any) -> Iterator[Tensor]:

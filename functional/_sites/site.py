@@ -111,6 +111,11 @@ class Site:
         return self.geometry.groups if self.geometry else 1
 
     @property
+    def by_token(self) -> bool:
+        """Whether what it computes at one position of its input depends on that position alone."""
+        return self.kind in ("linear", "embedding")
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Attributes of the module that hold its weight and its bias."""
         return (*self.weight_names, self.bias_name)

@@ -6,9 +6,9 @@ import torch
 from torch.func import grad, vmap
 
 from torchgraft.adapters import IA3Config, LoraConfig
-from torchgraft.functional import bind, merge, route, stack, unstack
+from torchgraft.functional import Unsupported, bind, merge, route, stack, unstack
 
-from .cases import case, changed, close, moved, same, second_order
+from .cases import case, changed, close, kind, moved, same, second_order
 
 ROWS = {
     "mixed": lambda n: [2, -1, 0, 0, 1, 2, -1][:n],
@@ -44,6 +44,22 @@ def test_routed_rows_are_a_loop(name, site, kind):
 
     close(optree.tree_leaves(grad(loss)(stack(one.trees))), expected_grads)
     close(one.graft.view(route(leaves, torch.tensor(rows)))(one.x), y)
+
+
+def test_routed_tokens_are_a_loop(name, site):
+    one = case(name, site)
+    many, generator = stack(one.trees), torch.Generator().manual_seed(4)
+    rows = torch.randint(-1, 3, (3, 5), generator=generator)
+    if kind(site) not in ("linear", "embedding"):
+        with pytest.raises(Unsupported, match="does not work token by token"):
+            one.graft(route(many, rows), one.x)
+        return
+    x = torch.randint(7, (3, 5), generator=generator)
+    x = x if kind(site) == "embedding" else torch.randn(3, 5, 4, generator=generator, dtype=one.dtype)
+    outputs = torch.stack([*(one.graft(tree, x) for tree in one.trees), one.model(x)])
+    y = one.graft(route(many, rows), x)
+    close(y, outputs[rows, torch.arange(3)[:, None], torch.arange(5)])
+    assert torch.equal(y[rows < 0], outputs[-1][rows < 0])
 
 
 def test_equal_parts_are_a_loop(name, site):

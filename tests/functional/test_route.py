@@ -494,9 +494,9 @@ def test_models_that_read_a_weight():
 @pytest.mark.parametrize(
     ("rows", "error", "words"),
     [
-        ([0, 1], TypeError, "route: rows is of type list, expected a tensor: torch.tensor(rows)"),
+        ("01", TypeError, "route: rows is of type str, expected a tensor: torch.tensor(rows)"),
         (torch.zeros(2), ValueError, "route: rows has shape (2,) and dtype torch.float32, expected one long index"),
-        (torch.zeros(2, 1, dtype=torch.long), ValueError, "route: rows has shape (2, 1) and dtype torch.int64"),
+        (torch.zeros(2, 1, 1, dtype=torch.long), ValueError, "route: rows has shape (2, 1, 1) and dtype torch.int64"),
         (torch.zeros(0, dtype=torch.long), ValueError, "route: rows is empty, expected one index for each row"),
         (torch.tensor([0, 3]), ValueError, "route: rows[1] is 3, expected an index of one of the 3 adapters"),
         (torch.tensor([-2, 3]), ValueError, "route: rows[0] is -2, expected an index of one of the 3 adapters"),
