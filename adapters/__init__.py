@@ -56,3 +56,9 @@ from ._optim.lora_fa import lora_fa_gradients as lora_fa_gradients
 from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+
+__all__ = ["__version__", *(name for name in sorted(globals()) if not name.startswith("_"))]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

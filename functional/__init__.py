@@ -43,3 +43,8 @@ from ._unsupported import UnsupportedCall as UnsupportedCall
 from ._unsupported import UnsupportedConfig as UnsupportedConfig
 
 __version__ = "0.1.0"
+__all__ = ["__version__", *(name for name in sorted(globals()) if not name.startswith("_"))]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]
