@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,23 @@ class Graft:
         0 (2, 4)
         """
         return watched_base(self.bound, see)
+
+    def in_mode(self, training: bool) -> Self:
+        """Return this graft with the whole model in training or in evaluation mode, whatever modes the model is in.
+
+        The model's own flags stay as they are, so one call can have dropout beside another that has none.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+        >>> graft = bind(model, LoraConfig(target_modules=["0"]))
+        >>> params, x = graft.init(), torch.ones(2, 4)
+        >>> torch.equal(graft.in_mode(training=False)(params, x), model[0](x)), model.training
+        (True, True)
+        """
+        graft = copy.copy(self)
+        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training)
+        return graft
 
     def __repr__(self) -> str:
         adapters = ", ".join(

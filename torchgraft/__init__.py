@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from .adapters import load_adapter as load_adapter
     from .adapters import save_adapter as save_adapter
     from .adapters import summary as summary
+    from .functional import AdapterModule as AdapterModule
     from .functional import Graft as Graft
     from .functional import __version__ as __version__
     from .functional import bind as bind
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .functional import merge as merge
     from .functional import route as route
     from .functional import stack as stack
+    from .functional import trainable as trainable
     from .functional import unstack as unstack
     from .functional import value_and_grad as value_and_grad
 
@@ -82,7 +84,8 @@ _ADAPTERS = (
     "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
-    "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "unstack", "value_and_grad",
+    "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",
+    "unstack", "value_and_grad",
 )  # fmt: skip
 
 __all__ = sorted((*_ADAPTERS, *_FUNCTIONAL, "adapters", "functional"))
