@@ -20,6 +20,7 @@ from ._locating.look import Declared
 from ._method import Config, Tree
 from ._routing.route import Routed
 from ._sites.site import Site
+from ._trees import stack, unstack
 
 
 class Graft:
@@ -87,6 +88,35 @@ class Graft:
         {'lora_A': (2, 4), 'lora_B': (3, 2)}
         """
         return self.binding.init(generator, dtype, device)
+
+    def stack(self, adapters: Sequence[Tree]) -> Tree:
+        """Stack trees along a new leading axis, the adapter, as `stack` does; each has to fit this graft.
+
+        Raises:
+            KeyError, TypeError, ValueError: A tree that does not fit, or none.
+        """
+        adapters = list(adapters)
+        for tree in adapters:
+            self.binding.active(tree)
+        return stack(adapters)
+
+    def unstack(self, stacked: Tree) -> list[Tree]:
+        """Split a stack of this graft into its adapters' own trees; their leaves are views.
+
+        Right for both kinds of stacks: without the padding where ranks differ (`bind(model, [config, ...])`).
+
+        Raises:
+            KeyError, TypeError, ValueError: A stack that does not fit.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=2, target_modules="all-linear"))
+        >>> [tree[""]["lora_A"].shape for tree in graft.unstack(graft.stack([graft.init(), graft.init()]))]
+        [torch.Size([2, 4]), torch.Size([2, 4])]
+        """
+        trees = unstack(stacked)
+        self.binding.active(trees[0])
+        return trees
 
     def __call__(self, params: Tree | Routed, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the adapters in `params`; the same as `functional_call(graft, params, args, kwargs)`."""

@@ -15,7 +15,7 @@ def made(count=1):
 
 
 def test_all_leaves_in_order_and_each_once():
-    graft, (a, b) = made(2)
+    _, (a, b) = made(2)
     assert all(x is y for x, y in zip(trainable(a), optree.tree_leaves(a), strict=True))
     assert all(leaf.requires_grad for leaf in optree.tree_leaves(a))
     assert len(trainable({"a": a, "b": b})) == 4 and len(trainable({"a": a, "b": a})) == 2
