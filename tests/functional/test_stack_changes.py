@@ -94,7 +94,7 @@ def test_one_unstack_is_right_for_both_kinds():
     named = bind(model, {"a": CONFIGS["lora"][0]})
     both = [named.init(), named.init()]
     assert all(alike(*pair) for pair in zip(named.unstack(named.stack(both)), both, strict=True))
-    with pytest.raises(ValueError, match=r"\['0'\]\['lora_A'\] has shape \(4,\), expected \(1, 4\)"):
+    with pytest.raises(ValueError, match="their leading axes must be equal: the number of adapters"):
         one.unstack(trees[0])
     with pytest.raises(KeyError, match="unknown site 'x'"):
         one.stack([{"x": {}}])
@@ -120,10 +120,10 @@ def test_copies_have_their_own_members():
 
 def test_repr_says_how_many_what_ranks_and_what_padding_costs():
     graft = bind(mlp(), [LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0", "2"]) for r in (1, 16)])
-    said = "StackedGraft(Sequential, LORA on 2 sites, 2 adapters, lora_alpha 2 to 32, r 1 to 16, padded to 1.9 times"
+    said = "StackedGraft(Sequential, LORA on 2 sites: 2 adapters, lora_alpha 2 to 32, r 1 to 16, padded to 1.9 times"
     assert repr(graft).startswith(said)
     alike = bind(mlp(), [LoraConfig(r=2, target_modules=["0"])] * 2)
-    assert repr(alike) == "StackedGraft(Sequential, LORA on 1 sites, 2 adapters)"
+    assert repr(alike) == "StackedGraft(Sequential, LORA on 1 sites: 2 adapters)"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_repr_says_how_many_what_ranks_and_what_padding_costs():
             "configs[3] is a VeraConfig and configs[0] a Lora",
         ),
         (lambda g, m: g.append(m, CONFIGS["lora"][0], {}), KeyError, "trees[3] lacks site '0'"),
-        (lambda g, m: g.remove(g.remove(m, 0)[1], 0), ValueError, "expected (3, 4, 4)"),
+        (lambda g, m: g.remove(g.remove(m, 0)[1], 0), ValueError, "has shape (2, 3, 4), expected (3, 3, 4)"),
     ],
 )
 def test_wrong_calls_say_what_is_there(call, error, words):
