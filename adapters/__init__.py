@@ -13,8 +13,12 @@ from ._config.base import AdapterConfig as AdapterConfig
 from ._config.peft_type import PeftType as PeftType
 from ._files.configs import load_config as load_config
 from ._files.configs import save_config as save_config
+from ._files.inspected import AdapterFile as AdapterFile
+from ._files.inspected import inspect_adapter as inspect_adapter
 from ._files.load import load_adapter as load_adapter
 from ._files.save import save_adapter as save_adapter
+from ._files.stacks import load_stack as load_stack
+from ._files.stacks import save_stack as save_stack
 from ._inplace import BaseTunerLayer as BaseTunerLayer
 from ._inplace import ModulesToSaveWrapper as ModulesToSaveWrapper
 from ._inplace import adapter_names as adapter_names

@@ -63,8 +63,11 @@ if TYPE_CHECKING:
     from .adapters import VeraConfig as VeraConfig
     from .adapters import extract_params as extract_params
     from .adapters import inject_adapter_in_model as inject_adapter_in_model
+    from .adapters import inspect_adapter as inspect_adapter
     from .adapters import load_adapter as load_adapter
+    from .adapters import load_stack as load_stack
     from .adapters import save_adapter as save_adapter
+    from .adapters import save_stack as save_stack
     from .adapters import summary as summary
     from .functional import AdapterModule as AdapterModule
     from .functional import Graft as Graft
@@ -81,7 +84,8 @@ if TYPE_CHECKING:
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig",
-    "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
+    "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter",
+    "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",
