@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ._binding.stacked import StackedAdapter, StackedBinding
+from ._binding.stacked import StackedBinding
 from ._graft import Graft
-from ._layers.routed import SelectedAdapter
-from ._locating.finder import Finder
-from ._method import Config, SiteAdapter, Tree
+from ._members import check_names, ranges_of
+from ._method import Config, Tree
+from ._padded import PaddedAdapter
 from ._places import Places
-from ._trees import check_tree
 
 
 class StackedGraft(Graft):
@@ -50,7 +48,7 @@ class StackedGraft(Graft):
         names: Sequence[str] | None = None,
     ):
         super().__init__(model, binding, allow_unreached=allow_unreached)
-        self.names = None if names is None else _checked(names, len(binding.members))
+        self.names = None if names is None else check_names(names, len(binding.members))
         self._grafts: dict[int, Graft] = {}
 
     @property
@@ -193,7 +191,7 @@ class StackedGraft(Graft):
         if (name is None) != (self.names is None):
             given = "no name is given, and the adapters of this stack have names"
             raise ValueError(f"append: {given if name is None else 'a name is given, and this stack has none'}")
-        names = None if self.names is None or name is None else _checked([*self.names, name], len(self.members) + 1)
+        names = None if self.names is None or name is None else check_names([*self.names, name], len(self.members) + 1)
         graft = self._like(self.binding.append(config), names)
         return graft, graft.stack([*self.unstack(stacked), params])
 
@@ -278,56 +276,10 @@ class StackedGraft(Graft):
 
     def __repr__(self) -> str:
         padded, own = self.binding.sizes
-        parts = [f"{len(self.members)} adapters", *_ranges(self.members)]
+        parts = [f"{len(self.members)} adapters", *ranges_of(self.members)]
         if padded != own:
             parts.append(f"padded to {padded / own:.2g} times their size")
         return f"Stacked{super().__repr__()[:-1]}: {', '.join(parts)})"
-
-
-def _checked(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """Return names of adapters, each another one."""
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"names is {names!r}, expected a list of names that are not empty")
-    if len(names) != count:
-        raise ValueError(f"names has {len(names)} names, expected one for each of the {count} adapters: {[*names]}")
-    if twice := sorted({name for name in names if [*names].count(name) > 1}):
-        raise ValueError(f"names has {twice[0]!r} twice; each adapter has another name")
-    return tuple(names)
-
-
-def _ranges(members: Sequence[Config]) -> list[str]:
-    """Return the numbers in which configs differ, as `r 1 to 16`."""
-    found = []
-    for name in sorted(members[0].method.varying):
-        values = [getattr(config, name, None) for config in members]
-        numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        if len(numbers) == len(values) and len({*numbers}) > 1:
-            found.append(f"{name} {min(numbers):g} to {max(numbers):g}")
-    return found
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PaddedAdapter:
-    """The padded tree of one adapter and its place in the stack, given to a call in place of a tree."""
-
-    tree: Tree
-    index: int | Tensor
-    per_row: ClassVar[bool] = False
-
-    def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-        check_tree(self.tree, shapes, what)
-
-    def with_tree(self, tree: Tree) -> PaddedAdapter:
-        """Return another tree of the same adapter."""
-        return PaddedAdapter(tree, self.index)
-
-    def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
-        assert isinstance(adapter, StackedAdapter)
-        member, on = adapter.at(self.index)
-        return SelectedAdapter(below, member, adapter.leaves(self.tree), on)
-
-    def tensors(self) -> Any:
-        return self.tree, self.index
 
 
 class Member:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 
@@ -22,7 +25,7 @@ from .disk.folder import PICKLE, WEIGHTS, find_folder, open_pair
 from .disk.headers import Weights, open_weights
 from .fit import found_leaves
 
-_Found = Mapping[str, Mapping[str, Any]]
+_Found = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ def inspect_adapter(path: str | os.PathLike[str], adapter_name: str = "default")
         config=config,
         targets=tuple(path for path in found if path != SHARED_LEAVES),
         ranks=_ranks(config, found) if config else (),
-        parameters=sum(_numel(spec.shape) for spec in specs),
+        parameters=sum(math.prod(spec.shape) for spec in specs),
         bytes=sum(spec.end - spec.start for spec in specs),
         dtypes=dtypes,
         base=base if isinstance(base, str) else None,
@@ -160,7 +163,7 @@ def _odd_keys(config: AdapterConfig, weights: Weights) -> Iterator[str]:
             f"{names_of(other)}: no tensor of {config.method.name} and none that the config trains as a whole; perhaps "
             "resized embeddings of the base, or another library's form"
         )
-    if empty := [key for key, spec in weights.specs.items() if not _numel(spec.shape)]:
+    if empty := [key for key, spec in weights.specs.items() if not math.prod(spec.shape)]:
         yield f"{names_of(empty)}: without values"
 
 
@@ -193,8 +196,7 @@ def _odd_fit(config: AdapterConfig, found: _Found) -> Iterator[str]:
     """Say where the config and the tensors contradict each other."""
     try:
         config.form.check(config, found)
-        leaves: Any = {path: {name: leaf for name, leaf in own.items()} for path, own in found.items()}
-        inferred = config.form.infer(config, leaves) if config.form.infer and config.form.ranked else {}
+        inferred = config.form.infer(config, found) if config.form.infer and config.form.ranked else {}
     except (IndexError, KeyError, TypeError, ValueError) as error:
         yield f"config and tensors do not fit: {error}"
         return
@@ -205,10 +207,3 @@ def _odd_fit(config: AdapterConfig, found: _Found) -> Iterator[str]:
         and not experts
     ):
         yield f"the config gives rank {said.r}, pattern {said.rank_pattern or 'none'}, and the tensors have others"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
