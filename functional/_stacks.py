@@ -241,7 +241,8 @@ class StackedGraft(Graft):
         """
         if isinstance(names, str):
             raise TypeError(f"rows: names is {names!r}, expected a list with a name for each row of the batch")
-        return torch.tensor([-1 if name is None else self._index(name) for name in names], device=device)
+        indices = [-1 if name is None else self._index(name) for name in names]
+        return torch.tensor(indices, dtype=torch.long, device=device)
 
     def _index(self, index: int | str) -> int:
         count = len(self.members)

@@ -185,7 +185,12 @@ def _odd_targets(config: AdapterConfig, found: _Found) -> Iterator[str]:
         yield f"no tensor of {config.method.name}"
     if not targets or getattr(config, "target_parameters", None) or str(targets).lower() == "all-linear":
         return
-    if missed := [path for path in paths if not matches(config, path)]:
+    try:
+        missed = [path for path in paths if not matches(config, path)]
+    except ValueError as error:  # an expression that is none, or that takes too long
+        yield str(error)
+        return
+    if missed:
         yield f"{names_of(missed)}: not among the config's target_modules, {targets!r}"
     names = [] if isinstance(targets, str) else sorted(targets)
     if unused := [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]:

@@ -111,6 +111,7 @@ ODD = {
         "no tensors for the targets 'z'",
     ),
     "tensors without a target": (lambda tensors: None, {"target_modules": ["a"]}, "'b.c': not among the config's"),
+    "no expression": (lambda tensors: None, {"target_modules": "(a"}, "target_modules"),
     "another rank": (lambda tensors: None, {"r": 7}, "the config gives rank 7, pattern none, and the tensors have"),
     "a newer field": (lambda tensors: None, {"frobnicate": 1}, "unknown fields ['frobnicate']"),
     "no values": (
