@@ -60,6 +60,8 @@ def stack(trees: Sequence[Tree]) -> Tree:
 def unstack(tree: Tree) -> list[Tree]:
     """Split a stacked tree into its adapters; the inverse of `stack`.
 
+    Where ranks differ (`bind(model, [config, ...])`) use `graft.unstack`, which knows what is padding.
+
     Args:
         tree: A tree whose leaves have shape `"N ..."`.
 

@@ -143,7 +143,8 @@ def _ranks(config: AdapterConfig, found: _Found) -> tuple[int, ...]:
         said: Any = config
         return tuple(sorted({said.r, *said.rank_pattern.values()}))
     ranked = config.form.ranked
-    return tuple(sorted({len(leaves[name]) for leaves in found.values() for name in ranked if name in leaves}))
+    tensors = [leaves[name] for leaves in found.values() for name in ranked if name in leaves]
+    return tuple(sorted({len(tensor) for tensor in tensors if tensor.ndim}))
 
 
 def _odd_keys(config: AdapterConfig, weights: Weights) -> Iterator[str]:

@@ -114,6 +114,11 @@ ODD = {
     "no expression": (lambda tensors: None, {"target_modules": "(a"}, "target_modules"),
     "another rank": (lambda tensors: None, {"r": 7}, "the config gives rank 7, pattern none, and the tensors have"),
     "a newer field": (lambda tensors: None, {"frobnicate": 1}, "unknown fields ['frobnicate']"),
+    "a number": (
+        lambda tensors: tensors.update({"base_model.model.a.lora_A.weight": torch.tensor(1.0)}),
+        {},
+        "config and tensors do not fit",
+    ),
     "no values": (
         lambda tensors: tensors.update({"base_model.model.a.lora_A.weight": torch.zeros(0, 4)}),
         {},
