@@ -13,8 +13,12 @@ from ._config.base import AdapterConfig as AdapterConfig
 from ._config.peft_type import PeftType as PeftType
 from ._files.configs import load_config as load_config
 from ._files.configs import save_config as save_config
+from ._files.inspected import AdapterFile as AdapterFile
+from ._files.inspected import inspect_adapter as inspect_adapter
 from ._files.load import load_adapter as load_adapter
 from ._files.save import save_adapter as save_adapter
+from ._files.stacks import load_stack as load_stack
+from ._files.stacks import save_stack as save_stack
 from ._inplace import BaseTunerLayer as BaseTunerLayer
 from ._inplace import ModulesToSaveWrapper as ModulesToSaveWrapper
 from ._inplace import active_adapters as active_adapters
@@ -69,3 +73,9 @@ from ._peft.peft_model import get_peft_model as get_peft_model
 from ._peft.status import get_layer_status as get_layer_status
 from ._peft.status import get_model_status as get_model_status
 from ._peft.weights import load_peft_weights as load_peft_weights
+
+__all__ = ["__version__", *(name for name in sorted(globals()) if not name.startswith("_"))]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -1,4 +1,4 @@
-"""The table of the README, from the results as they are."""
+"""The table of `COSTS.md`, some rows of which the README has, from the results as they are."""
 
 from __future__ import annotations
 

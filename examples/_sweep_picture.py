@@ -1,4 +1,4 @@
-"""The picture of a sweep: learning curves, the loss by rank and learning rate, and what two models write."""
+"""The picture of a sweep: a learning curve for each rate, the loss by rank and rate, and what two models write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def draw(
     figure = Figure(figsize=(15, 10), facecolor=PAPER)
     figure.text(0.03, 0.935, title, color=INK, fontsize=28, weight="bold")
     figure.text(0.03, 0.893, story, color=MUTED, fontsize=16)
-    _draw_curves(figure.add_axes((0.06, 0.40, 0.50, 0.42)), rates, curves, after)
+    _draw_curves(figure.add_axes((0.06, 0.40, 0.44, 0.42)), rates, curves, after)
     _draw_table(figure.add_axes((0.655, 0.40, 0.32, 0.42)), ranks, rates, float(next(iter(curves.values()))[0]), after)
     for column, (heading, lines) in enumerate(texts.items()):
         x, ink = 0.03 + 0.485 * column, (MUTED, BEST)[column]
@@ -63,20 +63,38 @@ def _color(rate: float, rates: Sequence[float]) -> str:
 
 
 def _draw_curves(axes: Any, rates: Sequence[float], curves: dict[int, Tensor], after: Sequence[float]) -> None:
-    order = sorted(range(len(after)), key=lambda i: -after[i])
-    for i in order:
-        leads = i == order[-1]
-        color, width = (INK, 3.5) if leads else (_color(rates[i], rates), 1.6)
-        axes.plot(list(curves), [float(bits[i]) for bits in curves.values()], color=color, linewidth=width, alpha=0.85)
-    first = float(next(iter(curves.values()))[0])
-    span = first - min(float(bits.min()) for bits in curves.values())
-    axes.set_xlim(0, max(curves))
-    axes.set_ylim(first - 1.12 * span, first + 0.12 * span)
+    """Draw the median of each learning rate and the best adapter, each with its name at its end."""
+    steps, best = list(curves), min(range(len(after)), key=lambda i: after[i])
+    lines = {}
+    for rate in sorted(set(rates)):
+        own = [i for i, other in enumerate(rates) if other == rate]
+        lines[f"rate {rate:g}"] = _color(rate, rates), [median(float(bits[i]) for i in own) for bits in curves.values()]
+    lines["the best"] = INK, [float(bits[best]) for bits in curves.values()]
+    first = lines["the best"][1][0]
+    span = first - min(values[-1] for _, values in lines.values())
+    low, high = first - 1.12 * span, first + 0.12 * span
+    for name, (color, values) in lines.items():
+        axes.plot(steps, values, color=color, linewidth=3.5 if name == "the best" else 2.6)
+    axes.set_xlim(0, steps[-1])
+    axes.set_ylim(low, high)
     axes.grid(axis="y", color=FAINT)
-    names = [(_color(rate, rates), f"{rate:g}") for rate in sorted(set(rates), reverse=True)]
-    for place, (color, name) in enumerate([*names, (MUTED, "learning rate")]):
-        axes.text(1 - 0.085 * place, 1.03, name, color=color, fontsize=13, transform=axes.transAxes, ha="right")
-    finish(axes, "Held-out bits per character")
+    inside = [name for name, (_, values) in lines.items() if low < values[-1] < high]
+    for name, height in zip(inside, _apart([lines[name][1][-1] for name in inside], 0.06 * (high - low)), strict=True):
+        where = {"fontsize": 13, "weight": "bold", "va": "center", "clip_on": False}
+        axes.text(steps[-1] * 1.01, height, name, color=lines[name][0], **where)
+    for place, name in enumerate(name for name in lines if name not in inside):
+        where = {"fontsize": 13, "ha": "right", "transform": axes.transAxes}
+        axes.text(0.98, 0.93 - 0.07 * place, f"{name}: worse than the base", color=lines[name][0], **where)
+    finish(axes, "Held-out bits per character: the best, and medians")
+
+
+def _apart(heights: Sequence[float], least: float) -> list[float]:
+    """Move heights of labels up until they are this far apart."""
+    moved = [*heights]
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    for lower, upper in itertools.pairwise(order):
+        moved[upper] = max(moved[upper], moved[lower] + least)
+    return moved
 
 
 def _draw_table(axes: Any, ranks: Sequence[int], rates: Sequence[float], base: float, after: Sequence[float]) -> None:
@@ -94,6 +112,6 @@ def _draw_table(axes: Any, ranks: Sequence[int], rates: Sequence[float], base: f
         axes.text(j, i, label, color=color, fontsize=17, weight="bold", ha="center", va="center")
     axes.set_yticks(range(len(rows)), [f"rank {rank}" for rank in rows])
     axes.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
-    finish(axes, "Mean by rank and learning rate")
+    finish(axes, "Mean at the end, by rank and learning rate")
     for label, rate in zip(axes.get_xticklabels(), columns, strict=True):
         label.set_color(_color(rate, rates))

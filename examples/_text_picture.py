@@ -32,8 +32,8 @@ def draw(
     story = "A model of Python's language reference learns its source code; same base, rows and steps for all, "
     figure.text(0.03, 0.935, title, color=INK, fontsize=28, weight="bold")
     figure.text(0.03, 0.893, f"{story}{seeds} seeds.", color=MUTED, fontsize=16)
-    _draw_curves(figure.add_axes((0.06, 0.41, 0.44, 0.41)), results, colors)
-    _draw_beside(figure.add_axes((0.585, 0.41, 0.335, 0.41)), results, colors)
+    _draw_curves(figure.add_axes((0.06, 0.42, 0.42, 0.40)), results, colors)
+    _draw_beside(figure.add_axes((0.57, 0.42, 0.335, 0.40)), results, colors)
     for column, (prompt, lines) in enumerate(list(samples.items())[:2]):
         x = 0.03 + 0.485 * column
         figure.add_artist(Rectangle((x, 0.03), 0.46, 0.275, transform=figure.transFigure, color=PANEL, zorder=-1))
@@ -47,14 +47,13 @@ def draw(
 
 
 def _draw_curves(axes: Any, results: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]) -> None:
+    """Draw the mean over seeds of each way; how seeds differ is in the panel beside, where ways are compared."""
     for place, (name, color) in enumerate(colors.items()):
         curves = results[name]["curves"]
-        steps, by_step = list(curves[0]), [[curve[step] for curve in curves] for step in curves[0]]
-        axes.fill_between(steps, [min(v) for v in by_step], [max(v) for v in by_step], color=color, alpha=0.2, lw=0)
-        axes.plot(steps, [mean(values) for values in by_step], color=color, linewidth=2.6)
+        axes.plot(list(curves[0]), [mean(c[step] for c in curves) for step in curves[0]], color=color, linewidth=2.6)
         where = {"fontsize": 14, "weight": "bold", "transform": axes.transAxes, "ha": "right"}
         axes.text(0.98, 0.92 - 0.075 * place, name, color=color, **where)
-    axes.set_xlim(0, steps[-1])
+    axes.set_xlim(0, max(curves[0]))
     axes.grid(axis="y", color=FAINT)
     finish(axes, "Bits per character on held-out code, by step")
 
@@ -77,6 +76,7 @@ def _draw_beside(axes: Any, results: Mapping[str, Mapping[str, Any]], colors: Ma
     axes.margins(x=0.1)
     axes.set_yticks([-row for row in range(len(colors))], list(colors))
     axes.grid(axis="x", color=FAINT)
-    finish(axes, "Less LoRA's, seed by seed")
+    axes.set_xlabel("bits per character more than LoRA, a dot a seed; left is better", color=MUTED, fontsize=13)
+    finish(axes, "Difference from LoRA")
     for label, color in zip(axes.get_yticklabels(), colors.values(), strict=True):
         label.set_color(color)

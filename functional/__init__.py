@@ -25,6 +25,7 @@ from ._method import Layer as Layer
 from ._method import Method as Method
 from ._method import Tree as Tree
 from ._method import Weights as Weights
+from ._module import AdapterModule as AdapterModule
 from ._norms import clip_by_norm as clip_by_norm
 from ._norms import norms as norms
 from ._places import Places as Places
@@ -36,6 +37,7 @@ from ._sites.kinds import register_layer as register_layer
 from ._sites.site import Site as Site
 from ._sites.site import widen as widen
 from ._stacks import StackedGraft as StackedGraft
+from ._trainable import trainable as trainable
 from ._trees import stack as stack
 from ._trees import unstack as unstack
 from ._unsupported import Unsupported as Unsupported
@@ -43,3 +45,8 @@ from ._unsupported import UnsupportedCall as UnsupportedCall
 from ._unsupported import UnsupportedConfig as UnsupportedConfig
 
 __version__ = "0.1.0"
+__all__ = ["__version__", *(name for name in sorted(globals()) if not name.startswith("_"))]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

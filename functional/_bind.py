@@ -18,7 +18,9 @@ from ._tensors.wrappers import check_flat, without_parallel
 
 
 @overload
-def bind(model: nn.Module, config: Sequence[Config], *, allow_unreached: bool = ...) -> StackedGraft: ...
+def bind(
+    model: nn.Module, config: Sequence[Config], *, allow_unreached: bool = ..., names: Sequence[str] | None = ...
+) -> StackedGraft: ...
 
 
 @overload
@@ -26,7 +28,11 @@ def bind(model: nn.Module, config: Config | Mapping[str, Config], *, allow_unrea
 
 
 def bind(
-    model: nn.Module, config: Config | Mapping[str, Config] | Sequence[Config], *, allow_unreached: bool = False
+    model: nn.Module,
+    config: Config | Mapping[str, Config] | Sequence[Config],
+    *,
+    allow_unreached: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Graft:
     """Bind adapter configs to a model; the model stays as it is.
 
@@ -34,10 +40,13 @@ def bind(
         model: Any module. It may still move, be evaluated or get new weights later; every call sees it. Of one in
             `DistributedDataParallel`, the module within. One that `fully_shard` has sharded is gathered in calls, owner
             by owner, in which each process takes part.
-        config: One config, or several by name. With names, parameters are `{name: tree}` and a name that is missing
-            from them is switched off. With a list, one config for each adapter of a stack: see `StackedGraft`.
+        config: One config, or several by name. With names, parameters are `{name: tree}`, all adapters in them add up,
+            and a name that is missing is switched off. With a list, one config for each adapter of a stack, of which a
+            row of a batch has one: see `StackedGraft`. A config without `target_modules` means PEFT's for the model's
+            `config.model_type`.
         allow_unreached: Accept forwards that run past a site, as mixtures of experts and encoder-decoder models
             with cached encoder outputs do. Otherwise such a forward is an error.
+        names: Names for the adapters of a stack.
 
     Returns:
         A `Graft`: `graft.init(generator)` makes parameters, `graft(params, *inputs)` runs the model with them.
@@ -55,6 +64,8 @@ def bind(
         raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
     model = without_parallel(model)
     named = isinstance(config, Mapping)
+    if names is not None and not isinstance(config, (list, tuple)):
+        raise TypeError("bind: names are for the adapters of a stack, bind(model, [config, ...], names=[...])")
     configs: Mapping[str, Any] = {"": config}
     if isinstance(config, Mapping):
         configs = config
@@ -77,7 +88,6 @@ def bind(
                 "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
             )
     if isinstance(config, (list, tuple)):
-        return StackedGraft(
-            model, StackedBinding.plan_stack(model, list(configs.values())), allow_unreached=allow_unreached
-        )
+        binding = StackedBinding.plan_stack(model, list(configs.values()))
+        return StackedGraft(model, binding, allow_unreached=allow_unreached, names=names)
     return Graft(model, Binding.plan(model, configs, named), allow_unreached=allow_unreached)

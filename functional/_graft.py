@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ._locating.finder import Declared
 from ._method import Config, Tree
 from ._routing.route import Routed
 from ._sites.site import Site
+from ._trees import stack, unstack
 
 
 class Graft:
@@ -86,6 +88,35 @@ class Graft:
         {'lora_A': (2, 4), 'lora_B': (3, 2)}
         """
         return self.binding.init(generator, dtype, device)
+
+    def stack(self, adapters: Sequence[Tree]) -> Tree:
+        """Stack trees along a new leading axis, the adapter, as `stack` does; each has to fit this graft.
+
+        Raises:
+            KeyError, TypeError, ValueError: A tree that does not fit, or none.
+        """
+        adapters = list(adapters)
+        for tree in adapters:
+            self.binding.active(tree)
+        return stack(adapters)
+
+    def unstack(self, stacked: Tree) -> list[Tree]:
+        """Split a stack of this graft into its adapters' own trees; their leaves are views.
+
+        Right for both kinds of stacks: without the padding where ranks differ (`bind(model, [config, ...])`).
+
+        Raises:
+            KeyError, TypeError, ValueError: A stack that does not fit.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=2, target_modules="all-linear"))
+        >>> [tree[""]["lora_A"].shape for tree in graft.unstack(graft.stack([graft.init(), graft.init()]))]
+        [torch.Size([2, 4]), torch.Size([2, 4])]
+        """
+        trees = unstack(stacked)
+        self.binding.active(trees[0])
+        return trees
 
     def __call__(self, params: Tree | Routed, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the adapters in `params`; the same as `functional_call(graft, params, args, kwargs)`."""
@@ -179,6 +210,23 @@ class Graft:
         0 (2, 4)
         """
         return watched_base(self.bound, see)
+
+    def in_mode(self, training: bool) -> Self:
+        """Return this graft with the whole model in training or in evaluation mode, whatever modes the model is in.
+
+        The model's own flags stay as they are, so one call can have dropout beside another that has none.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+        >>> graft = bind(model, LoraConfig(target_modules=["0"]))
+        >>> params, x = graft.init(), torch.ones(2, 4)
+        >>> torch.equal(graft.in_mode(training=False)(params, x), model[0](x)), model.training
+        (True, True)
+        """
+        graft = copy.copy(self)
+        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training)
+        return graft
 
     def __repr__(self) -> str:
         adapters = ", ".join(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._binding.stacked import StackedAdapter, StackedBinding
+from ._binding.stacked import StackedBinding
 from ._graft import Graft
-from ._layers.routed import SelectedAdapter
-from ._locating.finder import Finder
-from ._method import Config, SiteAdapter, Tree
+from ._members import check_names, ranges_of
+from ._method import Config, Tree
+from ._padded import PaddedAdapter
 from ._places import Places
-from ._trees import check_tree
 
 
 class StackedGraft(Graft):
@@ -25,11 +23,33 @@ class StackedGraft(Graft):
     get no gradient, so that momentum and weight decay leave them zero, and a step on the stack is a step of each
     adapter. An adapter that has no module at a site leaves the base alone there.
 
+    What has to be alike in all configs are the fields that change which leaves there are or how they are used, such as
+    LoRA's `use_dora`, `bias` and `modules_to_save`; ranks, scalings, initialisations and targets may differ.
+
+    Args:
+        model: The user's model.
+        binding: Configs bound to it.
+        allow_unreached: Accept forwards that run past a site.
+        names: A name for each adapter, for `rows`, `member` and files.
+
     Attributes:
         members: The configs, in the order of the stack.
+        names: The names, or `None`.
     """
 
     binding: StackedBinding
+
+    def __init__(
+        self,
+        model: nn.Module,
+        binding: StackedBinding,
+        *,
+        allow_unreached: bool = False,
+        names: Sequence[str] | None = None,
+    ):
+        super().__init__(model, binding, allow_unreached=allow_unreached)
+        self.names = None if names is None else check_names(names, len(binding.members))
+        self._grafts: dict[int, Graft] = {}
 
     @property
     def members(self) -> Sequence[Config]:
@@ -125,15 +145,126 @@ class StackedGraft(Graft):
         """
         return self.binding.places(configs)
 
-    def member(self, index: int) -> Graft:
-        """Return the graft of one config alone, for trees that `unstack` returns."""
-        return Graft(self.model, self.binding.singles[index], allow_unreached=self.bound.allow_unreached)
+    def member(self, index: int | str) -> Graft:
+        """Return the graft of one config alone, for trees that `unstack` returns; made once.
 
-    def at(self, index: int | Tensor) -> Member:
+        Args:
+            index: Which adapter, by place or by name.
+
+        Raises:
+            IndexError: There is no such adapter.
+        """
+        index = self._index(index)
+        if index not in self._grafts:
+            graft = Graft(self.model, self.binding.singles[index], allow_unreached=self.bound.allow_unreached)
+            self._grafts[index] = graft if self.bound.training is None else graft.in_mode(self.bound.training)
+        return self._grafts[index]
+
+    def in_mode(self, training: bool) -> Self:
+        graft = super().in_mode(training)
+        graft._grafts = {}
+        return graft
+
+    def append(self, stacked: Tree, config: Config, params: Tree, name: str | None = None) -> tuple[StackedGraft, Tree]:
+        """Return the graft and the stack with one more adapter at the end; differentiable, and nothing is changed.
+
+        Leaves grow where the new one is larger. A stack that is trained is appended to under `torch.no_grad()`, and
+        its optimizer made again: the tensors are new ones. Where adapters come and go all the time, `places` is for it.
+
+        Args:
+            stacked: The stack.
+            config: The new adapter's config.
+            params: Its tree, as `bind(model, config).init()` makes it.
+            name: Its name, where adapters have names.
+
+        Raises:
+            KeyError, TypeError, ValueError: A config or a tree that does not fit; a name that is taken or missing.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(torch.nn.Linear(4, 3), [LoraConfig(r=2, target_modules="all-linear")], names=["poems"])
+        >>> config = LoraConfig(r=4, target_modules="all-linear")
+        >>> graft, many = graft.append(graft.init(), config, bind(graft.model, config).init(), "code")
+        >>> graft.names, many[""]["lora_A"].shape
+        (('poems', 'code'), torch.Size([2, 4, 4]))
+        """
+        if (name is None) != (self.names is None):
+            given = "no name is given, and the adapters of this stack have names"
+            raise ValueError(f"append: {given if name is None else 'a name is given, and this stack has none'}")
+        names = None if self.names is None or name is None else check_names([*self.names, name], len(self.members) + 1)
+        graft = self._like(self.binding.append(config), names)
+        return graft, graft.stack([*self.unstack(stacked), params])
+
+    def remove(self, stacked: Tree, index: int | str) -> tuple[StackedGraft, Tree]:
+        """Return the graft and the stack without one adapter; differentiable, and nothing is changed.
+
+        Leaves shrink to what the others need.
+
+        Args:
+            stacked: The stack.
+            index: Which adapter, by place or by name.
+
+        Raises:
+            IndexError: There is no such adapter.
+            ValueError: It is the only one; a stack that does not fit.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(torch.nn.Linear(4, 3), [LoraConfig(r=r, target_modules="all-linear") for r in (1, 8)])
+        >>> graft.remove(graft.init(), 1)[1][""]["lora_A"].shape
+        torch.Size([1, 1, 4])
+        """
+        index = self._index(index)
+        rest = [i for i in range(len(self.members)) if i != index]
+        if not rest:
+            raise ValueError("remove: it is the only adapter of the stack, and no stack is empty")
+        binding = self.binding.of_singles(self.model, [self.binding.singles[i] for i in rest])
+        graft = self._like(binding, None if self.names is None else [self.names[i] for i in rest])
+        trees = self.unstack(stacked)
+        return graft, graft.stack([trees[i] for i in rest])
+
+    def rows(self, names: Sequence[str | None], device: torch.device | str | None = None) -> Tensor:
+        """Return the index of each row's adapter, by name: `graft(route(many, graft.rows(["poems", None])), x)`.
+
+        Args:
+            names: One for each row of a batch; `None` for the base alone.
+            device: Device of the result.
+
+        Raises:
+            IndexError: A name that no adapter has, or a stack without names.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> configs = [LoraConfig(r=r, target_modules="all-linear") for r in (1, 2)]
+        >>> bind(torch.nn.Linear(4, 3), configs, names=["poems", "code"]).rows(["code", None, "poems"])
+        tensor([ 1, -1,  0])
+        """
+        if isinstance(names, str):
+            raise TypeError(f"rows: names is {names!r}, expected a list with a name for each row of the batch")
+        indices = [-1 if name is None else self._index(name) for name in names]
+        return torch.tensor(indices, dtype=torch.long, device=device)
+
+    def _index(self, index: int | str) -> int:
+        count = len(self.members)
+        if isinstance(index, str):
+            if self.names is None:
+                raise IndexError(f"the adapters of this stack have no names, got {index!r}: bind(..., names=[...])")
+            if index not in self.names:
+                raise IndexError(f"no adapter of the stack has the name {index!r}; they are {list(self.names)}")
+            return self.names.index(index)
+        if not -count <= index < count:
+            raise IndexError(f"the stack has adapters 0 to {count - 1}, got {index}")
+        return index % count
+
+    def _like(self, binding: StackedBinding, names: Sequence[str] | None) -> StackedGraft:
+        graft = StackedGraft(self.model, binding, allow_unreached=self.bound.allow_unreached, names=names)
+        return graft if self.bound.training is None else graft.in_mode(self.bound.training)
+
+    def at(self, index: int | str | Tensor) -> Member:
         """Return the graft of one adapter as the stack has it, padded: for `torch.vmap` over stack and index.
 
         Args:
-            index: Which adapter: an integer or an integer tensor without axes, which `vmap` may map over.
+            index: Which adapter: a name, an integer, or an integer tensor without axes, which `vmap` may map over.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> from torchgraft.functional import bind
@@ -142,31 +273,14 @@ class StackedGraft(Graft):
         >>> torch.vmap(lambda i, params: graft.at(i)(params, x))(torch.arange(2), many).shape
         torch.Size([2, 5, 3])
         """
-        return Member(self, index)
+        return Member(self, index if isinstance(index, Tensor) else self._index(index))
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PaddedAdapter:
-    """The padded tree of one adapter and its place in the stack, given to a call in place of a tree."""
-
-    tree: Tree
-    index: int | Tensor
-    per_row: ClassVar[bool] = False
-
-    def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-        check_tree(self.tree, shapes, what)
-
-    def with_tree(self, tree: Tree) -> PaddedAdapter:
-        """Return another tree of the same adapter."""
-        return PaddedAdapter(tree, self.index)
-
-    def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
-        assert isinstance(adapter, StackedAdapter)
-        member, on = adapter.at(self.index)
-        return SelectedAdapter(below, member, adapter.leaves(self.tree), on)
-
-    def tensors(self) -> Any:
-        return self.tree, self.index
+    def __repr__(self) -> str:
+        padded, own = self.binding.sizes
+        parts = [f"{len(self.members)} adapters", *ranges_of(self.members)]
+        if padded != own:
+            parts.append(f"padded to {padded / own:.2g} times their size")
+        return f"Stacked{super().__repr__()[:-1]}: {', '.join(parts)})"
 
 
 class Member:

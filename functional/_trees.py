@@ -40,7 +40,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
     trees = list(trees)
     if not trees:
         raise ValueError("stack: got no trees; give at least one parameter tree")
-    flat = [_flatten(tree) for tree in trees]
+    flat = [flatten(tree) for tree in trees]
     for index, other in enumerate(flat[1:], start=1):
         for path in [*flat[0], *other]:
             if path not in other or path not in flat[0]:
@@ -59,6 +59,8 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 def unstack(tree: Tree) -> list[Tree]:
     """Split a stacked tree into its adapters; the inverse of `stack`.
+
+    Where ranks differ (`bind(model, [config, ...])`) use `graft.unstack`, which knows what is padding.
 
     Args:
         tree: A tree whose leaves have shape `"N ..."`.
@@ -82,7 +84,7 @@ def adapters_in(tree: Any, what: str) -> int:
     Raises:
         ValueError: Leaves that disagree on it, or have no axis; `what` is who asks.
     """
-    flat = _flatten(tree)
+    flat = flatten(tree)
     if not flat:
         raise ValueError(f"{what}: the tree has no leaves; give a tree made by stack")
     first, leaf = next(iter(flat.items()))
@@ -95,7 +97,7 @@ def adapters_in(tree: Any, what: str) -> int:
     return int(leaf.shape[0])
 
 
-def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
+def flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
     """Return leaves by a readable path, `[layers.0.q_proj][lora_A]`; refuse anything but nested dicts of tensors."""
     if isinstance(tree, Tensor):
         return {path: tree}
@@ -104,7 +106,7 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
             f"leaf {path or '(the tree itself)'} is {_kind(tree)}, expected a tensor; "
             "a parameter tree is nested dicts of tensors"
         )
-    return {name: leaf for key in tree for name, leaf in _flatten(tree[key], f"{path}[{key}]").items()}
+    return {name: leaf for key in tree for name, leaf in flatten(tree[key], f"{path}[{key}]").items()}
 
 
 def check_tree(

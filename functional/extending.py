@@ -75,3 +75,9 @@ from ._tensors.wrappers import submodule as submodule
 from ._tensors.wrappers import unwrapped as unwrapped
 from ._trees import check_tree as check_tree
 from ._trees import sort as sort
+
+__all__ = [name for name in sorted(globals()) if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

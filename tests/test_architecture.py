@@ -47,7 +47,7 @@ ORDER = {
         _inplace/states: bare layouts base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace: inject __init__
-        _files: configs fit stored save into_graft into_model load
+        _files: configs fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
         _peft: hub card tuners status weights peft_model peft_modules alias
@@ -57,14 +57,14 @@ ORDER = {
         .: _constants _places _rows _unsupported
         _tensors: placement wrappers
         _sites: site kernels kinds parameters factored
-        .: _abilities _method _trees _norms _grads
+        .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacked
         _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant token_rows trial run entered views
-        .: _graft _call _merge _stacks _base_with_weights _bind extending __init__
+        .: _members _padded _graft _call _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

@@ -63,9 +63,13 @@ if TYPE_CHECKING:
     from .adapters import VeraConfig as VeraConfig
     from .adapters import extract_params as extract_params
     from .adapters import inject_adapter_in_model as inject_adapter_in_model
+    from .adapters import inspect_adapter as inspect_adapter
     from .adapters import load_adapter as load_adapter
+    from .adapters import load_stack as load_stack
     from .adapters import save_adapter as save_adapter
+    from .adapters import save_stack as save_stack
     from .adapters import summary as summary
+    from .functional import AdapterModule as AdapterModule
     from .functional import Graft as Graft
     from .functional import __version__ as __version__
     from .functional import bind as bind
@@ -74,15 +78,18 @@ if TYPE_CHECKING:
     from .functional import merge as merge
     from .functional import route as route
     from .functional import stack as stack
+    from .functional import trainable as trainable
     from .functional import unstack as unstack
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig",
-    "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
+    "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter",
+    "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
-    "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "unstack", "value_and_grad",
+    "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",
+    "unstack", "value_and_grad",
 )  # fmt: skip
 
 __all__ = sorted((*_ADAPTERS, *_FUNCTIONAL, "adapters", "functional"))

@@ -50,6 +50,7 @@ class PeftFormat:
         saves_shared: `(config) -> bool`, whether files hold them.
         infer: `(config, {path: {leaf: tensor}}) -> fields` of a config that fits such tensors, such as ranks. Shared
             leaves are at `"*"` there.
+        ranked: Leaves whose first axis is the rank, by which files tell ranks without a model.
         express: `(config, {path: site}) -> fields` of a config that plans the numbers that these sites have now, where
             values can be written; none where they are the config's own.
         input_side: `(site) -> bool`, whether the method acts on the input, so that of several active adapters the first
@@ -77,6 +78,7 @@ class PeftFormat:
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
+    ranked: tuple[str, ...] = ()
     express: Callable[[Any, Mapping[str, Site]], dict[str, Any]] | None = None
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()

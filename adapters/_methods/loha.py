@@ -242,6 +242,7 @@ def _infer(config: LoHaConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dic
 LoHaConfig.form = PeftFormat(
     prefix="hada_",
     parameters=LEAVES,
+    ranked=("hada_w1_b",),
     infer=_infer,
     express=of_patterns,
     values={

@@ -182,6 +182,7 @@ VeraConfig.form = PeftFormat(
     prefix="vera_",
     dropout="vera_dropout",
     parameters=("vera_lambda_b", "vera_lambda_d"),
+    ranked=("vera_lambda_d",),
     values={
         "r": Value(lambda config, site: config.r),
         "vera_A": Value(lambda config, site: site.constants.vera_A),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,13 @@ class StackedBinding(Binding):
         """The shapes of each config's own leaves, before padding."""
         return [single.shapes[""] for single in self.singles]
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers the leaves of a stack have, and how many the adapters have without padding."""
+        padded = sum(math.prod(shape) for leaves in self.shapes[""].values() for shape in leaves.values())
+        own = sum(math.prod(shape) for shapes in self.own for leaves in shapes.values() for shape in leaves.values())
+        return padded * len(self.members), own
+
     @classmethod
     def plan_stack(cls, model: nn.Module, members: Sequence[Config]) -> StackedBinding:
         """Bind the configs of a stack to a model.
@@ -54,9 +62,19 @@ class StackedBinding(Binding):
         """
         model = structure_for(members, model)
         members = [for_model(copy.deepcopy(config), model) for config in members]
-        check_configs(members)
+        check_configs(members)  # before the work of planning
         modules = modules_of(model)
-        singles = [Binding.of_modules(model, {"": config}, modules) for config in members]
+        return cls.of_singles(model, [Binding.of_modules(model, {"": config}, modules) for config in members])
+
+    @classmethod
+    def of_singles(cls, model: nn.Module, singles: Sequence[Binding]) -> StackedBinding:
+        """Make the stack of adapters that are each bound to a model.
+
+        Raises:
+            TypeError, ValueError: As `plan_stack` does.
+        """
+        members = [single.configs[""] for single in singles]
+        check_configs(members)
         _check_leaves(singles)
         replaced, member_shapes = singles[0].replaced[""], [single.shapes[""] for single in singles]
         for i, other in enumerate(singles[1:], start=1):
@@ -85,6 +103,13 @@ class StackedBinding(Binding):
             members=members,
             singles=singles,
         )
+
+    def append(self, config: Config) -> StackedBinding:
+        """Bind one more adapter; those that are there keep their constants."""
+        config = for_model(copy.deepcopy(config), self.model)
+        check_configs([*self.members, config])
+        single = Binding.of_modules(self.model, {"": config}, modules_of(self.model))
+        return self.of_singles(self.model, [*self.singles, single])
 
     def init(
         self,

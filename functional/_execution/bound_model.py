@@ -25,12 +25,13 @@ class BoundModel:
     Attributes:
         binding: The binding.
         allow_unreached: Whether a forward may run past a site.
+        training: The mode that the whole model runs in; `None` for its own.
         pools: Skeletons of the states that the model was in, the last one first.
         compiled: Those that compiled calls run through.
     """
 
-    def __init__(self, binding: Binding, allow_unreached: bool = False):
-        self.binding, self.allow_unreached = binding, allow_unreached
+    def __init__(self, binding: Binding, allow_unreached: bool = False, training: bool | None = None):
+        self.binding, self.allow_unreached, self.training = binding, allow_unreached, training
         self.pools: list[Pool] = []
         self.compiled = Traced()
         plans = (*binding.sites.values(), *binding.replaced.values())
@@ -59,7 +60,7 @@ class BoundModel:
         modules = modules_of(binding.model)
         adapters, paths = binding.adapters_by_key(binding.configs)
         check_apart(adapters, paths)
-        skeleton = Skeleton(binding.model, adapters, paths, context)
+        skeleton = Skeleton(binding.model, adapters, paths, context, self.training)
         skeleton.swaps = tensor_swaps(skeleton, modules, binding.replaced)
         mark_owners(skeleton.context, skeleton.modules, skeleton.swaps, {id(m): name for name, m in modules.items()})
         skeleton.remember()

@@ -56,6 +56,8 @@ class Skeleton:
         model: The user's model; only read.
         adapters: Adapters by name, for each targeted module or parameter.
         paths: The path of each of these.
+        context: What the call in progress tells the adapted modules.
+        training: The mode that all modules of the copy are in; `None` for those of the model's.
 
     Attributes:
         root: The copy.
@@ -77,6 +79,7 @@ class Skeleton:
         adapters: Mapping[Key, Mapping[str, SiteAdapter]],
         paths: Mapping[Key, str],
         context: CallContext | None = None,
+        training: bool | None = None,
     ):
         self.context = context or CallContext()
         self._adapters, self._paths = adapters, paths
@@ -92,6 +95,8 @@ class Skeleton:
         self._copies: list[Any] = []
         self.modules: list[tuple[nn.Module, Any]] = []
         self.root: nn.Module = self._copy(model)
+        if training is not None:
+            self._set_mode(model, training)
         self.children = [(m._modules, dict(m._modules)) for m in model.modules()]
         self.sources: dict[str, tuple[Any, str, int]] = {
             bare_name(f"{path}.{name}" if path else name): (registry, name, id(tensor))
@@ -159,11 +164,22 @@ class Skeleton:
             for container, name in self.places[key]:
                 container[name] = copied
 
+    def _set_mode(self, model: nn.Module, training: bool) -> None:
+        """Put every module of the copy into a mode; those of TorchScript are the model's own, and have to be in it."""
+        for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule) and module.training != training:
+                raise ValueError(
+                    f"{path or 'the model'} is a module of TorchScript, which is never copied, and its mode is "
+                    f"training={module.training}; call its {'train' if training else 'eval'}() first"
+                )
+        for _, own in self.modules:
+            own.training = training
+
     def _volatile(self) -> dict[int, bool]:
         """Find tensors that a forward may write to, and whether it may in the modes that the modules are in now."""
         volatile: dict[int, bool] = {}
-        for module, _ in self.modules:
-            active = module.training or not isinstance(module, _NormBase)
+        for module, own in self.modules:
+            active = own.training or not isinstance(module, _NormBase)
             tensors = [*module._buffers.values(), *vars(module).values()]
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 tensors.append(module.weight)

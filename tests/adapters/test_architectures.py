@@ -1,5 +1,6 @@
 """The default targets are PEFT's."""
 
+import copy
 import types
 
 import pytest
@@ -7,9 +8,10 @@ from peft.utils import constants
 from torch import nn
 
 from torchgraft import adapters
-from torchgraft.adapters import IA3Config, LoraConfig, VeraConfig, inject_adapter_in_model
+from torchgraft.adapters import BaseTunerLayer, IA3Config, LoraConfig, VeraConfig, inject_adapter_in_model
 from torchgraft.adapters._config.architectures import TARGETS, with_targets
 from torchgraft.adapters._config.base import config_types
+from torchgraft.functional import bind
 
 
 def model_of(kind):
@@ -47,3 +49,13 @@ def test_other_models_and_given_targets_are_left_alone():
     assert with_targets(LoraConfig(target_modules=["a"]), model_of("llama")).target_modules == ["a"]
     with pytest.raises(ValueError, match="target_modules is None; name the modules to adapt"):
         inject_adapter_in_model(LoraConfig(), nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), IA3Config()], ids=["lora", "ia3"])
+def test_bind_has_the_targets_that_inject_has(config):
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("k_proj", "q_proj", "v_proj", "o_proj", "down_proj")})
+    model.config = types.SimpleNamespace(model_type="llama")
+    graft, stacked = bind(model, config, allow_unreached=True), bind(model, [config, config], allow_unreached=True)
+    injected = inject_adapter_in_model(config, copy.deepcopy(model))
+    expected = sorted(path for path, module in injected.named_modules() if isinstance(module, BaseTunerLayer))
+    assert sorted(graft.sites[""]) == sorted(stacked.sites[""]) == expected

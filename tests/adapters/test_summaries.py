@@ -13,7 +13,7 @@ from torchgraft.adapters import (
     set_adapter,
     summary,
 )
-from torchgraft.functional import bind
+from torchgraft.functional import bind, stack
 
 
 class Tied(nn.Module):
@@ -74,3 +74,22 @@ def test_wrong_calls_say_what_to_give():
         summary(graft)
     with pytest.raises(TypeError, match="whose adapters have their own"):
         summary(nn.Linear(2, 2), {})
+
+
+def test_a_stack_has_a_row_for_each_adapter_and_says_what_padding_takes():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    configs = [LoraConfig(r=1, target_modules=["0"]), LoraConfig(r=8, target_modules=["0", "1"])]
+    graft = bind(model, configs, names=["poems", "code"])
+    table = summary(graft, graft.init())
+    poems, code = table.rows
+    assert (poems.name, poems.sites, poems.ranks, poems.parameters) == ("poems", 1, (1,), 4 + 6)
+    assert (code.name, code.sites, code.ranks, code.bytes) == ("code", 2, (8,), 4 * 8 * (4 + 6 + 6 + 2))
+    assert table.padding_bytes == 2 * code.bytes - poems.bytes - code.bytes
+    assert [line.split()[0] for line in str(table).splitlines()] == ["adapter", "poems", "code", "(padding)", "(base)"]
+    one = bind(model, configs[0])
+    alike = summary(one, stack([one.init(), one.init()]))
+    assert [(row.name, row.parameters) for row in alike.rows] == [("0", 10), ("1", 10)] and not alike.padding_bytes
+    named = bind(model, {"a": configs[0]})
+    assert [row.name for row in summary(named, stack([named.init(), named.init()])).rows] == ["0.a", "1.a"]
+    with pytest.raises(ValueError, match=r"has shape \(2, 4\), expected \(1, 4\)"):
+        summary(one, {"0": {"lora_A": torch.zeros(2, 4), "lora_B": torch.zeros(6, 2)}})

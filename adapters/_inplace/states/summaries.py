@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import optree
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft
+from torchgraft.functional import Graft, StackedGraft
 from torchgraft.functional.extending import SiteAdapter, Tree
 
 from ..walk import bare_modules, layers, parts, unwrap
@@ -20,7 +21,7 @@ class Row:
     """One adapter.
 
     Attributes:
-        name: Its name; `""` for the one adapter of a graft.
+        name: Its name; `""` for the one adapter of a graft; of a stack also its place, as `"2"`.
         method: Name of the method.
         sites: Number of adapted modules.
         ranks: The different ranks, sorted; empty for a method without.
@@ -50,11 +51,13 @@ class Summary:
         rows: One for each adapter.
         base_parameters: Number of values of the model itself, a tied one counted once.
         base_bytes: Their size.
+        padding_bytes: What a stack of different ranks has in zeros, beyond the sizes of its adapters.
     """
 
     rows: tuple[Row, ...]
     base_parameters: int
     base_bytes: int
+    padding_bytes: int = 0
 
     def __str__(self) -> str:
         head = ("adapter", "method", "sites", "rank", "parameters", "trainable", "of base", "size", "state")
@@ -73,7 +76,8 @@ class Summary:
             for row in self.rows
         ]
         base = ("(base)", "", "", "", f"{self.base_parameters:,}", "", "", _size(self.base_bytes), "")
-        table = [head, *body, base]
+        padding = ("(padding)", "", "", "", "", "", "", _size(self.padding_bytes), "")
+        table = [head, *body, *([padding] if self.padding_bytes else []), base]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         left = (0, 1, 8)
         lines = [
@@ -91,7 +95,7 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
 
     Args:
         target: A model with injected adapters, or a graft.
-        params: The graft's parameter tree.
+        params: The graft's parameter tree, or a stack: a row for each of its adapters, without padding.
 
     Raises:
         TypeError: A graft without its parameters, or parameters with a model, which has its own; a model whose adapters
@@ -108,6 +112,8 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
         if params is None:
             raise TypeError("summary: target is a Graft, which holds no parameters; give them: summary(graft, params)")
         base = _values([*target.model.parameters()])
+        if (trees := _unstacked(target, params)) is not None:
+            return _of_stack(target, params, trees, base)
         active = target.binding.active(params)
         entries = {name: list(target.binding.adapters(name).values()) for name in active}
         tensors = {name: optree.tree_leaves(active[name]) for name in active}
@@ -127,6 +133,32 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
     functional = isinstance(target, Graft)
     rows = tuple(_row(name, entries[name], tensors[name], states[name], count, functional) for name in entries)
     return Summary(rows, count, size)
+
+
+def _unstacked(graft: Graft, params: Tree) -> list[Tree] | None:
+    """Return the trees of a stack; `None` for one tree."""
+    if isinstance(graft, StackedGraft):
+        return graft.unstack(params)
+    try:
+        graft.binding.active(params)
+    except ValueError:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return graft.unstack(params)
+    return None
+
+
+def _of_stack(graft: Graft, stacked: Tree, trees: Sequence[Tree], base: Sequence[Tensor]) -> Summary:
+    """Return the rows of the adapters of a stack, and what their padding takes."""
+    count, size = sum(t.numel() for t in base), sum(t.nbytes for t in base)
+    rows = []
+    for i, tree in enumerate(trees):
+        binding = graft.binding.singles[i] if isinstance(graft, StackedGraft) else graft.binding
+        place = getattr(graft, "names", None) or [str(k) for k in range(len(trees))]
+        for name in binding.active(tree):
+            entries, tensors = list(binding.adapters(name).values()), optree.tree_leaves(tree[name] if name else tree)
+            rows.append(_row(f"{place[i]}.{name}" if name else place[i], entries, tensors, "active", count, True))
+    held = sum(leaf.nbytes for leaf in optree.tree_leaves(stacked))
+    return Summary(tuple(rows), count, size, held - sum(row.bytes for row in rows))
 
 
 def _check_own(model: nn.Module) -> None:

@@ -245,6 +245,7 @@ def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> 
 AdaLoraConfig.form = PeftFormat(
     prefix="lora_",
     dropout="lora_dropout",
+    ranked=("lora_E",),
     infer=_infer,
     express=of_adalora,
     parameters=("lora_A", "lora_B", "lora_E"),

@@ -261,6 +261,7 @@ LoraConfig.form = PeftFormat(
     biased="lora_bias",
     parameters=("lora_embedding_A", "lora_embedding_B"),
     holder=_holder,
+    ranked=("lora_A", "lora_embedding_A"),
     infer=_infer,
     express=of_patterns,
     fixed=fixed_leaves,
