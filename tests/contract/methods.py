@@ -223,6 +223,9 @@ METHODS = {
         {"r": 3, "init_lora_weights": True},
         [({"r": 5}, "r is 5 at first, whose weight is 6 x 4; 'pissa' needs r <= 4")],
         sites=frozenset({"linear"}),
+        exempt=(
+            Exempt(NOT_IN_PEFTS, "PEFT takes from a tied weight what both of its layers lose", frozenset({"linear (tied)"})),
+        ),
     ),
     "mica": row_of_lora(
         mica,
@@ -236,7 +239,7 @@ METHODS = {
         {"r": 2, "lora_bias": True, "target_modules": ["first"]},
         {"r": 3},
         [({"use_dora": True}, "use_dora and lora_bias are both True, and DoRA has no bias; set one")],
-        sites=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+        sites=frozenset({"linear", "conv1d", "conv2d", "conv3d", "attention"}),
         exempt=(CONVOLVED,),
     ),
     "dora": row_of_lora(
@@ -244,6 +247,7 @@ METHODS = {
         {"r": 2, "use_dora": True},
         {"r": 3, "lora_alpha": 1},
         [({"lora_bias": True}, "use_dora and lora_bias are both True, and DoRA has no bias; set one")],
+        sites=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"}),
         exempt=(
             Exempt(
                 ("test_gradients_of_gradients_are_differences",),
@@ -314,7 +318,10 @@ METHODS = {
                 ("test_two_in_place_are_two_that_are_named",),
                 "of several rotations of an input the first that is active is the outermost in place, as in PEFT, and "
                 "the innermost in a graft (blocks of 2, as the other row has, commute)",
-                frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "conv2d", "conv2d (dilated)"}),
+                frozenset(
+                    {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"}
+                    | {"conv2d", "conv2d (dilated)"}
+                ),
             ),
             *OF_OFT,
         ),
