@@ -115,6 +115,11 @@ class Setting:
     exempt: tuple[Exempt, ...] = ()
 
 
+def both(paths: Sequence[str]) -> Mapping[str, Any]:
+    """Target both attentions: one that is not is the user's own, whose kernel goes by whether weights are trained."""
+    return {"target_modules": ["first", "second"]}
+
+
 def parameters(paths: Sequence[str]) -> Mapping[str, Any]:
     return {"target_modules": [], "target_parameters": [f"{path}.weight" for path in paths]}
 
@@ -161,19 +166,21 @@ SITES = {
     "conv3d": Setting(lambda: Model(nn.Conv3d(4, 6, 2, padding="same"), nn.Conv3d(6, 4, (1, 2, 2))), (2, 4, 2, 3, 4)),
     "attention": Setting(
         lambda: Attending(
-            nn.MultiheadAttention(4, 2, batch_first=True), nn.MultiheadAttention(4, 1, bias=False, batch_first=True)
+            nn.MultiheadAttention(4, 2, batch_first=True), nn.MultiheadAttention(4, 1, batch_first=True)
         ),
         (3, 2, 4),
+        targets=both,
         exempt=(TWICE,),
     ),
     "attention (length first)": Setting(
-        lambda: Attending(nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 2)), (3, 2, 4), 1, exempt=(TWICE,)
+        lambda: Attending(nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 2)), (3, 2, 4), 1, both, (TWICE,)
     ),
     "attention (kdim, vdim)": Setting(
         lambda: Attending(nn.MultiheadAttention(4, 2, kdim=3, vdim=2), nn.MultiheadAttention(4, 1, kdim=2, vdim=2)),
         (3, 2, 4),
         1,
-        exempt=(SAME_SIZES,),
+        both,
+        (SAME_SIZES,),
     ),
     "parameter": Setting(lambda: Model(Matrix(6, 4), Matrix(4, 6)), (5, 4), targets=parameters, exempt=(NOT_ROUTED,)),
     "experts": Setting(
