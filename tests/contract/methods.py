@@ -11,6 +11,7 @@ What a new row has to give:
   of a wrong type need not be named: they are tried for every field;
 - `peft`, fields that PEFT's config of the same name needs beside those that differ from the defaults here, or `None`
   where PEFT has no such method;
+- `rounds`, what is rounded once at a layer in half precision, where it is not the sum (see `test_rounding.py`);
 - `sites`, where the variant supports fewer kinds of layer than the method does;
 - `exempt`, the promises that it does not keep, by the names of the tests, with the reason and, where some sites keep
   them, the sites that do not. The reasons stand at the end of each run, and a promise that is kept all the same is a
@@ -64,6 +65,7 @@ class Row:
     peft: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
     sites: frozenset[str] = frozenset()
     exempt: tuple[Exempt, ...] = ()
+    rounds: str | Mapping[str, str] | Callable[..., torch.Tensor] = "sum"
 
 
 # -- the formulas ----------------------------------------------------------------------------------------------------
@@ -107,6 +109,14 @@ def dora(config, where, leaves, weight, bias):
     direction = weight + scaling(config) * product(leaves, weight)
     norm = direction.detach().flatten(1).square().sum(1).sqrt().view(-1, *ones)
     return leaves["lora_magnitude_vector"].view(-1, *ones) * direction / norm, bias
+
+
+def dora_of_output(config, where, leaves, weight, bias, x, y):
+    """DoRA's output from the base's, `bias + g (y - bias + s B A x)`, with the gain `g`."""
+    added = scaling(config) * product(leaves, weight)
+    gain = leaves["lora_magnitude_vector"] / (weight + added).square().sum(1).sqrt()
+    bias = 0 if bias is None else bias
+    return bias + gain * (y - bias + x @ added.mT)
 
 
 def ia3(config, where, leaves, weight, bias):
@@ -255,6 +265,7 @@ METHODS = {
             ),
             CONVOLVED,
         ),
+        rounds=dora_of_output,
     ),
     "ia3": Row(
         IA3Config(feedforward_modules=["second"], **BOTH),
@@ -262,6 +273,7 @@ METHODS = {
         IA3Config(feedforward_modules=["second"], init_ia3_weights=False, **BOTH),
         {"bias": "all"},
         (({"feedforward_modules": ["third"]}, "IA3Config: feedforward_modules has ['third'], expected a subset"),),
+        rounds={"first": "product", "second": "input"},
     ),
     "adalora": Row(
         AdaLoraConfig(init_r=3, target_r=2, total_step=10, **BOTH),
@@ -303,6 +315,7 @@ METHODS = {
             ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms is 1, expected 2 or more"),
         ),
         exempt=OF_OFT,
+        rounds="input",
     ),
     "oft exact": Row(
         OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, **BOTH),
@@ -325,6 +338,7 @@ METHODS = {
             ),
             *OF_OFT,
         ),
+        rounds="input",
     ),
     "vera": Row(
         VeraConfig(r=3, **BOTH),
