@@ -234,7 +234,9 @@ METHODS = {
         [({"r": 5}, "r is 5 at first, whose weight is 6 x 4; 'pissa' needs r <= 4")],
         sites=frozenset({"linear"}),
         exempt=(
-            Exempt(NOT_IN_PEFTS, "PEFT takes from a tied weight what both of its layers lose", frozenset({"linear (tied)"})),
+            Exempt(
+                NOT_IN_PEFTS, "PEFT takes from a tied weight what both of its layers lose", frozenset({"linear (tied)"})
+            ),
         ),
     ),
     "mica": row_of_lora(

@@ -168,9 +168,7 @@ SITES = {
     "conv2d (dilated)": Setting(lambda: Model(nn.Conv2d(4, 6, 2, dilation=2), nn.Conv2d(6, 4, 1)), (3, 4, 5, 6)),
     "conv3d": Setting(lambda: Model(nn.Conv3d(4, 6, 2, padding="same"), nn.Conv3d(6, 4, (1, 2, 2))), (2, 4, 2, 3, 4)),
     "attention": Setting(
-        lambda: Attending(
-            nn.MultiheadAttention(4, 2, batch_first=True), nn.MultiheadAttention(4, 1, batch_first=True)
-        ),
+        lambda: Attending(nn.MultiheadAttention(4, 2, batch_first=True), nn.MultiheadAttention(4, 1, batch_first=True)),
         (3, 2, 4),
         targets=both,
         exempt=(TWICE,),

@@ -6,7 +6,6 @@ import optree
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
 from torch.func import grad, vmap
 
 from torchgraft.adapters import inject_adapter_in_model

@@ -47,7 +47,9 @@ def config_of_peft(row, config, **more):
 
 def theirs(one, seed=7):
     """Return PEFT's model with PEFT's adapter, from the same weights."""
-    config = config_of_peft(one.row, one.config, **({"fan_in_fan_out": True} if isinstance(one.model.first, Conv1D) else {}))
+    config = config_of_peft(
+        one.row, one.config, **({"fan_in_fan_out": True} if isinstance(one.model.first, Conv1D) else {})
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -65,7 +67,10 @@ def state_of(model):
 
 
 def test_fields_and_their_defaults_are_pefts(name):
-    mine, expected = METHODS[name].config.to_dict(), plain(config_of_peft(METHODS[name], METHODS[name].config).to_dict())
+    mine, expected = (
+        METHODS[name].config.to_dict(),
+        plain(config_of_peft(METHODS[name], METHODS[name].config).to_dict()),
+    )
     assert mine.keys() == expected.keys()
     assert {field: (mine[field], expected[field]) for field in mine if mine[field] != expected[field]} == {}
 
