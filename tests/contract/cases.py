@@ -43,9 +43,8 @@ class Case:
                 nn.init.normal_(parameter, std=0.5)
             self.model = model.to(dtype)
             self.x = torch.arange(7).view(7, 1) if shape is None else torch.randn(shape, dtype=dtype)
-        self.frozen = copy.deepcopy(self.model).requires_grad_(
-            False
-        )  # torch's kernels go by whether weights are trained
+        # In place the base is frozen, and which kernel torch takes depends on that.
+        self.frozen = copy.deepcopy(self.model).requires_grad_(False)
         self.exact = copy.deepcopy(self.model).double()
         self.graft = bind(self.model, self.config)
         self.initial = self.graft.init(torch.Generator().manual_seed(0))
