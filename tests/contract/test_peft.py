@@ -18,7 +18,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
-from torchgraft.adapters._config.base import plain
+from torchgraft.adapters._config.base import as_json
 from torchgraft.functional import bind
 
 from .cases import case, close, same
@@ -69,7 +69,7 @@ def state_of(model):
 def test_fields_and_their_defaults_are_pefts(name):
     mine, expected = (
         METHODS[name].config.to_dict(),
-        plain(config_of_peft(METHODS[name], METHODS[name].config).to_dict()),
+        as_json(config_of_peft(METHODS[name], METHODS[name].config).to_dict()),
     )
     assert mine.keys() == expected.keys()
     assert {field: (mine[field], expected[field]) for field in mine if mine[field] != expected[field]} == {}
