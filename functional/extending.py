@@ -56,7 +56,7 @@ from ._skeleton.sharded import adopt_unit as adopt_unit
 from ._skeleton.sharded import attributes_of as attributes_of
 from ._skeleton.sharded import hooks_of_unit as hooks_of_unit
 from ._skeleton.sharded import is_unit as is_unit
-from ._skeleton.sharded import plain_type as plain_type
+from ._skeleton.sharded import unsharded_type as unsharded_type
 from ._tensors.placement import agreed as agreed
 from ._tensors.placement import copied_hooks as copied_hooks
 from ._tensors.placement import is_sharded as is_sharded

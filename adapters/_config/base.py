@@ -163,14 +163,14 @@ class AdapterConfig:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as `adapter_config.json` has them: plain values, `peft_type` and `peft_version` among them.
+        """Return the fields as `adapter_config.json` has them, `peft_type` and `peft_version` among them.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> LoraConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
         ['a', 'b']
         """
         names = [field.name for field in dataclasses.fields(self) if field.name not in self.in_memory]
-        fields = {name: plain(getattr(self, name)) for name in names}
+        fields = {name: as_json(getattr(self, name)) for name in names}
         unknown = fields.pop("unknown_fields")
         for name in self.form.only_here:
             if fields[name] in (None, [], "none", False):
@@ -251,14 +251,14 @@ def config_types() -> dict[str, type[AdapterConfig]]:
     return found
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a value as JSON has it; sets become sorted lists, configs within a config become objects."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): as_json(one) for key, one in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [as_json(one) for one in value]
     return getattr(value, "value", value)

@@ -134,15 +134,15 @@ class _Expression:
         self.pattern = pattern
         parsed = _parser.parse(pattern)
         self.ways = _ways(parsed)
-        self._plain = re.compile(pattern) if self.ways <= _FEW else None
+        self._compiled = re.compile(pattern) if self.ways <= _FEW else None
         self._parts = 0
         self._step: Step | None = None
-        if self._plain is None:
+        if self._compiled is None:
             self._step = self._sequence(parsed, parsed.state.flags)
 
     def __call__(self, name: str, whole: bool) -> bool:
-        if self._plain is not None:
-            return (self._plain.fullmatch(name) if whole else self._plain.match(name)) is not None
+        if self._compiled is not None:
+            return (self._compiled.fullmatch(name) if whole else self._compiled.match(name)) is not None
         assert self._step is not None
         places = _Places(name, _STEPS + 50 * self._parts)
         try:

@@ -74,7 +74,7 @@ class ModelTrial:
     Args:
         bound: The bound model.
         pool: Skeletons of the state that the model is looked at in.
-        active: The trees of the call; plain ones stay, routed ones give way to random adapters.
+        active: The trees of the call; those of one adapter stay, routed ones give way to random adapters.
         base: Tensors of the base that the call was given.
         entered: The module that is run.
     """
@@ -82,7 +82,7 @@ class ModelTrial:
     def __init__(self, bound: BoundModel, pool: Pool, active: Mapping[str, Any], base: BaseTensors, entered: Entered):
         self._binding, self._pool, self._entered = bound.binding, pool, entered
         self._base = {name: unwrapped(tensor) for name, tensor in base.items()}
-        self._plain = {name: _unwrapped_tree(tree) for name, tree in active.items() if not isinstance(tree, Routed)}
+        self._unrouted = {name: _unwrapped_tree(tree) for name, tree in active.items() if not isinstance(tree, Routed)}
         self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
         sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
@@ -103,7 +103,7 @@ class ModelTrial:
         if self._binding.members is not None:
             return self.routed([adapter], Finder(None), inputs)
         trees = {name: _nested(lambda leaf: leaf[adapter], tree) for name, tree in self._random.items()}
-        return self._forward({**self._plain, **trees}, None, inputs, 3)
+        return self._forward({**self._unrouted, **trees}, None, inputs, 3)
 
     def routed(self, rows: Sequence[int], finder: Finder, inputs: Inputs) -> Observed:
         """Run with a random adapter for each row."""
@@ -111,7 +111,7 @@ class ModelTrial:
         for name, tree in self._random.items():
             device = next(iter(next(iter(tree.values())).values())).device
             trees[name] = Random(tree, Rows(torch.tensor(rows, device=device), ADAPTERS))
-        return self._forward({**self._plain, **trees}, finder, inputs, 3)
+        return self._forward({**self._unrouted, **trees}, finder, inputs, 3)
 
     def _forward(self, trees: Mapping[str, Any], finder: Finder | None, inputs: Inputs, seed: int) -> Observed:
         args, kwargs = inputs

@@ -95,17 +95,25 @@ class RoutedLayer(Weighted):
         groups = [self.rows.groups()] if alone else [layer.rows.expanded(size).each() for layer in layers]
         parts = [layer._pick(group) for layer, group in zip(layers, groups, strict=True)]
 
-        def run_group(parts: list[Any], x: Tensor) -> Tensor:
-            result: Tensor = self._build(iter(parts), outermost=True)(x)
+        def run_group(parts: list[Any], x: Tensor, known: list[Tensor]) -> Tensor:
+            layer = self._build(iter(parts), outermost=True)
+            for y in known:
+                layer.base = _Known(layer.base, x, y)
+            result: Tensor = layer(x)
             return result
 
         # Tensors are leaves, and `None` stands for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
         wide = groups[0].mask(wide.unflatten(0, (groups[0].size, -1)), 0)
-        y = torch.vmap(run_group, randomness="different")(parts, wide)
+        own: Any = None
+        known: list[Tensor] = []
+        if groups[0].base or (alone and x.is_floating_point() and x.itemsize < 4):
+            own = base(x).unflatten(0, (groups[0].size, -1))
+            known = [groups[0].mask(own, 0)] if alone and narrow is None else []
+        y = torch.vmap(run_group, randomness="different")(parts, wide, known)
         y = y if narrow is None else y.to(narrow)
         if groups[0].base:
-            y = torch.where(groups[0].active(y.ndim), y, base(x).view(y.shape))
+            y = torch.where(groups[0].active(y.ndim), y, own)
         return y.flatten(0, 1)
 
     def _chain(self) -> Iterator[RoutedLayer]:
@@ -207,6 +215,19 @@ class SelectedAdapter(Weighted):
     def training(self) -> bool:
         result: bool = self.base.training
         return result
+
+
+class _Known(Around):
+    """A layer whose output for one input is known: of all rows at once, rounded as the base's own call rounds it."""
+
+    __slots__ = ("input", "output")
+
+    def __init__(self, base: Layer, input: Tensor, output: Tensor):
+        super().__init__(base)
+        self.input, self.output = input, output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.output if x is self.input else self.base(x)
 
 
 class _Moved(Around):

@@ -137,8 +137,8 @@ def _walk(x: Any, name: str, tensors: dict[str, Tensor], seen: set[int], depth: 
         if not x.is_nested:
             tensors[name or "the output"] = x.detach()
         return
-    plain = (str, bytes, int, float, complex, type, nn.Module, torch.Generator)
-    if x is None or id(x) in seen or depth == 0 or isinstance(x, plain) or callable(x):
+    opaque = (str, bytes, int, float, complex, type, nn.Module, torch.Generator)
+    if x is None or id(x) in seen or depth == 0 or isinstance(x, opaque) or callable(x):
         return
     seen.add(id(x))
     if dataclasses.is_dataclass(x):

@@ -35,9 +35,9 @@ class Factored:
     """An adapted parameter as a forward gets it: it acts like the dense tensor, `W + sum of s L R`.
 
     Products with it (`@`, `matmul`, `mm`, `bmm`, `addmm`, `baddbmm`, `F.linear`, `F.embedding`, `einsum` of two,
-    grouped products) add the thin products to the plain one. Transposing, indexing the leading axis and casting stay
+    grouped products) add the thin products to the base's. Transposing, indexing the leading axis and casting stay
     factored; whatever else is done with it sees the dense weight. It is no `torch.Tensor`, so that `torch.compile` and
-    `torch.vmap` see plain tensors only.
+    `torch.vmap` see tensors only.
 
     Args:
         weight: `"... rows columns"`, at least two axes.
@@ -289,8 +289,8 @@ def _added(func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: floa
     """Compute `addmm` and its batched forms: `beta bias + alpha a b`."""
     if isinstance(bias, Factored) or isinstance(a, Factored) is isinstance(b, Factored):
         return NotImplemented
-    plain = (x.weight if isinstance(x, Factored) else x for x in (a, b))
-    y = func(bias, *plain, beta=beta, alpha=alpha)
+    weights = (x.weight if isinstance(x, Factored) else x for x in (a, b))
+    y = func(bias, *weights, beta=beta, alpha=alpha)
     w = a if isinstance(a, Factored) else b
     for left, right, scaling in w.terms:
         wide, left, right = widen(b if w is a else a, left, right)

@@ -47,8 +47,10 @@ class AdaptedAttention:
         q, k, v = (x.unsqueeze(0) if query.ndim == 2 else x if first else x.transpose(0, 1) for x in (q, k, v))
         masks = _masks(self, runtime.path, query, k.shape, key_padding_mask, need_weights, attn_mask, is_causal)
         y, weights = _attend(self, q, k, v, masks, need_weights)
-        y = (y.transpose(1, 2) if first else y.permute(2, 0, 1, 3)).flatten(2)
+        y = (y.transpose(1, 2) if first else y.permute(2, 0, 1, 3)).flatten(2).contiguous()  # of one head a view
         y = self.out_proj(y.squeeze(0) if query.ndim == 2 else y)
+        if query.ndim == 3 and self.batch_first:  # in torch's layout, by which layers that follow choose their kernels
+            y = y.transpose(0, 1).contiguous().transpose(0, 1)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights.squeeze(0) if query.ndim == 2 else weights

@@ -32,10 +32,10 @@ def is_unit(module: nn.Module) -> bool:
     return hasattr(type(module), "_orig_cls_mro_index") and hasattr(type(module), "reshard")
 
 
-def plain_type(module: nn.Module) -> Any:
+def unsharded_type(module: nn.Module) -> Any:
     """Return a module's class, without what `fully_shard` put in front of it.
 
-    >>> plain_type(nn.Linear(2, 2)).__name__
+    >>> unsharded_type(nn.Linear(2, 2)).__name__
     'Linear'
     """
     cls: Any = type(module)

@@ -26,7 +26,7 @@ from .context import CallContext
 from .parameters import ParameterRuntime, adapt_parameters, names_grouped
 from .recorded import Recorded, slots_of
 from .runtime import adapt, load_below
-from .sharded import attributes_of, hooks_of_unit, plain_type
+from .sharded import attributes_of, hooks_of_unit, unsharded_type
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
@@ -87,7 +87,7 @@ class Skeleton:
         self._tensors = {id(tensor) for tensor in _tensors(model)}
         self._memo: dict[int, Any] = {}
         self._keep: list[Any] = []
-        self._plain: dict[int, Any] = {}
+        self._apart: dict[int, Any] = {}
         self._where = "the model"
         self.places: dict[int, list[Place]] = {}
         self.frozen: set[int] = set()
@@ -115,7 +115,7 @@ class Skeleton:
         self.filled: Iterable[int] = ()
         self.swaps: list[Any] = []
         self.remember()
-        del self._memo, self._keep, self._plain
+        del self._memo, self._keep, self._apart
 
     def remember(self) -> None:
         """Record the skeleton as it is now: the state that a call begins with."""
@@ -260,7 +260,7 @@ class Skeleton:
                 "bind the module it was made from and compile a function that calls the graft"
             )
         check_flat(self._modules.get(id(x)) or "the model", x)
-        cls = plain_type(x)
+        cls = unsharded_type(x)
         self._memo.update(hooks_of_unit(x) | copied_hooks(x))
         new: nn.Module = self._remember(x, object.__new__(cls))
         self.modules.append((x, new))
@@ -291,12 +291,12 @@ class Skeleton:
                 "follow into a copy of its module; keep this module in memory, or call inject_adapter_in_model"
             )
         if keys:
-            grouped = names_grouped(plain_type(x))
+            grouped = names_grouped(unsharded_type(x))
             runtimes = {
                 key[1]: ParameterRuntime(self._paths[key], key[1], self.context, self._adapters[key], grouped)
                 for key in keys
             }
-            adapt_parameters(new, plain_type(x), runtimes)
+            adapt_parameters(new, unsharded_type(x), runtimes)
 
     def _container(self, x: Any) -> Any:
         new = self._remember(x, copy.copy(x))
@@ -356,14 +356,14 @@ class Skeleton:
         stack = [x]
         while stack:
             item = stack.pop()
-            if isinstance(item, _ATOMIC) or id(item) in seen or id(item) in self._plain:
+            if isinstance(item, _ATOMIC) or id(item) in seen or id(item) in self._apart:
                 continue
             if id(item) in self._modules or id(item) in self._tensors:
                 return True
             seen[id(item)] = item
             if not isinstance(item, (nn.Module, Tensor)):
                 stack.extend(_parts(item))
-        self._plain.update(seen)
+        self._apart.update(seen)
         return False
 
 

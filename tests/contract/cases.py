@@ -1,4 +1,4 @@
-"""Models of each kind of site, a method on one of them, and which pairs of the two a test runs on in `make test`."""
+"""A method on a model of one kind of site, and which pairs of the two a test runs on in `make test`."""
 
 import ast
 import copy
@@ -9,53 +9,17 @@ from pathlib import Path
 import optree
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from torchgraft.functional import bind
+from torchgraft.functional import bind, route
 
 from .methods import METHODS, Where
+from .sites import SITES, kind, leaves_of_expert, on, stored
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-11},
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     torch.bfloat16: {"rtol": 0.05, "atol": 0.05},
 }
-
-
-class Model(nn.Module):
-    """Two sites of one kind and of different sizes, with a nonlinearity between them."""
-
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x):
-        return self.second(self.first(x).tanh())
-
-
-class Lookup(Model):
-    def forward(self, ids):
-        return self.first(ids).tanh() + self.second(ids)
-
-
-SITES = {
-    "linear": lambda: (Model(nn.Linear(4, 6), nn.Linear(6, 4, bias=False)), (5, 4)),
-    "linear (3-d input)": lambda: (Model(nn.Linear(4, 6), nn.Linear(6, 4)), (2, 5, 4)),
-    "linear (Conv1D)": lambda: (Model(Conv1D(6, 4), Conv1D(4, 6)), (3, 2, 4)),
-    "embedding": lambda: (Lookup(nn.Embedding(7, 4), nn.Embedding(7, 4)), None),
-    "conv1d": lambda: (Model(nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(6, 4, 1)), (3, 4, 7)),
-    "conv2d": lambda: (
-        Model(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.Conv2d(6, 4, 2, stride=2, bias=False)),
-        (3, 4, 5, 6),
-    ),
-    "conv2d (dilated)": lambda: (Model(nn.Conv2d(4, 6, 2, dilation=2), nn.Conv2d(6, 4, 1)), (3, 4, 5, 6)),
-    "conv3d": lambda: (Model(nn.Conv3d(4, 6, 2, padding="same"), nn.Conv3d(6, 4, (1, 2, 2))), (2, 4, 2, 3, 4)),
-}
-
-
-def kind(site):
-    """Return the kind of layer that a site is, without what is special about it."""
-    return site.split(" ")[0]
 
 
 KINDS = {
@@ -66,17 +30,21 @@ KINDS = {
 
 
 class Case:
-    """A method on two layers of a kind, with parameters away from the initial ones, where nothing vanishes."""
+    """A method on two sites of a kind, with parameters away from the initial ones, where nothing vanishes."""
 
     def __init__(self, name, site, dtype):
-        self.row, self.config, self.dtype = METHODS[name], METHODS[name].config, dtype
+        self.row, self.dtype, self.batch_dim = METHODS[name], dtype, SITES[site].batch_dim
+        self.config, self.other = on(self.row.config, site), on(self.row.other, site)
+        shape = SITES[site].shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            model, shape = SITES[site]()
+            model = SITES[site].build()
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.5)
             self.model = model.to(dtype)
             self.x = torch.arange(7).view(7, 1) if shape is None else torch.randn(shape, dtype=dtype)
+        # In place the base is frozen, and which kernel torch takes depends on that.
+        self.frozen = copy.deepcopy(self.model).requires_grad_(False)
         self.exact = copy.deepcopy(self.model).double()
         self.graft = bind(self.model, self.config)
         self.initial = self.graft.init(torch.Generator().manual_seed(0))
@@ -86,27 +54,37 @@ class Case:
     def loss(self, params, x):
         return self.graft(params, x).square().mean()
 
+    def route(self, many, rows):
+        """Return a stack routed by rows, of which it is declared where they are."""
+        return route(many, rows, batch_dim=self.batch_dim)
+
     def dense(self, tree, config=None):
         """Return the state dict, in float64, that the row's formula makes of a tree; differentiable."""
         state = {name: tensor.detach() for name, tensor in self.exact.state_dict().items()}
-        layers = {path: (getattr(self.model, path), f"{path}.weight", f"{path}.bias") for path in ("first", "second")}
-        turned = {path for path, (layer, *_) in layers.items() if isinstance(layer, (Conv1D, nn.Embedding))}
-        weights = {path: state[name].mT if path in turned else state[name] for path, (_, name, _) in layers.items()}
+        places = {path: stored(self.model, path) for path in self.graft.sites[""]}
+        weights = {path: place.read(state) for path, place in places.items()}
         sizes = {path: tuple(weight.shape[:2]) for path, weight in weights.items()}
         for path, leaves in tree.items():
-            layer, name, bias = layers[path]
-            where = Where(path, type(layer), self.dtype, sizes)
+            place = places[path]
+            where = Where(path, place.layer, self.dtype, sizes)
             leaves = {leaf: tensor.double() for leaf, tensor in leaves.items()}
-            weight, adapted = self.row.formula(config or self.config, where, leaves, weights[path], state.get(bias))
-            state[name] = weight.mT if path in turned else weight
-            if adapted is not None:
-                state[bias] = adapted
+            of = functools.partial(self.row.formula, config or self.config, where)
+            if place.experts:
+                count = len(weights[path])
+                each = [leaves_of_expert(leaves, expert, count) for expert in range(count)]
+                weight = torch.stack([of(own, w, None)[0] for own, w in zip(each, weights[path], strict=True)])
+                bias = None
+            else:
+                weight, bias = of(leaves, weights[path], state.get(place.bias))
+            place.write(state, weight)
+            if bias is not None:
+                state[place.bias] = bias
         return state
 
     def oracle(self, tree, x, config=None):
         """Return the output, in float64, of the model whose weights the row's formula has changed."""
         x = x.double() if x.is_floating_point() else x
-        return torch.func.functional_call(self.exact, self.dense(tree, config), (x,))
+        return torch.func.functional_call(self.exact, self.dense(tree, config), (x,), tie_weights=False)
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,3 +146,9 @@ def selected(test):
         if names:
             pairs.add((names[(turn + number) % len(names)], site))
     return pairs
+
+
+def exemptions(name, site):
+    """Return what a method, and what a kind of site, is exempt from."""
+    own = [exempt for exempt in METHODS[name].exempt if not exempt.sites or site in exempt.sites]
+    return [*own, *(SITES[site].exempt if site else ())]

@@ -11,6 +11,7 @@ What a new row has to give:
   of a wrong type need not be named: they are tried for every field;
 - `peft`, fields that PEFT's config of the same name needs beside those that differ from the defaults here, or `None`
   where PEFT has no such method;
+- `rounds`, what is rounded once at a layer in half precision, where it is not the sum (see `test_rounding.py`);
 - `sites`, where the variant supports fewer kinds of layer than the method does;
 - `exempt`, the promises that it does not keep, by the names of the tests, with the reason and, where some sites keep
   them, the sites that do not. The reasons stand at the end of each run, and a promise that is kept all the same is a
@@ -64,6 +65,7 @@ class Row:
     peft: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
     sites: frozenset[str] = frozenset()
     exempt: tuple[Exempt, ...] = ()
+    rounds: str | Mapping[str, str] | Callable[..., torch.Tensor] = "sum"
 
 
 # -- the formulas ----------------------------------------------------------------------------------------------------
@@ -107,6 +109,14 @@ def dora(config, where, leaves, weight, bias):
     direction = weight + scaling(config) * product(leaves, weight)
     norm = direction.detach().flatten(1).square().sum(1).sqrt().view(-1, *ones)
     return leaves["lora_magnitude_vector"].view(-1, *ones) * direction / norm, bias
+
+
+def dora_of_output(config, where, leaves, weight, bias, x, y):
+    """DoRA's output from the base's, `bias + g (y - bias + s B A x)`, with the gain `g`."""
+    added = scaling(config) * product(leaves, weight)
+    gain = leaves["lora_magnitude_vector"] / (weight + added).square().sum(1).sqrt()
+    bias = 0 if bias is None else bias
+    return bias + gain * (y - bias + x @ added.mT)
 
 
 def ia3(config, where, leaves, weight, bias):
@@ -223,6 +233,11 @@ METHODS = {
         {"r": 3, "init_lora_weights": True},
         [({"r": 5}, "r is 5 at first, whose weight is 6 x 4; 'pissa' needs r <= 4")],
         sites=frozenset({"linear"}),
+        exempt=(
+            Exempt(
+                NOT_IN_PEFTS, "PEFT takes from a tied weight what both of its layers lose", frozenset({"linear (tied)"})
+            ),
+        ),
     ),
     "mica": row_of_lora(
         mica,
@@ -236,7 +251,7 @@ METHODS = {
         {"r": 2, "lora_bias": True, "target_modules": ["first"]},
         {"r": 3},
         [({"use_dora": True}, "use_dora and lora_bias are both True, and DoRA has no bias; set one")],
-        sites=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+        sites=frozenset({"linear", "conv1d", "conv2d", "conv3d", "attention"}),
         exempt=(CONVOLVED,),
     ),
     "dora": row_of_lora(
@@ -244,6 +259,7 @@ METHODS = {
         {"r": 2, "use_dora": True},
         {"r": 3, "lora_alpha": 1},
         [({"lora_bias": True}, "use_dora and lora_bias are both True, and DoRA has no bias; set one")],
+        sites=frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"}),
         exempt=(
             Exempt(
                 ("test_gradients_of_gradients_are_differences",),
@@ -251,6 +267,7 @@ METHODS = {
             ),
             CONVOLVED,
         ),
+        rounds=dora_of_output,
     ),
     "ia3": Row(
         IA3Config(feedforward_modules=["second"], **BOTH),
@@ -258,6 +275,7 @@ METHODS = {
         IA3Config(feedforward_modules=["second"], init_ia3_weights=False, **BOTH),
         {"bias": "all"},
         (({"feedforward_modules": ["third"]}, "IA3Config: feedforward_modules has ['third'], expected a subset"),),
+        rounds={"first": "product", "second": "input"},
     ),
     "adalora": Row(
         AdaLoraConfig(init_r=3, target_r=2, total_step=10, **BOTH),
@@ -299,6 +317,7 @@ METHODS = {
             ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms is 1, expected 2 or more"),
         ),
         exempt=OF_OFT,
+        rounds="input",
     ),
     "oft exact": Row(
         OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, **BOTH),
@@ -314,10 +333,14 @@ METHODS = {
                 ("test_two_in_place_are_two_that_are_named",),
                 "of several rotations of an input the first that is active is the outermost in place, as in PEFT, and "
                 "the innermost in a graft (blocks of 2, as the other row has, commute)",
-                frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "conv2d", "conv2d (dilated)"}),
+                frozenset(
+                    {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"}
+                    | {"conv2d", "conv2d (dilated)"}
+                ),
             ),
             *OF_OFT,
         ),
+        rounds="input",
     ),
     "vera": Row(
         VeraConfig(r=3, **BOTH),

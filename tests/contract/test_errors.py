@@ -10,15 +10,16 @@ from torch import nn
 
 from torchgraft.functional import bind, merge
 
-from .cases import SITES, case, changed
+from .cases import case, changed
 from .methods import METHODS
+from .sites import SITES
 
 
 def test_wrong_values_are_errors_that_say_so(name):
     row = METHODS[name]
     for fields, words in row.wrong:
         with pytest.raises(ValueError, match=re.escape(words)):
-            bind(SITES["linear"]()[0], changed(row.config, fields))
+            bind(SITES["linear"].build(), changed(row.config, fields))
 
 
 @pytest.mark.parametrize("config", {type(row.config): row.config for row in METHODS.values()}.values(), ids=type)

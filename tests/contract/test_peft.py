@@ -18,11 +18,12 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
-from torchgraft.adapters._config.base import plain
+from torchgraft.adapters._config.base import as_json
 from torchgraft.functional import bind
 
-from .cases import Conv1D, case, close, same
+from .cases import case, close, same
 from .methods import METHODS
+from .sites import Conv1D
 
 WRITTEN = ("auto_mapping", "fan_in_fan_out", "inference_mode", "peft_version")
 """Fields that say of a file where it came from."""
@@ -33,12 +34,12 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape")
 
 
-def config_of_peft(row, **more):
+def config_of_peft(row, config, **more):
     """Return PEFT's config with the fields that differ here from the defaults."""
     if row.peft is None:
         pytest.skip("PEFT has no such method")
-    plain, cls = type(row.config)(), getattr(peft, type(row.config).__name__)
-    fields = {name: value for name, value in vars(row.config).items() if value != getattr(plain, name)}
+    defaults, cls = type(config)(), getattr(peft, type(config).__name__)
+    fields = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
     names = {field.name for field in dataclasses.fields(cls)}
     fields = {name: value for name, value in {**fields, **row.peft, **more}.items() if name in names}
     return cls(**copy.deepcopy(fields))
@@ -46,7 +47,9 @@ def config_of_peft(row, **more):
 
 def theirs(one, seed=7):
     """Return PEFT's model with PEFT's adapter, from the same weights."""
-    config = config_of_peft(one.row, **({"fan_in_fan_out": True} if isinstance(one.model.first, Conv1D) else {}))
+    config = config_of_peft(
+        one.row, one.config, **({"fan_in_fan_out": True} if isinstance(one.model.first, Conv1D) else {})
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -64,7 +67,10 @@ def state_of(model):
 
 
 def test_fields_and_their_defaults_are_pefts(name):
-    mine, expected = METHODS[name].config.to_dict(), plain(config_of_peft(METHODS[name]).to_dict())
+    mine, expected = (
+        METHODS[name].config.to_dict(),
+        as_json(config_of_peft(METHODS[name], METHODS[name].config).to_dict()),
+    )
     assert mine.keys() == expected.keys()
     assert {field: (mine[field], expected[field]) for field in mine if mine[field] != expected[field]} == {}
 

@@ -8,7 +8,8 @@ from torch.func import grad, vmap
 from torchgraft.adapters import IA3Config, LoraConfig
 from torchgraft.functional import Unsupported, bind, merge, route, stack, unstack
 
-from .cases import case, changed, close, kind, moved, same, second_order
+from .cases import case, changed, close, moved, same, second_order
+from .sites import kind, on
 
 ROWS = {
     "mixed": lambda n: [2, -1, 0, 0, 1, 2, -1][:n],
@@ -68,7 +69,7 @@ def test_equal_parts_are_a_loop(name, site):
     rows = [row // len(one.x) for row in range(len(x))]
     expected = looped(one, one.trees, x, rows)
     close(one.graft(route(stack(one.trees), torch.tensor(rows)), x), expected)
-    close(one.graft(route(stack(one.trees), batch_dim=0), x), expected)
+    close(one.graft(one.route(stack(one.trees), None), x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,7 +90,7 @@ def test_routed_calls_compile_whole_and_once(name, site):
     many, size = stack(one.trees), len(one.x)
 
     def loss(many, rows, x):
-        return one.graft(route(many, rows, batch_dim=0), x).square().flatten(1).mean(1)
+        return one.graft(one.route(many, rows), x).square().flatten(1).mean(1)
 
     f = torch.compile(loss, fullgraph=True, backend="aot_eager")
     f(many, torch.tensor(ROWS["mixed"](size)), one.x)
@@ -103,7 +104,7 @@ def test_routed_rows_under_vmap_and_second_order(name, site):
     one = case(name, site)
     many, size = stack(one.trees), len(one.x)
     rows = torch.tensor([ROWS["mixed"](size), ROWS["no base"](size)])
-    given = vmap(lambda r: one.graft(route(many, r, batch_dim=0), one.x))(rows)
+    given = vmap(lambda r: one.graft(one.route(many, r), one.x))(rows)
     close(given, torch.stack([looped(one, one.trees, one.x, r) for r in rows.tolist()]))
     leaves, treedef = optree.tree_flatten(many)
 
@@ -122,7 +123,7 @@ def test_routed_rows_under_vmap_and_second_order(name, site):
 
 def test_a_stack_of_different_configs_is_each_alone(name, site):
     one = case(name, site)
-    members = [one.config, one.row.other]
+    members = [one.config, one.other]
     graft = bind(one.model, members)
     trees = [moved(graft.member(i).init(torch.Generator().manual_seed(i)), i) for i in range(2)]
     many = graft.stack(trees)
@@ -147,9 +148,8 @@ def test_a_stack_refuses_configs_that_differ_in_what_one_call_cannot(name):
 
 def beside(one, site):
     """Return a graft with the method beside another on the same layers, with parameters of both."""
-    targets = {"target_modules": ["first", "second"]}
-    linear = site.startswith("linear")
-    other = IA3Config(feedforward_modules=[], **targets) if linear else LoraConfig(r=1, **targets)
+    linear, targets = site.startswith("linear"), {"target_modules": ["first", "second"]}
+    other = IA3Config(feedforward_modules=[], **targets) if linear else on(LoraConfig(r=1, **targets), site)
     graft = bind(one.model, {"own": one.config, "other": other})
     return graft, {"own": one.params, "other": moved(graft.init()["other"], 5)}
 

@@ -49,7 +49,7 @@ def initial_leaves(
             if name not in together:
                 together[name] = start(values[SHARED_LEAVES][name])
             made[path][leaf] = together[name]
-        made[path] |= _fixed(config, site, modules, meta)
+        made[path] |= _fixed(config, site, made[path], modules, meta)
     return made
 
 
@@ -63,10 +63,12 @@ def _values(config: AdapterConfig, sites: Mapping[str, Site], weights: Weights, 
         return {path: {leaf: torch.empty(shape) for leaf, shape in own.items()} for path, own in shapes.items()}
 
 
-def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:
-    """Return the leaves of a site that are not trained."""
+def _fixed(
+    config: AdapterConfig, site: Site, made: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], meta: bool
+) -> dict[str, nn.Parameter]:
+    """Return the leaves of a site that are not trained, in the dtype of those that are."""
     weight = site.like(modules[site.owner])
-    dtype = trainable_dtype(weight)
+    dtype = next((leaf.dtype for leaf in made.values()), trainable_dtype(weight))
     device = "meta" if meta else weight.device
     tensors = config.form.fixed_tensors(config, site)
     return {leaf: nn.Parameter(tensor.to(device, dtype, copy=True), False) for leaf, tensor in tensors.items()}

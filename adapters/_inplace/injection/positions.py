@@ -39,7 +39,7 @@ class Positions:
                 if (key := bare.get(id(child), id(child))) in paths:
                     _check_uncompiled(paths[key], name)
                     self._places[key].append((parent, name))
-            _check_plain(module, paths)
+            _check_outside(module, paths)
 
     def parents(self, module: nn.Module) -> list[nn.Module]:
         """Return the modules that a module hangs in; none if something else of ours hangs in its place already."""
@@ -65,7 +65,7 @@ def _within_wrappers(parent: nn.Module, name: str, child: nn.Module) -> tuple[nn
     return parent, name, child
 
 
-def _check_plain(module: nn.Module, targeted: Mapping[int, str]) -> None:
+def _check_outside(module: nn.Module, targeted: Mapping[int, str]) -> None:
     """Refuse a target that is also kept where no replacement reaches it."""
     for attribute, value in vars(module).items():
         if attribute in ("_modules", "_parameters", "_buffers"):

@@ -13,7 +13,7 @@ from torchgraft.functional.extending import (
     copied_hooks,
     hooks_of_unit,
     is_unit,
-    plain_type,
+    unsharded_type,
     unwrapped,
 )
 
@@ -55,7 +55,7 @@ def _empty_units(model: nn.Module, memo: dict[int, Any]) -> list[tuple[nn.Module
     units = [module for module in model.modules() if is_unit(module)]
     for unit in units:
         memo.update(hooks_of_unit(unit))
-    found = [(unit, object.__new__(plain_type(unit))) for unit in units if placed_in(unit) is None]
+    found = [(unit, object.__new__(unsharded_type(unit))) for unit in units if placed_in(unit) is None]
     memo.update({id(unit): new for unit, new in found})
     return found
 

@@ -189,14 +189,14 @@ class DoraTerms:
             wide, each, added = widen(y, *found)
             return torch.addcmul(added, wide, each).to(y.dtype)
         a, b = self.a, self.b
-        d, plain = a.cast(x), True
+        d, dropped = a.cast(x), False
         if isinstance(dropout, Called) and base.training and not isinstance(dropout.module, nn.Identity):
-            d, plain = dropout(d), False
+            d, dropped = dropout(d), True
 
         def more(d: Tensor, m: Tensor) -> Tensor:
             each = _over_features(site, gain(m.reshape(-1), self._norms_called(weight)))
-            own = y if plain else site.call(*widen(d, weight))
-            if plain and bias is not None:
+            own = site.call(*widen(d, weight)) if dropped else y
+            if bias is not None and not dropped:
                 own = torch.sub(*widen(own, _over_features(site, bias)))
             own, up, each = widen(own, b(a(d)), each)
             return torch.addcmul((each - 1) * own, each * scaling, up)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from torchgraft.functional import UnsupportedConfig
+
 from ..._calibration.initial.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..._config.messages import require
 from ..._config.replication import ReplicationFields
@@ -47,4 +49,4 @@ class LoraFields(ReplicationFields):
             default = {} if field.default is dataclasses.MISSING else field.default
             value = getattr(self, field.name)
             what = f"{field.name} is {value!r}, which is not supported here; leave it at {default!r}"
-            require(value == default, self, what)
+            require(value == default, self, what, UnsupportedConfig)
