@@ -25,7 +25,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    AdapterConfig,
+    C3AConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +175,17 @@ def vera(config, where, leaves, weight, bias):
     return weight + leaves["vera_lambda_b"].diag() @ b @ leaves["vera_lambda_d"].diag() @ a, bias
 
 
+def c3a(config, where, leaves, weight, bias):
+    """`W + C / d`, each row of a block of `C` the one above it turned by one: Chen et al., 2024, with PEFT's factor."""
+
+    def block(row):
+        return torch.stack([row.roll(turn, 0) for turn in range(len(row))])
+
+    blocks = [[block(row) for row in rows] for rows in leaves["c3a_kernel"]]
+    matrix = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+    return weight + matrix / weight[0].numel(), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -205,6 +225,8 @@ OF_OFT = (
         frozenset({"conv2d"}),
     ),
 )
+CHANNELS = frozenset({"conv1d", "conv2d", "conv2d (dilated)", "conv3d"})
+LINEAR_IN_PEFT = (Exempt(NOT_IN_PEFTS, "PEFT's layers are linear ones", CHANNELS | {"linear (Conv1D)"}, TypeError),)
 
 
 def row_of_lora(formula, fields, other, wrong=(), **rest):
@@ -328,5 +350,17 @@ METHODS = {
             ({"r": 0}, "VeraConfig: r is 0, expected a positive integer"),
             ({"vera_dropout": 1.0}, "VeraConfig: vera_dropout is 1.0, expected 0 <= p < 1"),
         ),
+    ),
+    "c3a": Row(
+        C3AConfig(block_size=2, init_weights=True, **BOTH),
+        c3a,
+        C3AConfig(block_size=2, init_weights="gaussian", **BOTH),
+        {"block_size": 1},
+        (
+            ({"block_size": 4}, "block_size is 4 at first, whose weight is 6 x 4; expected a divisor of 2"),
+            ({"block_size": 0}, "C3AConfig: block_size is 0 at first, expected a positive integer"),
+            ({"init_weights": "magic"}, "C3AConfig: init_weights is 'magic', expected one of True, False, 'gaussian'"),
+        ),
+        exempt=LINEAR_IN_PEFT,
     ),
 }
