@@ -40,6 +40,7 @@ class PeftFormat:
         biased: The field of a config that says whether there are such biases.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
         dropout: The attribute of dropout modules, and the field that has their probability; `""` for none.
+        probability: That field, where it has another name than the attribute.
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
         shared: Constants that files hold once for the whole model, `base_model.<name>`.
@@ -70,6 +71,7 @@ class PeftFormat:
     biased: str = ""
     holder: Callable[[Any, Site, str], nn.Module] | None = None
     dropout: str = ""
+    probability: str = ""
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()
@@ -86,6 +88,12 @@ class PeftFormat:
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
         """Return the leaves of a site that are not trained, by name."""
         return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
+
+    def dropout_of(self, config: Any) -> float:
+        """Return the probability of dropout that a config says, 0 for methods without dropout modules."""
+        name = self.probability or self.dropout
+        p: float = getattr(config, name) if name else 0.0
+        return p
 
     @property
     def leaves(self) -> tuple[str, ...]:

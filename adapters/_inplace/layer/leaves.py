@@ -87,7 +87,7 @@ class LayerLeaves(nn.Module):
         if dropout := config.form.dropout:
             if dropout not in self._modules:
                 self.add_module(dropout, Dropouts(self).train(self.training))
-            self._put(dropout, name, make_dropout(getattr(config, dropout)))
+            self._put(dropout, name, make_dropout(config.form.dropout_of(config)))
         for leaf, parameter in leaves.items():
             self.set_leaf(name, leaf, parameter)
         for fact, value in config.form.facts(config, entry.site).items():
