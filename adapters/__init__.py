@@ -46,6 +46,7 @@ from ._methods.adalora.budget import allocate as allocate
 from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
 from ._methods.c3a import C3AConfig as C3AConfig
+from ._methods.delora import DeloraConfig as DeloraConfig
 from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig

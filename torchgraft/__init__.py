@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import C3AConfig as C3AConfig
+    from .adapters import DeloraConfig as DeloraConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoraConfig as LoraConfig
@@ -79,8 +80,8 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig",
-    "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
+    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig",
+    "VeraConfig", "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "unstack", "value_and_grad",

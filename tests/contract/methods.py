@@ -29,6 +29,7 @@ from torchgraft.adapters import (
     AdaLoraConfig,
     AdapterConfig,
     C3AConfig,
+    DeloraConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -186,6 +187,16 @@ def c3a(config, where, leaves, weight, bias):
     return weight + matrix / weight[0].numel(), bias
 
 
+def delora(config, where, leaves, weight, bias):
+    """`W + (lambda / r) sum_i b_i a_i^T / (|b_i| |a_i|)`, columns times those norms of `W`: Bini et al., 2025."""
+    flat, r = weight.flatten(1), len(leaves["delora_A"])
+    delta = torch.zeros_like(flat)
+    for a, b in zip(leaves["delora_A"], leaves["delora_B"].T, strict=True):
+        delta = delta + torch.outer(b, a) / (a.square().sum() * b.square().sum()).sqrt()
+    delta = leaves["delora_lambda"] / r * delta * flat.detach().square().sum(0).sqrt()
+    return weight + delta.reshape(weight.shape), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -226,7 +237,7 @@ OF_OFT = (
     ),
 )
 CHANNELS = frozenset({"conv1d", "conv2d", "conv2d (dilated)", "conv3d"})
-LINEAR_IN_PEFT = (Exempt(NOT_IN_PEFTS, "PEFT's layers are linear ones", CHANNELS | {"linear (Conv1D)"}, TypeError),)
+LINEAR_IN_PEFT = "PEFT's layers are linear ones"
 
 
 def row_of_lora(formula, fields, other, wrong=(), **rest):
@@ -361,6 +372,18 @@ METHODS = {
             ({"block_size": 0}, "C3AConfig: block_size is 0 at first, expected a positive integer"),
             ({"init_weights": "magic"}, "C3AConfig: init_weights is 'magic', expected one of True, False, 'gaussian'"),
         ),
-        exempt=LINEAR_IN_PEFT,
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
+    ),
+    "delora": Row(
+        DeloraConfig(r=2, delora_lambda=3, rank_pattern={"first": 1}, **BOTH),
+        delora,
+        DeloraConfig(r=3, delora_lambda=5, init_weights=False, **BOTH),
+        {"module_dropout": 0.5},
+        (
+            ({"r": 0, "rank_pattern": {}}, "DeloraConfig: r is 0 at first, expected a positive integer"),
+            ({"delora_lambda": 0}, "DeloraConfig: delora_lambda is 0 at first, expected a positive number"),
+            ({"module_dropout": 1.0}, "DeloraConfig: module_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "embedding"}, TypeError),),
     ),
 }
