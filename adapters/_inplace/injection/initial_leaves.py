@@ -64,12 +64,15 @@ def _values(config: AdapterConfig, sites: Mapping[str, Site], weights: Weights, 
 
 
 def _fixed(config: AdapterConfig, site: Site, modules: Mapping[str, nn.Module], meta: bool) -> dict[str, nn.Parameter]:
-    """Return the leaves of a site that are not trained."""
+    """Return the leaves of a site that are not trained; what has no values yet stays without."""
     weight = site.like(modules[site.owner])
-    dtype = trainable_dtype(weight)
-    device = "meta" if meta else weight.device
-    tensors = config.form.fixed_tensors(config, site)
-    return {leaf: nn.Parameter(tensor.to(device, dtype, copy=True), False) for leaf, tensor in tensors.items()}
+
+    def start(tensor: Tensor) -> nn.Parameter:
+        dtype = trainable_dtype(weight) if tensor.is_floating_point() or tensor.is_complex() else tensor.dtype
+        device = "meta" if meta or tensor.is_meta else weight.device
+        return nn.Parameter(tensor.to(device, dtype, copy=True), False)
+
+    return {leaf: start(tensor) for leaf, tensor in config.form.fixed_tensors(config, site).items()}
 
 
 def started(config: AdapterConfig, site: Site, leaves: Mapping[str, Tensor]) -> Site:
