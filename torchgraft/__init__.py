@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoraConfig as LoraConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import ShiraConfig as ShiraConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import extract_params as extract_params
     from .adapters import inject_adapter_in_model as inject_adapter_in_model
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig",
-    "VeraConfig", "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
+    "ShiraConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "unstack", "value_and_grad",

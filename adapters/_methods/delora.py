@@ -158,6 +158,11 @@ def _factors(site: Site, leaves: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return `A` of unit rows, times the columns' norms, and `B` of unit columns, times `lambda / r`; also stacked."""
     a, b, r = leaves["delora_A"], leaves["delora_B"], site.constants.r
     norm = leaves.get(NORM, site.constants.delora_w_norm).to(a.dtype)
+    if norm.is_meta and not a.is_meta:
+        raise ValueError(
+            f"{site.path}: the weight was on the meta device when DeLoRA's norms were taken of it, so they have no "
+            "values; bind the model again, now that it is loaded, or load an adapter, whose file has them"
+        )
     r = r.values.unsqueeze(-1) if isinstance(r, PerAdapter) else r
     wide = torch.promote_types(b.dtype, torch.float32)  # of which the quotient of two small numbers is one
     strength = (leaves["delora_lambda"].to(wide) / r).to(wide) / _lengths(b, -2)

@@ -148,6 +148,23 @@ def test_norms_are_the_files_not_the_models(tmp_path):
     torch.testing.assert_close(again(x), loaded(x))
 
 
+def test_norms_of_a_model_without_values_are_an_error_or_the_files(tmp_path):
+    model, x = made(), torch.randn(3, 12).double()
+    filled = inject_adapter_in_model(DeloraConfig(**FIELDS, init_weights=False), copy.deepcopy(model))
+    save_adapter(filled, tmp_path)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(12, 8)).double()
+    later = copy.deepcopy(empty)
+    graft = bind(later, DeloraConfig(**FIELDS))
+    later.load_state_dict(model.state_dict(), assign=True)
+    params = extract_params(filled)
+    with pytest.raises(ValueError, match="0: the weight was on the meta device when DeLoRA's norms were taken of it"):
+        graft(params, x)
+    load_adapter(empty, tmp_path)
+    empty[0].base_layer.load_state_dict(model[0].state_dict(), assign=True)
+    torch.testing.assert_close(empty(x), filled(x))
+
+
 def test_it_trains():
     torch.manual_seed(0)
     model, x = made(dtype=torch.float32), torch.randn(32, 12)

@@ -34,6 +34,7 @@ from torchgraft.adapters import (
     LoHaConfig,
     LoraConfig,
     OFTConfig,
+    ShiraConfig,
     VeraConfig,
 )
 
@@ -195,6 +196,18 @@ def delora(config, where, leaves, weight, bias):
         delta = delta + torch.outer(b, a) / (a.square().sum() * b.square().sum()).sqrt()
     delta = leaves["delora_lambda"] / r * delta * flat.detach().square().sum(0).sqrt()
     return weight + delta.reshape(weight.shape), bias
+
+
+def shira(config, where, leaves, weight, bias):
+    """`W + S`, as many numbers as LoRA has parameters, in entries that a seed chooses: Bhardwaj et al., 2024."""
+    generator = torch.Generator()
+    if config.random_seed is not None:
+        generator.manual_seed(config.random_seed)
+    count = config.r * (len(weight) + weight[0].numel())
+    chosen = torch.zeros(weight.numel(), dtype=torch.bool)
+    chosen[torch.randperm(weight.numel(), generator=generator)[:count]] = True
+    delta = torch.where(chosen, leaves["shira_weight"][(chosen.cumsum(0) - 1).clamp(min=0)], 0.0)
+    return weight + delta.view(weight.shape), bias
 
 
 # -- the rows --------------------------------------------------------------------------------------------------------
@@ -385,5 +398,18 @@ METHODS = {
             ({"module_dropout": 1.0}, "DeloraConfig: module_dropout is 1.0, expected 0 <= p < 1"),
         ),
         exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "embedding"}, TypeError),),
+    ),
+    "shira": Row(
+        ShiraConfig(r=1, random_seed=1, **BOTH),
+        shira,
+        ShiraConfig(r=2, init_weights=False, **BOTH),
+        {"bias": "all"},
+        (
+            ({"r": 0}, "ShiraConfig: r is 0, expected a positive integer"),
+            ({"r": 3}, "r is 3 at first, a mask of r * (6 + 4) = 30 entries, and the weight has 24; expected r <= 2"),
+            ({"mask_type": "magnitude"}, "random_seed is 1 and mask_type is 'magnitude', which draws nothing from it"),
+            ({"mask_fn": len}, "mask_type is 'random', so mask_fn has no effect; give mask_type a name of your own"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
     ),
 }
