@@ -46,6 +46,7 @@ class PeftFormat:
         shared: Constants that files hold once for the whole model, `base_model.<name>`.
         fixed: `(config, site) -> leaves` that are not trained but constants of the site, by the leaf's name. Files hold
             them as they hold leaves; an injected layer has them as frozen parameters.
+        buffers: Those of them that a layer has as buffers instead, beside bare parameters.
         starts: Constants that are the values that leaves started with, by leaf. In an injected layer they have the
             leaf's dtype.
         saves_shared: `(config) -> bool`, whether files hold them.
@@ -76,6 +77,7 @@ class PeftFormat:
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()
     fixed: Callable[[Any, Site], tuple[str, ...]] = lambda config, site: ()
+    buffers: tuple[str, ...] = ()
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None

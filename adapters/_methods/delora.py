@@ -43,7 +43,8 @@ class DeloraConfig(AdapterConfig):
 
     Supports linear layers and, what PEFT refuses, `transformers`' `Conv1D`, embeddings and convolutions in any number
     of groups, whose weight is a matrix, `"out in/groups*kernel"`. The norms of the weight's columns are constants of
-    the graft, taken from the base when it is bound; files hold them, and in place they are frozen parameters.
+    the graft, taken from the base when it is bound; files hold them, and in place they are
+    buffers.
 
     Attributes:
         r: Rank.
@@ -203,6 +204,7 @@ DeloraConfig.form = PeftFormat(
     dropout="delora_dropout",
     probability="module_dropout",
     fixed=lambda config, site: (NORM,),
+    buffers=(NORM,),
     infer=_infer,
     values={"r": Value(lambda config, site: site.constants.r)},
     only_here=("fan_in_fan_out",),

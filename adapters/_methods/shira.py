@@ -38,19 +38,19 @@ class ShiraConfig(AdapterConfig):
 
     Supports linear layers and, what PEFT refuses, `transformers`' `Conv1D` and convolutions in any number of groups,
     whose weight is a matrix, `"out in/groups*kernel"`. The mask is a constant of the graft; files hold its indices, and
-    in place they are a frozen parameter of integers.
+    in place they are a buffer of integers.
 
-    Where PEFT does otherwise: it adds in the weight's own precision, in which small changes of a half-precision weight
-    are lost, and calls no hooks of the base; here the sum is that of the outputs there.
+    Where PEFT does otherwise: it adds to the weight in its own precision, in which small changes are lost where that is
+    half, and calls no hooks of the base; here the outputs are added then, and hooks are called.
 
     Attributes:
         r: The mask has `r (rows + columns)` entries; the rank of what is added has no bound but the weight's.
         mask_type: `"random"`, or a name of your own for what `mask_fn` does.
         random_seed: Seed of the random mask, for all modules; `None` for torch's default seed, the same each time.
         init_weights: `True` for zeros, `False` for normal numbers.
-        mask_fn: `(layer, r) -> mask` of the shape of `layer.weight`, with as many ones as a mask has entries, for other
-            values of `mask_type`. The layer is a linear one with the base's weight, as a matrix. It is never written to
-            a file. Where a file has another mask, `load_adapter(model, path)` takes the file's.
+        mask_fn: `(layer, r) -> mask` for other values of `mask_type`, as in PEFT: the layer is a linear one with the
+            base's weight, as a matrix, and the mask has its shape and as many ones as said. It is never written to a
+            file. Where a file has another mask, `load_adapter(model, path)` takes the file's.
 
     >>> ShiraConfig(r=4, random_seed=0, target_modules=["q_proj"]).mask_type
     'random'
@@ -289,12 +289,11 @@ ShiraConfig.form = PeftFormat(
     prefix="shira_",
     parameters=("shira_weight", INDICES),
     fixed=lambda config, site: (INDICES,),
+    buffers=(INDICES,),
     express=_express,
     values={
         "r": Value(lambda config, site: config.r),
-        "scaling": Value(
-            lambda config, site: site.constants.scaling, lambda config, site, value: {"scaling": float(value)}
-        ),
+        "scaling": Value(lambda config, site: site.constants.scaling, lambda config, site, s: {"scaling": float(s)}),
     },
     only_here=("bias", "exclude_modules", "layers_pattern", "layers_to_transform"),
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from torchgraft.adapters import (
     DeloraConfig,
+    delete_adapter,
     extract_graft,
     extract_params,
     get_peft_model_state_dict,
@@ -119,12 +120,17 @@ def test_norms_are_constants_that_no_one_trains():
     mine = mine_of(model)
     assert torch.equal(mine[0].delora_w_norm["default"], model[0].weight.detach().norm(dim=0))
     inject_adapter_in_model(DeloraConfig(**FIELDS), mine, "other")
+    norms = [name for name, _ in mine.named_buffers()]
+    assert norms == ["0.delora_w_norm.default", "0.delora_w_norm.other"]  # as in PEFT
     set_adapter(mine, "other")
     set_requires_grad(mine, ["default", "other"])
     trained = {name for name, p in mine.named_parameters() if p.requires_grad}
     leaves = ("delora_A", "delora_B", "delora_lambda")
     assert trained == {f"0.{leaf}.{name}" for leaf in leaves for name in ("default", "other")}
     assert set(extract_params(mine)["0"]) == set(leaves)
+    set_adapter(mine, "default")
+    delete_adapter(mine, "other")
+    assert [name for name, _ in copy.deepcopy(mine).named_buffers()] == norms[:1]
     graft = bind(model, DeloraConfig(**FIELDS))
     assert graft.init().keys() == {"0"} and set(graft.init()["0"]) == set(leaves)
 

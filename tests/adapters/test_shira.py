@@ -205,7 +205,7 @@ def test_masks_that_do_not_fit_are_errors(mask_fn, words):
 # -- in place --------------------------------------------------------------------------------------------------------
 
 
-def test_indices_stay_integers_and_frozen():
+def test_indices_stay_integers_and_no_parameter():
     mine = inject_adapter_in_model(ShiraConfig(**FIELDS), made(dtype=torch.float32))
     before = mine[0].shira_indices["default"].clone()
     for change in (
@@ -219,6 +219,12 @@ def test_indices_stay_integers_and_frozen():
     assert set_peft_model_state_dict(mine, state, low_cpu_mem_usage=True) == ([], [])
     assert torch.equal(mine[0].shira_indices["default"], before) and before.dtype == torch.int32
     assert set(extract_params(mine)["0"]) == {"shira_weight"}
+    assert [name for name, _ in mine.named_parameters() if "shira" in name] == ["0.shira_weight.default"]
+    assert [name for name, _ in mine.named_buffers()] == ["0.shira_indices.default"]
+    again = copy.deepcopy(mine)
+    again.load_state_dict(mine.state_dict(), assign=True)
+    x = torch.ones(1, 12).half()
+    assert torch.equal(again(x), mine(x))
 
 
 def test_written_scaling_counts_and_no_file_has_it(tmp_path):

@@ -134,7 +134,9 @@ class LayerLeaves(nn.Module):
         config: Any = self._entries[name].config
         attribute, part = config.form.places(self._entries[name].site)[leaf]
         held, key = (self._container(attribute), name) if part is None else (self._container(attribute)[name], part)
-        if not isinstance(held, nn.ParameterDict):
+        if leaf in config.form.buffers:
+            held.hold(key, parameter.detach())
+        elif not isinstance(held, nn.ParameterDict):
             setattr(held, key, parameter)
         elif held._parameters.get(key) is not parameter:
             held[key] = parameter
