@@ -71,6 +71,8 @@ SIZES = {
     "DELORA": {"r": 3},
     "SHIRA": {"r": 2, "random_seed": 3},
 }
+EXACT = {"C3A": 1e-6}
+"""How exact PEFT is where that is not double precision: C3A's spectra are in float32."""
 OWN = ("lora_", "ia3_", "hada_", "oft_", "vera_lambda", "c3a_", "delora_", "shira_", "modules_to_save")
 
 

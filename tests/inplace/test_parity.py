@@ -8,7 +8,20 @@ from peft.functional import cast_adapter_dtype
 
 from torchgraft import adapters
 
-from .models import KINDS, LINEAR, SIZES, both, inputs, layers, parameters, peft_load, peft_state, randomise, trained
+from .models import (
+    EXACT,
+    KINDS,
+    LINEAR,
+    SIZES,
+    both,
+    inputs,
+    layers,
+    parameters,
+    peft_load,
+    peft_state,
+    randomise,
+    trained,
+)
 
 LORA = [
     {},
@@ -91,8 +104,6 @@ CASES = [
         for kind in ("linear", "linear_without_bias")
     ),
 ]
-EXACT = {"C3A": 1e-6}
-"""How exact PEFT is where that is not double precision: C3A's spectra are in float32."""
 IDS = ["-".join([method, kind, *map(str, fields)]) for method, kind, fields in CASES]
 cases = pytest.mark.parametrize(("method", "kind", "fields"), CASES, ids=IDS)
 warnings = [
