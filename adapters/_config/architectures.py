@@ -59,6 +59,8 @@ OWN: dict[str, dict[str, tuple[str, ...]]] = {
         "roberta": ("query", "key", "value", "dense"),
         "t5": ("q", "k", "v", "o", "wi", "wo"),
     },
+    "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VERA": {"phi": ("q_proj", "v_proj")},
 }
 """Where a method's targets are not those of `TARGETS`."""

@@ -16,6 +16,8 @@ PARTS = {
     "modules_to_save": r"(^|.*\.){}($|\..*)",
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
+    "block_size_pattern": r"(.*\.)?({})$",
+    "lambda_pattern": r"(.*\.)?({})$",
 }
 """Fields whose strings, or keys, become a part of such an expression, in the place of `{}`."""
 

@@ -77,6 +77,6 @@ def by_pattern(by_name: Mapping[str, T], path: str, default: T) -> T:
     8
     """
     for pattern, value in by_name.items():
-        if patterns.match(rf"(.*\.)?({pattern})$", path, "rank_pattern or alpha_pattern"):
+        if patterns.match(rf"(.*\.)?({pattern})$", path, "a field of patterns"):
             return value
     return default

@@ -40,11 +40,13 @@ class PeftFormat:
         biased: The field of a config that says whether there are such biases.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
         dropout: The attribute of dropout modules, and the field that has their probability; `""` for none.
+        probability: That field, where it has another name than the attribute.
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
         shared: Constants that files hold once for the whole model, `base_model.<name>`.
         fixed: `(config, site) -> leaves` that are not trained but constants of the site, by the leaf's name. Files hold
             them as they hold leaves; an injected layer has them as frozen parameters.
+        buffers: Those of them that a layer has as buffers instead, beside bare parameters.
         starts: Constants that are the values that leaves started with, by leaf. In an injected layer they have the
             leaf's dtype.
         saves_shared: `(config) -> bool`, whether files hold them.
@@ -71,10 +73,12 @@ class PeftFormat:
     biased: str = ""
     holder: Callable[[Any, Site, str], nn.Module] | None = None
     dropout: str = ""
+    probability: str = ""
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()
     fixed: Callable[[Any, Site], tuple[str, ...]] = lambda config, site: ()
+    buffers: tuple[str, ...] = ()
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     saves_shared: Callable[[Any], bool] = lambda config: False
     infer: Callable[[Any, Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
@@ -88,6 +92,12 @@ class PeftFormat:
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
         """Return the leaves of a site that are not trained, by name."""
         return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
+
+    def dropout_of(self, config: Any) -> float:
+        """Return the probability of dropout that a config says, 0 for methods without dropout modules."""
+        name = self.probability or self.dropout
+        p: float = getattr(config, name) if name else 0.0
+        return p
 
     @property
     def leaves(self) -> tuple[str, ...]:

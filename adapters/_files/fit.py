@@ -77,7 +77,7 @@ def fit(
     wanted = _wanted(config, sites, replaced, follows, saved)
     parts, rest = Parts({}, {}, {}, {}, {}), []
     for key, name in _stripped(weights).items():
-        if not _take(weights, key, name, wanted, sites, parts) and not _is_spare(config, name, replaced):
+        if not _take(config, weights, key, name, wanted, sites, parts) and not _is_spare(config, name, replaced):
             rest.append(key)
     _check_complete(config, weights, parts, wanted)
     tensors = base() if rest else {}
@@ -133,14 +133,24 @@ def _wanted(
     return _Wanted(leaves, shapes, tied, saved, {f"{SHARED}{name}": name for name in config.form.shared})
 
 
-def _take(weights: Weights, key: str, name: str, wanted: _Wanted, sites: Mapping[str, Site], parts: Parts) -> bool:
+def _take(
+    config: AdapterConfig,
+    weights: Weights,
+    key: str,
+    name: str,
+    wanted: _Wanted,
+    sites: Mapping[str, Site],
+    parts: Parts,
+) -> bool:
     """Enter a key into the parts of a file, and return whether it is one that is wanted."""
     if name in wanted.leaves:
         where = wanted.leaves[name]
         if where in parts.leaves:
             raise KeyError(f"{weights.file}: has {key!r} and {parts.leaves[where]!r}, which mean the same")
         parts.leaves[where] = key
-        _check(weights, key, wanted.shapes[where], _own_kind(weights, key))
+        floating = weights.specs[key].dtype.is_floating_point  # as PEFT writes integers on Windows
+        integers = None if floating else integers_of(config, sites, *where)
+        _check(weights, key, wanted.shapes[where], integers or _own_kind(weights, key))
     elif (other := name.replace(".base_layer.", ".")) in wanted.tied:
         path, leaf, transposed = parts.tied[key] = wanted.tied[other]
         shape = wanted.shapes[path, leaf]
@@ -161,6 +171,13 @@ def _shapes(config: AdapterConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """Return shapes of all that a file has of a site, trained or not."""
     fixed = {leaf: tuple(tensor.shape) for leaf, tensor in config.form.fixed_tensors(config, site).items()}
     return config.method.shapes(config, site) | fixed
+
+
+def integers_of(config: AdapterConfig, sites: Mapping[str, Site], path: str, leaf: str) -> torch.dtype | None:
+    """Return the dtype of a leaf that is not trained where it holds integers, such as a mask's indices."""
+    fixed = config.form.fixed_tensors(config, sites[path]) if path in sites else {}
+    dtype = fixed[leaf].dtype if leaf in fixed else torch.float32
+    return None if dtype.is_floating_point or dtype.is_complex else dtype
 
 
 def _stripped(weights: Weights) -> dict[str, str]:

@@ -21,7 +21,7 @@ from .._config.replaced import saved_buffers
 from .._inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .._inplace.tensors.gathering import fill
 from .._inplace.walk import bare_modules, layers
-from .fit import Parts, fit
+from .fit import Parts, fit, integers_of
 from .stored import Stored, base_of, fixed_leaves, other_base, other_shared
 
 
@@ -82,7 +82,8 @@ def _tree(
     for (path, leaf), key in parts.leaves.items():
         base = base_of(path, leaf, modules, sites, replaced)
         reader = of_base if leaf in replaced.get(path, {}) else stored
-        tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, trainable_dtype(base))
+        dtype = integers_of(stored.config, sites, path, leaf) or trainable_dtype(base)
+        tree.setdefault(path, {})[leaf] = reader.leaf(key, tensors[key], base, dtype)
     return tree
 
 

@@ -85,6 +85,8 @@ class Stored:
             ValueError: Values that the dtype cannot hold.
         """
         device = self.device or ("cpu" if base.is_meta else base.device)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            return tensor.to(device, dtype)
         if tensor.is_complex() and not (self.dtype or dtype).is_complex:
             raise ValueError(
                 f"{self.weights.file}: {key!r} is complex, {tensor.dtype}, and the model takes {self.dtype or dtype}, "
@@ -131,10 +133,17 @@ def other_fixed(
     for path, site in sites.items():
         for leaf, own in config.form.fixed_tensors(config, site).items():
             given = tensors[parts.leaves[path, leaf]]
-            step = 4 * torch.finfo(given.dtype).eps
-            if not torch.allclose(own.to("cpu", torch.float64), given.double(), rtol=step, atol=max(step, 1e-5)):
+            if own.is_meta or not _near(own.cpu(), given):
                 found.append((path, leaf))
     return found
+
+
+def _near(own: Tensor, given: Tensor) -> bool:
+    """Return whether two tensors are equal up to the precision of the second, which is none for integers."""
+    if not own.is_floating_point():
+        return torch.equal(own.to(given.dtype), given)
+    step = 4 * torch.finfo(given.dtype).eps
+    return torch.allclose(own.double(), given.double(), rtol=step, atol=max(step, 1e-5))
 
 
 def other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:

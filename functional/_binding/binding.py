@@ -230,11 +230,11 @@ class Binding:
 
 
 def _to(constants: Constants, device: torch.device, moved: dict[tuple[int, torch.device], Tensor]) -> Constants:
-    """Move tensors among a site's constants, each shared one once."""
+    """Move tensors among a site's constants, each shared one once; those without values stay as they are."""
     out: dict[str, Any] = {}
     for key, value in constants.items():
         tensor = value.values if isinstance(value, PerAdapter) else value
-        if isinstance(tensor, Tensor) and tensor.device != device:
+        if isinstance(tensor, Tensor) and tensor.device != device and not tensor.is_meta:
             tensor = moved.setdefault((id(tensor), device), tensor.to(device))
             out[key] = PerAdapter(tensor) if isinstance(value, PerAdapter) else tensor
     return constants.replace(out)

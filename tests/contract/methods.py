@@ -26,7 +26,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    AdapterConfig,
+    C3AConfig,
+    DeloraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    ShiraConfig,
+    VeraConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +187,39 @@ def vera(config, where, leaves, weight, bias):
     return weight + leaves["vera_lambda_b"].diag() @ b @ leaves["vera_lambda_d"].diag() @ a, bias
 
 
+def c3a(config, where, leaves, weight, bias):
+    """`W + C / d`, each row of a block of `C` the one above it turned by one: Chen et al., 2024, with PEFT's factor."""
+
+    def block(row):
+        return torch.stack([row.roll(turn, 0) for turn in range(len(row))])
+
+    blocks = [[block(row) for row in rows] for rows in leaves["c3a_kernel"]]
+    matrix = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+    return weight + matrix / weight[0].numel(), bias
+
+
+def delora(config, where, leaves, weight, bias):
+    """`W + (lambda / r) sum_i b_i a_i^T / (|b_i| |a_i|)`, columns times those norms of `W`: Bini et al., 2025."""
+    flat, r = weight.flatten(1), len(leaves["delora_A"])
+    delta = torch.zeros_like(flat)
+    for a, b in zip(leaves["delora_A"], leaves["delora_B"].T, strict=True):
+        delta = delta + torch.outer(b, a) / (a.square().sum() * b.square().sum()).sqrt()
+    delta = leaves["delora_lambda"] / r * delta * flat.detach().square().sum(0).sqrt()
+    return weight + delta.reshape(weight.shape), bias
+
+
+def shira(config, where, leaves, weight, bias):
+    """`W + S`, as many numbers as LoRA has parameters, in entries that a seed chooses: Bhardwaj et al., 2024."""
+    generator = torch.Generator()
+    if config.random_seed is not None:
+        generator.manual_seed(config.random_seed)
+    count = config.r * (len(weight) + weight[0].numel())
+    chosen = torch.zeros(weight.numel(), dtype=torch.bool)
+    chosen[torch.randperm(weight.numel(), generator=generator)[:count]] = True
+    delta = torch.where(chosen, leaves["shira_weight"][(chosen.cumsum(0) - 1).clamp(min=0)], 0.0)
+    return weight + delta.view(weight.shape), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -215,6 +259,8 @@ OF_OFT = (
         frozenset({"conv2d"}),
     ),
 )
+CHANNELS = frozenset({"conv1d", "conv2d", "conv2d (dilated)", "conv3d"})
+LINEAR_IN_PEFT = "PEFT's layers are linear ones"
 
 
 def row_of_lora(formula, fields, other, wrong=(), **rest):
@@ -351,5 +397,42 @@ METHODS = {
             ({"r": 0}, "VeraConfig: r is 0, expected a positive integer"),
             ({"vera_dropout": 1.0}, "VeraConfig: vera_dropout is 1.0, expected 0 <= p < 1"),
         ),
+    ),
+    "c3a": Row(
+        C3AConfig(block_size=2, init_weights=True, **BOTH),
+        c3a,
+        C3AConfig(block_size=2, init_weights="gaussian", **BOTH),
+        {"block_size": 1},
+        (
+            ({"block_size": 4}, "block_size is 4 at first, whose weight is 6 x 4; expected a divisor of 2"),
+            ({"block_size": 0}, "C3AConfig: block_size is 0 at first, expected a positive integer"),
+            ({"init_weights": "magic"}, "C3AConfig: init_weights is 'magic', expected one of True, False, 'gaussian'"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
+    ),
+    "delora": Row(
+        DeloraConfig(r=2, delora_lambda=3, rank_pattern={"first": 1}, **BOTH),
+        delora,
+        DeloraConfig(r=3, delora_lambda=5, init_weights=False, **BOTH),
+        {"module_dropout": 0.5},
+        (
+            ({"r": 0, "rank_pattern": {}}, "DeloraConfig: r is 0 at first, expected a positive integer"),
+            ({"delora_lambda": 0}, "DeloraConfig: delora_lambda is 0 at first, expected a positive number"),
+            ({"module_dropout": 1.0}, "DeloraConfig: module_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "embedding"}, TypeError),),
+    ),
+    "shira": Row(
+        ShiraConfig(r=1, random_seed=1, **BOTH),
+        shira,
+        ShiraConfig(r=2, init_weights=False, **BOTH),
+        {"bias": "all"},
+        (
+            ({"r": 0}, "ShiraConfig: r is 0, expected a positive integer"),
+            ({"r": 3}, "r is 3 at first, a mask of r * (6 + 4) = 30 entries, and the weight has 24; expected r <= 2"),
+            ({"mask_type": "magnitude"}, "random_seed is 1 and mask_type is 'magnitude', which draws nothing from it"),
+            ({"mask_fn": len}, "mask_type is 'random', so mask_fn has no effect; give mask_type a name of your own"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
     ),
 }

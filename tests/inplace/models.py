@@ -67,8 +67,13 @@ SIZES = {
     "LOHA": {"r": 4},  # PEFT rounds the factor alpha / r to float32
     "OFT": {"oft_block_size": 4},
     "VERA": {"r": 3},
+    "C3A": {"block_size": 2},
+    "DELORA": {"r": 3},
+    "SHIRA": {"r": 2, "random_seed": 3},
 }
-OWN = ("lora_", "ia3_", "hada_", "oft_", "vera_lambda", "modules_to_save")
+EXACT = {"C3A": 1e-6}
+"""How exact PEFT is where that is not double precision: C3A's spectra are in float32."""
+OWN = ("lora_", "ia3_", "hada_", "oft_", "vera_lambda", "c3a_", "delora_", "shira_", "modules_to_save")
 
 
 def configs(method, **fields):

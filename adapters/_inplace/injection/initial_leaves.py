@@ -66,12 +66,16 @@ def _values(config: AdapterConfig, sites: Mapping[str, Site], weights: Weights, 
 def _fixed(
     config: AdapterConfig, site: Site, made: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], meta: bool
 ) -> dict[str, nn.Parameter]:
-    """Return the leaves of a site that are not trained, in the dtype of those that are."""
+    """Return the leaves of a site that are not trained, in the dtype of those that are; integers stay integers."""
     weight = site.like(modules[site.owner])
-    dtype = next((leaf.dtype for leaf in made.values()), trainable_dtype(weight))
-    device = "meta" if meta else weight.device
-    tensors = config.form.fixed_tensors(config, site)
-    return {leaf: nn.Parameter(tensor.to(device, dtype, copy=True), False) for leaf, tensor in tensors.items()}
+    trained = next((leaf.dtype for leaf in made.values()), trainable_dtype(weight))
+
+    def start(tensor: Tensor) -> nn.Parameter:
+        dtype = trained if tensor.is_floating_point() or tensor.is_complex() else tensor.dtype
+        device = "meta" if meta or tensor.is_meta else weight.device  # what has no values yet stays without
+        return nn.Parameter(tensor.to(device, dtype, copy=True), False)
+
+    return {leaf: start(tensor) for leaf, tensor in config.form.fixed_tensors(config, site).items()}
 
 
 def started(config: AdapterConfig, site: Site, leaves: Mapping[str, Tensor]) -> Site:

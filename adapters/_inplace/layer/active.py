@@ -176,7 +176,8 @@ def placed(entry: SiteAdapter, device: torch.device | None) -> SiteAdapter:
     """Return an adapter's entry with its constants on a device."""
     if device is None:
         return entry
-    here = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in entry.site.constants.items() if isinstance(value, Tensor)}
+    here = {key: value for key, value in tensors.items() if not value.is_meta}  # without values: a leaf has them
     if all(value.device == device for value in here.values()):
         return entry
     moved = {key: _COPIES.setdefault(value, {}).setdefault(device, value.to(device)) for key, value in here.items()}

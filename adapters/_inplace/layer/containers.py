@@ -64,6 +64,13 @@ class Parameters(Container, nn.ParameterDict):
         if value is None or isinstance(value, Tensor):
             self.refresh_layers()
 
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor in that is no parameter, as a buffer."""
+        if name not in self._buffers:
+            self._keys[name] = None
+            self.register_buffer(name, None)
+        setattr(self, name, tensor)
+
     __call__ = nn.Module.__call__
 
     def forward(self, compute: Callable[[], Any]) -> Any:

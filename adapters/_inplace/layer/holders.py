@@ -89,8 +89,8 @@ class Holders:
                 box = modules[attribute]
                 self._bare.append((leaf, box, name) if key is None else (leaf, box[name], key))
         self.containers = [box for _, box, _ in self._bare]
-        self.moved = any(key not in box._parameters for _, box, key in self._bare)
-        self.p = getattr(config, form.dropout) if form.dropout else 0.0
+        self.moved = any(key not in box._parameters and key not in box._buffers for _, box, key in self._bare)
+        self.p = form.dropout_of(config)
 
     def _part(self, leaf: str, module: Any, made: Traits | None) -> Part:
         own = vars(module)

@@ -87,7 +87,7 @@ class LayerLeaves(nn.Module):
         if dropout := config.form.dropout:
             if dropout not in self._modules:
                 self.add_module(dropout, Dropouts(self).train(self.training))
-            self._put(dropout, name, make_dropout(getattr(config, dropout)))
+            self._put(dropout, name, make_dropout(config.form.dropout_of(config)))
         for leaf, parameter in leaves.items():
             self.set_leaf(name, leaf, parameter)
         for fact, value in config.form.facts(config, entry.site).items():
@@ -134,7 +134,9 @@ class LayerLeaves(nn.Module):
         config: Any = self._entries[name].config
         attribute, part = config.form.places(self._entries[name].site)[leaf]
         held, key = (self._container(attribute), name) if part is None else (self._container(attribute)[name], part)
-        if not isinstance(held, nn.ParameterDict):
+        if leaf in config.form.buffers:
+            held.hold(key, parameter.detach())
+        elif not isinstance(held, nn.ParameterDict):
             setattr(held, key, parameter)
         elif held._parameters.get(key) is not parameter:
             held[key] = parameter

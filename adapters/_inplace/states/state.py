@@ -205,7 +205,7 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping
         return
     base = next((bases[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in bases), None)
     like = old if base is None else base
-    numbers = like.is_floating_point() or like.is_complex()
+    numbers = all(one.is_floating_point() or one.is_complex() for one in (like, old))
     new = value.detach().to(like.device, like.dtype if numbers else old.dtype)
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 

@@ -135,11 +135,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the input on `r` coordinates."""
     down = _parts(x if keep is None else x * keep, a) @ a.mT
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    y = base_output(x, weight, bias)
     _add_product_(y, down, b.mT, scaling)
-    if x.ndim > 2:  # in another shape, but no view to autograd: users may write to it
-        y = _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-    return y, down
+    return shaped(y, x), down
+
+
+def base_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` as `"tokens out"`, by the kernel that the base's own call takes."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+
+
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Return `"tokens out"` in the shape of the output for an input, no view to autograd: users may write to it."""
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1])) if x.ndim > 2 else y
 
 
 def _parts(x: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -55,13 +55,15 @@ def _denominator(config: Any, r: int) -> float:
     return math.sqrt(r) if getattr(config, "use_rslora", False) else r
 
 
-def warn_of_unused_patterns(config: Any, sites: list[Site]) -> None:
-    """Warn of what `rank_pattern` and `alpha_pattern` name in vain."""
-    patterns = {**config.rank_pattern, **config.alpha_pattern}
+def warn_of_unused_patterns(
+    config: Any, sites: list[Site], fields: Sequence[str] = ("rank_pattern", "alpha_pattern")
+) -> None:
+    """Warn of what fields of patterns name in vain."""
+    patterns = dict.fromkeys(pattern for field in fields for pattern in getattr(config, field))
     missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
     if missed:
         warnings.warn(
-            f"{type(config).__name__}: {missed} in rank_pattern or alpha_pattern match none of the targeted modules "
+            f"{type(config).__name__}: {missed} in {' or '.join(fields)} match none of the targeted modules "
             "and have no effect; a pattern matches a whole name, or its end after a dot",
             RuntimeWarning,
             stacklevel=3,
@@ -70,9 +72,21 @@ def warn_of_unused_patterns(config: Any, sites: list[Site]) -> None:
 
 def ranks_of(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the fields of a config that gives modules these ranks, by path; none where it does already."""
-    wanted = {path: by_pattern(config.rank_pattern, path, config.r) for path in ranks}
-    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != wanted[path]}
-    return {"rank_pattern": {**other, **config.rank_pattern}} if other else {}
+    return patterns_of(config, ranks, "r", "rank_pattern")
+
+
+def patterns_of(config: Any, values: Mapping[str, Any], field: str, patterns: str) -> dict[str, Any]:
+    """Return the fields of a config that gives modules these values, by path; none where it does already.
+
+    Args:
+        config: An adapter's config.
+        values: The value of each module.
+        field: Name of the field that holds for modules that no pattern matches.
+        patterns: Name of the field that has other values by pattern.
+    """
+    own, default = getattr(config, patterns), getattr(config, field)
+    other = {f"^{re.escape(path)}": one for path, one in values.items() if one != by_pattern(own, path, default)}
+    return {patterns: {**other, **own}} if other else {}
 
 
 def expressed(config: C, sites: Sites) -> C:
