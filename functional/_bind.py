@@ -9,6 +9,7 @@ from torch import nn
 
 from ._binding.binding import Binding
 from ._binding.stacked import StackedBinding
+from ._given import check_config, check_module
 from ._graft import Graft
 from ._method import Config
 from ._skeleton.parameters import AdaptedParameters
@@ -51,8 +52,7 @@ def bind(
     >>> bind(model, LoraConfig(target_modules=["0"]))
     Graft(Sequential, LORA on 1 sites)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    check_module(model, "bind: ", other=config)
     model = without_parallel(model)
     named = isinstance(config, Mapping)
     configs: Mapping[str, Any] = {"": config}
@@ -64,11 +64,11 @@ def bind(
         given = "dict of configs; give at least one, as {'name': LoraConfig(...)}"
         raise ValueError(f"bind: got an empty {given if named else 'list of configs; give at least one'}")
     for name, value in configs.items():
+        fits = not isinstance(value, type) and hasattr(value, "method") and hasattr(value, "targets")
+        what = f"config[{name!r}]" if named else f"config{name}"
+        check_config(value, f"bind: {what}", fits, config if value is not config else None)
         if not isinstance(name, str) or (named and not name):
             raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
-        if isinstance(value, type) or not hasattr(value, "method") or not hasattr(value, "targets"):
-            given = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-            raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
     for path, module in model.named_modules():
         check_flat(path or "the model", module)
         if isinstance(module, (AdaptedModule, AdaptedParameters)):

@@ -127,7 +127,7 @@ class StackedGraft(Graft):
 
     def member(self, index: int) -> Graft:
         """Return the graft of one config alone, for trees that `unstack` returns."""
-        return Graft(self.model, self.binding.singles[index], allow_unreached=self.bound.allow_unreached)
+        return Graft(self.model, self.binding.member(index), allow_unreached=self.bound.allow_unreached)
 
     def at(self, index: int | Tensor) -> Member:
         """Return the graft of one adapter as the stack has it, padded: for `torch.vmap` over stack and index.
@@ -142,6 +142,7 @@ class StackedGraft(Graft):
         >>> torch.vmap(lambda i, params: graft.at(i)(params, x))(torch.arange(2), many).shape
         torch.Size([2, 5, 3])
         """
+        self.binding.check_index(index)
         return Member(self, index)
 
 

@@ -54,7 +54,7 @@ ORDER = {
         .: __init__
     """,
     "functional": """
-        .: _constants _places _rows _unsupported
+        .: _messages _constants _places _rows _unsupported
         _tensors: placement wrappers
         _sites: site kernels kinds parameters factored
         .: _abilities _method _trees _norms _grads
@@ -64,7 +64,7 @@ ORDER = {
         _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant trial run entered views
-        .: _graft _call _merge _stacks _base_with_weights _bind extending __init__
+        .: _graft _given _call _merge _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

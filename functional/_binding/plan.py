@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from .._abilities import SharesLeaves, TakesComplex
 from .._constants import Constants
 from .._layers.base import Base
+from .._messages import advice_on
 from .._method import SHARED, Config, Weights
 from .._sites.kinds import describe
 from .._sites.parameters import describe_parameter, find
@@ -72,12 +73,14 @@ def plan_sites(
         if (id(module), leaf) in seen:
             continue
         seen.add((id(module), leaf))
+        _check_bare(path, modules)
         site = describe_parameter(path, module, leaf) if leaf else describe(path, module)
         if site is None or site.kind not in method.kinds:
             kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
             raise UnsupportedConfig(
                 f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
                 f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
+                + _inside(path, modules, method.kinds)
             )
         if leaf and (id(module), "") in seen:
             raise ValueError(
@@ -98,6 +101,24 @@ def plan_sites(
         return sites
     uses = sharing.uses(config, list(sites.values()))
     return {path: dataclasses.replace(site, shared=dict(uses.get(path, {}))) for path, site in sites.items()}
+
+
+def _check_bare(path: str, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a module that another library's adapters, or those in place, are around."""
+    parts = path.split(".") if path else []
+    for count in range(len(parts) + 1):
+        around = ".".join(parts[:count])
+        if advice := advice_on(modules.get(around)):
+            raise TypeError(f"{around or 'the model'}: {type(modules[around]).__name__} {advice}")
+
+
+def _inside(path: str, modules: Mapping[str, nn.Module], kinds: Collection[str]) -> str:
+    """Return which modules within an unsupported one are supported."""
+    start = f"{path}." if path else ""
+    sites = (describe(name, modules[name]) for name in modules if name != path and name.startswith(start))
+    names = [site.path for site in sites if site is not None and site.kind in kinds]
+    more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
+    return f". Within it are {', '.join(map(repr, names[:3]))}{more}" if names else ""
 
 
 def _needs_real(config: Config) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._layers.routed import RoutedLayer
 from .._locating.finder import Finder
 from .._locating.look import Declared
+from .._messages import given_type
 from .._method import SiteAdapter, Tree
 from .._places import Places
 from .._rows import Rows, is_readable, rows_of
@@ -154,20 +155,23 @@ def route(
     >>> torch.allclose(y[0], graft(unstack(many)[1], x)[0]), torch.equal(y[1], graft.model(x)[1])
     (True, True)
     """
+    _check_stack(stacked, rows)
     leaf = next(_leaves(stacked), None)
     if leaf is None or leaf.ndim == 0 or len(leaf) == 0:
         raise ValueError("route: the stacked tree has no leaves with a leading axis; make it with stack([tree, ...])")
     declared = _declared(batch_dim, mixed)
     if places is not None and not isinstance(places, Places):
         raise TypeError(f"route: places is of type {type(places).__name__}, expected what graft.places() returns")
+    if members is not None and not isinstance(members, Tensor):
+        raise TypeError(f"route: members is {given_type(members)}, expected a tensor: torch.tensor(members)")
     if rows is None:
         return Routed(stacked, Rows(None, len(leaf)), members, declared, check, None, places)
     if not isinstance(rows, Tensor):
-        raise TypeError(f"route: rows is of type {type(rows).__name__}, expected a tensor: torch.tensor(rows)")
+        raise TypeError(f"route: rows is {given_type(rows)}, expected a tensor{_as_tensor(rows)}")
     if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"route: rows has shape {tuple(rows.shape)} and dtype {rows.dtype}, expected one long index for each row "
-            "of the batch, shape (batch,)"
+            f"of the batch, shape (batch,){_as_indices(rows)}"
         )
     if len(rows) == 0:
         raise ValueError("route: rows is empty, expected one index for each row of the batch")
@@ -180,6 +184,35 @@ def route(
             f"route: a row's index is outside of -1 to {len(leaf) - 1}, the {len(leaf)} adapters in the stack",
         )
     return Routed(stacked, adapter_rows, members, declared, check, rows, places)
+
+
+def _check_stack(stacked: Any, rows: Any) -> None:
+    if isinstance(stacked, Tensor) and isinstance(rows, Mapping):
+        raise TypeError("route: the arguments are swapped, expected route(stacked, rows)")
+    if isinstance(stacked, (list, tuple)):
+        raise TypeError(
+            f"route: got a {type(stacked).__name__}, expected a stacked tree; make one of a list of trees: "
+            "route(stack(trees), rows)"
+        )
+
+
+def _as_tensor(rows: Any) -> str:
+    """Return what to write for rows that are no tensor."""
+    if isinstance(rows, (list, tuple)) and any(isinstance(row, str) for row in rows):
+        return (
+            " of numbers: the adapters of a stack are numbered, in the order in which it was made: "
+            "torch.tensor([names.index(name) for name in rows])"
+        )
+    return ": torch.tensor(rows)" if not isinstance(rows, int) else f": torch.full((batch,), {rows})"
+
+
+def _as_indices(rows: Tensor) -> str:
+    """Return what to write for rows of another kind."""
+    if rows.dtype == torch.bool:
+        return "; a mask of rows is no index: torch.where(mask, 0, -1) gives those of the mask adapter 0"
+    if rows.ndim == 1:
+        return "; rows.long(), if they are whole numbers"
+    return "; one adapter is for the whole row of a batch" if rows.ndim else "; rows.expand(batch) is one for all"
 
 
 def _placed(rows: Tensor, leaf: Tensor) -> Tensor:
