@@ -83,7 +83,8 @@ def check_config(config: Any, what: str, fits: bool, within: Any = None) -> None
         hint += "; a dict maps names of adapters to configs"
     fields = config if isinstance(config, Mapping) else within
     if isinstance(fields, Mapping) and fields and all(map(_is_field, fields, fields.values())):
-        hint += f"; fields of one config are given as {name}({', '.join(f'{key}={fields[key]!r:.30}' for key in fields)})"
+        words = ", ".join(f"{key}={value!r:.30}" for key, value in fields.items())
+        hint += f"; fields of one config are given as {name}({words})"
     raise TypeError(f"{what} is {_shown(config)}, {hint}")
 
 

@@ -195,9 +195,7 @@ def _elsewhere(graft: Graft, name: str) -> str:
     """Return where an attribute is that a graft does not have."""
     model = vars(graft)["binding"].model if "binding" in vars(graft) else None
     if name in ("parameters", "named_parameters", "state_dict", "params"):
-        return (
-            "; a graft holds no parameters: graft.init(generator) makes them, and each call is given them"
-        )
+        return "; a graft holds no parameters: graft.init(generator) makes them, and each call is given them"
     if name in ("merge", "stack", "unstack", "route", "functional_call"):
         return f"; it is a function: torchgraft.functional.{name}"
     if name in ("train", "eval", "to", "half", "float", "double", "cuda", "cpu", "requires_grad_"):

@@ -52,6 +52,11 @@ def stack(trees: Sequence[Tree]) -> Tree:
                 raise ValueError(
                     f"stack: leaf {path} is in tree {where} and not in tree {missing}; stack adapters of one config"
                 )
+            if other[path].device != flat[0][path].device:
+                raise ValueError(
+                    f"stack: leaf {path} is on {flat[0][path].device} in tree 0 and on {other[path].device} in tree "
+                    f"{index}; move one of them, or make both with graft.init(device=...)"
+                )
             if other[path].shape != flat[0][path].shape:
                 raise ValueError(
                     f"stack: leaf {path} has shape {tuple(flat[0][path].shape)} in tree 0 and "
@@ -166,12 +171,14 @@ def _hint(given: tuple[int, ...], expected: tuple[int, ...], stacked: bool) -> s
     if len(given) == len(expected) + 1 and given[1:] == expected:
         return (
             f"; it looks like a stack of {given[0]} adapters: use route or torch.vmap, or unstack it and give one, "
-            "unstack(many)[i]"
+            "unstack(many)[i]."
         )
+    if stacked and given[1:] == expected[1:]:
+        return f"; the first leaf is of {expected[0]} adapters and this one of {given[0]}"
     if len(given) == len(expected) and all(a >= b for a, b in zip(given, expected, strict=True)):
         return (
             "; was it made for another rank, layer or model? Trees of a stack of several ranks are padded to the "
-            "largest: graft.unstack(many), of the graft that the stack is of, gives each as it is alone"
+            "largest: graft.unstack(many), of the graft that the stack is of, gives each as it is alone."
         )
     return "; was it made for another rank, layer or model?"
 

@@ -32,7 +32,7 @@ OPTIONAL = {"adapters/_calibration/progress.py": {"tqdm"}}
 ORDER = {
     "adapters": """
         _files/disk: folder strict_json headers config_file
-        _config: layers peft_format messages patterns fields matching peft_type target_parameters experts architectures
+        _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts architectures
             ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called fused low_rank scalings
@@ -50,7 +50,7 @@ ORDER = {
         _files: configs fit stored save into_graft into_model load
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: peft_modules alias
+        _peft: names peft_modules alias
         .: __init__
     """,
     "functional": """

@@ -10,8 +10,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft
-from torchgraft.functional.extending import Site, Tree, modules_of, whole
+from torchgraft.functional import Graft, Routed
+from torchgraft.functional.extending import Site, Tree, given_type, modules_of, whole
 
 from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
@@ -23,7 +23,7 @@ from .._inplace.walk import layers, unwrap
 from .._methods.lora.to_plain import plain as to_plain
 from .._methods.lora.to_plain import raw
 from .disk.config_file import make_folder, to_json
-from .disk.folder import check_name, write_pair
+from .disk.folder import as_directory, check_name, write_pair
 
 
 def save_adapter(
@@ -69,7 +69,15 @@ def save_adapter(
     ...     print(sorted(file.name for file in save_adapter(graft, folder, params=graft.init()).iterdir()))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if isinstance(path, Mapping) or isinstance(adapter_name, Mapping):
+        raise TypeError("the parameters go by name: save_adapter(graft, path, params=params)")
+    if not isinstance(target, (nn.Module, Graft)) and isinstance(path, (nn.Module, Graft)):
+        raise TypeError(
+            f"model is {given_type(target)}, expected a torch.nn.Module or a graft; are the arguments swapped? "
+            "save_adapter(model, path)"
+        )
     check_name(adapter_name)
+    as_directory(path)
     if isinstance(target, Graft):
         model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
@@ -94,7 +102,14 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     if params is None:
         raise TypeError("params is None, expected the graft's parameter tree: save_adapter(graft, path, params=params)")
     if name not in graft.configs:
-        raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
+        raise ValueError(
+            f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}, each of which is saved by "
+            f"its name: save_adapter(graft, path, {next(iter(graft.configs))!r}, params=params)"
+        )
+    if isinstance(params, Routed):
+        raise TypeError("params is a routed stack, expected the tree of one adapter, unstack(many)[i]")
+    if not isinstance(params, Mapping):
+        graft.binding.active(params)
     own = params.get(name)
     by_name = (
         graft.binding.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
@@ -123,7 +138,10 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
 def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
     """Return a model, and one of its adapters' config, sites and tensors."""
     if params is not None:
-        raise TypeError("params go with a graft; a model's parameters are those injected in it")
+        raise TypeError(
+            "params go with a graft; a model's parameters are those injected in it. For a tree: "
+            "save_adapter(bind(model, config), path, params=params)"
+        )
     state = get_peft_model_state_dict(target, adapter_name=adapter_name)
     model = unwrap(target)
     config = config_of(model, adapter_name)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.extending import Base, unwrapped
+from torchgraft.functional.extending import Base, advice_on, check_module, unwrapped
 
 from .beside.biases import biases_of
 from .beside.modules_to_save import ModulesToSaveWrapper
@@ -28,12 +28,24 @@ def unwrap(model: Any) -> nn.Module:
     """Return the model behind `torch.compile`, `DistributedDataParallel`, FSDP1 and torch's activation checkpointing.
 
     Raises:
-        TypeError: Something else than a module.
+        TypeError: Something else than a module, or a model that PEFT has wrapped.
     """
     model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
+    check_module(model)
+    if placed_in(model) is None and (advice := advice_on(model)):
+        raise TypeError(f"the model: {type(model).__name__} {advice}")
     return model
+
+
+def refuse_others(model: nn.Module) -> None:
+    """Refuse a model without adapters of its own that has another library's, which no function here reaches.
+
+    Raises:
+        TypeError: It has; names the first.
+    """
+    for path, module in model.named_modules():
+        if advice := advice_on(module):
+            raise TypeError(f"{path}: {type(module).__name__} {advice}")
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -200,7 +200,7 @@ class StackedBinding(Binding):
             super()._check(tree, name, what)
         except ValueError as error:
             raise ValueError(
-                f"{error}. In a stack of {len(self.members)} configs a tree is padded: graft.stack(trees) stacks trees "
+                f"{error} In a stack of {len(self.members)} configs a tree is padded: graft.stack(trees) stacks trees "
                 "of their own shapes, and graft.pad(tree) pads one"
             ) from None
 
