@@ -48,11 +48,10 @@ def check_name(name: Any) -> str:
     Traceback (most recent call last):
     ValueError: adapter_name is '../style', expected a name without slashes, colons and control characters, not '..'
     """
-    if not isinstance(name, str):
-        raise ValueError(f"adapter_name is {name!r:.60}, expected one name, a string")
-    if name in ("", ".", "..") or re.search(r"[/\\:\x00-\x1f]", name):
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\x00-\x1f]", name):
         raise ValueError(
-            f"adapter_name is {name!r}, expected a name without slashes, colons and control characters, not '..'"
+            f"adapter_name is {name!r:.60}, expected a name without slashes, colons and control characters, not '..'"
+            + (f"; it takes one name, a string, and this is {given_type(name)}" if not isinstance(name, str) else "")
         )
     return name
 
