@@ -32,8 +32,8 @@ OPTIONAL = {"adapters/_calibration/progress.py": {"tqdm"}}
 ORDER = {
     "adapters": """
         _files/disk: folder strict_json headers config_file
-        _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts architectures
-            ties targets tokens replaced base token_fields replication keys
+        _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts
+            architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called fused low_rank scalings
         _methods: *

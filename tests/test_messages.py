@@ -142,7 +142,11 @@ TABLE = {
     "PEFT's config in place": (lambda w: inject_adapter_in_model(THEIRS, w.model), TypeError, ("it is PEFT's",)),
     "from_dict of PEFT's config": (lambda w: LoraConfig.from_dict(THEIRS), TypeError, ("it is PEFT's", "to_dict()")),
     "save_config of PEFT's": (lambda w: save_config(THEIRS, w.folder), TypeError, ("it is PEFT's",)),
-    "save_config swapped": (lambda w: save_config(w.folder, lora()), TypeError, ("save_config(config, path)",)),
+    "save_config swapped": (
+        lambda w: save_config(w.folder, lora()),
+        TypeError,
+        ("save_config: config is of type PosixPath, expected a config object",),
+    ),
     "dict of fields": (
         lambda w: bind(w.model, {"r": 4, "target_modules": ["0"]}),
         TypeError,

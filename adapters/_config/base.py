@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from torchgraft.functional import Method
-from torchgraft.functional.extending import advice_on, did_you_mean, given_type, modules_of
+from torchgraft.functional.extending import did_you_mean, modules_of
 
 from .._files.disk.config_file import about, read_fields, write_fields
 from . import (
@@ -19,7 +19,7 @@ from . import (
     layers,  # noqa: F401 - what any config may target
 )
 from .architectures import with_targets
-from .fields import check_attribute, check_call, check_fields
+from .fields import check_attribute, check_call, check_fields, check_given
 from .messages import require
 from .peft_format import PeftFormat
 from .peft_type import PeftType
@@ -205,9 +205,7 @@ class AdapterConfig:
         >>> AdapterConfig.from_dict({"peft_type": "LORA", "r": 4}).r
         4
         """
-        if not isinstance(fields, Mapping):
-            advice = advice_on(fields) or "a dict of fields is expected, as config.to_dict() has them"
-            raise TypeError(f"{cls.__name__}.from_dict: fields is {given_type(fields)}, and {advice}")
+        check_given(fields, f"{cls.__name__}.from_dict")
         given = dict(fields)
         given.pop("runtime_config", None)
         name = given.pop("peft_type", None)

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from torchgraft.functional.extending import closest, did_you_mean
+from torchgraft.functional.extending import advice_on, closest, did_you_mean, given_type
 
 from .messages import names_of
 from .patterns import check
@@ -54,6 +54,17 @@ def check_call(cls: Any, args: tuple[Any, ...], fields: Mapping[str, Any]) -> No
         words = (f"{name!r}{f' (did you mean {close!r}?)' if close else ''}" for name, close in unknown.items())
         hint = "" if all(unknown.values()) else f"; it has {names_of(sorted(names), most=40)}"
         raise TypeError(f"{cls.__name__} has no field {', '.join(words)}{hint}") from None
+
+
+def check_given(fields: Any, what: str) -> None:
+    """Refuse what is no dict of fields.
+
+    Raises:
+        TypeError: Something else, a config among them.
+    """
+    if not isinstance(fields, Mapping):
+        advice = advice_on(fields) or "a dict of fields is expected, as config.to_dict() has them"
+        raise TypeError(f"{what}: fields is {given_type(fields)}, and {advice}")
 
 
 def check_attribute(cls: Any, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from torchgraft.functional.extending import advice_on, given_type
+from torchgraft.functional.extending import check_config
 
 from .._config.base import AdapterConfig
 
@@ -23,9 +23,7 @@ def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
     ...     load_config(folder).target_modules
     ['k']
     """
-    if not isinstance(config, AdapterConfig):
-        advice = advice_on(config) or "a config object is expected: save_config(config, path)"
-        raise TypeError(f"save_config: config is {given_type(config)}, and {advice}")
+    check_config(config, "save_config: config", isinstance(config, AdapterConfig))
     config.save_pretrained(path)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.extending import given_type
 
 from .._config.base import AdapterConfig
 from .._inplace.tensors.gathering import check_averaged, gathered
@@ -19,7 +18,7 @@ from .disk.folder import WEIGHTS, find_folder, open_pair
 from .disk.headers import open_weights
 from .into_graft import load_into_graft
 from .into_model import load_into_model
-from .stored import Stored
+from .stored import Stored, check_target
 
 
 def load_adapter(
@@ -75,11 +74,7 @@ def load_adapter(
     >>> torch.equal(loaded["0"]["lora_A"], params["0"]["lora_A"]), model[0].active_adapters
     (True, ['default'])
     """
-    if not isinstance(target, (nn.Module, Graft)) and isinstance(path, (nn.Module, Graft)):
-        raise TypeError(
-            f"model is {given_type(target)}, expected a torch.nn.Module or a graft; are the arguments swapped? "
-            "load_adapter(model, path)"
-        )
+    check_target(target, path, "load_adapter(model, path)")
     model = target if isinstance(target, Graft) else unwrap(target)
     with open_pair(find_folder(path, adapter_name)) as (config_file, data, handle):
         fields = parse_fields(config_file, data)

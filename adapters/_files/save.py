@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft, Routed
-from torchgraft.functional.extending import Site, Tree, given_type, modules_of, whole
+from torchgraft.functional.extending import Site, Tree, modules_of, whole
 
 from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
@@ -24,6 +24,7 @@ from .._methods.lora.to_plain import plain as to_plain
 from .._methods.lora.to_plain import raw
 from .disk.config_file import make_folder, to_json
 from .disk.folder import as_directory, check_name, write_pair
+from .stored import check_target
 
 
 def save_adapter(
@@ -69,15 +70,7 @@ def save_adapter(
     ...     print(sorted(file.name for file in save_adapter(graft, folder, params=graft.init()).iterdir()))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if isinstance(path, Mapping) or isinstance(adapter_name, Mapping):
-        raise TypeError("the parameters go by name: save_adapter(graft, path, params=params)")
-    if not isinstance(target, (nn.Module, Graft)) and isinstance(path, (nn.Module, Graft)):
-        raise TypeError(
-            f"model is {given_type(target)}, expected a torch.nn.Module or a graft; are the arguments swapped? "
-            "save_adapter(model, path)"
-        )
-    check_name(adapter_name)
-    as_directory(path)
+    _check_arguments(target, path, adapter_name)
     if isinstance(target, Graft):
         model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
@@ -93,6 +86,14 @@ def save_adapter(
     return folder
 
 
+def _check_arguments(target: Any, path: Any, adapter_name: Any) -> None:
+    if isinstance(path, Mapping) or isinstance(adapter_name, Mapping):
+        raise TypeError("the parameters go by name: save_adapter(graft, path, params=params)")
+    check_target(target, path, "save_adapter(model, path)")
+    check_name(adapter_name)
+    as_directory(path)
+
+
 _Saved = tuple[nn.Module, AdapterConfig, Mapping[str, Site], dict[str, Tensor]]
 
 
@@ -106,16 +107,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
             f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}, each of which is saved by "
             f"its name: save_adapter(graft, path, {next(iter(graft.configs))!r}, params=params)"
         )
-    if isinstance(params, Routed):
-        raise TypeError("params is a routed stack, expected the tree of one adapter, unstack(many)[i]")
-    if not isinstance(params, Mapping):
-        graft.binding.active(params)
-    own = params.get(name)
-    by_name = (
-        graft.binding.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
-    )
-    tree = params[name] if by_name else params
-    graft.binding.active({name: tree} if graft.binding.named else tree)
+    tree = _own_tree(graft, name, params)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
     whole_tree = {path: tree.get(path, {}) | fixed.get(path, {}) for path in fixed | tree}
@@ -133,6 +125,19 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
         constants = next(iter(graft.sites[name].values())).constants
         state |= {f"{SHARED}{shared}": getattr(constants, shared) for shared in config.form.shared}
     return graft.model, config, graft.sites[name], state
+
+
+def _own_tree(graft: Graft, name: str, params: Any) -> Tree:
+    """Return the tree of one of a graft's adapters, which it fits; `{name: tree}` may be given in its place."""
+    if isinstance(params, Routed):
+        raise TypeError("params is a routed stack, expected the tree of one adapter, unstack(many)[i]")
+    tree: Tree = params
+    if graft.binding.named and isinstance(params, Mapping):
+        own = params.get(name)
+        if isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values()):
+            tree = own
+    graft.binding.active({name: tree} if graft.binding.named else tree)
+    return tree
 
 
 def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:

@@ -30,11 +30,11 @@ def unwrap(model: Any) -> nn.Module:
     Raises:
         TypeError: Something else than a module, or a model that PEFT has wrapped.
     """
-    model = unwrapped(model)
-    check_module(model)
-    if placed_in(model) is None and (advice := advice_on(model)):
-        raise TypeError(f"the model: {type(model).__name__} {advice}")
-    return model
+    inner: nn.Module = unwrapped(model)
+    check_module(inner)
+    if placed_in(inner) is None and (advice := advice_on(inner)):
+        raise TypeError(f"the model: {type(inner).__name__} {advice}")
+    return inner
 
 
 def refuse_others(model: nn.Module) -> None:

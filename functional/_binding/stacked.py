@@ -173,7 +173,7 @@ class StackedBinding(Binding):
             )
         return active
 
-    def member(self, index: Any) -> Binding:
+    def member(self, index: int) -> Binding:
         """Return the binding of one config alone.
 
         Raises:
