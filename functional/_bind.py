@@ -9,11 +9,9 @@ from torch import nn
 
 from ._binding.binding import Binding
 from ._binding.stacked import StackedBinding
-from ._given import check_config, check_module
+from ._given import check_config, check_module, check_no_view
 from ._graft import Graft
 from ._method import Config
-from ._skeleton.parameters import AdaptedParameters
-from ._skeleton.runtime import AdaptedModule
 from ._stacks import StackedGraft
 from ._tensors.wrappers import check_flat, without_parallel
 
@@ -44,7 +42,7 @@ def bind(
         A `Graft`: `graft.init(generator)` makes parameters, `graft(params, *inputs)` runs the model with them.
 
     Raises:
-        TypeError: `model` is no module, or `config` no config.
+        TypeError: `model` is no module, or has PEFT's adapters or others in place at a target; `config` is no config.
         ValueError: A config that matches nothing, or a module that its method does not support.
 
     >>> from torchgraft.adapters import LoraConfig
@@ -71,11 +69,11 @@ def bind(
             raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
     for path, module in model.named_modules():
         check_flat(path or "the model", module)
-        if isinstance(module, (AdaptedModule, AdaptedParameters)):
-            raise TypeError(
-                f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "
-                "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
-            )
+    check_no_view(
+        model,
+        "bind",
+        "Bind the original model with all configs at once: bind(model, {'first': ..., 'second': ...})",
+    )
     if isinstance(config, (list, tuple)):
         return StackedGraft(
             model, StackedBinding.plan_stack(model, list(configs.values())), allow_unreached=allow_unreached

@@ -10,6 +10,8 @@ from torch import nn
 
 from ._graft import Graft
 from ._messages import advice_on, given_type
+from ._skeleton.parameters import AdaptedParameters
+from ._skeleton.runtime import AdaptedModule
 
 
 def check_graft(graft: Any, what: str, instead: str = "") -> None:
@@ -27,7 +29,7 @@ def check_graft(graft: Any, what: str, instead: str = "") -> None:
         return
     hint = ""
     if isinstance(graft, nn.Module):
-        hint = f", graft = bind(model, config){instead}"
+        hint = f": graft = bind(model, config){instead}"
     elif isinstance(graft, Mapping):
         hint = f", which comes first: {what}(graft, params, ...)"
     raise TypeError(f"{what}: graft is {given_type(graft)}, expected what bind returned{hint}")
@@ -59,6 +61,24 @@ def check_module(model: Any, what: str = "", other: Any = None) -> None:
     elif isinstance(model, (str, os.PathLike)):
         hint = "; nothing is loaded by name or path here, load the model first"
     raise TypeError(f"{what}model is {given_type(model)}, expected a torch.nn.Module{hint}")
+
+
+def check_no_view(model: nn.Module, what: str, instead: str) -> None:
+    """Refuse a view of a graft.
+
+    Args:
+        model: A module.
+        what: The function that it was given to.
+        instead: What to do.
+
+    Raises:
+        TypeError: It is one; names the first adapted module.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, (AdaptedModule, AdaptedParameters)):
+            raise TypeError(
+                f"{what}: {path or 'the model'} is already adapted: this is a view of another graft. {instead}"
+            )
 
 
 def check_config(config: Any, what: str, fits: bool, within: Any = None) -> None:

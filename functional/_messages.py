@@ -70,7 +70,7 @@ def register_advice(package: str, cls: type, advice: Callable[[Any], str]) -> No
 
 def advice_on(value: Any) -> str:
     """Return what to do with an object, by the package of its class, and an empty text for any other object."""
-    packages = [f"{cls.__module__}." for cls in type(value).__mro__]
+    packages = [f"{cls.__module__}." for cls in type(value).__mro__[:-1]]
     for package, cls, advice in _ADVICE:
         if isinstance(value, cls) and any(one.startswith(f"{package}.") for one in packages):
             return advice(value)

@@ -126,7 +126,11 @@ class StackedGraft(Graft):
         return self.binding.places(configs)
 
     def member(self, index: int) -> Graft:
-        """Return the graft of one config alone, for trees that `unstack` returns."""
+        """Return the graft of one config alone, for trees that `unstack` returns.
+
+        Raises:
+            IndexError, TypeError: There is no such config.
+        """
         return Graft(self.model, self.binding.member(index), allow_unreached=self.bound.allow_unreached)
 
     def at(self, index: int | Tensor) -> Member:
@@ -134,6 +138,9 @@ class StackedGraft(Graft):
 
         Args:
             index: Which adapter: an integer or an integer tensor without axes, which `vmap` may map over.
+
+        Raises:
+            IndexError, TypeError: There is no such adapter.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> from torchgraft.functional import bind

@@ -167,14 +167,14 @@ def check_tree(
 
 def _hint(given: tuple[int, ...], expected: tuple[int, ...], stacked: bool) -> str:
     if stacked and given == expected[1:]:
-        return "; it looks like the tree of one adapter: stack([params]) makes a stack of it"
+        return "; it looks like the tree of one adapter: stack([params]) makes a stack of it."
     if len(given) == len(expected) + 1 and given[1:] == expected:
         return (
             f"; it looks like a stack of {given[0]} adapters: use route or torch.vmap, or unstack it and give one, "
             "unstack(many)[i]."
         )
     if stacked and given[1:] == expected[1:]:
-        return f"; the first leaf is of {expected[0]} adapters and this one of {given[0]}"
+        return f"; the first leaf is of {expected[0]} adapters and this one of {given[0]}."
     if len(given) == len(expected) and all(a >= b for a, b in zip(given, expected, strict=True)):
         return (
             "; was it made for another rank, layer or model? Trees of a stack of several ranks are padded to the "

@@ -22,6 +22,7 @@ from ._binding.tied import TiedSites as TiedSites
 from ._binding.tied import tied_adapter as tied_adapter
 from ._given import check_config as check_config
 from ._given import check_module as check_module
+from ._given import check_no_view as check_no_view
 from ._layers.adapted import Adapted as Adapted
 from ._layers.around import Around as Around
 from ._layers.base import Base as Base

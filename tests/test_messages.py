@@ -124,6 +124,16 @@ TABLE = {
     "class": (lambda w: bind(nn.Linear, lora()), TypeError, ("the class Linear", "not its class")),
     "name of a model": (lambda w: bind("gpt2", lora()), TypeError, ("of type str", "load the model first")),
     "graft in place": (lambda w: set_adapter(w.graft, "a"), TypeError, ("of type Graft", "graft.model")),
+    "view in place": (
+        lambda w: inject_adapter_in_model(lora(), w.graft.view(w.params)),
+        TypeError,
+        ("inject_adapter_in_model: 0 is already adapted: this is a view", "graft.model"),
+    ),
+    "save of a view": (
+        lambda w: save_adapter(w.graft.view(w.params), w.folder),
+        TypeError,
+        ("0 is already adapted: this is a view", "save_adapter(graft, path, params=params)"),
+    ),
     "container": (
         lambda w: bind(Attention(), LoraConfig(target_modules=["h"])),
         ValueError,

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
@@ -92,13 +92,15 @@ class AdapterConfig:
 
     is_prompt_learning: ClassVar[bool] = False
 
-    def __new__(cls, *args: Any, **fields: Any) -> Self:
-        check_call(cls, args, fields)
-        return super().__new__(cls)
+    if not TYPE_CHECKING:  # or else type checkers would take any name
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        check_attribute(type(self), name)
-        super().__setattr__(name, value)
+        def __new__(cls, *args: Any, **fields: Any) -> Self:
+            check_call(cls, args, fields)
+            return super().__new__(cls)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            check_attribute(type(self), name)
+            super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         check_fields(self)

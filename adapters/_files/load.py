@@ -55,11 +55,11 @@ def load_adapter(
         The model, or the adapter's tree for the graft.
 
     Raises:
-        FileNotFoundError: No such directory or file.
+        FileNotFoundError, NotADirectoryError: No such directory or file; a file in the place of the directory.
         ValueError: Files that are damaged, that contradict each other, the model or the graft, or that lead out of the
             directory; a name that is taken.
         KeyError: Tensors that are missing, or that nothing has a use for.
-        TypeError: A target that is neither a model nor a graft.
+        TypeError: A target that is neither a model nor a graft, or a path that is none; the graft of a stack.
 
     >>> import tempfile
     >>> from torchgraft.adapters import LoraConfig, save_adapter

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import Tree, check_config, check_module, given_type
+from torchgraft.functional.extending import Tree, check_config, check_module, check_no_view, given_type
 
 from .._config.base import AdapterConfig
 from .._config.replication import replicating
@@ -109,6 +109,7 @@ def _check_arguments(config: Any, model: nn.Module, name: Any, state_dict: Any, 
             "adapter_name) once for each"
         )
     check_config(config, "peft_config", isinstance(config, AdapterConfig))
+    check_no_view(model, "inject_adapter_in_model", "Give the original model, graft.model, and the tree as params=...")
     if not isinstance(name, str) or not re.fullmatch(r"[^.\s/\\]+", name) or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"adapter_name is {name!r}, expected a name without dots, slashes and spaces that is no attribute of "

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.extending import Base, advice_on, check_module, unwrapped
+from torchgraft.functional.extending import Base, advice_on, check_module, check_no_view, unwrapped
 
 from .beside.biases import biases_of
 from .beside.modules_to_save import ModulesToSaveWrapper
@@ -38,11 +38,13 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def refuse_others(model: nn.Module) -> None:
-    """Refuse a model without adapters of its own that has another library's, which no function here reaches.
+    """Refuse a model without adapters in place that has others: a view of a graft, or a model with PEFT's.
 
     Raises:
         TypeError: It has; names the first.
     """
+    instead = "Its adapter is a tree, for functions of the graft: save_adapter(graft, path, params=params)"
+    check_no_view(model, "in place", instead)
     for path, module in model.named_modules():
         if advice := advice_on(module):
             raise TypeError(f"{path}: {type(module).__name__} {advice}")

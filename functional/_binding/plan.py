@@ -64,6 +64,8 @@ def plan_sites(
             f"{SHARED!r}: the model has a module of this name, under which trees have the leaves that sites share; "
             "rename the module"
         )
+    paths = list(paths)
+    _check_bare(paths, modules)
     sites: dict[str, Site] = {}
     seen: set[tuple[int, str]] = set()
     method = config.method
@@ -73,7 +75,6 @@ def plan_sites(
         if (id(module), leaf) in seen:
             continue
         seen.add((id(module), leaf))
-        _check_bare(path, modules)
         site = describe_parameter(path, module, leaf) if leaf else describe(path, module)
         if site is None or site.kind not in method.kinds:
             kind = type(module).__name__ if site is None else f"{type(module).__name__} ({site.kind})"
@@ -103,11 +104,10 @@ def plan_sites(
     return {path: dataclasses.replace(site, shared=dict(uses.get(path, {}))) for path, site in sites.items()}
 
 
-def _check_bare(path: str, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse a module that another library's adapters, or those in place, are around."""
-    parts = path.split(".") if path else []
-    for count in range(len(parts) + 1):
-        around = ".".join(parts[:count])
+def _check_bare(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse modules that another library's adapters, or those in place, are around."""
+    split = (path.split(".") if path else [] for path in paths)
+    for around in dict.fromkeys(".".join(parts[:count]) for parts in split for count in range(len(parts) + 1)):
         if advice := advice_on(modules.get(around)):
             raise TypeError(f"{around or 'the model'}: {type(modules[around]).__name__} {advice}")
 

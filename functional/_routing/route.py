@@ -212,7 +212,7 @@ def _as_indices(rows: Tensor) -> str:
         return "; a mask of rows is no index: torch.where(mask, 0, -1) gives those of the mask adapter 0"
     if rows.ndim == 1:
         return "; rows.long(), if they are whole numbers"
-    return "; one adapter is for the whole row of a batch" if rows.ndim else "; rows.expand(batch) is one for all"
+    return "; a row of the batch has one adapter" if rows.ndim else "; rows.expand(batch) is one for all"
 
 
 def _placed(rows: Tensor, leaf: Tensor) -> Tensor:
