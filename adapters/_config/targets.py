@@ -141,7 +141,7 @@ def _meant(targets: Any, modules: Collection[str]) -> str:
         if closest(targets, ["all-linear"]):
             return "; did you mean 'all-linear'?"
         names = [part for part in re.split(r"[\s,;|]+", targets) if part]
-        if all(any(f".{name}".endswith(f".{part}") for name in modules) for part in names):
+        if names and all(any(f".{name}".endswith(f".{part}") for name in modules) for part in names):
             return f"; did you mean the list {names!r}?"
         return meant_module(targets, modules)
     for target in sorted(targets):

@@ -131,13 +131,14 @@ def _own_tree(graft: Graft, name: str, params: Any) -> Tree:
     """Return the tree of one of a graft's adapters, which it fits; `{name: tree}` may be given in its place."""
     if isinstance(params, Routed):
         raise TypeError("params is a routed stack, expected the tree of one adapter, unstack(many)[i]")
-    tree: Tree = params
+    tree: Any = params
     if graft.binding.named and isinstance(params, Mapping):
         own = params.get(name)
         if isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values()):
             tree = own
     graft.binding.active({name: tree} if graft.binding.named else tree)
-    return tree
+    result: Tree = tree
+    return result
 
 
 def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
