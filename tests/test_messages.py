@@ -426,6 +426,16 @@ TABLE = {
         TypeError,
         ("expected one name, a string",),
     ),
+    "path for a state dict": (
+        lambda w: adapters.set_peft_model_state_dict(w.injected, "style"),
+        TypeError,
+        ("state_dict is of type str, expected a dict of tensors", "load_adapter(model, path)"),
+    ),
+    "tree for a state dict": (
+        lambda w: adapters.set_peft_model_state_dict(w.injected, w.params),
+        TypeError,
+        ("'0' is of type dict, expected a tensor", "params=tree"),
+    ),
     "deleting several": (lambda w: adapters.delete_adapter(w.injected, ["a"]), TypeError, ("expected one name",)),
     # -- names of the packages ----------------------------------------------------------------------------------
     "name of the front door": (lambda w: torchgraft.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
