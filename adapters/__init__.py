@@ -1,5 +1,7 @@
 """Adapter methods, one file each, and their configs; adapters in a model, in place; adapters in files."""
 
+from typing import TYPE_CHECKING, Any
+
 from torchgraft.functional import __version__ as __version__
 
 from ._calibration.initial import CordaConfig as CordaConfig
@@ -64,6 +66,7 @@ from ._optim.lora_fa import lora_fa_gradients as lora_fa_gradients
 from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+from ._peft.names import instead_of
 from ._peft.peft_model import PeftMixedModel as PeftMixedModel
 from ._peft.peft_model import PeftModel as PeftModel
 from ._peft.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -82,3 +85,10 @@ __all__ = ["__version__", *(name for name in sorted(globals()) if not name.start
 
 def __dir__() -> list[str]:
     return [*__all__]
+
+
+if not TYPE_CHECKING:  # or else type checkers would take any name
+
+    def __getattr__(name: str) -> Any:
+        """Say what stands for a name of PEFT's, or which name was perhaps meant."""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead_of(name, list(globals()))}")

@@ -9,10 +9,9 @@ from torch import nn
 
 from ._binding.binding import Binding
 from ._binding.stacked import StackedBinding
+from ._given import check_config, check_module, check_no_view
 from ._graft import Graft
 from ._method import Config
-from ._skeleton.parameters import AdaptedParameters
-from ._skeleton.runtime import AdaptedModule
 from ._stacks import StackedGraft
 from ._tensors.wrappers import check_flat, without_parallel
 
@@ -52,7 +51,7 @@ def bind(
         A `Graft`: `graft.init(generator)` makes parameters, `graft(params, *inputs)` runs the model with them.
 
     Raises:
-        TypeError: `model` is no module, or `config` no config.
+        TypeError: `model` is no module, or has PEFT's adapters or others in place at a target; `config` is no config.
         ValueError: A config that matches nothing, or a module that its method does not support.
 
     >>> from torchgraft.adapters import LoraConfig
@@ -60,8 +59,7 @@ def bind(
     >>> bind(model, LoraConfig(target_modules=["0"]))
     Graft(Sequential, LORA on 1 sites)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"bind: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    check_module(model, "bind: ", other=config)
     model = without_parallel(model)
     named = isinstance(config, Mapping)
     if names is not None and not isinstance(config, (list, tuple)):
@@ -75,18 +73,18 @@ def bind(
         given = "dict of configs; give at least one, as {'name': LoraConfig(...)}"
         raise ValueError(f"bind: got an empty {given if named else 'list of configs; give at least one'}")
     for name, value in configs.items():
+        fits = not isinstance(value, type) and hasattr(value, "method") and hasattr(value, "targets")
+        what = f"config[{name!r}]" if named else f"config{name}"
+        check_config(value, f"bind: {what}", fits, config if value is not config else None)
         if not isinstance(name, str) or (named and not name):
             raise TypeError(f"bind: an adapter's name is a non-empty string, got {name!r}")
-        if isinstance(value, type) or not hasattr(value, "method") or not hasattr(value, "targets"):
-            given = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-            raise TypeError(f"bind: config is {given}, expected a config object such as LoraConfig(target_modules=...)")
     for path, module in model.named_modules():
         check_flat(path or "the model", module)
-        if isinstance(module, (AdaptedModule, AdaptedParameters)):
-            raise TypeError(
-                f"bind: {path or 'the model'} is already adapted: this is a view of another graft. Bind the original "
-                "model with all configs at once: bind(model, {'first': ..., 'second': ...})"
-            )
+    check_no_view(
+        model,
+        "bind",
+        "Bind the original model with all configs at once: bind(model, {'first': ..., 'second': ...})",
+    )
     if isinstance(config, (list, tuple)):
         binding = StackedBinding.plan_stack(model, list(configs.values()))
         return StackedGraft(model, binding, allow_unreached=allow_unreached, names=names)

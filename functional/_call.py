@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ._execution.run import call
+from ._given import check_graft
 from ._graft import Graft
+from ._messages import given_type
 from ._method import Tree
 from ._routing.route import Routed
 
@@ -48,6 +50,10 @@ def functional_call(
     >>> buffers["1.num_batches_tracked"], model[1].num_batches_tracked
     (tensor(1), tensor(0))
     """
-    if not isinstance(graft, Graft):
-        raise TypeError(f"functional_call: graft is of type {type(graft).__name__}, expected what bind returned")
+    check_graft(graft, "functional_call")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"functional_call: kwargs is {given_type(kwargs)}, expected a dict of keyword arguments; positional ones "
+            "are a tuple: functional_call(graft, params, (x,))"
+        )
     return call(graft.bound, params, args, kwargs, return_buffers)

@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ._messages import given_type
 from ._trees import adapters_in
 
 
@@ -63,6 +64,11 @@ def value_and_grad(
     """
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"value_and_grad: chunk_size is {chunk_size!r}, expected a positive number of adapters")
+    if not callable(f):
+        raise TypeError(
+            f"value_and_grad: f is {given_type(f)}, expected a function, which is called later: "
+            "value_and_grad(loss)(params, x), not value_and_grad(loss(params, x))"
+        )
     stacked = stacked or chunk_size is not None
 
     @functools.wraps(f)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ._execution.trial import remember
 from ._execution.views import make_view
 from ._execution.watched import watched_base
 from ._locating.finder import Declared
+from ._messages import did_you_mean
 from ._method import Config, Tree
 from ._routing.route import Routed
 from ._sites.site import Site
@@ -228,9 +229,29 @@ class Graft:
         graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training)
         return graft
 
+    if not TYPE_CHECKING:  # or else type checkers would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            """Say where what a graft does not have is to be found."""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{_elsewhere(self, name)}")
+
     def __repr__(self) -> str:
         adapters = ", ".join(
             f"{name + ': ' if name else ''}{config.method.name} on {len(self.sites[name])} sites"
             for name, config in self.configs.items()
         )
         return f"Graft({type(self.model).__name__}, {adapters})"
+
+
+def _elsewhere(graft: Graft, name: str) -> str:
+    """Return where an attribute is that a graft does not have."""
+    model = vars(graft)["binding"].model if "binding" in vars(graft) else None
+    if name in ("parameters", "named_parameters", "state_dict", "params"):
+        return "; a graft holds no parameters: graft.init(generator) makes them, and each call is given them"
+    if name in ("merge", "stack", "unstack", "route", "functional_call"):
+        return f"; it is a function: torchgraft.functional.{name}"
+    if name in ("train", "eval", "to", "half", "float", "double", "cuda", "cpu", "requires_grad_"):
+        return f"; call graft.model.{name}(...), which every call sees"
+    if not name.startswith("_") and hasattr(model, name):
+        return f"; graft.view(params).{name} is the adapted model's, graft.model.{name} the model's own"
+    return did_you_mean(name, [one for one in dir(type(graft)) if not one.startswith("_")])

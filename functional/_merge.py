@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._binding.replaced import merged
 from ._binding.tied import TiedAdapter
+from ._given import check_graft
 from ._graft import Graft
 from ._layers.base import BaseWithTensors
 from ._layers.compose import compose
@@ -46,8 +47,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     >>> sorted(merge(graft, graft.init()))
     ['bias', 'weight']
     """
-    if not isinstance(graft, Graft):
-        raise TypeError(f"merge: graft is of type {type(graft).__name__}, expected what bind returned")
+    instead = "; adapters in place are merged by torchgraft.adapters.merge_adapter(model)"
+    check_graft(graft, "merge", instead)
     active = graft.binding.active(params)
     if not all(isinstance(tree, dict) for tree in active.values()):
         raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")

@@ -152,7 +152,7 @@ class StackedGraft(Graft):
             index: Which adapter, by place or by name.
 
         Raises:
-            IndexError: There is no such adapter.
+            IndexError, TypeError: There is no such adapter.
         """
         index = self._index(index)
         if index not in self._grafts:
@@ -252,8 +252,7 @@ class StackedGraft(Graft):
             if index not in self.names:
                 raise IndexError(f"no adapter of the stack has the name {index!r}; they are {list(self.names)}")
             return self.names.index(index)
-        if not -count <= index < count:
-            raise IndexError(f"the stack has adapters 0 to {count - 1}, got {index}")
+        self.binding.check_index(index)
         return index % count
 
     def _like(self, binding: StackedBinding, names: Sequence[str] | None) -> StackedGraft:
@@ -265,6 +264,9 @@ class StackedGraft(Graft):
 
         Args:
             index: Which adapter: a name, an integer, or an integer tensor without axes, which `vmap` may map over.
+
+        Raises:
+            IndexError, TypeError: There is no such adapter.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> from torchgraft.functional import bind

@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ._messages import did_you_mean, given_type
 from ._method import Tree
 
 
@@ -37,6 +38,9 @@ def stack(trees: Sequence[Tree]) -> Tree:
     >>> many["a"].shape
     torch.Size([2, 2])
     """
+    if isinstance(trees, Mapping):
+        meant = "list(trees.values())" if _is_named(trees) else "[params]"
+        raise TypeError(f"stack: got one dict, expected a list of parameter trees: stack({meant})")
     trees = list(trees)
     if not trees:
         raise ValueError("stack: got no trees; give at least one parameter tree")
@@ -48,10 +52,16 @@ def stack(trees: Sequence[Tree]) -> Tree:
                 raise ValueError(
                     f"stack: leaf {path} is in tree {where} and not in tree {missing}; stack adapters of one config"
                 )
+            if other[path].device != flat[0][path].device:
+                raise ValueError(
+                    f"stack: leaf {path} is on {flat[0][path].device} in tree 0 and on {other[path].device} in tree "
+                    f"{index}; move one of them, or make both with graft.init(device=...)"
+                )
             if other[path].shape != flat[0][path].shape:
                 raise ValueError(
                     f"stack: leaf {path} has shape {tuple(flat[0][path].shape)} in tree 0 and "
-                    f"{tuple(other[path].shape)} in tree {index}; stack adapters of one rank and one base"
+                    f"{tuple(other[path].shape)} in tree {index}; stack adapters of one rank and one base; "
+                    "those of several ranks are a stack of bind(model, [config, ...])"
                 )
     result: Tree = optree.tree_map(lambda *leaves: torch.stack(leaves), *map(sort, trees))
     return result
@@ -92,7 +102,8 @@ def adapters_in(tree: Any, what: str) -> int:
         if other.ndim == 0 or other.shape[0] != leaf.shape[0]:
             raise ValueError(
                 f"{what}: leaf {path} has shape {tuple(other.shape)} and leaf {first} has {tuple(leaf.shape)}; "
-                "their leading axes must be equal: the number of adapters"
+                "their leading axes must be equal: the number of adapters. The tree of one adapter is stacked by "
+                "stack([params])"
             )
     return int(leaf.shape[0])
 
@@ -103,7 +114,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
         return {path: tree}
     if not isinstance(tree, Mapping):
         raise TypeError(
-            f"leaf {path or '(the tree itself)'} is {_kind(tree)}, expected a tensor; "
+            f"leaf {path or '(the tree itself)'} is {given_type(tree)}, expected a tensor; "
             "a parameter tree is nested dicts of tensors"
         )
     return {name: leaf for key in tree for name, leaf in flatten(tree[key], f"{path}[{key}]").items()}
@@ -128,7 +139,9 @@ def check_tree(
     >>> check_tree({"a": {"w": torch.zeros(2)}}, {"a": {"w": (2,)}})
     """
     if type(tree) is not dict:
-        raise TypeError(f"{what} is {_kind(tree)}, expected a dict of sites; graft.init(generator) makes one")
+        raise TypeError(
+            f"{what} is {given_type(tree)}, expected a dict of sites; graft.init(generator) makes one{_instead(tree)}"
+        )
     if len(tree) != len(shapes):
         _name_difference(tree, shapes, what, "site")
     for path, expected in shapes.items():
@@ -136,7 +149,7 @@ def check_tree(
         if leaves is None:
             _name_difference(tree, shapes, what, "site")
         if type(leaves) is not dict:
-            raise TypeError(f"{what}[{path!r}] is {_kind(leaves)}, expected a dict of {sorted(expected)}")
+            raise TypeError(f"{what}[{path!r}] is {given_type(leaves)}, expected a dict of {sorted(expected)}")
         if len(leaves) != len(expected):
             _name_difference(leaves, expected, f"{what}[{path!r}]", "leaf")
         for name, shape in expected.items():
@@ -146,31 +159,80 @@ def check_tree(
             if not isinstance(leaf, Tensor):
                 if name not in leaves:
                     _name_difference(leaves, expected, f"{what}[{path!r}]", "leaf")
-                raise TypeError(f"{what}[{path!r}][{name!r}] is {_kind(leaf)}, expected a tensor of shape {shape}")
+                raise TypeError(f"{what}[{path!r}][{name!r}] is {given_type(leaf)}, expected a tensor of shape {shape}")
             if leaf.shape != shape:
                 raise ValueError(
                     f"{what}[{path!r}][{name!r}] has shape {tuple(leaf.shape)}, expected {shape}"
-                    + _hint(tuple(leaf.shape), shape)
+                    + _hint(tuple(leaf.shape), shape, stacked is not None)
                 )
 
 
-def _hint(given: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def _hint(given: tuple[int, ...], expected: tuple[int, ...], stacked: bool) -> str:
+    if stacked and given == expected[1:]:
+        return "; it looks like the tree of one adapter: stack([params]) makes a stack of it."
     if len(given) == len(expected) + 1 and given[1:] == expected:
-        return f"; it looks like a stack of {given[0]} adapters: use route or torch.vmap, or unstack it"
+        return (
+            f"; it looks like a stack of {given[0]} adapters: use route or torch.vmap, or unstack it and give one, "
+            "unstack(many)[i]."
+        )
+    if stacked and given[1:] == expected[1:]:
+        return f"; the first leaf is of {expected[0]} adapters and this one of {given[0]}."
+    if len(given) == len(expected) and all(a >= b for a, b in zip(given, expected, strict=True)):
+        return (
+            "; was it made for another rank, layer or model? Trees of a stack of several ranks are padded to the "
+            "largest: graft.unstack(many), of the graft that the stack is of, gives each as it is alone."
+        )
     return "; was it made for another rank, layer or model?"
+
+
+def _instead(tree: Any) -> str:
+    """Return what to write for what is no dict at all."""
+    if isinstance(tree, Tensor):
+        return ". Parameters come first, then the model's inputs: graft(params, x)"
+    if isinstance(tree, (list, tuple)) and tree and all(isinstance(one, Mapping) for one in tree):
+        return ". Several adapters are a stack, and each row of the inputs has one: graft(route(stack(trees), rows), x)"
+    if isinstance(tree, Mapping) and type(tree) is not dict:
+        return ". Trees are plain dicts: dict(params)"
+    return ""
+
+
+def _is_named(tree: Mapping[str, Any]) -> bool:
+    """Return whether a tree is `{name: {path: {leaf: tensor}}}`."""
+    return bool(tree) and all(
+        isinstance(one, Mapping) and one and all(isinstance(leaves, Mapping) for leaves in one.values())
+        for one in tree.values()
+    )
 
 
 def _name_difference(given: Mapping[str, Any], expected: Mapping[str, Any], what: str, kind: str) -> None:
     unknown = [key for key in given if key not in expected]
     missing = [key for key in expected if key not in given]
     if unknown:
-        raise KeyError(f"{what} has unknown {kind} {unknown[0]!r}{_more(unknown)}; expected {_list(sorted(expected))}")
+        hint = _misnamed(given, unknown[0], expected, what)
+        raise KeyError(
+            f"{what} has unknown {kind} {unknown[0]!r}{_more(unknown)}; expected {_list(sorted(expected))}{hint}"
+        )
     if missing:
         raise KeyError(f"{what} lacks {kind} {missing[0]!r}{_more(missing)}; given were {_list(sorted(given))}")
     raise TypeError(
         f"{what} has None for a {kind}: {[key for key in given if given[key] is None]!r}; give a dict, or leave the "
         "whole adapter out to switch it off"
     )
+
+
+def _misnamed(given: Mapping[str, Any], name: str, expected: Mapping[str, Any], what: str) -> str:
+    """Return what a dict with an unknown key looks like."""
+    if _is_named(given):
+        return (
+            f"; it looks like adapters by name ({_list(list(given))}), and one unnamed adapter is expected: give "
+            f"{what}[{name!r}]"
+        )
+    if isinstance(given[name], Tensor) and all(isinstance(one, Mapping) for one in expected.values()):
+        return (
+            "; it looks like a state dict, and a tree is nested, {path: {leaf: tensor}}: load_adapter(graft, folder) "
+            "reads one from files"
+        )
+    return did_you_mean(name, expected)
 
 
 def _more(names: Sequence[str]) -> str:
@@ -180,7 +242,3 @@ def _more(names: Sequence[str]) -> str:
 def _list(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:6])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > 6 else shown or "none"
-
-
-def _kind(x: Any) -> str:
-    return "None" if x is None else f"of type {type(x).__name__}"

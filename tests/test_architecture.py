@@ -32,8 +32,8 @@ OPTIONAL = {"adapters/_calibration/progress.py": {"tqdm"}}
 ORDER = {
     "adapters": """
         _files/disk: folder strict_json headers config_file
-        _config: layers peft_format messages patterns fields matching peft_type target_parameters experts architectures
-            ties targets tokens replaced base token_fields replication keys
+        _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts
+            architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called fused low_rank scalings
         _methods: *
@@ -50,11 +50,11 @@ ORDER = {
         _files: configs fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: hub card tuners status weights peft_model peft_modules alias
+        _peft: names hub card tuners status weights peft_model peft_modules alias
         .: __init__
     """,
     "functional": """
-        .: _constants _places _rows _unsupported
+        .: _messages _constants _places _rows _unsupported
         _tensors: placement wrappers
         _sites: site kernels kinds parameters factored
         .: _abilities _method _trees _trainable _norms _grads
@@ -64,7 +64,7 @@ ORDER = {
         _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant token_rows trial run entered views
-        .: _members _padded _graft _call _merge _module _stacks _base_with_weights _bind extending __init__
+        .: _members _padded _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

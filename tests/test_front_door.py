@@ -33,8 +33,10 @@ def test_every_config_is_there():
 
 
 def test_what_is_not_there_says_where_to_look():
-    with pytest.raises(AttributeError, match=r"no attribute 'LoraConfg'; see torchgraft.functional and .adapters"):
+    with pytest.raises(AttributeError, match=r"no attribute 'LoraConfg'; did you mean 'LoraConfig'\?"):
         torchgraft.LoraConfg  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'vmap'; see torchgraft.functional and .adapters"):
+        torchgraft.vmap  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Lora'"):
         from torchgraft import Lora  # noqa: F401
 

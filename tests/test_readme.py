@@ -44,6 +44,18 @@ def test_every_python_block_of_the_page_on_rows_runs():
     assert repr(namespace["routed"]) == "Routed(3 adapters, 4 rows, declared: batch_dim=0)"
 
 
+def test_the_three_walks_of_the_first_hour_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "first-hour.md").read_text()
+    walks = [re.findall(r"```python\n(.*?)```", walk, flags=re.DOTALL) for walk in page.split("\n## ")[1:]]
+    assert [len(blocks) for blocks in walks] == [2, 1, 1]
+    for blocks in walks:
+        namespace = {}
+        for block in blocks:
+            exec(compile(block, "first-hour.md", "exec"), namespace)
+    assert len(page.splitlines()) <= 150 and max(map(len, page.splitlines())) <= 120
+
+
 def test_the_page_for_contributors_runs_quotes_and_links_what_there_is():
     page = (ROOT / "CONTRIBUTING.md").read_text()
     blocks, namespace = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), {}

@@ -106,7 +106,10 @@ def __getattr__(name: str) -> Any:
     for package, names in (("adapters", _ADAPTERS), ("functional", _FUNCTIONAL)):
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{package}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; see torchgraft.functional and .adapters")
+    close = importlib.import_module(f"{__name__}.functional.extending").did_you_mean(name, __all__)
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}{close or '; see torchgraft.functional and .adapters'}"
+    )
 
 
 def __dir__() -> list[str]:

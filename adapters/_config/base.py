@@ -6,17 +6,20 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
 from torchgraft.functional import Method
-from torchgraft.functional.extending import modules_of
+from torchgraft.functional.extending import did_you_mean, modules_of
 
 from .._files.disk.config_file import about, read_fields, write_fields
-from . import layers  # noqa: F401 - what any config may target
+from . import (
+    given_objects,  # noqa: F401 - what errors say of PEFT's objects
+    layers,  # noqa: F401 - what any config may target
+)
 from .architectures import with_targets
-from .fields import check_fields
+from .fields import check_attribute, check_call, check_fields, check_given
 from .messages import require
 from .peft_format import PeftFormat
 from .peft_type import PeftType
@@ -88,6 +91,16 @@ class AdapterConfig:
     unknown_fields: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     is_prompt_learning: ClassVar[bool] = False
+
+    if not TYPE_CHECKING:  # or else type checkers would take any name
+
+        def __new__(cls, *args: Any, **fields: Any) -> Self:
+            check_call(cls, args, fields)
+            return super().__new__(cls)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            check_attribute(type(self), name)
+            super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -194,13 +207,15 @@ class AdapterConfig:
         >>> AdapterConfig.from_dict({"peft_type": "LORA", "r": 4}).r
         4
         """
+        check_given(fields, f"{cls.__name__}.from_dict")
         given = dict(fields)
         given.pop("runtime_config", None)
         name = given.pop("peft_type", None)
         types = config_types()
         found = cls if name is None else types.get(str(getattr(name, "value", name)))
         if found is None or "method" not in vars(found):
-            raise ValueError(f"peft_type is {name!r}, expected one of {sorted(types)}")
+            hint = did_you_mean(getattr(name, "value", name), types)
+            raise ValueError(f"peft_type is {name!r}, expected one of {sorted(types)}{hint}")
         if not issubclass(found, cls):
             raise TypeError(f"{cls.__name__}: peft_type is {name!r}, the type of {found.__name__}; use that class")
         known = {field.name for field in dataclasses.fields(found)} - {"unknown_fields"} - found.in_memory
@@ -208,7 +223,7 @@ class AdapterConfig:
         if unknown:
             warnings.warn(
                 f"{found.__name__}: unknown fields {sorted(unknown)}, perhaps of a newer PEFT, have no effect; "
-                "they are kept for when the config is saved again",
+                f"they are kept for when the config is saved again{did_you_mean(min(unknown), known - given.keys())}",
                 UserWarning,
                 stacklevel=2,
             )

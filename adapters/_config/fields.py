@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+from torchgraft.functional.extending import advice_on, closest, did_you_mean, given_type
+
+from .messages import names_of
 from .patterns import check
 
 NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -20,6 +25,59 @@ PARTS = {
     "lambda_pattern": r"(.*\.)?({})$",
 }
 """Fields whose strings, or keys, become a part of such an expression, in the place of `{}`."""
+
+
+def check_call(cls: Any, args: tuple[Any, ...], fields: Mapping[str, Any]) -> None:
+    """Refuse what a class of configs is called with, where it is no field by its name.
+
+    Raises:
+        TypeError: An unknown field, a value without a name, or a class that is of no method.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> LoraConfig(rank=4, alpha=8)
+    Traceback (most recent call last):
+    TypeError: LoraConfig has no field 'rank' (did you mean 'r'?), 'alpha' (did you mean 'lora_alpha'?)
+    """
+    if not hasattr(cls, "method"):
+        raise TypeError(f"{cls.__name__} is what all configs share, of no method; use LoraConfig or another of them")
+    known = cls.__dataclass_fields__
+    if not args and fields.keys() <= known.keys():
+        return
+    try:
+        inspect.signature(cls.__init__).bind(None, *args, **fields)
+    except TypeError:
+        if args:
+            raise TypeError(
+                f"{cls.__name__}: {args[0]!r:.60} is given without a name, and fields are given by name: "
+                f"{cls.__name__}(target_modules=[...])"
+            ) from None
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "unknown_fields"]
+        unknown = {name: closest(name, names) for name in fields if name not in known}
+        words = (f"{name!r}{f' (did you mean {close!r}?)' if close else ''}" for name, close in unknown.items())
+        hint = "" if all(unknown.values()) else f"; it has {names_of(sorted(names), most=40)}"
+        raise TypeError(f"{cls.__name__} has no field {', '.join(words)}{hint}") from None
+
+
+def check_given(fields: Any, what: str) -> None:
+    """Refuse what is no dict of fields.
+
+    Raises:
+        TypeError: Something else, a config among them.
+    """
+    if not isinstance(fields, Mapping):
+        advice = advice_on(fields) or "a dict of fields is expected, as config.to_dict() has them"
+        raise TypeError(f"{what}: fields is {given_type(fields)}, and {advice}")
+
+
+def check_attribute(cls: Any, name: str) -> None:
+    """Refuse to write to what is no field: it would have no effect.
+
+    Raises:
+        AttributeError: No field of this name; private names and those of the class pass.
+    """
+    if name not in cls.__dataclass_fields__ and not name.startswith("_") and not hasattr(cls, name):
+        hint = did_you_mean(name, [field.name for field in dataclasses.fields(cls)])
+        raise AttributeError(f"{cls.__name__} has no field {name!r}{hint}")
 
 
 def check_fields(config: Any) -> None:
@@ -39,7 +97,8 @@ def check_fields(config: Any) -> None:
     what, hints = type(config).__name__, _hints(type(config))
     for name, value in vars(config).items():
         if not fits(value, hints.get(name, Any)):
-            raise ValueError(f"{what}: {name} is {value!r:.200}, expected {_spell(hints[name])}")
+            hint = f"; one of them is a list too: [{value!r}]" if fits([value], hints[name]) else ""
+            raise ValueError(f"{what}: {name} is {value!r:.200}, expected {_spell(hints[name])}{hint}")
         for pattern in _patterns(name, value):
             check(PARTS.get(name, "{}").replace("{}", pattern), f"{what}: {name}", pattern)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchgraft.functional.extending import Replaced, each, replaced
 
 from .messages import require
+from .targets import meant_module
 from .ties import names_by_tensor, source
 from .tokens import LEAF, find_tokens
 
@@ -152,9 +153,9 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
     heads = {head for one in HEADS.values() if ends.intersection(one) and set(one) <= set(wanted) for head in one}
     for saved in wanted:
         paths = [path for path in modules if path and (path == saved or path.endswith(f".{saved}"))]
-        require(
-            bool(paths) or saved in heads, config, f"modules_to_save has {saved!r}, which is no module of the model"
-        )
+        if not paths and saved not in heads:
+            hint = meant_module(saved, modules)
+            require(False, config, f"modules_to_save has {saved!r}, which is no module of the model{hint}")
         for path in paths:
             module = modules[path]
             require(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from torchgraft.functional.extending import did_you_mean
+
 from .patterns import match
 
 
@@ -43,6 +45,7 @@ def find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
         raise ValueError(
             f"{type(config).__name__}: target_parameters={sorted(wanted)!r} match no parameter of the model; a name "
             f"is a whole one or its end after a dot. Stacked weights, as of experts, are {_sample(modules, names)}"
+            + did_you_mean(sorted(wanted)[0], names)
         )
     if missed:
         warnings.warn(

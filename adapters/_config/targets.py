@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
+
+from torchgraft.functional.extending import closest, did_you_mean
 
 from .experts import warn_of_experts
 from .matching import excluded, linear_names, matches
@@ -107,7 +109,8 @@ def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[st
     ]
     if missed:
         warnings.warn(
-            f"{type(config).__name__}: target_modules {missed} match no module of the model; the others do",
+            f"{type(config).__name__}: target_modules {missed} match no module of the model; the others do"
+            + meant_module(missed[0], names),
             RuntimeWarning,
             stacklevel=2,
         )
@@ -126,7 +129,42 @@ def _nothing(config: Any, matched: Collection[str], modules: Mapping[str, nn.Mod
             what + f"with layers_to_transform={config.layers_to_transform!r} and layers_pattern="
             f"{config.layers_pattern!r} matches no module; the model has {_sample(modules)}"
         )
-    return what + f"matches no module; a string has to match a whole name. The model has {_sample(modules)}"
+    return (
+        f"{what}matches no module; a string has to match a whole name. The model has {_sample(modules)}"
+        f"{_meant(config.target_modules, modules)}"
+    )
+
+
+def _meant(targets: Any, modules: Collection[str]) -> str:
+    """Return what was perhaps meant by targets that match nothing."""
+    if isinstance(targets, str):
+        if closest(targets, ["all-linear"]):
+            return "; did you mean 'all-linear'?"
+        names = [part for part in re.split(r"[\s,;|]+", targets) if part]
+        if names and all(any(f".{name}".endswith(f".{part}") for name in modules) for part in names):
+            return f"; did you mean the list {names!r}?"
+        return meant_module(targets, modules)
+    for target in sorted(targets):
+        if closest(target, ["all-linear"]):
+            return "; did you mean the string 'all-linear', not in a list?"
+        if re.search(r"[*\\|^$+()]", target):
+            return f"; names in a list are no patterns, a single string is one: target_modules={_pattern(target)!r}"
+    return next((hint for target in sorted(targets) if (hint := meant_module(target, modules))), "")
+
+
+def _pattern(target: str) -> str:
+    """Return a shell's pattern as a regular expression for a whole name; one that is a regular expression stays."""
+    return re.sub(r"(?<!\.)\*", ".*", target)
+
+
+def meant_module(name: str, modules: Iterable[str]) -> str:
+    """Return the end of a message about a name that no module has or ends in.
+
+    >>> meant_module("q_porj", ["layers.0.q_proj", "layers.0.k_proj"])
+    "; did you mean 'q_proj'?"
+    """
+    ends = [part for one in modules for part in (one.rpartition(".")[2],) if not part.isdigit()]
+    return did_you_mean(name, [*modules, *dict.fromkeys(ends)] if "." in name else dict.fromkeys(ends))
 
 
 def _sample(modules: Mapping[str, nn.Module]) -> str:

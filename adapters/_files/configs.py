@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from torchgraft.functional.extending import check_config
+
 from .._config.base import AdapterConfig
 
 
@@ -11,6 +13,7 @@ def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
     """Write `adapter_config.json` into a directory; the file is replaced as a whole or not at all.
 
     Raises:
+        TypeError: No config of an adapter, or one of PEFT's own.
         OSError: A file that cannot be written.
 
     >>> import tempfile
@@ -20,6 +23,7 @@ def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
     ...     load_config(folder).target_modules
     ['k']
     """
+    check_config(config, "save_config: config", isinstance(config, AdapterConfig))
     config.save_pretrained(path)
 
 

@@ -36,7 +36,15 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     """
     name = adapter_name if graft.binding.named else ""
     if name not in graft.configs:
-        raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
+        raise ValueError(
+            f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}, each of which is loaded by "
+            f"its name: load_adapter(graft, path, {next(iter(graft.configs))!r})"
+        )
+    if graft.binding.members is not None:
+        raise TypeError(
+            f"the graft is of a stack of {len(graft.binding.members)} configs: load each adapter by itself, "
+            "load_adapter(graft.member(i), path), then graft.stack(trees)"
+        )
     modules = modules_of(graft.model)
     sites = graft.sites[name]
     config: Any = graft.configs[name]

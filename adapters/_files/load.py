@@ -18,7 +18,7 @@ from .disk.folder import WEIGHTS, find_folder, open_pair
 from .disk.headers import open_weights
 from .into_graft import load_into_graft
 from .into_model import load_into_model
-from .stored import Stored
+from .stored import Stored, check_target
 
 
 def load_adapter(
@@ -57,11 +57,11 @@ def load_adapter(
         The model, or the adapter's tree for the graft.
 
     Raises:
-        FileNotFoundError: No such directory or file.
+        FileNotFoundError, NotADirectoryError: No such directory or file; a file in the place of the directory.
         ValueError: Files that are damaged, that contradict each other, the model or the graft, or that lead out of the
             directory; a name that is taken.
         KeyError: Tensors that are missing, or that nothing has a use for.
-        TypeError: A target that is neither a model nor a graft.
+        TypeError: A target that is neither a model nor a graft, or a path that is none; the graft of a stack.
 
     >>> import tempfile
     >>> from torchgraft.adapters import LoraConfig, save_adapter
@@ -76,6 +76,7 @@ def load_adapter(
     >>> torch.equal(loaded["0"]["lora_A"], params["0"]["lora_A"]), model[0].active_adapters
     (True, ['default'])
     """
+    check_target(target, path, "load_adapter(model, path)")
     model = target if isinstance(target, Graft) else unwrap(target)
     with open_pair(find_folder(path, adapter_name)) as (config_file, data, handle):
         fields = parse_fields(config_file, data)

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft
+from torchgraft.functional import Graft, Routed
 from torchgraft.functional.extending import Site, Tree, modules_of, whole
 
 from .._config.base import AdapterConfig
@@ -23,7 +23,8 @@ from .._inplace.walk import layers, unwrap
 from .._methods.lora.to_plain import plain as to_plain
 from .._methods.lora.to_plain import raw
 from .disk.config_file import make_folder, to_json
-from .disk.folder import check_name, write_pair
+from .disk.folder import as_directory, check_name, write_pair
+from .stored import check_target
 
 
 def save_adapter(
@@ -69,7 +70,7 @@ def save_adapter(
     ...     print(sorted(file.name for file in save_adapter(graft, folder, params=graft.init()).iterdir()))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    check_name(adapter_name)
+    _check_arguments(target, path, adapter_name)
     if isinstance(target, Graft):
         model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
@@ -85,6 +86,14 @@ def save_adapter(
     return folder
 
 
+def _check_arguments(target: Any, path: Any, adapter_name: Any) -> None:
+    if isinstance(path, Mapping) or isinstance(adapter_name, Mapping):
+        raise TypeError("the parameters go by name: save_adapter(graft, path, params=params)")
+    check_target(target, path, "save_adapter(model, path)")
+    check_name(adapter_name)
+    as_directory(path)
+
+
 _Saved = tuple[nn.Module, AdapterConfig, Mapping[str, Site], dict[str, Tensor]]
 
 
@@ -94,13 +103,11 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     if params is None:
         raise TypeError("params is None, expected the graft's parameter tree: save_adapter(graft, path, params=params)")
     if name not in graft.configs:
-        raise ValueError(f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}")
-    own = params.get(name)
-    by_name = (
-        graft.binding.named and isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values())
-    )
-    tree = params[name] if by_name else params
-    graft.binding.active({name: tree} if graft.binding.named else tree)
+        raise ValueError(
+            f"adapter_name is {name!r}; this graft was bound with {sorted(graft.configs)}, each of which is saved by "
+            f"its name: save_adapter(graft, path, {next(iter(graft.configs))!r}, params=params)"
+        )
+    tree = _own_tree(graft, name, params)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
     whole_tree = {path: tree.get(path, {}) | fixed.get(path, {}) for path in fixed | tree}
@@ -120,10 +127,27 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     return graft.model, config, graft.sites[name], state
 
 
+def _own_tree(graft: Graft, name: str, params: Any) -> Tree:
+    """Return the tree of one of a graft's adapters, which it fits; `{name: tree}` may be given in its place."""
+    if isinstance(params, Routed):
+        raise TypeError("params is a routed stack, expected the tree of one adapter, unstack(many)[i]")
+    tree: Any = params
+    if graft.binding.named and isinstance(params, Mapping):
+        own = params.get(name)
+        if isinstance(own, Mapping) and any(isinstance(leaves, Mapping) for leaves in own.values()):
+            tree = own
+    graft.binding.active({name: tree} if graft.binding.named else tree)
+    result: Tree = tree
+    return result
+
+
 def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
     """Return a model, and one of its adapters' config, sites and tensors."""
     if params is not None:
-        raise TypeError("params go with a graft; a model's parameters are those injected in it")
+        raise TypeError(
+            "params go with a graft; a model's parameters are those injected in it. For a tree: "
+            "save_adapter(bind(model, config), path, params=params)"
+        )
     state = get_peft_model_state_dict(target, adapter_name=adapter_name)
     model = unwrap(target)
     config = config_of(model, adapter_name)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Binding
+from torchgraft.functional import Binding, Graft
 from torchgraft.functional.extending import (
     Plan,
     Site,
+    given_type,
     tensor_at,
     whole,
 )
@@ -153,3 +155,15 @@ def other_base(base: Mapping[str, Tensor], parts: Parts, tensors: Mapping[str, T
         for name, key in parts.base.items()
         if base[name].is_meta or not torch.equal(whole(base[name]).cpu(), tensors[key].to(base[name].dtype))
     ]
+
+
+def check_target(target: Any, path: Any, call: str) -> None:
+    """Refuse a model in the place of a path.
+
+    Raises:
+        TypeError: The two are swapped; `call` shows their order.
+    """
+    if isinstance(path, (nn.Module, Graft)) and not isinstance(target, (nn.Module, Graft)):
+        raise TypeError(
+            f"model is {given_type(target)}, expected a torch.nn.Module or a graft; are the arguments swapped? {call}"
+        )

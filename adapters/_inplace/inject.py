@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import (
-    Tree,
-)
+from torchgraft.functional.extending import Tree, check_config, check_module, check_no_view, given_type
 
 from .._config.base import AdapterConfig
 from .._config.replication import replicating
@@ -77,6 +75,7 @@ def inject_adapter_in_model(
     >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
+    check_module(model, other=peft_config)
     given, model = model, unwrap(model)
     _check_arguments(peft_config, model, adapter_name, state_dict, params)
     check_averaged(given, trained=activate and not peft_config.inference_mode)
@@ -116,9 +115,14 @@ def _keep_active(model: nn.Module, active: list[str], name: str) -> None:
 
 
 def _check_arguments(config: Any, model: nn.Module, name: Any, state_dict: Any, params: Any) -> None:
-    if isinstance(config, type) or not isinstance(config, AdapterConfig):
-        given = f"the class {config.__name__}" if isinstance(config, type) else f"of type {type(config).__name__}"
-        raise TypeError(f"peft_config is {given}, expected a config object such as LoraConfig(target_modules=[...])")
+    several = list(config.values()) if isinstance(config, Mapping) else config
+    if isinstance(several, (list, tuple)) and any(isinstance(one, AdapterConfig) for one in several):
+        raise TypeError(
+            f"peft_config is {given_type(config)}, expected one config: call inject_adapter_in_model(config, model, "
+            "adapter_name) once for each"
+        )
+    check_config(config, "peft_config", isinstance(config, AdapterConfig))
+    check_no_view(model, "inject_adapter_in_model", "Give the original model, graft.model, and the tree as params=...")
     if not isinstance(name, str) or not re.fullmatch(r"[^.\s/\\]+", name) or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"adapter_name is {name!r}, expected a name without dots, slashes and spaces that is no attribute of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,13 +12,13 @@ from . import root
 from .beside.biases import ATTRIBUTE, biases_of
 from .placed import Owners
 from .switch import adapter_names as names_in
-from .switch import in_order_of_merging, take_out
+from .switch import check_known, in_order_of_merging, names_given, take_out
 from .tensors.gathering import hand_over, on_gathered
-from .walk import bare_modules, layers, named_parts, parts, placed_in, placed_modules, unwrap
+from .walk import bare_modules, layers, named_parts, parts, placed_in, placed_modules, refuse_others, unwrap
 
 
 @on_gathered(writes=True)
-def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
     """Make adapters part of the weights: the model computes the same without the cost of an adapter.
 
     So do the rows of their tokens (`trainable_token_indices`); their copies of `modules_to_save` and their biases run
@@ -45,16 +44,16 @@ def merge_adapter(model: nn.Module, adapter_names: list[str] | None = None, safe
     _merge(unwrap(model), adapter_names, safe_merge, False)
 
 
-def _merge(model: nn.Module, adapter_names: list[str] | None, safe: bool, alone: bool) -> None:
+def _merge(model: nn.Module, chosen: str | list[str] | None, safe: bool, alone: bool) -> None:
     """Merge adapters into all layers and all that adapters have beside them or, on an error, into none.
 
     Args:
         model: The model.
-        adapter_names: Names of the adapters; by default the active ones.
+        chosen: Names of the adapters; by default the active ones.
         safe: Refuse weights that are not finite.
         alone: Whether active adapters that are not merged go, and so are not in the way of what is merged.
     """
-    _check_names(model, adapter_names)
+    adapter_names = _check_names(model, chosen)
     if any(layer.disable_adapters for layer in layers(model).values()):
         raise RuntimeError("the adapters are disabled, so merging them would switch them on; enable them first")
     found = named_parts(model)
@@ -76,7 +75,7 @@ def _merge(model: nn.Module, adapter_names: list[str] | None, safe: bool, alone:
 
 
 @on_gathered(writes=True)
-def unmerge_adapter(model: nn.Module, adapter_names: list[str] | None = None) -> None:
+def unmerge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None) -> None:
     """Take merged adapters, by default all, out of the weights again, bit for bit.
 
     Raises:
@@ -84,8 +83,7 @@ def unmerge_adapter(model: nn.Module, adapter_names: list[str] | None = None) ->
         RuntimeError: Something else wrote to the weights while adapters were merged.
     """
     model = unwrap(model)
-    _check_names(model, adapter_names)
-    take_out(parts(model), adapter_names)
+    take_out(parts(model), _check_names(model, adapter_names))
 
 
 @on_gathered(writes=True)
@@ -98,13 +96,17 @@ def unload(model: nn.Module) -> nn.Module:
         `model`.
     """
     model = unwrap(model)
-    take_out(parts(model))
+    if not (found := parts(model)):
+        refuse_others(model)
+    take_out(found)
     _strip(model)
     return model
 
 
 @on_gathered(writes=True)
-def merge_and_unload(model: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module, safe_merge: bool = False, adapter_names: str | list[str] | None = None
+) -> nn.Module:
     """Make adapters, by default the active ones, part of the weights for good and remove all adapter layers.
 
     What these adapters have beside their layers goes with them: their copies of `modules_to_save` take the place of the
@@ -143,10 +145,13 @@ def _strip(model: nn.Module) -> None:
     root.detach(model)
 
 
-def _check_names(model: nn.Module, names: Iterable[str] | None) -> None:
-    known = names_in(model)
-    if not known:
+def _check_names(model: nn.Module, names: str | list[str] | None) -> list[str] | None:
+    """Return names of adapters as a list, which the model has; `None` for the active ones."""
+    if not names_in(model):
+        refuse_others(model)
         raise ValueError("the model has no adapters; inject one first")
-    missing = [name for name in names or () if name not in known]
-    if missing:
-        raise ValueError(f"the model has no adapter {missing[0]!r}; it has {known}")
+    if names is None:
+        return None
+    given = names_given(names)
+    check_known(model, given)
+    return given

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
+
+from torchgraft.functional.extending import did_you_mean
 
 from .beside.biases import biases_of
 from .layer.tuner_layer import BaseTunerLayer
 from .placed import Placed
 from .tensors.gathering import gathered, on_gathered
-from .walk import layers, parts, unwrap
+from .walk import layers, parts, refuse_others, unwrap
 
 T = TypeVar("T")
 
@@ -85,8 +87,8 @@ def set_adapter(
     ['a', 'b']
     """
     found = parts(unwrap(model))
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    _check_known(model, names)
+    names = names_given(adapter_name)
+    check_known(model, names)
     for part in found:
         part.check_active(names)
     chosen = _of_class(found, layer_cls)
@@ -101,8 +103,8 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
     Raises:
         ValueError: A name that the model does not have.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    names = names_given(adapter_names)
+    check_known(model, names)
     for part in parts(unwrap(model)):
         part.set_requires_grad(names, requires_grad)
 
@@ -115,6 +117,8 @@ def disable_adapter_layers(model: nn.Module) -> None:
         RuntimeError: Something else wrote to the weights while adapters were merged.
     """
     found = parts(unwrap(model))
+    if not found:
+        refuse_others(model)
     take_out(found)
     for part in found:
         part.enable_adapters(False)
@@ -212,7 +216,7 @@ def delete_adapter(
         ValueError: A name that the model does not have, or one that is merged.
     """
     model = unwrap(model)
-    _check_known(model, [adapter_name])
+    check_known(model, [adapter_name])
     found = [layer for layer in layers(model).values() if isinstance(layer, layer_cls)]
     merged = [name for name, layer in layers(model).items() if adapter_name in layer.merged_adapters]
     if merged:
@@ -243,15 +247,45 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         ValueError: A name that the model does not have.
     """
     model = unwrap(model)
-    _check_known(model, [adapter_name])
+    check_known(model, [adapter_name])
     if not autocast_adapter_dtype:
         return
     for part in parts(model):
         part.widen_adapter(adapter_name)
 
 
-def _check_known(model: nn.Module, names: Iterable[str]) -> None:
+def names_given(adapter_names: Any) -> list[str]:
+    """Return one name, or several, as a list.
+
+    Raises:
+        TypeError: Something else, as weights by name are, which nothing here has a use for.
+
+    >>> names_given("a"), names_given(["a", "b"])
+    (['a'], ['a', 'b'])
+    """
+    if isinstance(adapter_names, str):
+        return [adapter_names]
+    if isinstance(adapter_names, Mapping) or not isinstance(adapter_names, Iterable):
+        raise TypeError(f"adapter_name is {adapter_names!r:.60}, expected the name of an adapter, or a list of names")
+    return list(adapter_names)
+
+
+def check_known(model: nn.Module, names: Iterable[Any]) -> None:
+    """Refuse names of adapters that a model does not have.
+
+    Raises:
+        TypeError: No name; a model of which another library has made something.
+        ValueError: A name that the model does not have.
+    """
     known = adapter_names(model)
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise ValueError(f"the model has no adapter {missing[0]!r}; it has {known or 'none, inject one first'}")
+    for name in names:
+        if not isinstance(name, str):
+            has = known or "none"
+            raise TypeError(f"adapter_name is {name!r:.60}, expected one name, a string; the model has {has}")
+        if name not in known:
+            if not known:
+                refuse_others(model)
+            raise ValueError(
+                f"the model has no adapter {name!r}; it has {known or 'none, inject one first'}"
+                + did_you_mean(name, known)
+            )

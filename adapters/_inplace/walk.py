@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.extending import Base, unwrapped
+from torchgraft.functional.extending import Base, advice_on, check_module, check_no_view, unwrapped
 
 from .beside.biases import biases_of
 from .beside.modules_to_save import ModulesToSaveWrapper
@@ -28,12 +28,26 @@ def unwrap(model: Any) -> nn.Module:
     """Return the model behind `torch.compile`, `DistributedDataParallel`, FSDP1 and torch's activation checkpointing.
 
     Raises:
-        TypeError: Something else than a module.
+        TypeError: Something else than a module, or a model that PEFT has wrapped.
     """
-    model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
-    return model
+    inner: nn.Module = unwrapped(model)
+    check_module(inner)
+    if placed_in(inner) is None and (advice := advice_on(inner)):
+        raise TypeError(f"the model: {type(inner).__name__} {advice}")
+    return inner
+
+
+def refuse_others(model: nn.Module) -> None:
+    """Refuse a model without adapters in place that has others: a view of a graft, or a model with PEFT's.
+
+    Raises:
+        TypeError: It has; names the first.
+    """
+    instead = "Its adapter is a tree, for functions of the graft: save_adapter(graft, path, params=params)"
+    check_no_view(model, "in place", instead)
+    for path, module in model.named_modules():
+        if advice := advice_on(module):
+            raise TypeError(f"{path}: {type(module).__name__} {advice}")
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._constants import Constants
 from .._layers.base import Base
+from .._messages import did_you_mean, given_type
 from .._method import Config, SiteAdapter, Tree
 from .._rows import PerAdapter
 from .._sites.parameters import Key, key_of
@@ -163,11 +164,15 @@ class Binding:
             params = {name: params.named(name) for name in params.tree}
         if not isinstance(params, dict):
             raise TypeError(
-                f"params is of type {type(params).__name__}, expected a dict of adapters: {sorted(self.configs)}"
+                f"params is {given_type(params)}, expected a dict of adapters: {sorted(self.configs)}; "
+                "graft.init(generator) makes one"
             )
         for name, tree in params.items():
             if name not in self.configs:
-                raise KeyError(f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}")
+                raise KeyError(
+                    f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}"
+                    + self._named_by(params, name)
+                )
             self._check(tree, name, f"params[{name!r}]")
         for first, second, name in self.conflicts:
             if first in params and second in params:
@@ -176,6 +181,13 @@ class Binding:
                     "one of them out of the call"
                 )
         return {name: params[name] for name in self.configs if name in params}
+
+    def _named_by(self, params: Mapping[str, Any], name: str) -> str:
+        """Return what parameters look like that have an unknown adapter."""
+        for own, sites in self.sites.items():
+            if params.keys() <= sites.keys():
+                return f"; it looks like the tree of one adapter: give its name too, {{{own!r}: params}}"
+        return did_you_mean(name, self.configs)
 
     def _check(self, tree: Any, name: str, what: str) -> None:
         """Refuse a tree, or what stands for one, that does not fit an adapter."""

@@ -34,6 +34,8 @@ def initialise(
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"init: dtype is {dtype!r}, expected a floating-point dtype such as torch.float32")
+    if device is not None and not isinstance(device, (torch.device, str, int)):
+        raise TypeError(f"init: device is {device!r}, expected a device such as 'cpu' or 'cuda:0'")
     modules = modules_of(model)
     with contextlib.nullcontext() if generator is None else torch.device(generator.device):
         fresh = config.method.init(config, list(sites.values()), generator, weights_of(sites, modules))

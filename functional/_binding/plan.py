@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from .._abilities import SharesLeaves, TakesComplex
 from .._constants import Constants
 from .._layers.base import Base
+from .._messages import advice_on
 from .._method import SHARED, Config, Weights
 from .._sites.kinds import describe
 from .._sites.parameters import describe_parameter, find
@@ -63,6 +64,8 @@ def plan_sites(
             f"{SHARED!r}: the model has a module of this name, under which trees have the leaves that sites share; "
             "rename the module"
         )
+    paths = list(paths)
+    _check_bare(paths, modules)
     sites: dict[str, Site] = {}
     seen: set[tuple[int, str]] = set()
     method = config.method
@@ -78,6 +81,7 @@ def plan_sites(
             raise UnsupportedConfig(
                 f"{path or 'the model'}: {method.name} does not support {kind}; it supports "
                 f"{', '.join(sorted(method.kinds))}. Name other modules in target_modules, or exclude this one"
+                + _inside(path, modules, method.kinds)
             )
         if leaf and (id(module), "") in seen:
             raise ValueError(
@@ -98,6 +102,23 @@ def plan_sites(
         return sites
     uses = sharing.uses(config, list(sites.values()))
     return {path: dataclasses.replace(site, shared=dict(uses.get(path, {}))) for path, site in sites.items()}
+
+
+def _check_bare(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse modules that another library's adapters, or those in place, are around."""
+    split = (path.split(".") if path else [] for path in paths)
+    for around in dict.fromkeys(".".join(parts[:count]) for parts in split for count in range(len(parts) + 1)):
+        if advice := advice_on(modules.get(around)):
+            raise TypeError(f"{around or 'the model'}: {type(modules[around]).__name__} {advice}")
+
+
+def _inside(path: str, modules: Mapping[str, nn.Module], kinds: Collection[str]) -> str:
+    """Return which modules within an unsupported one are supported."""
+    start = f"{path}." if path else ""
+    sites = (describe(name, modules[name]) for name in modules if name != path and name.startswith(start))
+    names = [site.path for site in sites if site is not None and site.kind in kinds]
+    more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
+    return f". Within it are {', '.join(map(repr, names[:3]))}{more}" if names else ""
 
 
 def _needs_real(config: Config) -> str | None:

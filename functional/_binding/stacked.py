@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._messages import given_type
 from .._method import Config, SiteAdapter, Tree
 from .._places import Places
 from .._rows import PerAdapter, Rows, is_readable
@@ -181,7 +182,7 @@ class StackedBinding(Binding):
             raise TypeError(
                 f"params is a dict; this graft was bound with {len(self.members)} configs: call it with "
                 "route(stacked, rows), or call graft.at(i) for adapter i of the stack, or graft.member(i) for its own "
-                "tree"
+                "tree, graft.unstack(many)[i], which merge and save_adapter take too"
             )
         active = super().active(params)
         rows, members, places = (getattr(params, name, None) for name in ("rows", "members", "places"))
@@ -197,8 +198,41 @@ class StackedBinding(Binding):
             )
         return active
 
+    def member(self, index: int) -> Binding:
+        """Return the binding of one config alone.
+
+        Raises:
+            IndexError, TypeError: No index of a config.
+        """
+        self.check_index(index)
+        return self.singles[index]
+
+    def check_index(self, index: Any) -> None:
+        """Refuse what is no index of one of the configs; one that is a tensor is not looked at."""
+        count = len(self.members)
+        if isinstance(index, Tensor):
+            return
+        if not isinstance(index, int):
+            raise TypeError(
+                f"index is {index!r:.60}, expected an integer: the adapters of a stack are numbered, 0 to {count - 1}, "
+                "in the order of their configs"
+            )
+        if not -count <= index < count:
+            raise IndexError(f"index is {index}, and the stack has adapters 0 to {count - 1}")
+
+    def _check(self, tree: Any, name: str, what: str) -> None:
+        try:
+            super()._check(tree, name, what)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} In a stack of {len(self.members)} configs a tree is padded: graft.stack(trees) stacks trees "
+                "of their own shapes, and graft.pad(tree) pads one"
+            ) from None
+
     def places(self, configs: Sequence[Config | None] | None = None) -> Places:
         """Plan the constants and sites of each place of a stack, as `StackedGraft.places` does."""
+        if isinstance(configs, (str, Mapping)) or not isinstance(configs, (Iterable, type(None))):
+            raise TypeError(f"places: configs is {given_type(configs)}, expected a list: graft.places([config, ...])")
         given = self.members if configs is None else list(configs)
         if not given:
             raise ValueError("places: got no configs; give one for each place, None for an empty one")

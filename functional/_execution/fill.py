@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from .._messages import did_you_mean
 from .._skeleton.skeleton import Skeleton
 from .._skeleton.swaps import swap_tensors
 from .traced import keep_private
@@ -53,8 +53,7 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
     names: dict[int, str] = {}
     for name, tensor in base.items():
         if name not in skeleton.sources:
-            close = difflib.get_close_matches(name, skeleton.sources, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, skeleton.sources)
             raise KeyError(f"base_params has {name!r}, which is no parameter or buffer of the model{hint}")
         key = skeleton.sources[name][2]
         if not isinstance(tensor, Tensor):

@@ -226,6 +226,8 @@ def _doubt_tokens(path: str, x: Tensor, size: int, tokens: int) -> str:
 
 def _doubt(path: str, x: Tensor, axes: tuple[int, ...], size: int, finder: Finder | None) -> str:
     start = f"{path or 'the model'}: its input has shape {tuple(x.shape)} in a call that routes {size} rows"
+    if axes and axes[0] % size:
+        start += f" (rows has {size}, and its leading axis {axes[0]}: is there one index for each row of the inputs?)"
     if finder is not None and finder.record is not None:
         return (
             f"{start}, which is not where the rows were when a call of this kind was looked at on a few of them: the "

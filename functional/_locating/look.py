@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .finder import Declared, Finder
-from .inputs import GivenSample, Inputs, Reading, Sample, choose_rows, length_of, readings
+from .inputs import GivenSample, Inputs, Reading, Sample, choose_rows, length_of, readings, tensors_in
 from .layout import LEADING, SHARED, Layout, Place, Record, compare, finite, numbers
 from .observed import Observed, Seen
 
@@ -121,9 +121,11 @@ def _give_up(failures: Sequence[Exception], inputs: Inputs, size: int) -> NoRetu
         "route(stacked, rows, batch_dim=0)"
     )
     if not failures:
+        lengths = sorted({len(x) for x in tensors_in(inputs) if x.ndim and not x.is_nested})
         raise ValueError(
-            f"route: the call has {size} rows, and no tensor of its inputs has {size} rows, or a multiple, along axis "
-            "0, so it is not known which row is whose. Give rows one index for each row of the inputs; or " + advice
+            f"route: rows has {size}, the inputs have {' or '.join(map(str, lengths)) or 'none'}: no tensor of its "
+            f"inputs has {size} rows, or a multiple, along axis 0, so it is not known which row is whose. Give rows "
+            "one index for each row of the inputs; or " + advice
         )
     if isinstance(failures[0], Unproved):
         raise failures[0] from None

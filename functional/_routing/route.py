@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._layers.routed import RoutedLayer
 from .._locating.finder import Declared, Finder
+from .._messages import given_type
 from .._method import SiteAdapter, Tree
 from .._places import Places
 from .._rows import Rows, is_readable, rows_of
@@ -181,12 +182,15 @@ def route(
     >>> torch.allclose(y[:, 3:], graft(unstack(many)[1], packed[:, 3:]))
     True
     """
+    _check_stack(stacked, rows)
     leaf = next(_leaves(stacked), None)
     if leaf is None or leaf.ndim == 0 or len(leaf) == 0:
         raise ValueError("route: the stacked tree has no leaves with a leading axis; make it with stack([tree, ...])")
     declared = _declared(batch_dim, tokens_dim, mixed)
     if places is not None and not isinstance(places, Places):
         raise TypeError(f"route: places is of type {type(places).__name__}, expected what graft.places() returns")
+    if members is not None and not isinstance(members, Tensor):
+        raise TypeError(f"route: members is {given_type(members)}, expected a tensor: torch.tensor(members)")
     if rows is None:
         return Routed(stacked, Rows(None, len(leaf)), members, declared, check, None, places)
     rows = _checked(rows)
@@ -207,20 +211,49 @@ def route(
 def _checked(rows: Any) -> Tensor:
     """Return the rows that the user gave as a tensor."""
     if isinstance(rows, (list, tuple)):
+        if any(isinstance(row, str) for row in rows):
+            raise TypeError(
+                "route: rows has names, expected numbers: the adapters of a stack are numbered, in the order in which "
+                "it was made; a graft that was bound with names= has rows for them: graft.rows(names)"
+            )
         try:
             rows = torch.tensor(rows)
         except (TypeError, ValueError) as error:
             raise TypeError(f"route: rows is a list that is no tensor: {error}") from error
     if not isinstance(rows, Tensor):
-        raise TypeError(f"route: rows is of type {type(rows).__name__}, expected a tensor: torch.tensor(rows)")
+        raise TypeError(f"route: rows is {given_type(rows)}, expected a tensor{_as_tensor(rows)}")
     if rows.numel() == 0:
         raise ValueError("route: rows is empty, expected one index for each row of the batch, or for each token")
     if rows.ndim not in (1, 2) or rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"route: rows has shape {tuple(rows.shape)} and dtype {rows.dtype}, expected one long index for each row "
-            "of the batch, shape (batch,), or for each of its tokens, shape (batch, tokens)"
+            f"of the batch, shape (batch,), or for each of its tokens, shape (batch, tokens){_as_indices(rows)}"
         )
     return rows
+
+
+def _check_stack(stacked: Any, rows: Any) -> None:
+    if isinstance(stacked, Tensor) and isinstance(rows, Mapping):
+        raise TypeError("route: the arguments are swapped, expected route(stacked, rows)")
+    if isinstance(stacked, (list, tuple)):
+        raise TypeError(
+            f"route: got a {type(stacked).__name__}, expected a stacked tree; make one of a list of trees: "
+            "route(stack(trees), rows)"
+        )
+
+
+def _as_tensor(rows: Any) -> str:
+    """Return what to write for rows that are no tensor."""
+    return f": torch.full((batch,), {rows})" if isinstance(rows, int) else ": torch.tensor(rows)"
+
+
+def _as_indices(rows: Tensor) -> str:
+    """Return what to write for rows of another kind."""
+    if rows.dtype == torch.bool:
+        return "; a mask of rows is no index: torch.where(mask, 0, -1) gives those of the mask adapter 0"
+    if rows.ndim in (1, 2):
+        return "; rows.long(), if they are whole numbers"
+    return "" if rows.ndim else "; rows.expand(batch) is one for all"
 
 
 def _placed(rows: Tensor, leaf: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def test_unknown_adapter_name():
             "bind: model is of type str, expected a torch.nn.Module",
         ),
         (mlp(), LoraConfig, TypeError, "bind: config is the class LoraConfig, expected a config object"),
-        (mlp(), {"a": 3}, TypeError, "bind: config is of type int, expected a config object"),
+        (mlp(), {"a": 3}, TypeError, "bind: config['a'] is 3, expected a config object"),
         (mlp(), {}, ValueError, "bind: got an empty dict of configs"),
         (
             mlp(),

@@ -202,7 +202,7 @@ def test_convolutions_of_several_ranks():
             ValueError,
             "bind: configs[1].oft_block_size is 4 and configs[0].oft_block_size is 2; the adapters of a OFT stack",
         ),
-        ([LoraConfig(target_modules=["0"]), 3], TypeError, "bind: config is of type int, expected a config object"),
+        ([LoraConfig(target_modules=["0"]), 3], TypeError, "bind: config[1] is 3, expected a config object"),
     ],
 )
 def test_configs_that_do_not_stack(configs, error, words):

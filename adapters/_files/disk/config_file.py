@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .folder import WEIGHTS, Folder, read_config, write_config
+from .folder import WEIGHTS, Folder, as_directory, read_config, write_config
 from .strict_json import parse_object
 
 
@@ -28,7 +28,7 @@ def read_fields(path: str | os.PathLike[str], subfolder: str | None = None) -> t
         FileNotFoundError: No such file.
         ValueError: A file that is no config, or that leads out of the directory; names the file.
     """
-    root = Path(path)
+    root = as_directory(path)
     folder = Folder(root, root / subfolder if subfolder else root)
     if not folder.path.is_dir():
         raise FileNotFoundError(f"{folder.path}: no such directory; nothing is downloaded here, fetch it first")
@@ -80,11 +80,9 @@ def make_folder(path: str | os.PathLike[str], adapter_name: str = "default") -> 
         NotADirectoryError: A file in its place.
         ValueError: A directory that leads out of `path`.
     """
-    root = Path(path)
+    root = as_directory(path)
     folder = root if adapter_name == "default" else root / adapter_name
-    for one in (root, folder):
-        if one.exists() and not one.is_dir():
-            raise NotADirectoryError(f"{one}: is a file, expected a directory")
+    as_directory(folder)
     os.makedirs(root, exist_ok=True)
     Folder(root, folder)
     os.makedirs(folder, exist_ok=True)

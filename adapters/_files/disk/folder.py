@@ -15,6 +15,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from torchgraft.functional.extending import given_type
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -48,9 +50,29 @@ def check_name(name: Any) -> str:
     """
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\x00-\x1f]", name):
         raise ValueError(
-            f"adapter_name is {name!r}, expected a name without slashes, colons and control characters, not '..'"
+            f"adapter_name is {name!r:.60}, expected a name without slashes, colons and control characters, not '..'"
+            + (f"; it takes one name, a string, and this is {given_type(name)}" if not isinstance(name, str) else "")
         )
     return name
+
+
+def as_directory(path: Any) -> Path:
+    """Return a path that is to be a directory, there or not.
+
+    Raises:
+        TypeError: No path.
+        NotADirectoryError: A file.
+
+    >>> as_directory(["a", "b"])
+    Traceback (most recent call last):
+    TypeError: path is of type list, expected one directory, a string or a pathlib.Path
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path is {given_type(path)}, expected one directory, a string or a pathlib.Path")
+    root = Path(path)
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"{root}: is a file, expected a directory: give its own, {str(root.parent)!r}")
+    return root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +127,11 @@ def find_folder(path: str | os.PathLike[str], adapter_name: str) -> Folder:
     """Return the directory that holds an adapter: the one of its name in `path`, else `path` itself.
 
     Raises:
+        TypeError, NotADirectoryError: No path, or a file.
         FileNotFoundError: No such directory, or one without an adapter; says what is there.
         ValueError: A name or a link that leads elsewhere.
     """
-    root = Path(path)
+    root = as_directory(path)
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root}: no such directory; nothing is downloaded here, fetch it first, for example with "

@@ -14,6 +14,7 @@ from torchgraft.functional.extending import (
 from ..._config.base import AdapterConfig
 from ..._config.keys import SHARED, places
 from ..placed import Layout, Slot
+from ..switch import check_known
 from ..walk import layers, named_parts
 
 
@@ -21,13 +22,12 @@ def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
     """Return the config of an injected adapter.
 
     Raises:
+        TypeError: No name; a model with another library's adapters.
         ValueError: A name that the model does not have.
     """
     configs: Any = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(
-            f"the model has no adapter {adapter_name!r}; it has {list(configs) or 'none, inject one first'}"
-        )
+    if not isinstance(adapter_name, str) or not isinstance(configs.get(adapter_name), AdapterConfig):
+        check_known(model, [adapter_name])
     result: AdapterConfig = configs[adapter_name]
     return result
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchgraft.functional.extending import (
     bare_name,
+    given_type,
     is_sharded,
     offloading,
     resting,
@@ -133,12 +134,21 @@ def set_peft_model_state_dict(
     return IncompatibleKeys(missing, [key for key in given if key not in expected])
 
 
-def _named_as_in_files(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _named_as_in_files(state_dict: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict by the keys of files, without PEFT's prefix."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"state_dict is {given_type(state_dict)}, expected a dict of tensors by key; load_adapter(model, path) "
+            "reads an adapter's files"
+        )
     given = {bare_name(key).removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     for key, tensor in given.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"state dict: {key!r} is of type {type(tensor).__name__}, expected a tensor")
+            hint = "; a tree is put in by inject_adapter_in_model(config, model, params=tree)"
+            raise TypeError(
+                f"state dict: {key!r} is {given_type(tensor)}, expected a tensor"
+                + (hint if isinstance(tensor, Mapping) else "")
+            )
     return given
 
 

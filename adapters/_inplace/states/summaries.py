@@ -121,9 +121,10 @@ def summary(target: nn.Module | Graft, params: Tree | None = None) -> Summary:
     else:
         if params is not None:
             raise TypeError("summary: params are given with a model, whose adapters have their own; leave them out")
+        if isinstance(target, nn.Module):
+            _check_own(target)
         model = unwrap(target)
         base = _values(p for module in bare_modules(model).values() for p in module._parameters.values())
-        _check_own(target)
         configs: Mapping[str, Any] = getattr(model, "peft_config", {})
         found = layers(model).values()
         entries = {name: [layer.entries[name] for layer in found if name in layer.entries] for name in configs}

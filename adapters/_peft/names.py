@@ -1,0 +1,29 @@
+"""Names of PEFT's that are none of torchgraft's, and what stands for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torchgraft.functional.extending import did_you_mean
+
+_INJECT = "inject_adapter_in_model(config, model), which returns the model itself, without a wrapper"
+_INSTEAD = {
+    "get_peft_model": _INJECT,
+    "prepare_model_for_kbit_training": _INJECT,
+    "PeftConfig": "AdapterConfig",
+    "get_peft_config": "AdapterConfig.from_dict(fields)",
+    "PeftModel": "load_adapter(model, path) for PeftModel.from_pretrained(model, path); for the wrapper " + _INJECT,
+}
+
+
+def instead_of(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a name that is not here.
+
+    >>> instead_of("PeftConfig", []), instead_of("LoRAConfig", ["LoraConfig"])
+    ('; here it is AdapterConfig', "; did you mean 'LoraConfig'?")
+    """
+    if name.startswith("PeftModelFor"):
+        name = "PeftModel"
+    if name in _INSTEAD:
+        return f"; here it is {_INSTEAD[name]}"
+    return did_you_mean(name, [one for one in known if not one.startswith("_")])
