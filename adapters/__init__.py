@@ -1,6 +1,6 @@
 """Adapter methods, one file each, and their configs; adapters in a model, in place; adapters in files."""
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 from torchgraft.functional import __version__ as __version__
 
@@ -87,8 +87,8 @@ def __dir__() -> list[str]:
     return [*__all__]
 
 
-if not TYPE_CHECKING:  # or else type checkers would take any name
+if not _typing.TYPE_CHECKING:  # or else type checkers would take any name
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _typing.Any:
         """Say what stands for a name of PEFT's, or which name was perhaps meant."""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead_of(name, list(globals()))}")

@@ -301,7 +301,7 @@ TABLE = {
     ),
     "unstack of a tree": (lambda w: unstack(w.params), ValueError, ("stacked by stack([params])",)),
     "member by number": (lambda w: w.mixed.member(5), IndexError, ("index is 5", "adapters 0 to 1")),
-    "member by name": (lambda w: w.mixed.member("a"), TypeError, ("index is 'a'", "numbered, 0 to 1")),
+    "member by name": (lambda w: w.mixed.member("a"), IndexError, ("no names, got 'a'", "names=[...]")),
     "at by number": (lambda w: w.mixed.at(5), IndexError, ("index is 5",)),
     "one config for places": (lambda w: w.mixed.places(lora()), TypeError, ("graft.places([config, ...])",)),
     # -- rows ---------------------------------------------------------------------------------------------------
@@ -320,12 +320,12 @@ TABLE = {
         ValueError,
         ("rows has 3, and its leading axis 4: is there one index for each row of the inputs?",),
     ),
-    "rows as a list": (lambda w: route(w.many, [0, 1]), TypeError, ("rows is of type list", "torch.tensor(rows)")),
+    "rows as a range": (lambda w: route(w.many, range(2)), TypeError, ("rows is of type range", "torch.tensor(rows)")),
     "one row": (lambda w: route(w.many, 1), TypeError, ("torch.full((batch,), 1)",)),
     "names for rows": (
         lambda w: route(w.many, ["a", "b"]),
         TypeError,
-        ("a tensor of numbers", "torch.tensor([names.index(name) for name in rows])"),
+        ("rows has names, expected numbers", "graft.rows(names)"),
     ),
     "rows of floats": (lambda w: route(w.many, ROWS.float()), ValueError, ("torch.float32", "rows.long()")),
     "mask for rows": (lambda w: route(w.many, ROWS.bool()), ValueError, ("torch.where(mask, 0, -1)",)),
@@ -440,8 +440,7 @@ TABLE = {
     # -- names of the packages ----------------------------------------------------------------------------------
     "name of the front door": (lambda w: torchgraft.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
     "name of the adapters": (lambda w: adapters.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
-    "get_peft_model": (lambda w: adapters.get_peft_model, AttributeError, ("inject_adapter_in_model(config, model)",)),
-    "PeftModel": (lambda w: adapters.PeftModelForCausalLM, AttributeError, ("load_adapter(model, path)",)),
+    "a name of PEFT's": (lambda w: adapters.PeftConfig, AttributeError, ("here it is AdapterConfig",)),
 }
 
 

@@ -6,13 +6,10 @@ from collections.abc import Iterable
 
 from torchgraft.functional.extending import did_you_mean
 
-_INJECT = "inject_adapter_in_model(config, model), which returns the model itself, without a wrapper"
 _INSTEAD = {
-    "get_peft_model": _INJECT,
-    "prepare_model_for_kbit_training": _INJECT,
+    "prepare_model_for_kbit_training": "inject_adapter_in_model(config, model), which freezes the base",
     "PeftConfig": "AdapterConfig",
     "get_peft_config": "AdapterConfig.from_dict(fields)",
-    "PeftModel": "load_adapter(model, path) for PeftModel.from_pretrained(model, path); for the wrapper " + _INJECT,
 }
 
 
@@ -22,8 +19,6 @@ def instead_of(name: str, known: Iterable[str]) -> str:
     >>> instead_of("PeftConfig", []), instead_of("LoRAConfig", ["LoraConfig"])
     ('; here it is AdapterConfig', "; did you mean 'LoraConfig'?")
     """
-    if name.startswith("PeftModelFor"):
-        name = "PeftModel"
     if name in _INSTEAD:
         return f"; here it is {_INSTEAD[name]}"
     return did_you_mean(name, [one for one in known if not one.startswith("_")])

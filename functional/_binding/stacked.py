@@ -198,15 +198,6 @@ class StackedBinding(Binding):
             )
         return active
 
-    def member(self, index: int) -> Binding:
-        """Return the binding of one config alone.
-
-        Raises:
-            IndexError, TypeError: No index of a config.
-        """
-        self.check_index(index)
-        return self.singles[index]
-
     def check_index(self, index: Any) -> None:
         """Refuse what is no index of one of the configs; one that is a tensor is not looked at."""
         count = len(self.members)

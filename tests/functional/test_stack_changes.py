@@ -129,7 +129,7 @@ def test_repr_says_how_many_what_ranks_and_what_padding_costs():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda g, m: g.member(3), IndexError, "the stack has adapters 0 to 2, got 3"),
+        (lambda g, m: g.member(3), IndexError, "index is 3, and the stack has adapters 0 to 2"),
         (lambda g, m: g.member("a"), IndexError, "have no names, got 'a': bind(..., names=[...])"),
         (lambda g, m: g.rows("ab"), TypeError, "rows: names is 'ab', expected a list with a name for each row"),
         (lambda g, m: g.append(m, CONFIGS["lora"][0], {}, "a"), ValueError, "a name is given, and this stack has none"),
