@@ -56,7 +56,7 @@ ORDER = {
     "functional": """
         .: _constants _places _rows _unsupported
         _tensors: placement wrappers
-        _sites: site kernels kinds parameters factored
+        _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
         .: _abilities _method _trees _norms _grads
         _locating: layout finder inputs observed look
         _layers: around base adapted projection routed gathered no_weight compose

@@ -28,7 +28,6 @@ from .._locating.observed import Observed, Recorder, calm, outputs_of
 from .._method import SiteAdapter, Tree
 from .._routing.route import Routed
 from .._rows import Rows
-from .._sites.site import PARAMETERS
 from .._skeleton.parameters import no_rows
 from .._tensors.wrappers import modules_of
 from .._unsupported import UnsupportedCall
@@ -84,9 +83,7 @@ class ModelTrial:
         self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
         sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
-        self._recorder = Recorder(
-            {path: -1 if site.kind == "embedding" else len(site.kernel_size) for path, site in sites.items()}
-        )
+        self._recorder = Recorder({path: site.features - 1 for path, site in sites.items()})
         self._sites = set(sites)
         tensors = [t for t in pool.traced.aliases.values() if t.device.type != "meta"]
         self._devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
@@ -170,7 +167,7 @@ def finder_of(
 
     def again() -> Record:
         for name, tree in active.items():
-            bare = [path for path, site in bound.binding.sites[name].items() if site.kind in PARAMETERS]
+            bare = [path for path, site in bound.binding.sites[name].items() if site.is_parameter]
             if bare and isinstance(tree, Routed):
                 raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():

@@ -13,7 +13,7 @@ from .._locating.finder import BatchDim, Finder, locate
 from .._locating.layout import LEADING, Layout
 from .._method import Layer, SiteAdapter, Weighted
 from .._rows import Groups, PerAdapter, Rows
-from .._sites.site import check_leaves
+from .._sites.tensors import check_leaves
 from .around import Around
 
 

@@ -137,11 +137,10 @@ def locate(site: Site, x: Tensor, size: int, declared: BatchDim, finder: Finder 
     Raises:
         ValueError: The rows are not where they are said to be, or it is not known where they are.
     """
-    axes = x.shape[: x.ndim - (0 if site.kind == "embedding" else 1 + len(site.kernel_size))]
     axis = declared_axis(declared, site.path)
     if axis is not None:
         axis = axis + x.ndim if axis < 0 else axis
-        if 0 <= axis < len(axes) and axes[axis] % size == 0:
+        if 0 <= axis < x.ndim - site.features and x.shape[axis] % size == 0:
             return Layout(axis)
         raise ValueError(
             f"{site.path}: its input has shape {tuple(x.shape)}, and route(..., batch_dim={declared}) asks for "
@@ -151,6 +150,7 @@ def locate(site: Site, x: Tensor, size: int, declared: BatchDim, finder: Finder 
         return LEADING
     layout = finder.find(site.path, x, size, owner) if finder else None
     if layout is None:
+        axes = x.shape[: x.ndim - site.features]
         raise ValueError(_doubt(site.path, x, axes, size, finder))
     return layout
 

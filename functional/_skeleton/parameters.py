@@ -16,8 +16,8 @@ from .._layers.compose import compose
 from .._layers.routed import RoutedLayer
 from .._method import SiteAdapter
 from .._sites.factored import Factored, Term
-from .._sites.parameters import Key
-from .._sites.site import check_leaves
+from .._sites.parameters import HIDES_PRODUCT, Key
+from .._sites.tensors import check_leaves
 from .._tensors.placement import is_sharded, spread, whole
 from .._unsupported import UnsupportedCall
 from . import saving
@@ -82,14 +82,12 @@ class ParameterRuntime:
         return selected[::-1]
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
-        """Return whether the forward may call the grouped product that `torch.compile` hides from objects (torch 2.13).
-
-        `transformers` chooses it by a setting, and compiles it for bfloat16 alone.
-        """
+        """Return whether the forward may call the grouped product that `torch.compile` hides from objects."""
         if weight.ndim != 3:
             return False
-        if getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm":
-            return weight.dtype == torch.bfloat16
+        for rule in HIDES_PRODUCT:
+            if (hides := rule(module, weight)) is not None:
+                return hides
         return self.grouped
 
 
