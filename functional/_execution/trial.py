@@ -28,9 +28,7 @@ from .._locating.observed import Observed, Recorder, calm, outputs_of
 from .._method import SiteAdapter, Tree
 from .._routing.route import Routed
 from .._rows import Rows
-from .._skeleton.parameters import no_rows
 from .._tensors.wrappers import modules_of
-from .._unsupported import UnsupportedCall
 from .bound_model import BoundModel
 from .fill import fill
 from .pool import Pool
@@ -120,6 +118,7 @@ class ModelTrial:
             order = {name: trees[name] for name in self._binding.configs if name in trees}
             fill(skeleton, order, self._base, args, kwargs, {})
             skeleton.context.finder, skeleton.context.see = finder, self._recorder
+            skeleton.context.apart = self._random
             with calm(seed, self._devices):
                 result = skeleton.root.get_submodule(self._entered.path)(*args, **kwargs)
             return Observed(self._recorder.seen, outputs_of(result))
@@ -166,10 +165,6 @@ def finder_of(
     alike = (*key[:-1], torch.is_grad_enabled(), kind_of(inputs, numbers=False))
 
     def again() -> Record:
-        for name, tree in active.items():
-            bare = [path for path, site in bound.binding.sites[name].items() if site.is_parameter]
-            if bare and isinstance(tree, Routed):
-                raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(bound, pool, active, base, entered)
             record = look(trial, inputs, size, declared, any(stack.check_all for stack in stacks))

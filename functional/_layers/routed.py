@@ -57,6 +57,12 @@ class RoutedLayer(Weighted):
             y = self._general(base, x)
         return y if layout == LEADING else layout.from_rows(y, size)
 
+    def single(self) -> tuple[SiteAdapter, Leaves, Tensor | None]:
+        """Return the adapter of the one row, its leaves, and whether it is there at all, `None` for yes."""
+        leaves, constants, on = self._pick(self.rows.each())
+        adapter = self.entry.with_constants({name: value[0] for name, value in constants.items()})
+        return adapter, {name: leaf[0] for name, leaf in leaves.items()}, on["on"][0] if on else None
+
     def _general(self, base: Layer, x: Tensor) -> Tensor:
         """Run the method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""
         layers = list(self._chain())

@@ -66,6 +66,25 @@ class Finder:
             layout = self._fit(self._place(path, index), x, size)
         return layout
 
+    def expect(self, path: str, ndim: int, owner: Any) -> Layout | None:
+        """Return where a tensor that is still to be put together will have the rows; `None` where nobody knows.
+
+        Args:
+            path: The name under which such tensors were seen.
+            ndim: Its number of axes.
+            owner: The one that asks; each asks at each such tensor.
+        """
+        if self.record is None:
+            return None
+        if self.over or torch.compiler.is_compiling():
+            place = self.record.anywhere(path, ndim)
+        else:
+            key = id(owner), path
+            index = self.counts.get(key, 0)
+            self.counts[key] = index + 1
+            place = self._place(path, index)
+        return place.layout if place is not None and place.ndim == ndim else None
+
     def _place(self, path: str, index: int) -> Place | None:
         assert self.record is not None
         places = self.record.places.get(path, ())

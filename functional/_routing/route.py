@@ -71,8 +71,14 @@ class Routed:
             self.rows = rows_of(values, self.rows.count, next(_leaves(self.tree)).device)
         return self._with(self.tree, self.rows)
 
+    def single(self, adapter: int | Tensor) -> Routed:
+        """Return the same stack where all rows have one adapter, given by its number or as a vector of it."""
+        if isinstance(adapter, Tensor):
+            return self._with(self.tree, Rows(adapter, self.rows.count))
+        return self._with(self.tree, rows_of([adapter], self.rows.count, next(_leaves(self.tree)).device))
+
     def _with(self, tree: Tree, rows: Rows) -> Routed:
-        return Routed(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
+        return type(self)(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         """Validate the stack against the shapes of one adapter, as `trees.check` does."""

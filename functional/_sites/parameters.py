@@ -21,9 +21,9 @@ def _pieces(site: Site) -> str | None:
     return f"a parameter of {site.experts} experts has leaves of all experts in one"
 
 
-PARAMETER = add_kind(Kind("parameter", _call, features=1, is_parameter=True))
+PARAMETER = add_kind(Kind("parameter", _call, features=0, is_parameter=True))
 
-EXPERTS = add_kind(Kind("experts", _call, features=1, is_parameter=True, pieces=_pieces))
+EXPERTS = add_kind(Kind("experts", _call, features=0, is_parameter=True, pieces=_pieces))
 
 
 HIDES_PRODUCT: list[Callable[[nn.Module, Tensor], bool | None]] = []

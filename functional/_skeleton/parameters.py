@@ -22,6 +22,7 @@ from .._tensors.placement import is_sharded, spread, whole
 from .._unsupported import UnsupportedCall
 from . import saving
 from .context import CallContext
+from .row_groups import run_in_groups
 
 Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -76,8 +77,12 @@ class ParameterRuntime:
         selected: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):
-                raise UnsupportedCall(no_rows(self.path))
-            selected.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
+                if layer.rows.size > 1:
+                    raise UnsupportedCall(no_rows(self.path))
+                if layer.rows.values != [-1]:
+                    selected.append(layer.single())
+            else:
+                selected.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
             layer = layer.base
         return selected[::-1]
 
@@ -94,9 +99,9 @@ class ParameterRuntime:
 def no_rows(path: str) -> str:
     """Say why an adapted parameter cannot be routed."""
     return (
-        f"{path}: this parameter is adapted in a call that routes rows, and a parameter cannot tell whose row it is "
-        "multiplied with (experts mix the rows of a batch); use torch.vmap over the stack, call the graft with one "
-        "adapter at a time, or leave it out of target_parameters"
+        f"{path}: this parameter is adapted in a call that routes rows, and is read outside of the forward of its "
+        "module, where nobody can tell whose row it is multiplied with; use torch.vmap over the stack, call the graft "
+        "with one adapter at a time, or leave it out of target_parameters"
     )
 
 
@@ -182,11 +187,23 @@ class AdaptedParameters:
 def parametrised_class(cls: Any, leaves: tuple[str, ...]) -> Any:
     """Return `cls` with properties in the place of these parameters."""
     members: dict[str, Any] = {leaf: _property(leaf) for leaf in leaves}
+    members["forward"] = _by_rows(cls.forward)
     if issubclass(cls, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, _put_flat_weights)
     return type(
         cls.__name__, (AdaptedParameters, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, **members}
     )
+
+
+def _by_rows(inherited: Any) -> Any:
+    """Return a forward that keeps rows with parameters of their own apart, with the signature of the inherited one."""
+
+    @functools.wraps(inherited)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
+        return run_in_groups(runtimes.values(), super(AdaptedParameters, self).forward, args, kwargs)
+
+    return forward
 
 
 def _property(leaf: str) -> property:
