@@ -154,6 +154,11 @@ def _own(cls: type) -> list[Any]:
 class AdaptedParameters:
     """A base class of modules with adapted parameters: reading one gives the adapted weight."""
 
+    def in_groups(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a forward of this module, group by group where rows have parameters of their own."""
+        runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
+        return run_in_groups(runtimes.values(), forward, args, kwargs)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for leaf, runtime in self.__dict__["_parameter_runtimes"].items():
@@ -164,7 +169,8 @@ class AdaptedParameters:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)
         runtimes = state.pop("_parameter_runtimes")
-        return _revive, (type(self).__mro__[2], runtimes), state
+        classes = type(self).__mro__  # others may stand in front
+        return _revive, (classes[classes.index(AdaptedParameters) + 1], runtimes), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedParameters:
         revive, args, state = self.__reduce_ex__(4)
@@ -200,8 +206,7 @@ def _by_rows(inherited: Any) -> Any:
 
     @functools.wraps(inherited)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
-        return run_in_groups(runtimes.values(), super(AdaptedParameters, self).forward, args, kwargs)
+        return self.in_groups(super(AdaptedParameters, self).forward, args, kwargs)
 
     return forward
 

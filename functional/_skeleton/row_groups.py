@@ -99,7 +99,7 @@ class RowGroups:
     ):
         self.site, self.context, self.stacks, self.forward = site, context, stacks, forward
         self.leaves, self.spec = leaves, spec
-        self.size = max((tree.rows.size for tree in stacks.values()), default=1)
+        self.size = max(tree.rows.size for tree in stacks.values())
         self.output_spec: Any = None
         self.layouts: list[Layout | None] = []
         self.output_layouts: list[Layout | None] = []
@@ -173,14 +173,9 @@ class RowGroups:
 
     def _trees(self, adapters: Sequence[Any]) -> dict[str, Any]:
         """Return the trees of the call for rows that have one adapter of each stack, `-1` for none."""
-        own = {
-            name: None if isinstance(adapter, int) and adapter < 0 else adapter
-            for name, adapter in zip(self.stacks, adapters, strict=True)
-        }
+        own = dict(zip(self.stacks, adapters, strict=True))
         return {
-            name: tree.single(own[name]) if name in own else tree
-            for name, tree in (self.context.trees or {}).items()
-            if own.get(name) is not None or name not in own
+            name: tree.single(own[name]) if name in own else tree for name, tree in (self.context.trees or {}).items()
         }
 
     def _under(self, trees: Mapping[str, Any], leaves: Sequence[Any]) -> Any:

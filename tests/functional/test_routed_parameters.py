@@ -1,5 +1,8 @@
 """Rows of one batch with adapters of their own on bare parameters and experts: each is that row alone, merged."""
 
+import copy
+import pickle
+
 import optree
 import pytest
 import torch
@@ -231,10 +234,41 @@ def test_named_adapters_routed_and_plain(case):
         torch.testing.assert_close(plain[i : i + 1], graft(first | {"b": other[0]}, x), **CLOSE)
 
 
-def test_compiled(case):
+@pytest.mark.parametrize("make", [matrix, second_axis, whole, weight], ids=lambda make: make.__name__)
+def test_compiled_in_one_piece(make):
+    case = Case(make)
+    for rows in (ROWS, ROWS.flip(0)):
+        y = case.graft(route(case.many, rows), case.x)
+        run = torch.compile(lambda rows, x: case.graft(route(case.many, rows), x), backend="eager", fullgraph=True)
+        torch.testing.assert_close(run(rows, case.x), y, **CLOSE)
+    equal = torch.compile(lambda x: case.graft(route(case.many), x), backend="eager", fullgraph=True)
+    torch.testing.assert_close(equal(case.x[:3]), case.graft(route(case.many), case.x[:3]), **CLOSE)
+
+
+def test_a_view_goes_through_pickle_and_copies(case):
+    view = case.graft.view(route(case.many, ROWS))
+    y = view(case.x)
+    for again in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view)):
+        torch.testing.assert_close(again(case.x), y, **CLOSE)
+
+
+REPLACED = {
+    "beside, in the same module": (
+        lambda: Outer(linear(SIZE, WIDE)),
+        {"target_parameters": ["m.weight"], "bias": "all"},
+    ),
+    "within": (lambda: Outer(Matrix()), {"target_modules": ["first", "inner"], "bias": "all"}),
+    "within, as a whole": (lambda: Outer(Matrix()), {"modules_to_save": ["inner"]}),
+}
+
+
+@pytest.mark.parametrize("place", REPLACED)
+def test_tensors_that_are_replaced_row_by_row_too(place):
+    model, fields = REPLACED[place]
+    case = Case(lambda: (model(), LoraConfig(r=2, **{"target_parameters": ["m.up"], **fields})))
     y = case.graft(route(case.many, ROWS), case.x)
-    compiled = torch.compile(lambda rows, x: case.graft(route(case.many, rows), x), backend="eager")
-    torch.testing.assert_close(compiled(ROWS, case.x), y, **CLOSE)
+    for row in range(len(ROWS)):
+        torch.testing.assert_close(y[row : row + 1], case.alone(row), **CLOSE)
 
 
 def test_declared():
