@@ -61,8 +61,8 @@ ORDER = {
         _locating: layout finder inputs observed look
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacked
-        _skeleton: context marking saving recorded references sharded attention runtime row_groups parameters skeleton
-            swaps
+        _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
+            parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant trial run entered views
         .: _graft _call _merge _stacks _base_with_weights _bind extending __init__

@@ -28,6 +28,7 @@ from .._locating.observed import Observed, Recorder, calm, outputs_of
 from .._method import SiteAdapter, Tree
 from .._routing.route import Routed
 from .._rows import Rows
+from .._skeleton.row_outputs import behind
 from .._tensors.wrappers import modules_of
 from .bound_model import BoundModel
 from .fill import fill
@@ -81,7 +82,8 @@ class ModelTrial:
         self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
         sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
-        self._recorder = Recorder({path: site.features - 1 for path, site in sites.items()})
+        spatial = {path: site.features - 1 for path, site in sites.items()}
+        self._recorder = Recorder(spatial | {behind(path): -1 for path, site in sites.items() if site.is_parameter})
         self._sites = set(sites)
         tensors = [t for t in pool.traced.aliases.values() if t.device.type != "meta"]
         self._devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)

@@ -66,7 +66,7 @@ class Finder:
             layout = self._fit(self._place(path, index), x, size)
         return layout
 
-    def expect(self, path: str, ndim: int, owner: Any) -> Layout | None:
+    def expect(self, path: str, ndim: int, owner: Any) -> Place | None:
         """Return where a tensor that is still to be put together will have the rows; `None` where nobody knows.
 
         Args:
@@ -83,7 +83,7 @@ class Finder:
             index = self.counts.get(key, 0)
             self.counts[key] = index + 1
             place = self._place(path, index)
-        return place.layout if place is not None and place.ndim == ndim else None
+        return place if place is not None and place.ndim == ndim else None
 
     def _place(self, path: str, index: int) -> Place | None:
         assert self.record is not None

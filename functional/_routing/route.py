@@ -131,6 +131,8 @@ def route(
     an earlier call or `graft.look` saw counts, or what is declared, or it is an error. Under collectives, each rank
     has to make the same first calls.
 
+    A module with adapted parameters (`target_parameters`, experts) runs once for each adapter that rows have, on these.
+
     Values of `rows` are looked at in each call, outside of `torch.compile` (rows on a GPU are waited for), to choose
     the fastest way: equal runs of one adapter are one batched product. `rows=None` says so without looking.
 

@@ -23,6 +23,7 @@ from .._unsupported import UnsupportedCall
 from . import saving
 from .context import CallContext
 from .row_groups import run_in_groups
+from .row_outputs import cannot_route
 
 Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -78,7 +79,7 @@ class ParameterRuntime:
         while layer is not None:
             if isinstance(layer, RoutedLayer):
                 if layer.rows.size > 1:
-                    raise UnsupportedCall(no_rows(self.path))
+                    raise UnsupportedCall(cannot_route(self.path, "is read outside of the forward of its module"))
                 if layer.rows.values != [-1]:
                     selected.append(layer.single())
             else:
@@ -94,15 +95,6 @@ class ParameterRuntime:
             if (hides := rule(module, weight)) is not None:
                 return hides
         return self.grouped
-
-
-def no_rows(path: str) -> str:
-    """Say why an adapted parameter cannot be routed."""
-    return (
-        f"{path}: this parameter is adapted in a call that routes rows, and is read outside of the forward of its "
-        "module, where nobody can tell whose row it is multiplied with; use torch.vmap over the stack, call the graft "
-        "with one adapter at a time, or leave it out of target_parameters"
-    )
 
 
 def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = False) -> Any:

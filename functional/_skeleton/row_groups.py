@@ -14,18 +14,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .._locating.finder import declared_axis, locate
-from .._locating.layout import LEADING, SHARED, Layout
+from .._locating.finder import locate
+from .._locating.layout import SHARED, Layout
 from .._method import SiteAdapter, is_per_row
 from .._sites.site import Site
 from .._unsupported import UnsupportedCall
 from .context import CallContext
-
-_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-"""Types of arguments that are the same for every row."""
-
-Part = tuple[Sequence[int], list[Any]]
-"""Rows, and the leaves of the outputs for them; tensors lead by these rows."""
+from .row_outputs import PLAIN, Part, RowOutputs, behind, cannot_route
 
 
 class Runtime(Protocol):
@@ -61,15 +56,10 @@ def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ..
         leaves, spec = pytree.tree_flatten((args, kwargs))
         _show(see, site.path, leaves)
         y = RowGroups(site, context, stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
-        _show(see, _behind(site), pytree.tree_leaves(y))
+        _show(see, behind(site.path), pytree.tree_leaves(y))
         return y
     finally:
         context.see = see
-
-
-def _behind(site: Site) -> str:
-    """Return the name under which rows are found in the outputs of a parameter's module."""
-    return f"{site.path} (behind its module)"
 
 
 def _show(see: Callable[[str, Tensor], None] | None, path: str, leaves: Iterable[Any]) -> None:
@@ -79,7 +69,8 @@ def _show(see: Callable[[str, Tensor], None] | None, path: str, leaves: Iterable
 
 
 def _is_differentiated(x: Tensor) -> bool:
-    return x.is_floating_point() and (x.requires_grad or torch._C._functorch.maybe_current_level() is not None)
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    return (x.is_floating_point() or x.is_complex()) and (x.requires_grad or transformed)
 
 
 class RowGroups:
@@ -100,9 +91,9 @@ class RowGroups:
         self.site, self.context, self.stacks, self.forward = site, context, stacks, forward
         self.leaves, self.spec = leaves, spec
         self.size = max(tree.rows.size for tree in stacks.values())
-        self.output_spec: Any = None
+        self.batch_dim = next(iter(stacks.values())).declared.batch_dim
         self.layouts: list[Layout | None] = []
-        self.output_layouts: list[Layout | None] = []
+        self.outputs = RowOutputs(site.path, self.size, self.batch_dim, context.finder)
 
     def run(self) -> Any:
         """Return the module's outputs, each row's with its own adapters."""
@@ -113,41 +104,45 @@ class RowGroups:
                 "rows"
             )
         self.layouts = [self._layout(x) for x in self.leaves]
-        values = {name: self._values(tree) for name, tree in self.stacks.items()}
-        if any(value is None for value in values.values()):
-            return self._row_by_row()
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for row, adapters in enumerate(zip(*values.values(), strict=True)):
-            rows.setdefault(adapters, []).append(row)
-        if len(rows) == 1:
+        rows = self._rows_by_adapters()
+        if rows is not None and len(rows) == 1:
             return self._under(self._trees(next(iter(rows))), self.leaves)
-        return self._joined([self._part(adapters, own) for adapters, own in rows.items()])
+        before = self._writes()
+        if rows is None:
+            y = self._row_by_row()
+        else:
+            y = self.outputs.joined([self._part(adapters, own) for adapters, own in rows.items()])
+        if self._writes() != before:
+            raise UnsupportedCall(
+                cannot_route(self.site.path, "its module writes to a buffer, which each group of rows would do")
+            )
+        return y
 
     # -- arguments ----------------------------------------------------------------------------------------------------
 
     def _layout(self, x: Any) -> Layout | None:
         """Return where the rows are in an argument; `None` for what is the same for every row."""
         if not isinstance(x, Tensor):
-            if not isinstance(x, _PLAIN):
-                raise UnsupportedCall(self._words(f"its module gets a {type(x).__name__}, which has no rows to cut"))
+            if not isinstance(x, PLAIN):
+                raise UnsupportedCall(
+                    cannot_route(self.site.path, f"its module gets a {type(x).__name__}, which has no rows to cut")
+                )
             return None
         if not x.ndim:
             return None
-        batch_dim = next(iter(self.stacks.values())).declared.batch_dim
-        layout = locate(self.site, x, self.size, batch_dim, self.context.finder, self)
+        layout = locate(self.site, x, self.size, self.batch_dim, self.context.finder, self)
         return None if layout == SHARED else layout
 
     def _cut(self, rows: Sequence[int]) -> list[Any]:
         """Return the arguments for some rows."""
         index = torch.tensor(rows)
-        return [
-            x
-            if layout is None
-            else layout.from_rows(
-                layout.each(x, self.size).index_select(0, index.to(x.device)).flatten(0, 1), len(rows)
-            )
-            for x, layout in zip(self.leaves, self.layouts, strict=True)
-        ]
+        leaves = []
+        for x, layout in zip(self.leaves, self.layouts, strict=True):
+            if layout is not None:
+                each = layout.each(x, self.size).index_select(0, index.to(x.device))
+                x = layout.from_rows(each.flatten(0, 1), len(rows))
+            leaves.append(x)
+        return leaves
 
     def _only(self, rows: Collection[int]) -> list[Any]:
         """Return the arguments for all rows, as they are in memory, with a gradient to some of them alone."""
@@ -162,6 +157,16 @@ class RowGroups:
         return leaves
 
     # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def _rows_by_adapters(self) -> dict[tuple[int, ...], list[int]] | None:
+        """Return the rows that have the same adapters, by these; `None` where nobody can read which they have."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        values = [self._values(tree) for tree in self.stacks.values()]
+        if any(value is None for value in values):
+            return None
+        for row, adapters in enumerate(zip(*(value or () for value in values), strict=True)):
+            rows.setdefault(adapters, []).append(row)
+        return rows
 
     def _values(self, tree: Any) -> Sequence[int] | None:
         """Return the adapter of each row, where that can be read."""
@@ -193,8 +198,8 @@ class RowGroups:
         Rows without any adapter are computed among all others, as by the base: kernels round by their sizes.
         """
         if any(adapter >= 0 for adapter in adapters):
-            return rows, self._by_rows(self._under(self._trees(adapters), self._cut(rows)), len(rows))
-        every = self._by_rows(self._under(self._trees(adapters), self._only(set(rows))), self.size)
+            return rows, self.outputs.by_rows(self._under(self._trees(adapters), self._cut(rows)), len(rows))
+        every = self.outputs.by_rows(self._under(self._trees(adapters), self._only(set(rows))), self.size)
         index = torch.tensor(rows)
         return rows, [x.index_select(0, index.to(x.device)) if isinstance(x, Tensor) else x for x in every]
 
@@ -208,93 +213,13 @@ class RowGroups:
         parts = []
         for row in range(self.size):
             trees = self._trees([each[row : row + 1] for each in index])
-            parts.append(([row], self._by_rows(self._under(trees, self._cut([row])), 1)))
+            parts.append(([row], self.outputs.by_rows(self._under(trees, self._cut([row])), 1)))
         active = torch.stack([each.to(index[0].device) >= 0 for each in index]).any(0)
-        base = self._by_rows(self._under(self._trees([-1] * len(index)), self._only(())), self.size)
-        return self._joined(parts, (active, base))
+        base = self.outputs.by_rows(self._under(self._trees([-1] * len(index)), self._only(())), self.size)
+        return self.outputs.joined(parts, (active, base))
 
-    # -- outputs ------------------------------------------------------------------------------------------------------
-
-    def _by_rows(self, y: Any, count: int) -> list[Any]:
-        """Return the leaves of a run's outputs, with the rows leading: `"count parts ..."`."""
-        leaves, spec = pytree.tree_flatten(y)
-        if self.output_spec is None:
-            self.output_spec = spec
-            self.output_layouts = [self._output_layout(x) for x in leaves]
-        if spec != self.output_spec:
-            raise UnsupportedCall(self._words("its module returns other things for some of the rows than for others"))
-        return [
-            x if layout is None else self._led(x, layout, count)
-            for x, layout in zip(leaves, self.output_layouts, strict=True)
-        ]
-
-    def _output_layout(self, x: Any) -> Layout | None:
-        """Return where the rows are in an output; `None` for what is no tensor."""
-        if not isinstance(x, Tensor):
-            if not isinstance(x, _PLAIN):
-                raise UnsupportedCall(self._words(f"its module returns a {type(x).__name__}, which has no rows to cut"))
-            return None
-        declared, path = next(iter(self.stacks.values())).declared.batch_dim, _behind(self.site)
-        axis = declared_axis(declared, self.site.path)
-        finder = self.context.finder
-        layout = None
-        if axis is not None and -x.ndim <= axis < x.ndim:
-            layout = Layout(axis % x.ndim)
-        elif axis is None and finder is not None and x.ndim:
-            layout = finder.expect(path, x.ndim, self)
-        if layout is None:
-            raise ValueError(
-                self._words(
-                    f"its module returns a tensor of shape {tuple(x.shape)}, and it is not known which axis of it has "
-                    "the rows"
-                )
-            )
-        return layout
-
-    def _led(self, x: Tensor, layout: Layout, count: int) -> Tensor:
-        """Return an output with the rows leading; what all rows shared has become each one's own."""
-        if layout == SHARED and len(x) == 1:
-            return x.expand(count, *x.shape[1:]).unsqueeze(1)
-        layout = LEADING if layout == SHARED else layout
-        assert layout.axis is not None
-        if layout.axis >= x.ndim or x.shape[layout.axis] % count:
-            raise ValueError(
-                self._words(
-                    f"its module returns a tensor of shape {tuple(x.shape)} for {count} of them, which are not along "
-                    f"axis {layout.axis}, where they were when a call of this kind was looked at"
-                )
-            )
-        return layout.each(x, count)
-
-    def _joined(self, parts: Sequence[Part], base: tuple[Tensor, list[Any]] | None = None) -> Any:
-        """Return the outputs of all rows; those of the base where a row has no adapter and that was not known."""
-        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-        leaves = []
-        for i, layout in enumerate(self.output_layouts):
-            each = [leaves_of_part[i] for _, leaves_of_part in parts]
-            if layout is None:
-                leaves.append(self._same(each))
-                continue
-            if len({x.shape[1:] for x in each}) > 1:
-                shapes = sorted({tuple(x.shape[1:]) for x in each})
-                raise ValueError(self._words(f"its module returns tensors of shapes {shapes} for one row each"))
-            y = torch.cat(each).index_select(0, order.to(each[0].device))
-            if base is not None:
-                active = base[0].to(y.device).view(-1, *(1,) * (y.ndim - 1))
-                y = torch.where(active, y, base[1][i])
-            leaves.append((LEADING if layout == SHARED else layout).from_rows(y.flatten(0, 1), self.size))
-        return pytree.tree_unflatten(leaves, self.output_spec)
-
-    def _same(self, values: Sequence[Any]) -> Any:
-        """Return an output that is no tensor, the same for every row."""
-        if any(value != values[0] for value in values):
-            raise UnsupportedCall(
-                self._words(f"its module returns {values[0]!r} for some of the rows and other values for others")
-            )
-        return values[0]
-
-    def _words(self, why: str) -> str:
-        return (
-            f"{self.site.path}: this parameter is adapted in a call that routes {self.size} rows, and {why}; use "
-            "torch.vmap over the stack, call the graft with one adapter at a time, or leave it out of target_parameters"
-        )
+    def _writes(self) -> int:
+        """Return a count of what has been written to the buffers of the module, where torch counts it."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return 0
+        return sum(buffer._version for buffer in self.forward.__self__.buffers() if not buffer.is_inference())

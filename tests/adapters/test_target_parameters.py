@@ -209,13 +209,10 @@ ROWS = torch.tensor([2, 0, -1, 2, 1])
 
 
 def several(graft, dtype):
-    trees = []
-    for seed in range(3):
-        draws = torch.Generator().manual_seed(seed)
-        trees.append(
-            optree.tree_map(lambda t, g=draws: torch.randn(t.shape, generator=g, dtype=dtype) * 0.3, graft.init())
-        )
-    return trees
+    draws, initial = torch.Generator().manual_seed(0), graft.init()
+    return [
+        optree.tree_map(lambda t: 0.3 * torch.randn(t.shape, generator=draws, dtype=dtype), initial) for _ in range(3)
+    ]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
