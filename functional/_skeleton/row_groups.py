@@ -50,13 +50,13 @@ def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ..
         return forward(*args, **kwargs)
     if not any(name in stacks or name in context.apart for one in (first, *others) for name in one.entries):
         return forward(*args, **kwargs)
-    site = next(iter(first.entries.values())).site
     see, context.see = context.see, None  # modules within are run once for each group, which nobody could compare
     try:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        _show(see, site.path, leaves)
-        y = RowGroups(site, context, stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
-        _show(see, behind(site.path), pytree.tree_leaves(y))
+        path = next(iter(first.entries.values())).site.path
+        _show(see, path, leaves)
+        y = RowGroups(first, stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
+        _show(see, behind(path), pytree.tree_leaves(y))
         return y
     finally:
         context.see = see
@@ -77,23 +77,21 @@ class RowGroups:
     """One run of a module in groups of rows that have the same adapters.
 
     Args:
-        site: One of its parameters, in whose name rows are found.
-        context: The context of the call.
+        runtime: The facts of one of its parameters, in whose name rows are found.
         stacks: The routed stacks of the call.
         forward: The forward of the module's class, bound.
         leaves: The leaves of its arguments.
         spec: Their structure, as `tree_unflatten` wants it.
     """
 
-    def __init__(
-        self, site: Site, context: CallContext, stacks: Mapping[str, Any], forward: Any, leaves: list[Any], spec: Any
-    ):
-        self.site, self.context, self.stacks, self.forward = site, context, stacks, forward
+    def __init__(self, runtime: Runtime, stacks: Mapping[str, Any], forward: Any, leaves: list[Any], spec: Any):
+        self.runtime, self.context, self.stacks, self.forward = runtime, runtime.context, stacks, forward
+        self.site: Site = next(iter(runtime.entries.values())).site
         self.leaves, self.spec = leaves, spec
         self.size = max(tree.rows.size for tree in stacks.values())
         self.batch_dim = next(iter(stacks.values())).declared.batch_dim
         self.layouts: list[Layout | None] = []
-        self.outputs = RowOutputs(site.path, self.size, self.batch_dim, context.finder)
+        self.outputs = RowOutputs(self.site.path, self.size, self.batch_dim, self.context.finder, runtime)
 
     def run(self) -> Any:
         """Return the module's outputs, each row's with its own adapters."""
@@ -130,7 +128,7 @@ class RowGroups:
             return None
         if not x.ndim:
             return None
-        layout = locate(self.site, x, self.size, self.batch_dim, self.context.finder, self)
+        layout = locate(self.site, x, self.size, self.batch_dim, self.context.finder, self.runtime)
         return None if layout == SHARED else layout
 
     def _cut(self, rows: Sequence[int]) -> list[Any]:

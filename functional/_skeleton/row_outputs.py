@@ -47,10 +47,11 @@ class RowOutputs:
         size: Number of rows.
         batch_dim: What the user said of where they are.
         finder: What is known of the call.
+        owner: What asks the finder, the same in each run of the module.
     """
 
-    def __init__(self, path: str, size: int, batch_dim: BatchDim, finder: Finder | None):
-        self.path, self.size, self.batch_dim, self.finder = path, size, batch_dim, finder
+    def __init__(self, path: str, size: int, batch_dim: BatchDim, finder: Finder | None, owner: Any):
+        self.path, self.size, self.batch_dim, self.finder, self.owner = path, size, batch_dim, finder, owner
         self.spec: Any = None
         self.places: list[Place | None] = []
 
@@ -81,7 +82,7 @@ class RowOutputs:
         if axis is not None and -x.ndim <= axis < x.ndim:
             place = Place(x.ndim, Layout(axis % x.ndim))
         elif axis is None and self.finder is not None and x.ndim:
-            place = self.finder.expect(behind(self.path), x.ndim, self)
+            place = self.finder.expect(behind(self.path), x.ndim, self.owner)
         if place is None:
             raise ValueError(
                 cannot_route(

@@ -106,7 +106,19 @@ def recurrent():
     return model, LoraConfig(r=2, target_parameters=["weight_ih_l0", "weight_hh_l0"])
 
 
-MODELS = [matrix, second_axis, whole, weight, experts, gate]
+class Twice(Outer):
+    """Runs the module on folded rows, then on rows along the second axis."""
+
+    def forward(self, x):
+        y = self.m(self.first(x).flatten(0, 1)).unflatten(0, x.shape[:2])[..., :SIZE]
+        return self.m(y.transpose(0, 1)).transpose(0, 1)
+
+
+def twice():
+    return Twice(Matrix()), LoraConfig(r=2, target_modules=["first"], target_parameters=["m.up"])
+
+
+MODELS = [matrix, twice, second_axis, whole, weight, experts, gate]
 
 
 class Case:
