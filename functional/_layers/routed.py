@@ -58,7 +58,17 @@ class RoutedLayer(Weighted):
         return y if layout == LEADING else layout.from_rows(y, size)
 
     def single(self) -> tuple[SiteAdapter, Leaves, Tensor | None]:
-        """Return the adapter of the one row, its leaves, and whether it is there at all, `None` for yes."""
+        """Return the adapter of the one row, its leaves, and whether it is there at all, `None` for yes.
+
+        A forward may read a parameter many times, once for each expert; they are picked once.
+        """
+        key = self.entry.site.path, torch.is_grad_enabled()
+        if key not in self.owner.picked:
+            self.owner.picked[key] = self._single()
+        picked: tuple[SiteAdapter, Leaves, Tensor | None] = self.owner.picked[key]
+        return picked
+
+    def _single(self) -> tuple[SiteAdapter, Leaves, Tensor | None]:
         leaves, constants, on = self._pick(self.rows.each())
         adapter = self.entry.with_constants({name: value[0] for name, value in constants.items()})
         return adapter, {name: leaf[0] for name, leaf in leaves.items()}, on["on"][0] if on else None
