@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .._locating.finder import locate
 from .._locating.layout import SHARED, Layout
@@ -52,7 +53,7 @@ def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ..
         return forward(*args, **kwargs)
     see, context.see = context.see, None  # modules within are run once for each group, which nobody could compare
     try:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_packed)
         path = next(iter(first.entries.values())).site.path
         _show(see, path, leaves)
         y = RowGroups(first, stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
@@ -66,6 +67,10 @@ def _show(see: Callable[[str, Tensor], None] | None, path: str, leaves: Iterable
     for x in leaves if see is not None else ():
         if isinstance(x, Tensor) and x.ndim:
             see(path, x)  # type: ignore[misc]
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedSequence)  # a tuple of tensors that have no axis of rows
 
 
 def _is_differentiated(x: Tensor) -> bool:
