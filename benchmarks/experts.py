@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model
-from torchgraft.functional import bind, merge
+from torchgraft.functional import bind, merge, route, stack
 
 FIELDS: dict[str, Any] = {
     "r": 16,
@@ -90,7 +90,7 @@ def _kept(forward: Callable[[], Tensor], ids: Tensor, own: list[Tensor]) -> floa
 
 
 def inference(model: Any, ids: Tensor) -> Cases:
-    """Forwards without gradients."""
+    """Forwards without gradients, also of a batch whose rows have adapters of their own."""
     graft, params, ours, theirs = adapted(model)
     merged: Any = copy.deepcopy(model)
     merged.load_state_dict(merge(graft, params))
@@ -101,6 +101,10 @@ def inference(model: Any, ids: Tensor) -> Cases:
         "torchgraft, merged": lambda: merged(ids),
         "PEFT": lambda: theirs(ids),
     }
+    if len(ids) > 1:
+        many = stack([params] * len(ids))
+        cases["torchgraft, an adapter for each row"] = lambda: graft(route(many), ids)
+        cases["torchgraft, each row by itself"] = lambda: [graft(params, row) for row in ids.split(1)]
     return {name: torch.no_grad()(run) for name, run in cases.items()}
 
 
@@ -140,7 +144,7 @@ def main() -> None:
         model = experts(64, 2, 4, way) if quick else experts(512, 4, 32, way)
         # Gathered weights are as large as the tokens are many, so that way is for few.
         few = (1, 16) if way == "batched_mm" else (4, 64)
-        ids = tokens(1, 4) if quick else tokens(*few)
+        ids = tokens(min(few[0], 2), 4) if quick else tokens(*few)
         steps, kept[meaning] = training(model, ids)
         for kind, cases in {"training step": steps, "inference": inference(model, ids)}.items():
             setting = f"{kind}, {meaning}, batch {few[0]} x {few[1]}"

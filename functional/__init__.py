@@ -35,7 +35,7 @@ from ._rows import PerAdapter as PerAdapter
 from ._rows import Rows as Rows
 from ._sites.kinds import register_layer as register_layer
 from ._sites.site import Site as Site
-from ._sites.site import widen as widen
+from ._sites.tensors import widen as widen
 from ._stacks import StackedGraft as StackedGraft
 from ._trainable import trainable as trainable
 from ._trees import stack as stack

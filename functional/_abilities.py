@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._sites.site import Dense, Site
+from ._sites.site import Site
+from ._sites.tensors import Dense
 
 Leaves = dict[str, Tensor]
 Original = Callable[[], Dense]

@@ -16,7 +16,7 @@ from ._layers.base import BaseWithTensors
 from ._layers.compose import compose
 from ._method import SiteAdapter, Tree
 from ._sites.parameters import Key, find
-from ._sites.site import own_tensor
+from ._sites.tensors import own_tensor
 from ._tensors.placement import is_sharded, spread
 from ._tensors.wrappers import bare_name, modules_of, state_of
 

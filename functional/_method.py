@@ -14,7 +14,8 @@ from ._abilities import KeepsDtype, Leaves, MergesOver, Original
 from ._constants import Constants, register
 from ._places import Places
 from ._rows import Rows
-from ._sites.site import Dense, Site, check_leaves
+from ._sites.site import Site
+from ._sites.tensors import Dense, check_leaves
 
 A = TypeVar("A")
 

@@ -56,12 +56,13 @@ ORDER = {
     "functional": """
         .: _messages _constants _places _rows _unsupported
         _tensors: placement wrappers
-        _sites: site kernels kinds parameters factored
+        _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacked
-        _skeleton: context marking saving recorded references sharded attention runtime parameters skeleton swaps
+        _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
+            parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant token_rows trial run entered views
         .: _members _padded _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__

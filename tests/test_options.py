@@ -42,13 +42,14 @@ class Attended(nn.Module):
 
 
 class Bare(nn.Module):
+    """A matrix, or one for each expert, all of which see each token."""
+
     def __init__(self, *shape):
         super().__init__()
-        self.layer = nn.Module()
-        self.layer.weight = nn.Parameter(torch.randn(shape))
+        self.weight = nn.Parameter(torch.randn(shape))
 
     def forward(self, x):
-        return x @ self.layer.weight
+        return (x.unsqueeze(1) @ self.weight).mean(1)
 
 
 class Around(nn.Module):
@@ -70,8 +71,8 @@ LAYERS = {
     "Conv2d, groups": (lambda: Around(nn.Conv2d(4, 6, 3, groups=2)), lambda: torch.randn(4, 4, 5, 5)),
     "Conv3d": (lambda: Around(nn.Conv3d(4, 6, 2)), lambda: torch.randn(4, 4, 3, 3, 3)),
     "attention": (Attended, dense),
-    "parameter": (lambda: Bare(8, 6), dense),
-    "experts": (lambda: Bare(4, 8, 6), dense),
+    "parameter": (lambda: Around(Bare(8, 6)), dense),
+    "experts": (lambda: Around(Bare(4, 8, 6)), dense),
 }
 FITTED = {
     "eva": lambda model, config, x: fit_eva(model, config, [x] * 4, passes=9, progress=False),

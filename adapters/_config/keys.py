@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from torchgraft.functional.extending import PARAMETERS, Site, Tree
 from torchgraft.functional.extending import SHARED as SHARED_LEAVES
+from torchgraft.functional.extending import Site, Tree
 
 from .base import AdapterConfig
 from .tokens import LEAF as TOKENS
@@ -34,7 +34,7 @@ def places(sites: Mapping[str, Site]) -> dict[str, str]:
     """
     found, outer = {}, dict[str, str]()
     for path, site in reversed(list(sites.items())):
-        found[path] = outer.get(site.owner, site.owner) if site.kind in PARAMETERS else held_at(path, sites)
+        found[path] = outer.get(site.owner, site.owner) if site.is_parameter else held_at(path, sites)
         outer[site.owner] = f"{found[path]}.base_layer"
     return {path: found[path] for path in sites}
 

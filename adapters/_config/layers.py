@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from torchgraft.functional import Site
-from torchgraft.functional.extending import register_by_name
+from torchgraft.functional.extending import register_by_name, register_hidden_product
 
 
 def _conv1d(path: str, module: Any) -> Site:
@@ -16,4 +19,12 @@ def _conv1d(path: str, module: Any) -> Site:
     return Site(path, "linear", rows, columns, has_bias=True, transposed=True)
 
 
+def _hides_grouped(module: nn.Module, weight: Tensor) -> bool | None:
+    """Return whether experts of `transformers`, which choose it by a setting, compile torch's grouped product."""
+    if getattr(getattr(module, "config", None), "_experts_implementation", None) != "grouped_mm":
+        return None
+    return weight.dtype == torch.bfloat16
+
+
+register_hidden_product(_hides_grouped)
 register_by_name("transformers.pytorch_utils", "Conv1D", _conv1d, plain=True)

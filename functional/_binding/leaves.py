@@ -10,7 +10,8 @@ from torch import nn
 
 from .._abilities import SharesLeaves
 from .._method import SHARED, Config, Tree
-from .._sites.site import Site, wide_dtype
+from .._sites.site import Site
+from .._sites.tensors import wide_dtype
 from .._tensors.placement import agreed
 from .._tensors.wrappers import modules_of
 from .._trees import sort

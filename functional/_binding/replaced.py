@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._method import Config, Tree
-from .._sites.site import check_leaves
+from .._sites.tensors import check_leaves
 from .._tensors.placement import resting, whole
 
 

@@ -251,7 +251,7 @@ class StackedBinding(Binding):
         for path, leaves in shapes.items():
             most = self.shapes[""].get(path, {})
             site = self.sites[""].get(path)
-            whole = site is not None and (site.groups > 1 or site.experts > 0)
+            whole = site is not None and site.pieces is not None
             for leaf, shape in leaves.items():
                 room = most.get(leaf, ())
                 fits = len(room) == len(shape) and all(a <= b for a, b in zip(shape, room, strict=True))
@@ -424,15 +424,10 @@ def _largest(path: str, site: Site | None, member_shapes: Sequence[Shapes]) -> d
     for name in {name: None for shapes in having for name in shapes}:
         sizes = [shapes[name] for shapes in having if name in shapes]
         largest[name] = tuple(map(max, zip(*sizes, strict=True)))
-        if site is not None and site.groups > 1 and len(set(sizes)) > 1:
+        if site is not None and site.pieces is not None and len(set(sizes)) > 1:
             raise ValueError(
-                f"{path}: a convolution with {site.groups} groups has parameters group by group, which padding would "
-                f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"
-            )
-        if site is not None and site.experts and len(set(sizes)) > 1:
-            raise ValueError(
-                f"{path}: a parameter of {site.experts} experts has leaves of all experts in one, which padding would "
-                f"shift, and {name} has shapes {sorted(set(sizes))}; give it one rank in all configs"
+                f"{path}: {site.pieces}, which padding would shift, and {name} has shapes {sorted(set(sizes))}; give "
+                "it one rank in all configs"
             )
     return largest
 

@@ -29,10 +29,8 @@ from .._locating.tokens import look_at_tokens
 from .._method import SiteAdapter, Tree
 from .._routing.route import Routed
 from .._rows import Rows
-from .._sites.site import PARAMETERS
-from .._skeleton.parameters import no_rows
+from .._skeleton.row_outputs import behind
 from .._tensors.wrappers import modules_of
-from .._unsupported import UnsupportedCall
 from .bound_model import BoundModel
 from .fill import fill
 from .pool import Pool
@@ -86,9 +84,8 @@ class ModelTrial:
         self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
         sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
-        self._recorder = Recorder(
-            {path: -1 if site.kind == "embedding" else len(site.kernel_size) for path, site in sites.items()}
-        )
+        spatial = {path: site.features - 1 for path, site in sites.items()}
+        self._recorder = Recorder(spatial | {behind(path): -1 for path, site in sites.items() if site.is_parameter})
         self._sites = set(sites)
         tensors = [t for t in pool.traced.aliases.values() if t.device.type != "meta"]
         self._devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
@@ -125,6 +122,7 @@ class ModelTrial:
             order = {name: trees[name] for name in self._binding.configs if name in trees}
             fill(skeleton, order, self._base, args, kwargs, {})
             skeleton.context.finder, skeleton.context.see = finder, self._recorder
+            skeleton.context.apart = self._random
             with calm(seed, self._devices):
                 result = skeleton.root.get_submodule(self._entered.path)(*args, **kwargs)
             return Observed(self._recorder.seen, outputs_of(result))
@@ -174,10 +172,6 @@ def finder_of(
     alike = (*key[:-1], torch.is_grad_enabled(), kind_of(inputs, numbers=False))
 
     def again() -> Record:
-        for name, tree in active.items():
-            bare = [path for path, site in bound.binding.sites[name].items() if site.kind in PARAMETERS]
-            if bare and isinstance(tree, Routed):
-                raise UnsupportedCall(no_rows(bare[0]))
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(bound, pool, active, base, entered)
             full = any(stack.check_all for stack in stacks)

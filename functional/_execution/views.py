@@ -16,7 +16,7 @@ from .._binding.replaced import Plan, each, tensor_at
 from .._method import SiteAdapter
 from .._routing.route import Routed
 from .._sites.parameters import find
-from .._sites.site import own_tensor
+from .._sites.tensors import own_tensor
 from .._skeleton.saving import INSTEAD
 from .._skeleton.swaps import swap_tensors
 from .._tensors.wrappers import bare_name, modules_of

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._abilities import Leaves
 from .._method import SiteAdapter, Weighted
 from .._sites.kernels import over_values
-from .._sites.site import check_leaves
+from .._sites.tensors import check_leaves
 from .base import Base
 
 

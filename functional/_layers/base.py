@@ -12,7 +12,9 @@ from torch import Tensor
 from .._method import Weighted
 from .._sites.kernels import folded, is_folded
 from .._sites.kinds import is_plain_linear
-from .._sites.site import Site, check_base
+from .._sites.linear import LINEAR
+from .._sites.site import Site
+from .._sites.tensors import check_base
 
 
 class Base(Weighted):
@@ -29,8 +31,8 @@ class Base(Weighted):
     def run(self, x: Tensor) -> Tensor:
         """Call the module itself."""
         module = self.module
-        plain = not torch.compiler.is_compiling() and is_plain_linear(module)
-        if plain and self.site.kind == "linear" and not self.site.transposed:
+        linear = self.site.kind == LINEAR.name and not self.site.transposed
+        if linear and not torch.compiler.is_compiling() and is_plain_linear(module):
             weight, bias = self.plain_tensors()
             check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):

@@ -8,8 +8,8 @@ from typing import Any
 from .._abilities import SplitsProjection
 from .._locating.finder import Finder
 from .._method import ActiveTree, SiteAdapter, Tree
+from .._sites.attention import ProjectionSlice
 from .adapted import Adapted
-from .projection import ProjectionSlice
 
 
 def compose(

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._method import Weighted
+from .._sites.attention import ProjectionSlice, read_slice
 from .._sites.kernels import folded, is_folded
-from .._sites.site import Dense, Site, check_base
-
-
-@dataclasses.dataclass(frozen=True)
-class ProjectionSlice:
-    """Some of the outputs of a projection, from some of its inputs; `name` is the weight that has them."""
-
-    name: str
-    rows: slice
-    columns: slice
-    whole: bool = False
+from .._sites.site import Site
+from .._sites.tensors import Dense, check_base
 
 
 class Projection(Weighted):
@@ -48,10 +39,7 @@ class Projection(Weighted):
 
     def dense(self) -> Dense:
         """Return the part's own weight and bias."""
-        weight, bias = self._stored, self.module.in_proj_bias
-        if len(self.site.weight_names) == 1:
-            weight = weight[self.part.rows]
-        return weight, None if bias is None else bias[self.part.rows]
+        return read_slice(self.site, self.module, self.part)
 
     @property
     def training(self) -> bool:

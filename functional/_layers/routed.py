@@ -13,7 +13,7 @@ from .._locating.finder import Declared, Finder, locate
 from .._locating.layout import LEADING, Layout
 from .._method import Layer, SiteAdapter, Weighted
 from .._rows import Groups, PerAdapter, Rows
-from .._sites.site import check_leaves
+from .._sites.tensors import check_leaves
 from .around import Around
 
 
@@ -80,6 +80,22 @@ class RoutedLayer(Weighted):
             return torch.empty_like(y).index_copy(0, order, y)
         y = base(x)
         return y.index_copy(0, order, torch.cat(parts)) if parts else y
+
+    def single(self) -> tuple[SiteAdapter, Leaves, Tensor | None]:
+        """Return the adapter of the one row, its leaves, and whether it is there at all, `None` for yes.
+
+        A forward may read a parameter many times, once for each expert; they are picked once.
+        """
+        key = self.entry.site.path, torch.is_grad_enabled()
+        if key not in self.owner.picked:
+            self.owner.picked[key] = self._single()
+        picked: tuple[SiteAdapter, Leaves, Tensor | None] = self.owner.picked[key]
+        return picked
+
+    def _single(self) -> tuple[SiteAdapter, Leaves, Tensor | None]:
+        leaves, constants, on = self._pick(self.rows.each())
+        adapter = self.entry.with_constants({name: value[0] for name, value in constants.items()})
+        return adapter, {name: leaf[0] for name, leaf in leaves.items()}, on["on"][0] if on else None
 
     def _general(self, base: Layer, x: Tensor) -> Tensor:
         """Run the method's `apply` on each group of rows, under `vmap`; adapters below come along, group by group."""

@@ -36,14 +36,14 @@ class Declared:
         >>> Declared(batch_dim=1, tokens_dim=0).layout("head", 3, by_token=True)
         Layout(axis=1, minor=False, tokens=1)
         """
-        axis, tokens = _axis(self.batch_dim, path, ndim), self.tokens(path, ndim)
+        axis, tokens = axis_said(self.batch_dim, path, ndim), self.tokens(path, ndim)
         if axis is None or (by_token and tokens is None):
             return None
         return Layout(axis).with_tokens(tokens) if by_token and tokens is not None else Layout(axis)
 
     def tokens(self, path: str, ndim: int) -> int | None:
         """Return the axis of a site's input that is said to have the tokens."""
-        return _axis(self.tokens_dim, path, ndim)
+        return axis_said(self.tokens_dim, path, ndim)
 
     def lets_pass(self, output: str) -> bool:
         """Return whether an output, or what it is a part of, is declared as mixed."""
@@ -102,6 +102,25 @@ class Finder:
             layout = self._fit(self._place(path, index), x, size, tokens)
         return layout
 
+    def expect(self, path: str, ndim: int, owner: Any) -> Place | None:
+        """Return where a tensor that is still to be put together will have the rows; `None` where nobody knows.
+
+        Args:
+            path: The name under which such tensors were seen.
+            ndim: Its number of axes.
+            owner: The one that asks; each asks at each such tensor.
+        """
+        if self.record is None:
+            return None
+        if self.over or torch.compiler.is_compiling():
+            place = self.record.anywhere(path, ndim)
+        else:
+            key = id(owner), path
+            index = self.counts.get(key, 0)
+            self.counts[key] = index + 1
+            place = self._place(path, index)
+        return place if place is not None and place.ndim == ndim else None
+
     def _place(self, path: str, index: int) -> Place | None:
         assert self.record is not None
         places = self.record.places.get(path, ())
@@ -156,7 +175,7 @@ class Finder:
         return max((calls for (_, other), calls in self.counts.items() if other == path), default=0)
 
 
-def _axis(declared: BatchDim, path: str, ndim: int) -> int | None:
+def axis_said(declared: BatchDim, path: str, ndim: int) -> int | None:
     """Return the axis that the user named for a site, counted from the first."""
     axis = declared.get(path) if isinstance(declared, Mapping) else declared
     return axis + ndim if axis is not None and axis < 0 else axis
@@ -179,7 +198,7 @@ def locate(
     Raises:
         ValueError: The rows are not where they are said to be, or it is not known where they are.
     """
-    axes = x.shape[: x.ndim - (0 if site.kind == "embedding" else 1 + len(site.kernel_size))]
+    axes = x.shape[: x.ndim - site.features]
     layout = declared.layout(site.path, x.ndim, by_token=tokens > 1)
     if layout is not None:
         _check_declared(site.path, x, axes, layout, size, declared, tokens)

@@ -106,7 +106,9 @@ class Recorder:
             return
         axes = x.ndim - 1 - self.spatial.get(path, 0)
         if len(self._few) == len(self.seen):  # as the first run has it, so that runs can be compared
-            self._few.append(x.numel() < _MANY or x.is_nested or not x.is_floating_point())
+            self._few.append(x.numel() < _MANY or x.is_nested or x.ndim < 2 or not x.is_floating_point())
+        if not self._few[len(self.seen)]:
+            axes = min(axes, x.ndim - 1)  # what may have rows along all of its axes has none along its last
         kept = x.detach().clone() if self._few[len(self.seen)] else self._project(x.detach(), axes)
         self.seen.append(Seen(path, kept, axes, x.ndim, tuple(x.shape)))
 

@@ -21,6 +21,7 @@ from .._sites.kinds import describe
 from .._sites.site import Site
 from .._skeleton.context import CallContext
 from .._skeleton.marking import mark, reduce_marked
+from .._skeleton.parameters import AdaptedParameters
 from .._skeleton.runtime import AdaptedModule
 from .._skeleton.swaps import TensorSwap
 from .._unsupported import UnsupportedCall
@@ -103,9 +104,9 @@ class RoutedOwner:
                 on = part["on"].get("replaced")
                 tensors[swap.key] = new if on is None else torch.where(on, new, tensors[swap.key])
         held = [(container, name, container[name]) for swap in self.swaps for container, name in swap.places]
-        trees = {name: GroupAdapter(parts[name]) if name in parts else tree for name, tree in before.items()}
+        trees = {name: _in_group(tree, parts[name]) if name in parts else tree for name, tree in before.items()}
         try:
-            context.trees = {name: tree for name, tree in trees.items() if parts.get(name, tree) is not None}
+            context.trees = {name: tree for name, tree in trees.items() if tree is not None}
             for swap in self.swaps:
                 for container, name in swap.places if swap.key in tensors else ():
                     container[name] = tensors[swap.key]
@@ -114,6 +115,13 @@ class RoutedOwner:
             context.trees = before
             for container, name, tensor in held:
                 container[name] = tensor
+
+
+def _in_group(tree: Routed, part: Any) -> GroupAdapter | Routed | None:
+    """Return what a group of rows has in the place of a stack; `None` where it is switched off."""
+    if part is None:
+        return None
+    return GroupAdapter(part) if part["leaves"] else tree.single(part["adapter"])  # the module itself is no site
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,6 +174,7 @@ def _pick(
             "leaves": {leaf: of_method.pick(tensor) for leaf, tensor in at_site.items()},
             "constants": {key: of_method.pick(c.values) for key, c in constants.items()},
             "on": on,
+            "adapter": torch.arange(groups.size).unsqueeze(1) if groups.index is None else groups.index.unsqueeze(1),
         }
         all_groups.append(groups)
     return parts, all_groups
@@ -175,6 +184,11 @@ class OwnerModule:
     """A base class placed in front of the class of a module that owns replaced tensors."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, AdaptedParameters):
+            return self.in_groups(self._forward, args, kwargs)
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         owner: RoutedOwner = self.__dict__["_owner"]
         inherited = super().forward  # type: ignore[misc]
         x = args[0] if args else next(iter(kwargs.values()), None)

@@ -81,8 +81,15 @@ class Routed:
             self.rows = rows_of(values, self.rows.count, next(_leaves(self.tree)).device, self.rows.tokens)
         return self._with(self.tree, self.rows)
 
+    def single(self, adapter: int | Tensor) -> Routed:
+        """Return the same stack where all rows have one adapter, given by its number or as a vector of it."""
+        leaf, count = next(_leaves(self.tree)), self.rows.count
+        if isinstance(adapter, Tensor):
+            return self._with(self.tree, Rows(_placed(adapter, leaf), count))
+        return self._with(self.tree, rows_of([adapter], count, leaf.device))
+
     def _with(self, tree: Tree, rows: Rows) -> Routed:
-        return Routed(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
+        return type(self)(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         """Validate the stack against the shapes of one adapter, as `trees.check` does."""
@@ -144,6 +151,7 @@ def route(
     layers that work token by token, linear ones and embeddings. Where the tokens are is found out and proved as well,
     by what reaches each site when some of them change (`functional/ROWS.md`); a model that reorders, drops or adds
     tokens on the way is an error.
+    A module with adapted parameters (`target_parameters`, experts) runs once for each adapter that rows have, on these.
 
     Values of `rows` are looked at in each call, outside of `torch.compile` (rows on a GPU are waited for), to choose
     the fastest way: equal runs of one adapter are one batched product. `rows=None` says so without looking.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .site import add_scaled, widen
+from .tensors import add_scaled, widen
 
 _FACTS = frozenset((
     "device", "dtype", "element_size", "dim", "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_meta",

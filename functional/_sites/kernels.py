@@ -95,16 +95,16 @@ def over_values(layer: Callable[[Tensor], Tensor], site: Site, x: Tensor) -> Ten
     2
     """
     what = f"{site.path}: the input is a nested tensor of layout {x.layout}"
-    if site.kind not in ("linear", "embedding"):
+    if not site.by_token:
         raise TypeError(
             f"{what}, and this is a {site.kind}, which torch cannot run on one; pad it, or loop over its parts"
         )
     if x.layout != torch.jagged:
-        parts = x.unbind()
-        if any(part.ndim < 1 + (site.kind == "linear") for part in parts):
+        parts, features = x.unbind(), site.features
+        if any(part.ndim < 1 + features for part in parts):
             raise TypeError(f"{what} with parts of shapes {[tuple(part.shape) for part in parts[:3]]}, expected rows")
-        y = layer(torch.cat([part.flatten(0, -2) if site.kind == "linear" else part.flatten() for part in parts]))
-        sizes = [part.shape[:-1] if site.kind == "linear" else part.shape for part in parts]
+        y = layer(torch.cat([part.flatten(0, part.ndim - 1 - features) for part in parts]))
+        sizes = [part.shape[: part.ndim - features] for part in parts]
         outputs = y.split([size.numel() for size in sizes])
         shaped = [output.view(*size, y.shape[-1]) for output, size in zip(outputs, sizes, strict=True)]
         return torch.nested.as_nested_tensor(shaped)

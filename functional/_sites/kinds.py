@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .site import Geometry, Lookup, Site, quantised_form
+from .attention import describe_attention
+from .convolution import CONVOLUTIONS, describe_convolution
+from .embedding import EMBEDDING, describe_embedding
+from .linear import LINEAR, describe_linear, describe_packed
+from .site import Site
+from .tensors import quantised_form
 
 Describe = Callable[[str, Any], Site]
 
@@ -60,7 +65,7 @@ def is_linear(module: nn.Module) -> bool:
     (True, False)
     """
     site = describe("", module)
-    return site is not None and site.kind == "linear"
+    return site is not None and site.kind == LINEAR.name
 
 
 def register_layer(
@@ -109,9 +114,9 @@ def register_layer(
         raise TypeError(f"register_layer: cls is {cls!r}, expected a class of torch.nn.Module")
     if not isinstance(weight, str) or not (bias is None or isinstance(bias, str)):
         raise TypeError(f"register_layer: weight is {weight!r} and bias is {bias!r}, expected names of attributes")
-    if kind not in _AXES:
-        raise ValueError(f"register_layer: kind is {kind!r}, expected one of {', '.join(_AXES)}")
-    if transposed and kind.startswith("conv"):
+    if kind not in _REGISTERED:
+        raise ValueError(f"register_layer: kind is {kind!r}, expected one of {', '.join(_REGISTERED)}")
+    if transposed and not _REGISTERED[kind].transposable:
         raise ValueError(
             f"register_layer: transposed is True for the {kind} {cls.__name__}; a convolution's weight has to be "
             "'out in/groups *kernel', and one of a transposed convolution is not supported"
@@ -155,98 +160,41 @@ def _has_plain_forward(cls: Any) -> bool:
     return forward is nn.Linear.forward or (forward.__module__, forward.__qualname__) in _PLAIN
 
 
-# -- torch's own, and those known by name ---------------------------------------------------------------------------
-
-
-def _linear(path: str, module: nn.Linear) -> Site:
-    return Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
-
-
-def _packed_linear(path: str, module: Any) -> Site:
-    """Describe a linear layer whose weight and bias are packed where no attribute holds them as tensors."""
-    return Site(path, "linear", module.in_features, module.out_features, weight_names=())
-
-
-def _embedding(path: str, module: nn.Embedding) -> Site:
-    settings = Lookup(module.padding_idx, module.scale_grad_by_freq, module.max_norm)
-    lookup = None if settings == Lookup(None, False, None) else settings
-    return Site(path, "embedding", module.num_embeddings, module.embedding_dim, transposed=True, lookup=lookup)
-
-
-def _conv(path: str, module: nn.Conv2d) -> Site:
-    sizes = (module.in_channels, module.out_channels)
-    return _convolution(path, module, sizes, tuple(module.kernel_size), module.bias is not None)
-
-
-def _convolution(path: str, module: Any, sizes: tuple[int, int], kernel: tuple[int, ...], has_bias: bool) -> Site:
-    """Describe a convolution whose settings are attributes of the module, where it has them."""
-
-    def each(name: str, default: int) -> Any:
-        value = getattr(module, name, default)
-        return (value,) * len(kernel) if isinstance(value, int) else value if isinstance(value, str) else tuple(value)
-
-    dilation, padding = each("dilation", 1), each("padding", 0)
-    if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        edges = [edge for t in reversed(total) for edge in (t // 2, t - t // 2)]
-    else:
-        edges = [edge for p in reversed(padding) for edge in (p, p)]
-    mode = getattr(module, "padding_mode", "zeros")
-    geometry = Geometry(each("stride", 1), padding, dilation, getattr(module, "groups", 1), mode, tuple(edges))
-    return Site(path, f"conv{len(kernel)}d", *sizes, has_bias, kernel_size=kernel, geometry=geometry)
-
-
-def _attention(path: str, module: nn.MultiheadAttention) -> Site:
-    dim, has_bias = module.embed_dim, module.in_proj_bias is not None
-    sizes = (dim, module.kdim, module.vdim)
-    packed = module._qkv_same_embed_dim
-    names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return Site(
-        path,
-        "attention",
-        dim if packed else sum(sizes),
-        3 * dim,
-        has_bias,
-        weight_names=names,
-        bias_name="in_proj_bias",
-        blocks=() if packed else sizes,
-    )
-
-
 # -- those that users register --------------------------------------------------------------------------------------
 
-_AXES = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
-"""Kinds that can be registered, and the axes of their weights."""
+
+_REGISTERED = {kind.name: kind.registration for kind in (LINEAR, EMBEDDING, *CONVOLUTIONS) if kind.registration}
+"""Kinds that classes can be registered as."""
 
 
-def _own(kind: str, weight: str, bias: str | None, transposed: bool, path: str, module: Any) -> Site:
-    what = f"{path or 'the model'}: {type(module).__name__} is registered as {kind}"
+def _own(name: str, weight: str, bias: str | None, transposed: bool, path: str, module: Any) -> Site:
+    classes = _REGISTERED[name]
+    what = f"{path or 'the model'}: {type(module).__name__} is registered as {name}"
     held = getattr(module, weight, None)
-    if not isinstance(held, Tensor) or held.ndim != _AXES[kind]:
+    if not isinstance(held, Tensor) or held.ndim != classes.weight_axes:
         given = f"has shape {tuple(held.shape)}" if isinstance(held, Tensor) else f"is {type(held).__name__}"
-        raise ValueError(f"{what}, and its {weight!r} {given}, expected a tensor of {_AXES[kind]} axes")
+        raise ValueError(f"{what}, and its {weight!r} {given}, expected a tensor of {classes.weight_axes} axes")
     shift = None if bias is None else getattr(module, bias, None)
-    flip = transposed != (kind == "embedding")
+    flip = transposed != classes.flipped
     outputs, inputs = tuple(held.mT.shape if flip else held.shape)[:2]
-    if shift is not None and (kind == "embedding" or not isinstance(shift, Tensor) or shift.shape != (outputs,)):
+    if shift is not None and not (classes.has_bias and isinstance(shift, Tensor) and shift.shape == (outputs,)):
         given = str(tuple(shift.shape)) if isinstance(shift, Tensor) else type(shift).__name__
-        expected = "none" if kind == "embedding" else f"shape {(outputs,)}"
+        expected = f"shape {(outputs,)}" if classes.has_bias else "none"
         raise ValueError(f"{what}, and its {bias!r} is {given}, expected {expected}")
+    site = classes.describe(path, module, (inputs, outputs), tuple(held.shape[2:]))
     names: dict[str, Any] = {"weight_names": (weight,), "bias_name": bias or "bias"}
-    if kind in ("linear", "embedding"):
-        return Site(path, kind, inputs, outputs, shift is not None, transposed=flip, **names)
-    sizes = (inputs * getattr(module, "groups", 1), outputs)
-    site = _convolution(path, module, sizes, tuple(held.shape[2:]), shift is not None)
-    return dataclasses.replace(site, **names)
+    return dataclasses.replace(site, has_bias=shift is not None, transposed=flip, **names)
 
+
+# -- torch's own, and those known by name ---------------------------------------------------------------------------
 
 _DESCRIBE: dict[type, Describe] = {
-    nn.Linear: _linear,
-    nn.Embedding: _embedding,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.Conv3d: _conv,
-    nn.MultiheadAttention: _attention,
+    nn.Linear: describe_linear,
+    nn.Embedding: describe_embedding,
+    nn.Conv1d: describe_convolution,
+    nn.Conv2d: describe_convolution,
+    nn.Conv3d: describe_convolution,
+    nn.MultiheadAttention: describe_attention,
 }
 
 
@@ -254,7 +202,7 @@ _PLAIN: set[tuple[str, str]] = set()
 """Forwards that are plain linear maps, by the names of their Python module and of themselves."""
 
 _BY_NAME: dict[tuple[str, str], Describe] = {
-    ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"): _packed_linear,
+    ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"): describe_packed,
 }
 
 

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .site import Site
+from .site import Kind, Site, add_kind
 
 Key = tuple[int, str]
 """What a site is in a model, whatever its names: a module's id and `""`, or the name of one of its parameters."""
+
+
+def _call(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    raise TypeError(f"{site.path}: a bare parameter is not called; the forward of its module reads it")
+
+
+def _pieces(site: Site) -> str | None:
+    return f"a parameter of {site.experts} experts has leaves of all experts in one"
+
+
+PARAMETER = add_kind(Kind("parameter", _call, features=0, is_parameter=True))
+
+EXPERTS = add_kind(Kind("experts", _call, features=0, is_parameter=True, pieces=_pieces))
+
+
+HIDES_PRODUCT: list[Callable[[nn.Module, Tensor], bool | None]] = []
+"""Rules, `(module, weight) -> bool`, of whether a forward multiplies where `torch.compile` shows no objects; `None`
+where a rule does not know."""
+
+
+def register_hidden_product(rule: Callable[[nn.Module, Tensor], bool | None]) -> None:
+    """Let a library say where its modules multiply by a product that `torch.compile` hides from objects (torch 2.13).
+
+    Args:
+        rule: `(module, weight) -> bool`, `None` for modules that it does not know.
+    """
+    HIDES_PRODUCT.append(rule)
 
 
 def find(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None, str]:

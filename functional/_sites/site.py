@@ -1,47 +1,25 @@
-"""Sites: the modules that carry an adapter, seen as plain facts."""
+"""Sites: the modules that carry an adapter, seen as plain facts, and what all sites of one kind have in common."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._constants import Constants
 from .._tensors.placement import resting, whole
-
-_CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
-
+from .geometry import Geometry
+from .tensors import Dense, quantised_form
 
 PARAMETERS = ("parameter", "experts")
 """Kinds of sites that are bare parameters of a module."""
 
 
-_QUANTISERS = frozenset({"torchao", "bitsandbytes", "optimum", "quanto", "hqq"})
-"""Packages whose tensors say that they are of floating point and hold something else."""
-
-
-Dense = tuple[Tensor, Tensor | None]
-"""A canonical weight and a bias."""
-
-
 _NOWHERE = torch.empty(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """The settings of a convolution's module: how it slides."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    groups: int
-    padding_mode: str
-    pad: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +29,67 @@ class Lookup:
     padding_idx: int | None
     scale_grad_by_freq: bool
     max_norm: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    """The classes that users register as a kind.
+
+    Attributes:
+        describe: `(path, module, (in, out), kernel) -> Site`, without what registering says of names and bias.
+        weight_axes: Number of axes of the weight.
+        has_bias: Whether there may be a bias.
+        transposable: Whether the weight may be stored the other way round.
+        flipped: Whether the weight is stored as the transpose of the canonical one.
+    """
+
+    describe: Callable[[str, Any, tuple[int, int], tuple[int, ...]], Site]
+    weight_axes: int = 2
+    has_bias: bool = True
+    transposable: bool = True
+    flipped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of site: what its modules compute, how they hold a weight, and which axes of an input have no rows.
+
+    Attributes:
+        name: What `Site.kind` says.
+        call: `(site, x, weight, bias) -> y`, the function of a module with a canonical weight and bias.
+        features: How many axes of an input, from the last, are the features of one entry.
+        by_token: Whether each entry of the other axes is computed by itself.
+        is_parameter: Whether a site is a bare parameter of a module, which the module's forward reads.
+        joined: `(site, stored) -> weight`: the canonical weight from the tensors that hold it.
+        split: `(site, weight) -> tensors` by name; the inverse of `joined`.
+        check_readable: `site -> None`, an error for a weight that is not fixed.
+        pieces: `site -> words` of what leaves are made of, piece by piece, so that padding would shift them; `None`
+            where it would not.
+        registration: How classes of this kind are that users register; `None` where they cannot.
+    """
+
+    name: str
+    call: Callable[[Site, Tensor, Tensor, Tensor | None], Tensor]
+    features: int
+    by_token: bool = False
+    is_parameter: bool = False
+    joined: Callable[[Site, Sequence[Tensor]], Tensor] = lambda site, stored: site.canonical(stored[0])
+    split: Callable[[Site, Tensor], Mapping[str, Tensor]] = lambda site, weight: {
+        site.weight_names[0]: site.canonical(weight)
+    }
+    check_readable: Callable[[Site], None] = lambda site: None
+    pieces: Callable[[Site], str | None] = lambda site: None
+    registration: Registration | None = None
+
+
+KINDS: dict[str, Kind] = {}
+"""All kinds by name; each file of one adds its own."""
+
+
+def add_kind(kind: Kind) -> Kind:
+    """Make a kind known to sites of its name."""
+    KINDS[kind.name] = kind
+    return kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +150,6 @@ class Site:
         return self.geometry.groups if self.geometry else 1
 
     @property
-    def by_token(self) -> bool:
-        """Whether what it computes at one position of its input depends on that position alone."""
-        return self.kind in ("linear", "embedding")
-
-    @property
     def names(self) -> tuple[str, ...]:
         """Attributes of the module that hold its weight and its bias."""
         return (*self.weight_names, self.bias_name)
@@ -127,14 +161,34 @@ class Site:
         return (self.experts, *shape) if self.experts else shape
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether the site is a bare parameter of a module."""
+        return KINDS[self.kind].is_parameter
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each entry of an input but for its features is computed by itself."""
+        return KINDS[self.kind].by_token
+
+    @property
+    def features(self) -> int:
+        """How many axes of an input, from the last, are the features of one entry."""
+        return KINDS[self.kind].features
+
+    @property
+    def pieces(self) -> str | None:
+        """What its leaves are made of, piece by piece, in words; `None` where they can be padded as a whole."""
+        return KINDS[self.kind].pieces(self)
+
+    @property
     def leaf(self) -> str:
         """Name of a bare parameter on its module; `""` for a module."""
-        return self.weight_names[0] if self.kind in PARAMETERS else ""
+        return self.weight_names[0] if self.is_parameter else ""
 
     @property
     def owner(self) -> str:
         """Dotted name of the module that has the weight."""
-        return self.path.rpartition(".")[0] if self.kind in PARAMETERS else self.path
+        return self.path.rpartition(".")[0] if self.is_parameter else self.path
 
     def canonical(self, weight: Tensor) -> Tensor:
         """Turn a stored weight into canonical orientation; its own inverse."""
@@ -168,14 +222,9 @@ class Site:
                 f"{self.path}: its weight is {form}, so an adapter cannot be added to it. Call the module instead of "
                 "reading its weight; merge into the model as it was before quantisation, or dequantise this one first"
             )
-        if self.lookup is not None and self.lookup.max_norm is not None:
-            raise ValueError(
-                f"{self.path}: an Embedding with max_norm={self.lookup.max_norm} rewrites its weight in each forward, "
-                "so there is no fixed weight to merge into or to start from; call the module instead, or set "
-                "max_norm=None"
-            )
-        weight = self.canonical(stored[0]) if len(stored) == 1 else torch.block_diag(*stored)
-        return weight, held[self.bias_name] if self.has_bias else None
+        kind = KINDS[self.kind]
+        kind.check_readable(self)
+        return kind.joined(self, stored), held[self.bias_name] if self.has_bias else None
 
     def stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Return canonical weight and bias as the module stores them, by attribute; the inverse of `read`.
@@ -184,14 +233,7 @@ class Site:
         >>> {name: tuple(value.shape) for name, value in site.stored(torch.zeros(3, 2), None).items()}
         {'weight': (2, 3)}
         """
-        if len(self.weight_names) == 1:
-            tensors = {self.weight_names[0]: self.canonical(weight)}
-        else:
-            parts = weight.chunk(len(self.blocks), 0)
-            tensors = {
-                name: part.split(self.blocks, 1)[i]
-                for i, (name, part) in enumerate(zip(self.weight_names, parts, strict=True))
-            }
+        tensors = dict(KINDS[self.kind].split(self, weight))
         return tensors if bias is None else {**tensors, self.bias_name: bias}
 
     def like(self, module: Any) -> Tensor:
@@ -208,135 +250,14 @@ class Site:
         >>> site.call(torch.ones(1, 2), torch.eye(2))
         tensor([[1., 1.]])
         """
-        if self.kind == "embedding":
-            return F.embedding(x, weight.mT)
-        if self.kind == "linear":
-            return F.linear(x, weight, bias)
-        return self.convolve(x, weight, bias, groups=self.groups)
+        return KINDS[self.kind].call(self, x, weight, bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1) -> Tensor:
         """Convolve as the module does: same stride, padding, dilation and padding mode."""
-        geometry = self.geometry
-        assert geometry is not None
-        padding: Any = geometry.padding
-        if geometry.padding_mode != "zeros":
-            x, padding = F.pad(x, geometry.pad, mode=geometry.padding_mode), 0
-        return _CONVOLVE[self.kind](x, weight, bias, geometry.stride, padding, geometry.dilation, groups)
+        assert self.geometry is not None
+        return self.geometry.convolve(x, weight, bias, groups)
 
     def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve with a kernel of ones: a linear map of the channels, in the module's groups."""
-        return _CONVOLVE[self.kind](x, weight, groups=self.groups)
-
-
-def check_leaves(path: str, leaves: Mapping[str, Tensor], like: Tensor) -> None:
-    """Refuse leaves without values where there are values: torch multiplies with such memory as it finds it.
-
-    Args:
-        path: Path of the site.
-        leaves: Its leaves.
-        like: What they are to be used with.
-
-    Raises:
-        ValueError: A leaf on the meta device, though `like` is not; names both.
-
-    >>> check_leaves("head", {"lora_A": torch.ones(1, device="meta")}, torch.ones(1, device="meta"))
-    """
-    for leaf, tensor in leaves.items():
-        if tensor.is_meta and not like.is_meta:
-            raise ValueError(
-                f"{path or 'the model'}: the adapter's {leaf} is on the meta device, without values, and is used with "
-                f"a tensor on {like.device}; load it first (load_adapter, set_peft_model_state_dict), or start with "
-                "graft.init()"
-            )
-
-
-def check_base(path: str, weight: Tensor | None, x: Tensor) -> None:
-    """Refuse a base without values where the input has some.
-
-    Raises:
-        ValueError: A weight on the meta device, though the input is not; names the site.
-    """
-    if weight is not None and weight.is_meta and not x.is_meta:
-        raise ValueError(
-            f"{path or 'the model'}: the base's weight is on the meta device, without values, and its input is on "
-            f"{x.device}; load the model first (load_state_dict(..., assign=True)), or give base tensors with the call"
-        )
-
-
-def own_tensor(module: Any, name: str) -> Tensor | None:
-    """Return the parameter or buffer that a module itself has under a name; `None` for what it computes.
-
-    >>> own_tensor(torch.nn.Linear(2, 1), "weight").shape
-    torch.Size([1, 2])
-    """
-    held = module._parameters.get(name)
-    result: Tensor | None = module._buffers.get(name) if held is None else held
-    return result
-
-
-def trainable_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype that parameters beside a weight have in place: its own, float32 where it is no number's.
-
-    >>> trainable_dtype(torch.ones(2, dtype=torch.int8)), trainable_dtype(torch.ones(2, dtype=torch.complex64))
-    (torch.float32, torch.complex64)
-    """
-    return weight.dtype if weight.is_floating_point() or weight.is_complex() else torch.float32
-
-
-def wide_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of fresh parameters beside a weight: float32, or its own where that is wider or complex.
-
-    >>> wide_dtype(torch.ones(2, dtype=torch.bfloat16)), wide_dtype(torch.ones(2, dtype=torch.complex64))
-    (torch.float32, torch.complex64)
-    """
-    dtype = trainable_dtype(weight)
-    return dtype if dtype.itemsize > 4 else torch.promote_types(dtype, torch.float32)
-
-
-def quantised_form(weight: Any) -> str | None:
-    """Describe a weight that no adapter can be added to; `None` for numbers of floating point, real or complex.
-
-    >>> quantised_form(torch.ones(2, dtype=torch.int8))
-    'torch.int8'
-    """
-    if not (weight.is_floating_point() or weight.is_complex()):
-        return str(weight.dtype)
-    if type(weight) in (Tensor, torch.nn.Parameter):
-        return None
-    library = type(weight).__module__.partition(".")[0]
-    return f"quantised (a {type(weight).__name__} of {library})" if library in _QUANTISERS else None
-
-
-def add_scaled(y: Tensor, delta: Tensor, scaling: float | Tensor) -> Tensor:
-    """Return `y + scaling * delta`, summed in the wider dtype and rounded once to that of `y`.
-
-    >>> add_scaled(torch.ones(2), torch.ones(2), 2.0)
-    tensor([3., 3.])
-    """
-    if isinstance(scaling, Tensor):
-        delta, scaling = delta * scaling.to(delta.dtype), 1.0
-    wide, delta = widen(y, delta)
-    return torch.add(wide, delta, alpha=scaling).to(y.dtype)
-
-
-def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast tensors to the widest dtype among them, leaving those that have it untouched.
-
-    Raises:
-        TypeError: The first, of the base, is real, and another is complex.
-
-    >>> [t.dtype for t in widen(torch.ones(1), torch.ones(1, dtype=torch.float64))]
-    [torch.float64, torch.float64]
-    """
-    dtype, mixed = tensors[0].dtype, False
-    for tensor in tensors[1:]:
-        if tensor.dtype != dtype:
-            dtype, mixed = torch.promote_types(dtype, tensor.dtype), True
-    if not mixed:
-        return tensors
-    if dtype.is_complex and not tensors[0].is_complex():
-        raise TypeError(
-            f"an adapter with complex parameters ({dtype}) meets a layer of {tensors[0].dtype}, whose output has no "
-            "imaginary part; make its parameters real"
-        )
-    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
+        assert self.geometry is not None
+        return self.geometry.pointwise(x, weight)

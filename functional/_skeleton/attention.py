@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._layers.projection import ProjectionSlice
+from .._sites.attention import slices_of
 
 Masks = tuple[Tensor | None, bool]
 """What is added to the scores, and whether attention is causal instead."""
@@ -60,25 +60,9 @@ class AdaptedAttention:
 def _project(runtime: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Project queries, keys and values, with as few products as the identity of the inputs allows."""
     site = next(iter(runtime.entries.values())).site
-    dim = site.out_features // 3
-    if len(site.weight_names) == 3:
-        ends = [sum(site.blocks[:i]) for i in range(4)]
-        parts = [
-            ProjectionSlice(name, slice(i * dim, (i + 1) * dim), slice(ends[i], ends[i + 1]))
-            for i, name in enumerate(site.weight_names)
-        ]
-        return tuple(runtime.project(part, x) for part, x in zip(parts, (query, key, value), strict=True))
-    name, columns = site.weight_names[0], slice(None)
-    if query is key and key is value:
-        result: tuple[Tensor, ...] = runtime.project(
-            ProjectionSlice(name, slice(None), columns, whole=True), query
-        ).chunk(3, -1)
-        return result
-    q = runtime.project(ProjectionSlice(name, slice(0, dim), columns), query)
-    if key is value:
-        return q, *runtime.project(ProjectionSlice(name, slice(dim, None), columns), key).chunk(2, -1)
-    k = runtime.project(ProjectionSlice(name, slice(dim, 2 * dim), columns), key)
-    return q, k, runtime.project(ProjectionSlice(name, slice(2 * dim, None), columns), value)
+    parts = slices_of(site, 1 if key is not value else 2 if query is not key else 3)
+    *own, rest = [runtime.project(part, x) for part, x in zip(parts, (query, key, value), strict=False)]
+    return (*own, *rest.chunk(4 - len(parts), -1)) if len(parts) < 3 else (*own, rest)
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool) -> Any:

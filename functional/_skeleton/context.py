@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,16 +18,18 @@ class CallContext:
         finder: Finds where the rows of a routed call are in a site's input.
         see: `(path, x)`, called with the input of each site that runs; `None` for no call.
         reached: Collects the paths of the sites that ran.
+        apart: Names of adapters that a look is to keep apart by rows, also in runs without them.
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
     """
 
-    __slots__ = ("__weakref__", "finder", "kept", "reached", "see", "trees")
+    __slots__ = ("__weakref__", "apart", "finder", "kept", "reached", "see", "trees")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
         self.finder: Finder | None = None
         self.see: Callable[[str, Tensor], None] | None = None
         self.reached: set[str] | None = None
+        self.apart: Collection[str] = ()
         self.kept: dict[int, Tensor] | None = None
 
     def active(self, path: str) -> Mapping[str, Any]:
@@ -46,3 +48,4 @@ class CallContext:
     def clear(self) -> None:
         """End the call."""
         self.trees = self.reached = self.finder = self.kept = None
+        self.apart = ()

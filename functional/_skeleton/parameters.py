@@ -16,12 +16,14 @@ from .._layers.compose import compose
 from .._layers.routed import RoutedLayer
 from .._method import SiteAdapter
 from .._sites.factored import Factored, Term
-from .._sites.parameters import Key
-from .._sites.site import check_leaves
+from .._sites.parameters import HIDES_PRODUCT, Key
+from .._sites.tensors import check_leaves
 from .._tensors.placement import is_sharded, spread, whole
 from .._unsupported import UnsupportedCall
 from . import saving
 from .context import CallContext
+from .row_groups import run_in_groups
+from .row_outputs import cannot_route
 
 Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -76,30 +78,23 @@ class ParameterRuntime:
         selected: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):
-                raise UnsupportedCall(no_rows(self.path))
-            selected.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
+                if layer.rows.size > 1:
+                    raise UnsupportedCall(cannot_route(self.path, "is read outside of the forward of its module"))
+                if layer.rows.values != [-1]:
+                    selected.append(layer.single())
+            else:
+                selected.append((layer.entry, layer.leaves, getattr(layer, "on", None)))
             layer = layer.base
         return selected[::-1]
 
     def _hidden(self, module: nn.Module, weight: Tensor) -> bool:
-        """Return whether the forward may call the grouped product that `torch.compile` hides from objects (torch 2.13).
-
-        `transformers` chooses it by a setting, and compiles it for bfloat16 alone.
-        """
+        """Return whether the forward may call the grouped product that `torch.compile` hides from objects."""
         if weight.ndim != 3:
             return False
-        if getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm":
-            return weight.dtype == torch.bfloat16
+        for rule in HIDES_PRODUCT:
+            if (hides := rule(module, weight)) is not None:
+                return hides
         return self.grouped
-
-
-def no_rows(path: str) -> str:
-    """Say why an adapted parameter cannot be routed."""
-    return (
-        f"{path}: this parameter is adapted in a call that routes rows, and a parameter cannot tell whose row it is "
-        "multiplied with (experts mix the rows of a batch); use torch.vmap over the stack, call the graft with one "
-        "adapter at a time, or leave it out of target_parameters"
-    )
 
 
 def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = False) -> Any:
@@ -151,6 +146,11 @@ def _own(cls: type) -> list[Any]:
 class AdaptedParameters:
     """A base class of modules with adapted parameters: reading one gives the adapted weight."""
 
+    def in_groups(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a forward of this module, group by group where rows have parameters of their own."""
+        runtimes: Mapping[str, ParameterRuntime] = self.__dict__["_parameter_runtimes"]
+        return run_in_groups(runtimes.values(), forward, args, kwargs)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for leaf, runtime in self.__dict__["_parameter_runtimes"].items():
@@ -161,7 +161,8 @@ class AdaptedParameters:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)
         runtimes = state.pop("_parameter_runtimes")
-        return _revive, (type(self).__mro__[2], runtimes), state
+        classes = type(self).__mro__  # others may stand in front
+        return _revive, (classes[classes.index(AdaptedParameters) + 1], runtimes), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedParameters:
         revive, args, state = self.__reduce_ex__(4)
@@ -184,11 +185,22 @@ class AdaptedParameters:
 def parametrised_class(cls: Any, leaves: tuple[str, ...]) -> Any:
     """Return `cls` with properties in the place of these parameters."""
     members: dict[str, Any] = {leaf: _property(leaf) for leaf in leaves}
+    members["forward"] = _by_rows(cls.forward)
     if issubclass(cls, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, _put_flat_weights)
     return type(
         cls.__name__, (AdaptedParameters, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, **members}
     )
+
+
+def _by_rows(inherited: Any) -> Any:
+    """Return a forward that keeps rows with parameters of their own apart, with the signature of the inherited one."""
+
+    @functools.wraps(inherited)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.in_groups(super(AdaptedParameters, self).forward, args, kwargs)
+
+    return forward
 
 
 def _property(leaf: str) -> property:

@@ -16,9 +16,10 @@ from .._layers.base import Base
 from .._layers.compose import compose
 from .._layers.gathered import run_on_shards
 from .._layers.no_weight import stand_in
-from .._layers.projection import Projection, ProjectionSlice
+from .._layers.projection import Projection
 from .._layers.routed import RoutedLayer
 from .._method import SiteAdapter
+from .._sites.attention import ProjectionSlice
 from .._sites.site import Site
 from .._tensors.placement import is_sharded, resting
 from . import saving

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._binding.replaced import Modules, Plan, Replaced, each, over, tensor_at
 from .._layers.no_weight import stand_in
 from .._method import is_per_row
-from .._sites.site import check_leaves
+from .._sites.tensors import check_leaves
 from .._tensors.placement import is_sharded, offloading, spread
 from .sharded import is_gathering
 from .skeleton import Place, Skeleton

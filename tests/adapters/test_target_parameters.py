@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from torchgraft.adapters import LoraConfig, inject_adapter_in_model, load_adapter, save_adapter
-from torchgraft.functional import bind, merge
+from torchgraft.functional import bind, merge, route, stack, value_and_grad
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -25,6 +25,11 @@ SIZES = {
 MODELS = {
     "mixtral": lambda: transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4)
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **SIZES, intermediate_size=24, moe_intermediate_size=8, head_dim=8, num_experts=4, num_experts_per_tok=2
+        )
     ),
     "gpt-oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(
@@ -196,3 +201,52 @@ def test_files_of_other_parameters_are_refused(tmp_path):
     smaller = transformers.MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=2)
     with pytest.raises(ValueError, match=r"lora_[AB].weight' has shape \(8, .*expected \(4, "):
         load_adapter(transformers.MixtralForCausalLM(smaller), tmp_path)
+
+
+# -- rows of one batch -----------------------------------------------------------------------------------------------
+
+ROWS = torch.tensor([2, 0, -1, 2, 1])
+
+
+def several(graft, dtype):
+    draws, initial = torch.Generator().manual_seed(0), graft.init()
+    return [
+        optree.tree_map(lambda t: 0.3 * torch.randn(t.shape, generator=draws, dtype=dtype), initial) for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_of_each_row_are_its_own(name, implementation):
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # which it has no kernel for
+    model = build(name, implementation).to(dtype)
+    graft = bind(model, lora(target_modules=["q_proj"], target_parameters=[*BOTH, "gate.weight"])[0])
+    trees, ids = several(graft, dtype), torch.randint(20, (5, 6), generator=torch.Generator().manual_seed(0))
+    y = graft(route(stack(trees), ROWS), ids).logits
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    for i, row in enumerate(ROWS.tolist()):
+        state = merge(graft, trees[row]) if row >= 0 else {}
+        expected = torch.func.functional_call(model, state, (ids[i : i + 1],)).logits
+        torch.testing.assert_close(y[i : i + 1], expected, **close)
+    assert torch.equal(y[2], model.requires_grad_(False)(ids).logits[2])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
+def test_experts_of_rows_while_tokens_are_generated_and_activations_checkpointed():
+    model = build()
+    graft = bind(model, lora()[0], allow_unreached=True)
+    trees, ids = several(graft, torch.float32), torch.randint(1, 20, (5, 4), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    tokens = graft.view(route(stack(trees), ROWS)).generate(ids, **options)
+    for i, row in enumerate(ROWS.tolist()):
+        alone = graft.view(trees[row]) if row >= 0 else model
+        assert torch.equal(tokens[i : i + 1], alone.generate(ids[i : i + 1], **options))
+
+    def loss(many):
+        return graft(route(many, ROWS), ids, use_cache=False).logits.square().sum()
+
+    model.train()
+    expected = value_and_grad(loss)(stack(trees))
+    model.gradient_checkpointing_enable()
+    given = value_and_grad(loss)(stack(trees))
+    optree.tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4), given, expected)

@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from torchgraft.adapters import IA3Config, LoraConfig
-from torchgraft.functional import bind, functional_call, merge, route, stack, unstack, value_and_grad
+from torchgraft.functional import bind, functional_call, merge, stack, unstack, value_and_grad
 from torchgraft.functional._sites.factored import Factored, Term
 
 EXPERTS, TOKENS, INNER, OUTER = 3, 5, 4, 8
@@ -354,12 +354,6 @@ def test_autocast_and_half_precision_round_once():
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_routed_call_is_an_error_that_says_what_to_do():
-    case = Case(Gathered)
-    with pytest.raises(RuntimeError, match=r"up: this parameter is adapted in a call that routes rows.*torch\.vmap"):
-        case.graft(route(stack(case.trees), torch.zeros(TOKENS, dtype=torch.long)), case.x)
 
 
 def test_what_has_no_adapter():

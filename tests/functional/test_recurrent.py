@@ -2,6 +2,7 @@
 
 import copy
 
+import optree
 import peft
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torchgraft.adapters import (
     save_adapter,
     unmerge_adapter,
 )
-from torchgraft.functional import bind, functional_call, merge, route, stack
+from torchgraft.functional import UnsupportedCall, bind, functional_call, merge, route, stack
 
 LAYERS = {
     "lstm": lambda: nn.LSTM(6, 5),
@@ -92,11 +93,24 @@ def test_as_peft(layer):
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
 
 
-def test_rows_are_refused_by_name():
+def test_rows_along_the_second_axis():
     _, _, graft, params = made("lstm")
-    many = stack([params, params])
-    with pytest.raises((RuntimeError, ValueError), match=r"0\.weight_.*routes rows"):
-        graft(route(many, torch.tensor([0, 1]), batch_dim=1), torch.randn(4, 2, 6))
+    many = optree.tree_map(lambda t: torch.stack([t, -2 * t]), params)
+    x = torch.randn(4, 2, 6)
+    y, states = graft(route(many, torch.tensor([1, 0]), batch_dim=1), x)
+    for row, tree in enumerate((optree.tree_map(lambda t: -2 * t, params), params)):
+        expected, expected_states = graft(tree, x[:, row : row + 1])
+        for given, alone in zip((y, *states), (expected, *expected_states), strict=True):
+            torch.testing.assert_close(given[:, row : row + 1], alone)
+    with pytest.raises(ValueError, match="route"):  # the batch is the leading axis, where this layer has time
+        graft(route(many, torch.tensor([1, 0])), x)
+
+
+def test_packed_rows_are_refused_by_name():
+    _, _, graft, params = made("lstm")
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 6), torch.tensor([4, 2]))
+    with pytest.raises(UnsupportedCall, match=r"0\.weight_.*its module gets a PackedSequence"):
+        graft(route(stack([params, params]), torch.tensor([0, 1]), batch_dim=0), packed)
 
 
 def test_base_tensors_as_data():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchgraft.functional.extending import PARAMETERS, Site, SiteAdapter
+from torchgraft.functional.extending import Site, SiteAdapter
 
 from ..beside.modules_to_save import ModulesToSaveWrapper
 from ..beside.tokens import TrainableTokensWrapper
@@ -64,7 +64,7 @@ def check_apart(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mappi
     """Refuse an adapter on a module of which a parameter is adapted, or the reverse."""
     whole = {id(layer.get_base_layer()): not layer.parameter_name for layer in layers(model).values()}
     for path, site in sites.items():
-        parameter = site.kind in PARAMETERS
+        parameter = site.is_parameter
         if whole.get(id(modules[site.owner]), not parameter) is parameter:
             what = "this module as a whole" if parameter else "a parameter of this module"
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from torchgraft.functional.extending import PARAMETERS, each
+from torchgraft.functional.extending import each
 
 from ..._config.tokens import LEAF as TOKENS
 from ..beside.biases import ATTRIBUTE, Biases
@@ -58,7 +58,7 @@ def _layers(injection: Injection, model: nn.Module, positions: Positions) -> Pla
     for path, module in injection.targets.items():
         entry = injection.entries[path]
         layer = carriers.get((id(module), entry.site.leaf))
-        if layer is None and entry.site.kind in PARAMETERS:
+        if layer is None and entry.site.is_parameter:
             layer = ParameterLayer(positions.tops.get(id(module), module), entry.site.leaf)
             positions.tops[id(module)] = layer
         elif layer is None:

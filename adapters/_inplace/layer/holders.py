@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from torchgraft.functional.extending import PARAMETERS, SiteAdapter
+from torchgraft.functional.extending import SiteAdapter
 
 from ..._methods.shared.called import DROPOUT, Called, Holder, read
 from .containers import Parameters
@@ -73,10 +73,10 @@ class Holders:
     ):
         config: Any = entry.config
         self._entry, form = entry, config.form
-        self._called = entry.site.kind not in ("attention", *PARAMETERS)
+        self._called = not (entry.site.is_parameter or entry.site.kind == "attention")
         self._biases = {form.place(leaf)[0]: leaf for leaf in form.biases if getattr(config, form.biased, False)}
         holders = {leaf: leaf for leaf in (*form.modules, *form.bare_modules)}
-        if entry.site.kind not in ("embedding", *PARAMETERS):  # those ignore it, as in PEFT
+        if not (entry.site.is_parameter or entry.site.kind == "embedding"):  # those ignore it, as in PEFT
             holders[form.dropout] = DROPOUT
         self.parts = [
             self._part(leaf, modules[attribute]._modules[name], made.get((attribute, name)))

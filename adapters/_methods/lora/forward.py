@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, UnsupportedConfig, widen
-from torchgraft.functional.extending import PARAMETERS, Dense, Original, add_scaled
+from torchgraft.functional.extending import Dense, Original, add_scaled
 
 from ..shared.called import DROPOUT, Called, Dropout, dropped
 from ..shared.low_rank import (
@@ -114,7 +114,7 @@ def merge_over(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "
             "weight is its merged form; call the graft instead, or leave this module out of target_modules"
         )
-    if site.kind in PARAMETERS:
+    if site.is_parameter:
         up, down, scaling = factors_of_parameter(config, site, leaves)
         return add_scaled(weight, up @ down, scaling), bias
     (a, b), scaling = factors(site, leaves), site.constants.scaling
@@ -142,7 +142,7 @@ def _quantised(site: Site, dense: Dense) -> Dense:
 
 def precompute(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer) -> dict[str, Tensor]:
     """DoRA's share of the base's output, which depends on no input."""
-    if not config.use_dora or site.kind in PARAMETERS:
+    if not config.use_dora or site.is_parameter:
         return {}
     base = base_of(site, base)
     part = dora.DoraTerms(site, leaves, *factors(site, leaves), base)

@@ -147,7 +147,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
     """Return rank and scaling factor of each site, and what its initialisation fixes."""
     warn_of_unused_patterns(config, sites)
     for site in sites:
-        if site.kind in PARAMETERS:
+        if site.is_parameter:
             check_parameter(config, site)
     bare = [site.path for site in sites if not site.has_bias and site.kind != "embedding"]
     if config.lora_bias and bare:
