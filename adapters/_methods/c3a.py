@@ -193,6 +193,11 @@ C3AConfig.method = Method(
 def _infer(config: C3AConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Return sizes of blocks that differ from the config's."""
     sizes = {path: leaves["c3a_kernel"].shape[2] for path, leaves in found.items() if "c3a_kernel" in leaves}
+    own = config.block_size_pattern
+    other = {path: size for path, size in sizes.items() if size != by_pattern(own, path, config.block_size)}
+    names = {**other, **own}  # without the mark of a whole name, with which PEFT finds none, where that will do
+    if all(by_pattern(names, path, config.block_size) == size for path, size in sizes.items()):
+        return {"block_size_pattern": names} if other else {}
     return patterns_of(config, sizes, "block_size", "block_size_pattern")
 
 

@@ -122,6 +122,9 @@ def test_sizes_by_pattern_are_pefts_and_are_found_in_tensors(tmp_path):
     )
     assert set_peft_model_state_dict(from_state, state) == ([], [])
     assert from_state[1][0].block_size["default"] == 2
+    save_adapter(from_state, tmp_path / "found")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "found")
+    torch.testing.assert_close(again(x), from_state(x))
 
 
 def test_patterns_that_match_nothing_are_said():

@@ -24,7 +24,6 @@ from torchgraft.adapters import (
 )
 from torchgraft.functional import bind, merge, value_and_grad
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 FIELDS = {"r": 2, "target_modules": ["0"]}
 FILE = "adapter_model.safetensors"
 

@@ -109,7 +109,6 @@ cases = pytest.mark.parametrize(("method", "kind", "fields"), CASES, ids=IDS)
 warnings = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
-        "Sparse invariant checks",
         "Invalid `oft_block_size`",
         "init_weights is set to False",
         "Initializing",

@@ -27,8 +27,6 @@ from .models import (
     trained,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
-
 SAVED = {"target_modules": ["first"], "modules_to_save": ["head"]}
 
 
