@@ -47,6 +47,7 @@ from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
 from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.loha import LoHaConfig as LoHaConfig
+from ._methods.lokr import LoKrConfig as LoKrConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
 from ._methods.oft import OFTConfig as OFTConfig

@@ -25,7 +25,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    AdapterConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +145,28 @@ def loha(config, where, leaves, weight, bias):
     return weight + config.alpha / config.rank_pattern.get(where.path, config.r) * matrix(1) * matrix(2), bias
 
 
+def lokr(config, where, leaves, weight, bias):
+    """`W + s C (x) D`, block by block: Yeh et al., 2023, section 3.2; the kernel of `D` is FedPara's proposition 3.
+
+    A whole `D` of a 1-d convolution is as PEFT has it: blocks of inputs and places within each of its outputs.
+    """
+    first = leaves["lokr_w1"] if "lokr_w1" in leaves else leaves["lokr_w1_a"] @ leaves["lokr_w1_b"]
+    if "lokr_w2" in leaves:
+        second = leaves["lokr_w2"]
+    elif "lokr_t2" in leaves:
+        places = leaves["lokr_t2"].flatten(2).unbind(2)
+        second = torch.stack([leaves["lokr_w2_a"].T @ t @ leaves["lokr_w2_b"] for t in places], 2)
+    else:
+        second = leaves["lokr_w2_a"] @ leaves["lokr_w2_b"]
+        second = second.reshape(len(second), weight.shape[1] // first.shape[1], -1)
+    if where.layer is nn.Conv1d and "lokr_w2" in leaves:
+        blocks = [torch.cat([torch.cat([c * d for c in row], 1) for row in first], 0) for d in second]
+        delta = torch.stack(blocks)
+    else:
+        delta = torch.cat([torch.cat([c * second for c in row], 1) for row in first], 0)
+    return weight + config.alpha / config.rank_pattern.get(where.path, config.r) * delta.reshape(weight.shape), bias
+
+
 def oft(config, where, leaves, weight, bias):
     """`W R^T`, of an embedding `R^T W`, with Cayley's `R` or five terms of its series: Qiu et al., 2023 and 2025.
 
@@ -194,6 +225,22 @@ OF_LOHA = (
 )
 EXEMPT_LOHA = (
     Exempt(NOT_IN_PEFTS, "PEFT's LoHa does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
+    PADDED,
+)
+OF_LOKR = (
+    ({"r": 0, "rank_pattern": {}}, "LoKrConfig: r is 0 at first, expected a positive integer"),
+    ({"rank_dropout": 1.0}, "LoKrConfig: rank_dropout is 1.0, expected 0 <= p < 1"),
+    ({"module_dropout": -0.5}, "LoKrConfig: module_dropout is -0.5, expected 0 <= p < 1"),
+    ({"decompose_factor": 0}, "LoKrConfig: decompose_factor is 0, expected -1 or a positive integer"),
+    ({"init_weights": "magic"}, "LoKrConfig: init_weights is 'magic', expected True, False or 'lycoris'"),
+)
+EXEMPT_LOKR = (
+    Exempt(
+        NOT_IN_PEFTS,
+        "PEFT's LoKr knows linear layers and 1- and 2-d convolutions",
+        frozenset({"linear (Conv1D)", "embedding", "conv3d"}),
+        (TypeError, ValueError),
+    ),
     PADDED,
 )
 OF_OFT = (
@@ -287,6 +334,38 @@ METHODS = {
         {"use_effective_conv2d": False},
         OF_LOHA,
         exempt=EXEMPT_LOHA,
+    ),
+    "lokr": Row(
+        LoKrConfig(r=1, alpha=3, **BOTH),
+        lokr,
+        LoKrConfig(r=1, alpha=5, init_weights="lycoris", **BOTH),
+        {"rank_dropout": 0.5},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
+    ),
+    "lokr whole": Row(
+        LoKrConfig(r=2, alpha=3, rank_pattern={"first": 4}, init_weights="lycoris", **BOTH),
+        lokr,
+        LoKrConfig(r=4, alpha=5, init_weights=False, **BOTH),
+        {"decompose_factor": 2},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
+    ),
+    "lokr both": Row(
+        LoKrConfig(r=2, decompose_both=True, decompose_factor=6, **BOTH),
+        lokr,
+        LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=6, **BOTH),
+        {"decompose_both": False},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
+    ),
+    "lokr tucker": Row(
+        LoKrConfig(r=1, use_effective_conv2d=True, **BOTH),
+        lokr,
+        LoKrConfig(r=1, alpha=5, use_effective_conv2d=True, init_weights=False, **BOTH),
+        {"use_effective_conv2d": False},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
     ),
     "oft": Row(
         OFTConfig(oft_block_size=2, **BOTH),

@@ -66,13 +66,14 @@ def drop_outputs(config: Any, outputs: int, like: Tensor, training: bool, scale_
     """
     if not training or not (config.rank_dropout or config.module_dropout):
         return None
-    factor = torch.rand(1, device=like.device) > config.module_dropout
-    factor = factor.to(torch.promote_types(like.dtype, torch.float32))
-    if not config.rank_dropout:
-        return factor
-    kept = torch.rand(outputs, device=like.device) > config.rank_dropout
-    factor = factor * kept
-    return factor * outputs / kept.sum().clamp(min=1) if scale_up else factor
+    wide = torch.promote_types(like.dtype, torch.float32)
+    factor: Tensor = (torch.rand(1, device=like.device) > config.module_dropout).to(wide)
+    if config.rank_dropout:
+        kept: Tensor = torch.rand(outputs, device=like.device) > config.rank_dropout
+        factor = factor * kept
+        if scale_up:
+            factor = factor * outputs / kept.sum().clamp(min=1)
+    return factor
 
 
 VALUES = {
