@@ -239,7 +239,8 @@ def _product(site: Site, leaves: dict[str, Tensor]) -> Tensor:
     else:
         second = steps[0] if len(steps) == 1 else steps[1] @ steps[0]
     ones = 0 if _is_permuted(site, leaves) else second.ndim - 2
-    return torch.kron(first[(..., *(None for _ in range(ones)))], second.contiguous()).reshape(site.weight_shape)
+    second = second.clone(memory_format=torch.contiguous_format)  # kron fails on odd strides, also of axes of 1
+    return torch.kron(first[(..., *(None for _ in range(ones)))], second).reshape(site.weight_shape)
 
 
 def _is_permuted(site: Site, leaves: dict[str, Tensor]) -> bool:
