@@ -93,10 +93,11 @@ class Case:
         turned = {path for path, (layer, *_) in layers.items() if isinstance(layer, (Conv1D, nn.Embedding))}
         weights = {path: state[name].mT if path in turned else state[name] for path, (_, name, _) in layers.items()}
         sizes = {path: tuple(weight.shape[:2]) for path, weight in weights.items()}
-        for path, leaves in tree.items():
+        for path, site in self.graft.binding.sites[""].items():
             layer, name, bias = layers[path]
             where = Where(path, type(layer), self.dtype, sizes)
-            leaves = {leaf: tensor.double() for leaf, tensor in leaves.items()}
+            shared = {leaf: tree["*"][under] for leaf, under in site.shared.items()}
+            leaves = {leaf: tensor.double() for leaf, tensor in (tree.get(path, {}) | shared).items()}
             weight, adapted = self.row.formula(config or self.config, where, leaves, weights[path], state.get(bias))
             state[name] = weight.mT if path in turned else weight
             if adapted is not None:
