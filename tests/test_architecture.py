@@ -47,7 +47,7 @@ ORDER = {
         _inplace/states: bare layouts base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace: inject __init__
-        _files: configs fit stored save into_graft into_model load
+        _files: configs packed fit stored save into_graft into_model load
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
         _peft: peft_modules alias

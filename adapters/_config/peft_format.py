@@ -58,6 +58,9 @@ class PeftFormat:
             alone, is not among them.
         check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
             config's. It runs before `plan`, for methods whose `plan` makes tensors as large as the config says.
+        pack: `(config, {key: tensor}) -> {key: tensor}`, leaves as state dicts and files hold them, where these have
+            another form.
+        unpack: The same, back; also of tensors on the meta device.
         only_here: Fields that PEFT's config of this method does not have; written only where they say something.
     """
 
@@ -81,6 +84,8 @@ class PeftFormat:
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
+    pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = lambda config, state: dict(state)
+    unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = lambda config, state: dict(state)
     only_here: tuple[str, ...] = ()
 
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
