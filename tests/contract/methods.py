@@ -33,6 +33,7 @@ from torchgraft.adapters import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 
@@ -195,6 +196,19 @@ def vera(config, where, leaves, weight, bias):
         nn.init.kaiming_uniform_(matrix, nonlinearity="relu", generator=generator)
     a, b = a[:, : weight.shape[1]].to(weight), b[: weight.shape[0]].to(weight)
     return weight + leaves["vera_lambda_b"].diag() @ b @ leaves["vera_lambda_d"].diag() @ a, bias
+
+
+def vblora(config, where, leaves, weight, bias):
+    """`W + B A`, part by part a sum over the bank, with shares of the k largest logits alone: Li et al., 2024."""
+
+    def parts(logits):
+        least = logits.sort(-1, descending=True).values[..., config.topk - 1 : config.topk]
+        shares = torch.where(logits >= least, logits.exp(), 0)
+        return (shares / shares.sum(-1, keepdim=True)) @ leaves["vblora_vector_bank"]
+
+    a = torch.cat(parts(leaves["vblora_logits_A"]).unbind(1), 1)
+    b = torch.cat([part.T for part in parts(leaves["vblora_logits_B"])], 0)
+    return weight + b @ a, bias
 
 
 # -- the rows --------------------------------------------------------------------------------------------------------
@@ -409,6 +423,30 @@ METHODS = {
         (
             ({"r": 0}, "VeraConfig: r is 0, expected a positive integer"),
             ({"vera_dropout": 1.0}, "VeraConfig: vera_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+    ),
+    "vblora": Row(
+        VBLoRAConfig(r=2, num_vectors=5, vector_length=2, init_vector_bank_bound=2.0, **BOTH),
+        vblora,
+        VBLoRAConfig(r=2, num_vectors=5, vector_length=2, init_logits_std=0.5, save_only_topk_weights=True, **BOTH),
+        {"topk": 3},
+        (
+            ({"r": 0}, "VBLoRAConfig: r is 0, expected a positive integer"),
+            ({"topk": 6}, "VBLoRAConfig: topk is 6 and num_vectors is 5, expected topk <= num_vectors"),
+            ({"vector_length": 4}, "vector_length is 4 at first, whose out_features is 6, expected a divisor"),
+            ({"vblora_dropout": 1.0}, "VBLoRAConfig: vblora_dropout is 1.0, expected 0 <= p < 1"),
+            ({"init_logits_std": -1.0}, "VBLoRAConfig: init_logits_std is -1.0, expected a number >= 0"),
+        ),
+        exempt=(
+            Exempt(
+                (
+                    "test_identity_at_init",
+                    "test_identity_at_init_bit_for_bit",
+                    "test_layouts_of_memory_keep_the_identity_bit_for_bit",
+                    "test_named_beside_others",
+                ),
+                "both factors are random at first, in the paper and in PEFT",
+            ),
         ),
     ),
 }
