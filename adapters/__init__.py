@@ -51,6 +51,7 @@ from ._methods.lokr import LoKrConfig as LoKrConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
 from ._methods.oft import OFTConfig as OFTConfig
+from ._methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from ._methods.vblora import VBLoRAConfig as VBLoRAConfig
 from ._methods.vera import VeraConfig as VeraConfig
 from ._optim.lora_fa import LoraFA as LoraFA

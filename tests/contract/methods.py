@@ -33,6 +33,7 @@ from torchgraft.adapters import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    TinyLoraConfig,
     VBLoRAConfig,
     VeraConfig,
 )
@@ -211,6 +212,19 @@ def vblora(config, where, leaves, weight, bias):
     return weight + b @ a, bias
 
 
+def tinylora(config, where, leaves, weight, bias):
+    """`W + B (sum v_i P_i) A` around the first singular triplets, whose signs depend on the precision: Morris, 2026."""
+    stored = weight.mT if where.layer is nn.Embedding else weight
+    u, s, v = torch.linalg.svd(stored.float(), full_matrices=False)
+    u, s, v = (part.to(where.dtype).to(weight) for part in (u, s, v))
+    place, r = list(where.sizes).index(where.path), config.r
+    drawn = torch.randn(config.u, r, r, generator=torch.Generator().manual_seed(config.projection_seed + place))
+    between = torch.tensordot(leaves["tinylora_v"], (drawn * r**-0.5).to(weight), 1)
+    root = s[:r].sqrt().diag()
+    delta = u[:, :r] @ root @ between @ root @ v[:r]
+    return weight + (delta.mT if where.layer is nn.Embedding else delta), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -256,6 +270,13 @@ EXEMPT_LOKR = (
         (TypeError, ValueError),
     ),
     PADDED,
+)
+OF_TINYLORA = (
+    ({"r": 0}, "TinyLoraConfig: r is 0, expected a positive integer"),
+    ({"u": -1}, "TinyLoraConfig: u is -1, expected a positive integer"),
+    ({"weight_tying": 1.5}, "TinyLoraConfig: weight_tying is 1.5, expected 0 <= share <= 1"),
+    ({"tinylora_dropout": 1.0}, "TinyLoraConfig: tinylora_dropout is 1.0, expected 0 <= p < 1"),
+    ({"init_weights": "magic"}, "TinyLoraConfig: init_weights is 'magic', expected True, False or 'uniform'"),
 )
 OF_OFT = (
     Exempt(NOT_IN_PEFTS, "PEFT's OFT does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
@@ -448,5 +469,19 @@ METHODS = {
                 "both factors are random at first, in the paper and in PEFT",
             ),
         ),
+    ),
+    "tinylora": Row(
+        TinyLoraConfig(r=2, u=5, **BOTH),
+        tinylora,
+        TinyLoraConfig(r=3, u=4, projection_seed=7, init_weights="uniform", **BOTH),
+        {"weight_tying": 1.0},
+        OF_TINYLORA,
+    ),
+    "tinylora tied": Row(
+        TinyLoraConfig(r=2, u=3, weight_tying=1.0, projection_seed=1, save_projection=False, **BOTH),
+        tinylora,
+        TinyLoraConfig(r=1, u=5, weight_tying=1.0, **BOTH),
+        {"tinylora_dropout": 0.5},
+        OF_TINYLORA,
     ),
 }
