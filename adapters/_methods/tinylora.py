@@ -94,7 +94,7 @@ V, FIXED = "tinylora_v", ("tinylora_A", "tinylora_B", "tinylora_P")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TinyLoraConstants(Constants):
-    """`A`, `"r in"`, `B`, `"out r"`, and `P`, `"u r r"`; of an embedding, as it is stored, `"r dim"` and `"vocab r"`."""
+    """`A`, `"r in"`, `B`, `"out r"`, and `P`, `"u r r"`; of an embedding `A` is `"r dim"`, `B` `"vocab r"`."""
 
     tinylora_A: Varying[Tensor]
     tinylora_B: Varying[Tensor]
@@ -230,4 +230,5 @@ TinyLoraConfig.form = PeftFormat(
     },
     infer=_infer,
     check=_check,
+    only_here=("exclude_modules",),
 )

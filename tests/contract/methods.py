@@ -218,8 +218,9 @@ def tinylora(config, where, leaves, weight, bias):
     u, s, v = torch.linalg.svd(stored.float(), full_matrices=False)
     u, s, v = (part.to(where.dtype).to(weight) for part in (u, s, v))
     place, r = list(where.sizes).index(where.path), config.r
-    drawn = torch.randn(config.u, r, r, generator=torch.Generator().manual_seed(config.projection_seed + place))
-    between = torch.tensordot(leaves["tinylora_v"], (drawn * r**-0.5).to(weight), 1)
+    generator = torch.Generator().manual_seed(config.projection_seed + place)
+    drawn = torch.empty(config.u, r, r).normal_(0, r**-0.5, generator=generator)
+    between = torch.tensordot(leaves["tinylora_v"], drawn.to(weight), 1)
     root = s[:r].sqrt().diag()
     delta = u[:, :r] @ root @ between @ root @ v[:r]
     return weight + (delta.mT if where.layer is nn.Embedding else delta), bias

@@ -29,8 +29,11 @@ WRITTEN = ("auto_mapping", "fan_in_fan_out", "inference_mode", "peft_version")
 PREFIX = "base_model.model."
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 
-# PEFT takes the bias of `lora_B` for a part of a sharded weight.
-pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape")
+pytestmark = [
+    # PEFT takes the bias of `lora_B` for a part of a sharded weight.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.* have invalid shape"),
+    pytest.mark.filterwarnings("ignore:Specified to not (save|load) (projection tensors P|tinylora_P)"),
+]
 
 
 def config_of_peft(row, **more):
