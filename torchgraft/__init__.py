@@ -58,8 +58,11 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
+    from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import TinyLoraConfig as TinyLoraConfig
+    from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import extract_params as extract_params
     from .adapters import inject_adapter_in_model as inject_adapter_in_model
@@ -78,8 +81,8 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig",
-    "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
+    "AdaLoraConfig", "AdapterConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "OFTConfig",
+    "TinyLoraConfig", "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "unstack", "value_and_grad",

@@ -24,6 +24,11 @@ class Value:
     set: Callable[[Any, Site, Any], Mapping[str, Any]] | None = None
 
 
+def as_they_are(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict whose form is that of the leaves."""
+    return dict(state)
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftFormat:
     """How PEFT's layers and files hold a method's parameters.
@@ -84,8 +89,8 @@ class PeftFormat:
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
-    pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = lambda config, state: dict(state)
-    unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = lambda config, state: dict(state)
+    pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
+    unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     only_here: tuple[str, ...] = ()
 
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._config.base import AdapterConfig
+from .._config.peft_format import as_they_are
 from .disk.headers import Spec, Weights
 
 
@@ -34,10 +35,10 @@ def unpacked(config: AdapterConfig, weights: Weights) -> Weights:
     Raises:
         ValueError: Keys or shapes that are none of the form.
     """
-    as_they_are = {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in weights.specs.items()}
-    leaves = config.form.unpack(config, as_they_are)
-    if leaves.keys() == weights.specs.keys():
+    if config.form.unpack is as_they_are:
         return weights
+    given = {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in weights.specs.items()}
+    leaves = config.form.unpack(config, given)
     made = {key: Spec(leaf.dtype, tuple(leaf.shape), 0, 0) for key, leaf in leaves.items() if key not in weights.specs}
     kept = {key: weights.specs[key] for key in leaves if key in weights.specs}
     return UnpackedWeights(

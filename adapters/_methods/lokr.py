@@ -131,11 +131,7 @@ def shapes(config: LoKrConfig, site: Site) -> dict[str, tuple[int, ...]]:
 LEAVES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 """All leaves, in PEFT's order."""
 
-ZEROS: Mapping[Any, tuple[str, ...]] = {
-    True: ("lokr_w1", "lokr_w1_a"),
-    "lycoris": ("lokr_w2", "lokr_w2_b"),
-    False: (),
-}
+ZEROS: Mapping[Any, tuple[str, ...]] = {True: LEAVES[:2], "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
 """Leaves that are zero at first, by `init_weights`."""
 
 
@@ -238,8 +234,8 @@ def _product(site: Site, leaves: dict[str, Tensor]) -> Tensor:
         second = torch.einsum("jq,ij...,pi->pq...", *steps)
     else:
         second = steps[0] if len(steps) == 1 else steps[1] @ steps[0]
-    ones = 0 if _is_permuted(site, leaves) else second.ndim - 2
     second = second.clone(memory_format=torch.contiguous_format)  # kron fails on odd strides, also of axes of 1
+    ones = 0 if _is_permuted(site, leaves) else second.ndim - 2
     return torch.kron(first[(..., *(None for _ in range(ones)))], second).reshape(site.weight_shape)
 
 
@@ -268,8 +264,8 @@ def _infer(config: LoKrConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dic
     ranks = {path: _rank(by_pattern(config.rank_pattern, path, config.r), leaves) for path, leaves in found.items()}
     both = config.decompose_both or any("lokr_w1_a" in leaves for leaves in found.values())
     tucker = config.use_effective_conv2d or any("lokr_t2" in leaves for leaves in found.values())
-    fields = {"decompose_both": both, "use_effective_conv2d": tucker, "decompose_factor": _factor(config, found)}
-    return {**ranks_of(config, ranks), **fields}
+    forms = {"decompose_both": both, "use_effective_conv2d": tucker, "decompose_factor": _factor(config, found)}
+    return ranks_of(config, ranks) | forms
 
 
 def _rank(r: int, leaves: Mapping[str, Tensor]) -> int:
@@ -284,8 +280,7 @@ def _factor(config: LoKrConfig, found: Mapping[str, Mapping[str, Tensor]]) -> in
     """Return the `decompose_factor` that splits outputs as these leaves have them: the config's own where it does."""
     pairs = set()
     for leaves in found.values():
-        first = next((leaves[leaf] for leaf in ("lokr_w1", "lokr_w1_a") if leaf in leaves), None)
-        second = next((leaves[leaf] for leaf in ("lokr_w2", "lokr_w2_a") if leaf in leaves), None)
+        first, second = (leaves.get(f"lokr_w{i}", leaves.get(f"lokr_w{i}_a")) for i in "12")
         if first is not None and second is not None:
             pairs.add((len(first), second.shape[1 if "lokr_t2" in leaves else 0]))
     tried = (config.decompose_factor, -1, *sorted({first for first, _ in pairs}))
