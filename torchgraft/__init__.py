@@ -82,7 +82,8 @@ if TYPE_CHECKING:
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "OFTConfig",
-    "TinyLoraConfig", "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
+    "TinyLoraConfig", "VBLoRAConfig", "VeraConfig",
+    "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "unstack", "value_and_grad",
