@@ -48,8 +48,8 @@ class VBLoRAConfig(AdapterConfig):
     rates of their own: give an optimizer these leaves as groups. An adapter is not the identity at first, as in the
     paper and in PEFT: both factors are mixes of small random vectors.
 
-    Where PEFT does otherwise: it loses the bank of an adapter when a second one is injected, and reads NaN from files
-    of `save_only_topk_weights` whose weights add up to more than 1 by rounding; neither is so here.
+    Where PEFT does otherwise: it reads NaN from files of `save_only_topk_weights` whose weights add up to more than 1
+    by rounding; here the last weight is 0 then.
 
     Attributes:
         r: Rank.
