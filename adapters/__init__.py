@@ -56,10 +56,13 @@ from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
 from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.loha import LoHaConfig as LoHaConfig
+from ._methods.lokr import LoKrConfig as LoKrConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
 from ._methods.oft import OFTConfig as OFTConfig
 from ._methods.shira import ShiraConfig as ShiraConfig
+from ._methods.tinylora import TinyLoraConfig as TinyLoraConfig
+from ._methods.vblora import VBLoRAConfig as VBLoRAConfig
 from ._methods.vera import VeraConfig as VeraConfig
 from ._optim.lora_fa import LoraFA as LoraFA
 from ._optim.lora_fa import lora_fa_gradients as lora_fa_gradients

@@ -35,7 +35,7 @@ ORDER = {
         _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts
             architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
-        _methods/shared: called fused low_rank scalings
+        _methods/shared: called fused low_rank scalings lycoris
         _methods: *
         _methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
@@ -47,7 +47,7 @@ ORDER = {
         _inplace/states: bare layouts base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace: inject __init__
-        _files: configs fit stored save into_graft into_model load inspected stacks
+        _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
         _peft: names hub card tuners status weights peft_model peft_modules alias

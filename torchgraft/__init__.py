@@ -60,9 +60,12 @@ if TYPE_CHECKING:
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
+    from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
     from .adapters import OFTConfig as OFTConfig
     from .adapters import ShiraConfig as ShiraConfig
+    from .adapters import TinyLoraConfig as TinyLoraConfig
+    from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import extract_params as extract_params
     from .adapters import inject_adapter_in_model as inject_adapter_in_model
@@ -86,8 +89,8 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig",
-    "ShiraConfig", "VeraConfig",
+    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "IA3Config", "LoHaConfig", "LoKrConfig",
+    "LoraConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig", "VeraConfig",
     "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter",
     "save_stack", "summary",
 )  # fmt: skip

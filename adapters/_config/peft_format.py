@@ -24,6 +24,11 @@ class Value:
     set: Callable[[Any, Site, Any], Mapping[str, Any]] | None = None
 
 
+def as_they_are(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict whose form is that of the leaves."""
+    return dict(state)
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftFormat:
     """How PEFT's layers and files hold a method's parameters.
@@ -61,6 +66,9 @@ class PeftFormat:
             alone, is not among them.
         check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
             config's. It runs before `plan`, for methods whose `plan` makes tensors as large as the config says.
+        pack: `(config, {key: tensor}) -> {key: tensor}`, leaves as state dicts and files hold them, where these have
+            another form.
+        unpack: The same, back; also of tensors on the meta device.
         only_here: Fields that PEFT's config of this method does not have; written only where they say something.
     """
 
@@ -87,6 +95,8 @@ class PeftFormat:
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
+    pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
+    unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     only_here: tuple[str, ...] = ()
 
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:

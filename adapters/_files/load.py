@@ -18,6 +18,7 @@ from .disk.folder import WEIGHTS, find_folder, open_pair
 from .disk.headers import open_weights
 from .into_graft import load_into_graft
 from .into_model import load_into_model
+from .packed import unpacked
 from .stored import Stored, check_target
 
 
@@ -84,7 +85,8 @@ def load_adapter(
             config = AdapterConfig.from_dict(fields)
         weights_file = config_file.parent / WEIGHTS
         with about(weights_file):
-            stored = Stored(config, open_weights(handle, weights_file), check_finite, dtype, device)
+            weights = unpacked(config, open_weights(handle, weights_file))
+            stored = Stored(config, weights, check_finite, dtype, device)
         with about(config_file), gathered(target, writes=True):
             if isinstance(model, Graft):
                 return load_into_graft(model, stored, adapter_name)

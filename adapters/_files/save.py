@@ -111,7 +111,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
     whole_tree = {path: tree.get(path, {}) | fixed.get(path, {}) for path in fixed | tree}
-    state = to_keys(config, whole_tree, PREFIX, places(graft.sites[name]))
+    state = config.form.pack(config, to_keys(config, whole_tree, PREFIX, places(graft.sites[name])))
     modules = modules_of(graft.model)
     state |= {f"{PREFIX}{name}": tensor for name, tensor in saved_buffers(config, modules).items()}
     for other, (at, leaf) in other_names(graft.binding.replaced[name]).items():

@@ -60,6 +60,8 @@ class Stored:
         """Return the tensors by key, on the CPU."""
         tensors = self.weights.read()
         for key, tensor in tensors.items() if self.check_finite else ():
+            if key in self.weights.made:
+                continue
             tensor = tensor.float() if tensor.is_floating_point() else tensor
             if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
                 raise ValueError(f"{self.weights.file}: {key!r} has values that are NaN or infinite")

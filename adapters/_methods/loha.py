@@ -20,15 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, TakesComplex, Varying, Weights, widen
+from torchgraft.functional import Layer, Method, Rows, Site, TakesComplex, Weights, widen
 from torchgraft.functional.extending import add_scaled
 
 from .._config.base import AdapterConfig
-from .._config.matching import by_pattern
-from .._config.messages import require
-from .._config.peft_format import PeftFormat, Value
+from .._config.peft_format import PeftFormat
 from .shared.low_rank import add_to_linear, route_to_linear
-from .shared.scalings import alpha_at, of_patterns, ranks_of, scaling_of, warn_of_unused_patterns, written
+from .shared.lycoris import VALUES, RankConstants, check_dropouts, drop_outputs, plan
+from .shared.scalings import of_patterns, ranks_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,29 +69,7 @@ class LoHaConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank_dropout", "module_dropout"):
-            value = getattr(self, name)
-            require(0 <= value < 1, self, f"{name} is {value}, expected 0 <= p < 1")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoHaConstants(Constants):
-    """Rank of a site, the numerator of its scaling factor, and the factor."""
-
-    r: Varying[int]
-    alpha: Varying[float]
-    scaling: Varying[float]
-
-
-def plan(config: LoHaConfig, sites: list[Site], weights: Weights) -> dict[str, LoHaConstants]:
-    """Return rank and scaling factor of each site."""
-    warn_of_unused_patterns(config, sites)
-    planned = {}
-    for site in sites:
-        r, alpha = by_pattern(config.rank_pattern, site.path, config.r), alpha_at(config, site)
-        require(r > 0, config, f"r is {r!r} at {site.path}, expected a positive integer")
-        planned[site.path] = LoHaConstants(r, alpha, scaling_of(config, r, alpha))
-    return planned
+        check_dropouts(self)
 
 
 def shapes(config: LoHaConfig, site: Site) -> dict[str, tuple[int, ...]]:
@@ -166,14 +143,11 @@ def merge(
 
 def _dropped(config: LoHaConfig, leaves: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
     """Return the leaves after both dropouts, which are factors of the rows of `B1`; in PEFT's order of draws."""
-    if not training or not (config.rank_dropout or config.module_dropout):
-        return leaves
     b = leaves["hada_w1_a"]
     rows = b.mT if "hada_t1" in leaves else b
-    factor = (torch.rand(1, device=b.device) > config.module_dropout).to(torch.promote_types(b.dtype, torch.float32))
-    if config.rank_dropout:
-        kept = torch.rand(len(rows), device=b.device) > config.rank_dropout
-        factor = factor * kept * len(rows) / kept.sum().clamp(min=1)
+    factor = drop_outputs(config, len(rows), b, training, scale_up=True)
+    if factor is None:
+        return leaves
     rows = rows * factor.to(b.dtype).unsqueeze(1)
     return {**leaves, "hada_w1_a": rows.mT if "hada_t1" in leaves else rows}
 
@@ -225,7 +199,7 @@ LoHaConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
-    constants=LoHaConstants,
+    constants=RankConstants,
     routed=routed,
     varying=frozenset({"r", "alpha", "init_weights", "rank_pattern", "alpha_pattern"}),
     abilities=(TakesComplex(),),
@@ -245,12 +219,6 @@ LoHaConfig.form = PeftFormat(
     ranked=("hada_w1_b",),
     infer=_infer,
     express=of_patterns,
-    values={
-        "alpha": Value(alpha_at),
-        "module_dropout": Value(lambda config, site: config.module_dropout),
-        "r": Value(lambda config, site: site.constants.r),
-        "rank_dropout": Value(lambda config, site: config.rank_dropout),
-        "scaling": Value(lambda config, site: site.constants.scaling, written),
-    },
+    values=VALUES,
     only_here=("bias", "fan_in_fan_out"),
 )

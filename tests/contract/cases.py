@@ -64,10 +64,11 @@ class Case:
         places = {path: stored(self.model, path) for path in self.graft.sites[""]}
         weights = {path: place.read(state) for path, place in places.items()}
         sizes = {path: tuple(weight.shape[:2]) for path, weight in weights.items()}
-        for path, leaves in tree.items():
+        for path, site in self.graft.sites[""].items():
             place = places[path]
             where = Where(path, place.layer, self.dtype, sizes)
-            leaves = {leaf: tensor.double() for leaf, tensor in leaves.items()}
+            shared = {leaf: tree["*"][under] for leaf, under in site.shared.items()}
+            leaves = {leaf: tensor.double() for leaf, tensor in (tree.get(path, {}) | shared).items()}
             of = functools.partial(self.row.formula, config or self.config, where)
             if place.experts:
                 count = len(weights[path])

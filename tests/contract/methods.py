@@ -33,9 +33,12 @@ from torchgraft.adapters import (
     DeloraConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     OFTConfig,
     ShiraConfig,
+    TinyLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 
@@ -157,6 +160,28 @@ def loha(config, where, leaves, weight, bias):
     return weight + config.alpha / config.rank_pattern.get(where.path, config.r) * matrix(1) * matrix(2), bias
 
 
+def lokr(config, where, leaves, weight, bias):
+    """`W + s C (x) D`, block by block: Yeh et al., 2023, section 3.2; the kernel of `D` is FedPara's proposition 3.
+
+    A whole `D` of a 1-d convolution is as PEFT has it: blocks of inputs and places within each of its outputs.
+    """
+    first = leaves["lokr_w1"] if "lokr_w1" in leaves else leaves["lokr_w1_a"] @ leaves["lokr_w1_b"]
+    if "lokr_w2" in leaves:
+        second = leaves["lokr_w2"]
+    elif "lokr_t2" in leaves:
+        places = leaves["lokr_t2"].flatten(2).unbind(2)
+        second = torch.stack([leaves["lokr_w2_a"].T @ t @ leaves["lokr_w2_b"] for t in places], 2)
+    else:
+        second = leaves["lokr_w2_a"] @ leaves["lokr_w2_b"]
+        second = second.reshape(len(second), weight.shape[1] // first.shape[1], -1)
+    if where.layer is nn.Conv1d and "lokr_w2" in leaves:
+        blocks = [torch.cat([torch.cat([c * d for c in row], 1) for row in first], 0) for d in second]
+        delta = torch.stack(blocks)
+    else:
+        delta = torch.cat([torch.cat([c * second for c in row], 1) for row in first], 0)
+    return weight + config.alpha / config.rank_pattern.get(where.path, config.r) * delta.reshape(weight.shape), bias
+
+
 def oft(config, where, leaves, weight, bias):
     """`W R^T`, of an embedding `R^T W`, with Cayley's `R` or five terms of its series: Qiu et al., 2023 and 2025.
 
@@ -220,6 +245,33 @@ def shira(config, where, leaves, weight, bias):
     return weight + delta.view(weight.shape), bias
 
 
+def vblora(config, where, leaves, weight, bias):
+    """`W + B A`, part by part a sum over the bank, with shares of the k largest logits alone: Li et al., 2024."""
+
+    def parts(logits):
+        least = logits.sort(-1, descending=True).values[..., config.topk - 1 : config.topk]
+        shares = torch.where(logits >= least, logits.exp(), 0)
+        return (shares / shares.sum(-1, keepdim=True)) @ leaves["vblora_vector_bank"]
+
+    a = torch.cat(parts(leaves["vblora_logits_A"]).unbind(1), 1)
+    b = torch.cat([part.T for part in parts(leaves["vblora_logits_B"])], 0)
+    return weight + b @ a, bias
+
+
+def tinylora(config, where, leaves, weight, bias):
+    """`W + B (sum v_i P_i) A` around the first singular triplets, whose signs depend on the precision: Morris, 2026."""
+    stored = weight.mT if where.layer is nn.Embedding else weight
+    u, s, v = torch.linalg.svd(stored.float(), full_matrices=False)
+    u, s, v = (part.to(where.dtype).to(weight) for part in (u, s, v))
+    place, r = list(where.sizes).index(where.path), config.r
+    generator = torch.Generator().manual_seed(config.projection_seed + place)
+    drawn = torch.empty(config.u, r, r).normal_(0, r**-0.5, generator=generator)
+    between = torch.tensordot(leaves["tinylora_v"], drawn.to(weight), 1)
+    root = s[:r].sqrt().diag()
+    delta = u[:, :r] @ root @ between @ root @ v[:r]
+    return weight + (delta.mT if where.layer is nn.Embedding else delta), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -249,6 +301,29 @@ OF_LOHA = (
 EXEMPT_LOHA = (
     Exempt(NOT_IN_PEFTS, "PEFT's LoHa does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
     PADDED,
+)
+OF_LOKR = (
+    ({"r": 0, "rank_pattern": {}}, "LoKrConfig: r is 0 at first, expected a positive integer"),
+    ({"rank_dropout": 1.0}, "LoKrConfig: rank_dropout is 1.0, expected 0 <= p < 1"),
+    ({"module_dropout": -0.5}, "LoKrConfig: module_dropout is -0.5, expected 0 <= p < 1"),
+    ({"decompose_factor": 0}, "LoKrConfig: decompose_factor is 0, expected -1 or a positive integer"),
+    ({"init_weights": "magic"}, "LoKrConfig: init_weights is 'magic', expected True, False or 'lycoris'"),
+)
+EXEMPT_LOKR = (
+    Exempt(
+        NOT_IN_PEFTS,
+        "PEFT's LoKr knows linear layers and 1- and 2-d convolutions",
+        frozenset({"linear (Conv1D)", "embedding", "conv3d"}),
+        (TypeError, ValueError),
+    ),
+    PADDED,
+)
+OF_TINYLORA = (
+    ({"r": 0}, "TinyLoraConfig: r is 0, expected a positive integer"),
+    ({"u": -1}, "TinyLoraConfig: u is -1, expected a positive integer"),
+    ({"weight_tying": 1.5}, "TinyLoraConfig: weight_tying is 1.5, expected 0 <= share <= 1"),
+    ({"tinylora_dropout": 1.0}, "TinyLoraConfig: tinylora_dropout is 1.0, expected 0 <= p < 1"),
+    ({"init_weights": "magic"}, "TinyLoraConfig: init_weights is 'magic', expected True, False or 'uniform'"),
 )
 OF_OFT = (
     Exempt(NOT_IN_PEFTS, "PEFT's OFT does not know Conv1D", frozenset({"linear (Conv1D)"}), TypeError),
@@ -352,6 +427,41 @@ METHODS = {
         OF_LOHA,
         exempt=EXEMPT_LOHA,
     ),
+    "lokr": Row(
+        LoKrConfig(r=1, alpha=3, **BOTH),
+        lokr,
+        LoKrConfig(r=1, alpha=5, init_weights="lycoris", **BOTH),
+        {"rank_dropout": 0.5},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
+    ),
+    "lokr whole": Row(
+        LoKrConfig(r=4, alpha=3, rank_pattern={"first": 5}, init_weights="lycoris", **BOTH),
+        lokr,
+        LoKrConfig(r=5, alpha=5, init_weights=False, **BOTH),
+        {"decompose_factor": 2},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
+    ),
+    "lokr both": Row(
+        LoKrConfig(r=2, decompose_both=True, decompose_factor=6, **BOTH),
+        lokr,
+        LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=6, **BOTH),
+        {"decompose_both": False},
+        OF_LOKR,
+        exempt=EXEMPT_LOKR,
+    ),
+    "lokr tucker": Row(
+        LoKrConfig(r=1, use_effective_conv2d=True, **BOTH),
+        lokr,
+        LoKrConfig(r=1, alpha=5, use_effective_conv2d=True, init_weights=False, **BOTH),
+        {"use_effective_conv2d": False},
+        OF_LOKR,
+        exempt=(
+            Exempt(PEFTS, "PEFT's Tucker form of rank 1 fails in torch.kron", frozenset({"conv1d"}), RuntimeError),
+            *EXEMPT_LOKR,
+        ),
+    ),
     "oft": Row(
         OFTConfig(oft_block_size=2, **BOTH),
         oft,
@@ -434,5 +544,43 @@ METHODS = {
             ({"mask_fn": len}, "mask_type is 'random', so mask_fn has no effect; give mask_type a name of your own"),
         ),
         exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
+    ),
+    "vblora": Row(
+        VBLoRAConfig(r=2, num_vectors=5, vector_length=2, init_vector_bank_bound=2.0, **BOTH),
+        vblora,
+        VBLoRAConfig(r=2, num_vectors=5, vector_length=2, init_logits_std=0.5, save_only_topk_weights=True, **BOTH),
+        {"topk": 3},
+        (
+            ({"r": 0}, "VBLoRAConfig: r is 0, expected a positive integer"),
+            ({"topk": 6}, "VBLoRAConfig: topk is 6 and num_vectors is 5, expected topk <= num_vectors"),
+            ({"vector_length": 4}, "vector_length is 4 at first, whose out_features is 6, expected a divisor"),
+            ({"vblora_dropout": 1.0}, "VBLoRAConfig: vblora_dropout is 1.0, expected 0 <= p < 1"),
+            ({"init_logits_std": -1.0}, "VBLoRAConfig: init_logits_std is -1.0, expected a number >= 0"),
+        ),
+        exempt=(
+            Exempt(
+                (
+                    "test_identity_at_init",
+                    "test_identity_at_init_bit_for_bit",
+                    "test_layouts_of_memory_keep_the_identity_bit_for_bit",
+                    "test_named_beside_others",
+                ),
+                "both factors are random at first, in the paper and in PEFT",
+            ),
+        ),
+    ),
+    "tinylora": Row(
+        TinyLoraConfig(r=2, u=5, **BOTH),
+        tinylora,
+        TinyLoraConfig(r=3, u=4, projection_seed=7, init_weights="uniform", **BOTH),
+        {"weight_tying": 1.0},
+        OF_TINYLORA,
+    ),
+    "tinylora tied": Row(
+        TinyLoraConfig(r=2, u=3, weight_tying=1.0, projection_seed=1, save_projection=False, **BOTH),
+        tinylora,
+        TinyLoraConfig(r=1, u=5, weight_tying=1.0, **BOTH),
+        {"tinylora_dropout": 0.5},
+        OF_TINYLORA,
     ),
 }

@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 
 from torchgraft.adapters import inject_adapter_in_model
 from torchgraft.functional import Graft, Unsupported, bind, functional_call, merge, stack
+from torchgraft.functional.extending import shared_shapes
 
 from .cases import KINDS, METHODS, Case, case, close, same
 from .sites import SITES, Conv1D, kind, on
@@ -108,8 +109,10 @@ def test_init_is_deterministic_and_has_the_shapes_it_says(name, site):
     one = case(name, site)
     again = one.graft.init(torch.Generator().manual_seed(0))
     assert same(again, one.initial)
+    shared = shared_shapes(one.config, one.graft.sites[""])
     for path, leaves in one.initial.items():
-        expected = one.config.method.shapes(one.config, one.graft.sites[""][path])
+        site = one.graft.sites[""].get(path)
+        expected = shared if site is None else one.config.method.shapes(one.config, site)
         assert {leaf: tuple(t.shape) for leaf, t in leaves.items()} == expected
         assert all(type(t) is torch.Tensor and t.dtype == torch.float64 for t in leaves.values())
     half = bind(copy.deepcopy(one.model).bfloat16(), one.config).init()

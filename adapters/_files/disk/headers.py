@@ -64,12 +64,14 @@ class Weights:
         specs: What it holds, by key.
         size: Its size in bytes.
         handle: The opened file.
+        made: Keys of tensors that are made of those of the file, which have been checked then.
     """
 
     file: Path
     specs: dict[str, Spec]
     size: int
     handle: BinaryIO
+    made: frozenset[str] = frozenset()
 
     def read(self) -> dict[str, Tensor]:
         """Read all tensors, on the CPU.

@@ -27,7 +27,7 @@ def from_keys(
             "parameter they are of; inject without it, then set_peft_model_state_dict, or load_adapter"
         )
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
+    for key, tensor in config.form.unpack(config, state_dict).items():
         if (split := split_key(config, key)) is not None:
             found.setdefault(split[0], {})[split[1]] = tensor
     if not found.keys() - {SHARED_LEAVES}:

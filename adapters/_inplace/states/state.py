@@ -60,7 +60,7 @@ def get_peft_model_state_dict(
     else:
         given = {bare_name(key): tensor for key, tensor in state_dict.items()}
         state = {key: _given(given, slot, model).detach() for key, slot in slots.items()}
-    return state | shared_tensors(model, layout.config, adapter_name)
+    return layout.config.form.pack(layout.config, state) | shared_tensors(model, layout.config, adapter_name)
 
 
 def _given(state_dict: Mapping[str, Tensor], slot: Slot, model: nn.Module) -> Tensor:
@@ -113,7 +113,7 @@ def set_peft_model_state_dict(
     model = unwrap(model)
     layout = layout_of(model, adapter_name)
     slots, constants = slots_of(model, layout), shared_tensors(model, layout.config, adapter_name)
-    given = _named_as_in_files(peft_model_state_dict)
+    given = layout.config.form.unpack(layout.config, _named_as_in_files(peft_model_state_dict))
     expected = {key: slot.tensor for key, slot in slots.items()} | constants | _base_tensors(model, adapter_name)
     _check_numbers(given, expected, adapter_name)
     wrong = _misshapen(given, expected)
