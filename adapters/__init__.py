@@ -67,9 +67,9 @@ from ._methods.vera import VeraConfig as VeraConfig
 from ._optim.lora_fa import LoraFA as LoraFA
 from ._optim.lora_fa import lora_fa_gradients as lora_fa_gradients
 from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
+from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
-from ._peft.names import instead_of
 from ._peft.peft_model import PeftMixedModel as PeftMixedModel
 from ._peft.peft_model import PeftModel as PeftModel
 from ._peft.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -94,4 +94,4 @@ if not _typing.TYPE_CHECKING:  # or else type checkers would take any name
 
     def __getattr__(name: str) -> _typing.Any:
         """Say what stands for a name of PEFT's, or which name was perhaps meant."""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead_of(name, list(globals()))}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_names.instead_of(name, list(globals()))}")

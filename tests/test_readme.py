@@ -37,7 +37,7 @@ def test_every_python_block_of_the_page_on_lora_runs(tmp_path, monkeypatch):
 
 def test_every_python_block_of_the_page_on_rows_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "functional" / "ROWS.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace = {}
     for block in blocks:
         exec(compile(block, "ROWS.md", "exec"), namespace)
