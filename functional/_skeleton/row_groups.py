@@ -94,9 +94,9 @@ class RowGroups:
         self.site: Site = next(iter(runtime.entries.values())).site
         self.leaves, self.spec = leaves, spec
         self.size = max(tree.rows.size for tree in stacks.values())
-        self.batch_dim = next(iter(stacks.values())).declared.batch_dim
+        self.declared = next(iter(stacks.values())).declared
         self.layouts: list[Layout | None] = []
-        self.outputs = RowOutputs(self.site.path, self.size, self.batch_dim, self.context.finder, runtime)
+        self.outputs = RowOutputs(self.site.path, self.size, self.declared.batch_dim, self.context.finder, runtime)
 
     def run(self) -> Any:
         """Return the module's outputs, each row's with its own adapters."""
@@ -133,7 +133,7 @@ class RowGroups:
             return None
         if not x.ndim:
             return None
-        layout = locate(self.site, x, self.size, self.batch_dim, self.context.finder, self.runtime)
+        layout = locate(self.site, x, self.size, self.declared, self.context.finder, self.runtime)
         return None if layout == SHARED else layout
 
     def _cut(self, rows: Sequence[int]) -> list[Any]:
