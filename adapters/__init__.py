@@ -45,6 +45,7 @@ from ._methods.adalora.budget import adalora_state as adalora_state
 from ._methods.adalora.budget import allocate as allocate
 from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
+from ._methods.hira import HiraConfig as HiraConfig
 from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig

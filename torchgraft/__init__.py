@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
+    from .adapters import HiraConfig as HiraConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoraConfig as LoraConfig
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig",
+    "AdaLoraConfig", "AdapterConfig", "HiraConfig", "IA3Config", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig",
     "extract_params", "inject_adapter_in_model", "load_adapter", "save_adapter", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (

@@ -25,7 +25,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgraft.adapters import AdaLoraConfig, AdapterConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import (
+    AdaLoraConfig,
+    AdapterConfig,
+    HiraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +175,13 @@ def vera(config, where, leaves, weight, bias):
     return weight + leaves["vera_lambda_b"].diag() @ b @ leaves["vera_lambda_d"].diag() @ a, bias
 
 
+def hira(config, where, leaves, weight, bias):
+    """`W + W * (B A)`, of kernels as matrices: Huang et al., 2025, equation 5."""
+    b, a = (next(leaf for name, leaf in leaves.items() if name.endswith(end)) for end in "BA")
+    gains = sum(torch.outer(u, v) for u, v in zip(b.flatten(1).T, a.flatten(1), strict=True))
+    return weight + weight * gains.reshape(weight.shape), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -186,6 +202,11 @@ CONVOLVED = Exempt(
     (AssertionError, RuntimeError),
 )
 NOT_IN_PEFTS = (*PEFTS, "test_state_dicts_and_seeds_are_pefts", "test_seeds_are_pefts_bit_for_bit")
+OF_HIRA = (
+    ({"r": 0}, "HiraConfig: r is 0 at first, expected a positive integer"),
+    ({"hira_dropout": 1.0}, "HiraConfig: hira_dropout is 1.0, expected 0 <= p < 1"),
+    ({"init_weights": "magic"}, "HiraConfig: init_weights is 'magic', expected True, False, None or 'gaussian'"),
+)
 PADDED = Exempt(PEFTS, "PEFT pads with zeros, whatever the base's padding mode", frozenset({"conv2d"}))
 OF_LOHA = (
     ({"r": 0, "rank_pattern": {}}, "LoHaConfig: r is 0 at first, expected a positive integer"),
@@ -328,5 +349,13 @@ METHODS = {
             ({"r": 0}, "VeraConfig: r is 0, expected a positive integer"),
             ({"vera_dropout": 1.0}, "VeraConfig: vera_dropout is 1.0, expected 0 <= p < 1"),
         ),
+    ),
+    "hira": Row(
+        HiraConfig(r=3, **BOTH),
+        hira,
+        HiraConfig(r=1, init_weights="gaussian", **BOTH),
+        {"hira_dropout": 0.5},
+        OF_HIRA,
+        exempt=(PADDED,),
     ),
 }

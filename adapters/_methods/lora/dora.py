@@ -28,7 +28,7 @@ from torchgraft.functional.extending import Dense, add_scaled
 
 from ..shared.called import Called, Dropout, Holder
 from ..shared.low_rank import Scaling
-from .embedding_grad import as_embedding
+from ..shared.embedding_grad import as_embedding
 
 MAGNITUDE = "lora_magnitude_vector"
 """The leaf that holds `m`."""

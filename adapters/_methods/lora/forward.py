@@ -24,7 +24,7 @@ from ..shared.low_rank import (
 )
 from . import dora
 from .bases import BaseMinusInitial, base_of
-from .embedding_grad import as_embedding
+from ..shared.embedding_grad import as_embedding
 from .parameters import factors_of_parameter
 
 if TYPE_CHECKING:

@@ -56,13 +56,14 @@ def _denominator(config: Any, r: int) -> float:
 
 
 def warn_of_unused_patterns(config: Any, sites: list[Site]) -> None:
-    """Warn of what `rank_pattern` and `alpha_pattern` name in vain."""
-    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    """Warn of what `rank_pattern` and `alpha_pattern`, as far as the config has them, name in vain."""
+    fields = [field for field in ("rank_pattern", "alpha_pattern") if hasattr(config, field)]
+    patterns = [pattern for field in fields for pattern in getattr(config, field)]
     missed = [one for one in patterns if not any(by_pattern({one: True}, site.path, False) for site in sites)]
     if missed:
         warnings.warn(
-            f"{type(config).__name__}: {missed} in rank_pattern or alpha_pattern match none of the targeted modules "
-            "and have no effect; a pattern matches a whole name, or its end after a dot",
+            f"{type(config).__name__}: {list(dict.fromkeys(missed))} in {' or '.join(fields)} match none of the "
+            "targeted modules and have no effect; a pattern matches a whole name, or its end after a dot",
             RuntimeWarning,
             stacklevel=3,
         )
