@@ -60,8 +60,8 @@ class HiraConfig(AdapterConfig):
         r: Rank of `B A`.
         hira_dropout: Probability of dropout on the adapter's input, in training mode; embeddings ignore it.
         init_weights: `True` for a uniform `A` and a zero `B` (embeddings: a zero `A` and a normal `B`), `"gaussian"`
-            for a normal `A` of standard deviation `1 / r` (embeddings and convolutions: as `True`), `False` or `None`
-            for both random.
+            for a normal `A` of standard deviation `1 / r` (embeddings and convolutions: as `True`), `False` for
+            both random, and `None` too but for embeddings, which are as with `True`.
         rank_pattern: Ranks by pattern of the end of a module's name; the first that matches counts.
 
     >>> HiraConfig(r=4, target_modules=["q_proj"]).init_weights
@@ -120,7 +120,7 @@ def init(
             leaf: torch.randn(shape, dtype=torch.float32, generator=generator)
             for leaf, shape in shapes(config, site).items()
         }
-        if config.init_weights:
+        if config.init_weights or (config.init_weights is None and site.kind == "embedding"):
             a, b = leaves.values()
             if site.kind == "embedding":
                 a.zero_()
