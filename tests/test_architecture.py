@@ -35,9 +35,9 @@ ORDER = {
         _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts
             architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
-        _methods/shared: called fused low_rank scalings lycoris
+        _methods/shared: called embedding_grad fused low_rank remade scalings lycoris
         _methods: *
-        _methods/lora: constants bases embedding_grad dora fields parameters forward leaves lora to_plain
+        _methods/lora: constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
         _inplace: root switched placed
         _inplace/tensors: checksum gathering originals

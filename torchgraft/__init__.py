@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeloraConfig as DeloraConfig
+    from .adapters import HiraConfig as HiraConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
@@ -89,8 +90,8 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "IA3Config", "LoHaConfig", "LoKrConfig",
-    "LoraConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig", "VeraConfig",
+    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "HiraConfig", "IA3Config", "LoHaConfig",
+    "LoKrConfig", "LoraConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig", "VeraConfig",
     "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter",
     "save_stack", "summary",
 )  # fmt: skip

@@ -31,6 +31,7 @@ from torchgraft.adapters import (
     AdapterConfig,
     C3AConfig,
     DeloraConfig,
+    HiraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -272,6 +273,13 @@ def tinylora(config, where, leaves, weight, bias):
     return weight + (delta.mT if where.layer is nn.Embedding else delta), bias
 
 
+def hira(config, where, leaves, weight, bias):
+    """`W + W * (B A)`, of kernels as matrices: Huang et al., 2025, equation 5."""
+    b, a = (next(leaf for name, leaf in leaves.items() if name.endswith(end)) for end in "BA")
+    gains = sum(torch.outer(u, v) for u, v in zip(b.flatten(1).T, a.flatten(1), strict=True))
+    return weight + weight * gains.reshape(weight.shape), bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -292,6 +300,11 @@ CONVOLVED = Exempt(
     (AssertionError, RuntimeError),
 )
 NOT_IN_PEFTS = (*PEFTS, "test_state_dicts_and_seeds_are_pefts", "test_seeds_are_pefts_bit_for_bit")
+OF_HIRA = (
+    ({"r": 0}, "HiraConfig: r is 0 at first, expected a positive integer"),
+    ({"hira_dropout": 1.0}, "HiraConfig: hira_dropout is 1.0, expected 0 <= p < 1"),
+    ({"init_weights": "magic"}, "HiraConfig: init_weights is 'magic', expected True, False, None or 'gaussian'"),
+)
 PADDED = Exempt(PEFTS, "PEFT pads with zeros, whatever the base's padding mode", frozenset({"conv2d"}))
 OF_LOHA = (
     ({"r": 0, "rank_pattern": {}}, "LoHaConfig: r is 0 at first, expected a positive integer"),
@@ -582,5 +595,13 @@ METHODS = {
         TinyLoraConfig(r=1, u=5, weight_tying=1.0, **BOTH),
         {"tinylora_dropout": 0.5},
         OF_TINYLORA,
+    ),
+    "hira": Row(
+        HiraConfig(r=3, **BOTH),
+        hira,
+        HiraConfig(r=1, init_weights="gaussian", **BOTH),
+        {"hira_dropout": 0.5},
+        OF_HIRA,
+        exempt=(PADDED,),
     ),
 }

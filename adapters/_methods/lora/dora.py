@@ -27,8 +27,8 @@ from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
 from torchgraft.functional.extending import Dense, add_scaled
 
 from ..shared.called import Called, Dropout, Holder
+from ..shared.embedding_grad import as_embedding
 from ..shared.low_rank import Scaling
-from .embedding_grad import as_embedding
 
 MAGNITUDE = "lora_magnitude_vector"
 """The leaf that holds `m`."""

@@ -13,6 +13,7 @@ from torchgraft.functional import Layer, PerAdapter, Rows, Site, UnsupportedConf
 from torchgraft.functional.extending import Dense, Original, add_scaled
 
 from ..shared.called import DROPOUT, Called, Dropout, dropped
+from ..shared.embedding_grad import as_embedding
 from ..shared.low_rank import (
     Scaling,
     add_called,
@@ -24,7 +25,6 @@ from ..shared.low_rank import (
 )
 from . import dora
 from .bases import BaseMinusInitial, base_of
-from .embedding_grad import as_embedding
 from .parameters import factors_of_parameter
 
 if TYPE_CHECKING:

@@ -27,15 +27,28 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
     """Return whether the adapted layer may run as one step.
 
-    Transforms, autocast, tracing, complex numbers and tensors of other classes see torch's own functions instead. So
-    do inputs in other layouts than those in which the kernel of the base's own call is known to be the one taken here:
-    another one may round in another way, and a product of zero has to leave the base's output as it is.
+    So it may where `is_eager` says so, of one dtype, but for inputs in other layouts than those in which the kernel of
+    the base's own call is known to be the one taken here: another one may round in another way, and a product of zero
+    has to leave the base's output as it is.
     """
     return (
         x.ndim > 1
         and x.dtype == weight.dtype == a.dtype == b.dtype
         and (x.ndim == 2 or (x.is_contiguous() and has_rows(x)))
-        and x.is_floating_point()
+        and is_eager(x, weight)
+    )
+
+
+def is_eager(x: Tensor, weight: Tensor) -> bool:
+    """Return whether plain tensors meet outside of transforms, autocast, forward gradients and tracing.
+
+    Elsewhere, and where numbers are complex, torch's own functions have to be seen instead of a step of autograd.
+
+    >>> is_eager(torch.ones(1), torch.ones(1)), is_eager(torch.ones(1), torch.ones(1, device="meta"))
+    (True, False)
+    """
+    return (
+        x.is_floating_point()
         and type(weight) in _PLAIN
         and not weight.is_meta
         and type(x) is Tensor
