@@ -60,6 +60,7 @@ from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
+from ._methods.miss import MissConfig as MissConfig
 from ._methods.oft import OFTConfig as OFTConfig
 from ._methods.shira import ShiraConfig as ShiraConfig
 from ._methods.tinylora import TinyLoraConfig as TinyLoraConfig

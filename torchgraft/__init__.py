@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
+    from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
     from .adapters import ShiraConfig as ShiraConfig
     from .adapters import TinyLoraConfig as TinyLoraConfig
@@ -91,9 +92,9 @@ if TYPE_CHECKING:
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "HiraConfig", "IA3Config", "LoHaConfig",
-    "LoKrConfig", "LoraConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig", "VeraConfig",
-    "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter",
-    "save_stack", "summary",
+    "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig",
+    "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack",
+    "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

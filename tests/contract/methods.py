@@ -36,6 +36,7 @@ from torchgraft.adapters import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     OFTConfig,
     ShiraConfig,
     TinyLoraConfig,
@@ -271,6 +272,20 @@ def tinylora(config, where, leaves, weight, bias):
     root = s[:r].sqrt().diag()
     delta = u[:, :r] @ root @ between @ root @ v[:r]
     return weight + (delta.mT if where.layer is nn.Embedding else delta), bias
+
+
+def miss(config, where, leaves, weight, bias):
+    """`W` plus one block for all shards of inputs: Kang et al., 2024; `bat`: `W_pn + W_pn B_p + B_p`."""
+    r, block = config.r, leaves["miss_block"]
+    out, inputs = weight.shape
+    if config.init_weights == "bat":
+        rows = []
+        for p in range(out // r):
+            shards = [weight[p * r : p * r + r, n * r : n * r + r] for n in range(inputs // r)]
+            rows.append(torch.cat([shard + shard @ block[p] + block[p] for shard in shards], 1))
+        return torch.cat(rows, 0), bias
+    block = torch.cat([block] * (out // block.shape[1]), 1)
+    return weight + torch.cat([block.T] * (inputs // r + 1), 1)[:, :inputs], bias
 
 
 def hira(config, where, leaves, weight, bias):
@@ -595,6 +610,37 @@ METHODS = {
         TinyLoraConfig(r=1, u=5, weight_tying=1.0, **BOTH),
         {"tinylora_dropout": 0.5},
         OF_TINYLORA,
+    ),
+    "miss": Row(
+        MissConfig(r=3, **BOTH),
+        miss,
+        MissConfig(r=3, init_weights=False, **BOTH),
+        {"r": 2},
+        (
+            ({"r": 0}, "MissConfig: r is 0 at first, which has 4 inputs, expected 1 <= r <= 4"),
+            ({"r": 5}, "r is 5 at first, which has 4 inputs, expected 1 <= r <= 4"),
+            ({"init_weights": "bat"}, "has 4 inputs and 6 outputs; 'bat' expects a divisor of both, of 2"),
+            ({"init_weights": "mini", "mini_r": 4}, "mini_r is 4 at first, which has 6 outputs, expected a divisor"),
+            ({"init_weights": "magic"}, "MissConfig: init_weights is 'magic', expected True, False, 'bat' or 'mini'"),
+            ({"miss_dropout": 1.0}, "MissConfig: miss_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), TypeError),),
+    ),
+    "miss mini": Row(
+        MissConfig(r=2, init_weights="mini", mini_r=2, **BOTH),
+        miss,
+        MissConfig(r=2, init_weights="mini", mini_r=2, inference_mode=True, **BOTH),
+        {"mini_r": 1},
+        (),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), TypeError),),
+    ),
+    "miss bat": Row(
+        MissConfig(r=2, init_weights="bat", **BOTH),
+        miss,
+        MissConfig(r=2, init_weights="bat", inference_mode=True, **BOTH),
+        {"r": 1},
+        (),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), TypeError),),
     ),
     "hira": Row(
         HiraConfig(r=3, **BOTH),
