@@ -264,13 +264,13 @@ def tinylora(config, where, leaves, weight, bias):
     """`W + B (sum v_i P_i) A` around the first singular triplets, whose signs depend on the precision: Morris, 2026."""
     stored = weight.mT if where.layer is nn.Embedding else weight
     u, s, v = torch.linalg.svd(stored.float(), full_matrices=False)
-    u, s, v = (part.to(where.dtype).to(weight) for part in (u, s, v))
+    u, s, v = (part.to(where.dtype) for part in (u[:, : config.r], s[: config.r], v[: config.r]))
+    b, a = (u * s.sqrt()).to(weight), (s.sqrt().unsqueeze(1) * v).to(weight)  # as files have them, in the base's dtype
     place, r = list(where.sizes).index(where.path), config.r
     generator = torch.Generator().manual_seed(config.projection_seed + place)
     drawn = torch.empty(config.u, r, r).normal_(0, r**-0.5, generator=generator)
-    between = torch.tensordot(leaves["tinylora_v"], drawn.to(weight), 1)
-    root = s[:r].sqrt().diag()
-    delta = u[:, :r] @ root @ between @ root @ v[:r]
+    between = torch.tensordot(leaves["tinylora_v"], drawn.to(where.dtype).to(weight), 1)
+    delta = b @ between @ a
     return weight + (delta.mT if where.layer is nn.Embedding else delta), bias
 
 
@@ -591,9 +591,13 @@ METHODS = {
                     "test_identity_at_init",
                     "test_identity_at_init_bit_for_bit",
                     "test_layouts_of_memory_keep_the_identity_bit_for_bit",
-                    "test_named_beside_others",
                 ),
                 "both factors are random at first, in the paper and in PEFT",
+            ),
+            Exempt(
+                ("test_named_beside_others",),
+                "both factors are random at first, so that a name that is new changes the output",
+                frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"}),
             ),
         ),
     ),

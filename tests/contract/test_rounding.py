@@ -70,9 +70,10 @@ class HalfCase:
     def exact(self, tree, path, x, y, batched):
         """Return bounds on an output, between which the rounding of the exact one lies."""
         place, layer = self.places[path], getattr(self.model, path)
-        leaves = {leaf: tensor.double() for leaf, tensor in tree.get(path, {}).items()}
-        if not leaves:
+        if not tree or path not in self.graft.sites[""]:
             return y, y
+        shared = {leaf: tree["*"][name] for leaf, name in self.graft.sites[""][path].shared.items()}
+        leaves = {leaf: tensor.double() for leaf, tensor in (tree.get(path, {}) | shared).items()}
         formula = functools.partial(self.row.formula, self.config, Where(path, place.layer, self.dtype, self.sizes))
         weight, bias = place.read(self.state), self.state.get(place.bias)
         rounds = self.row.rounds[path] if isinstance(self.row.rounds, dict) else self.row.rounds
