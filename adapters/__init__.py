@@ -54,6 +54,7 @@ from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
 from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
+from ._methods.gralora import GraloraConfig as GraloraConfig
 from ._methods.hira import HiraConfig as HiraConfig
 from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.loha import LoHaConfig as LoHaConfig

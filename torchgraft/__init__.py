@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeloraConfig as DeloraConfig
+    from .adapters import GraloraConfig as GraloraConfig
     from .adapters import HiraConfig as HiraConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
@@ -91,10 +92,10 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "HiraConfig", "IA3Config", "LoHaConfig",
-    "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack",
-    "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig", "IA3Config",
+    "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig",
+    "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
+    "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

@@ -31,6 +31,7 @@ from torchgraft.adapters import (
     AdapterConfig,
     C3AConfig,
     DeloraConfig,
+    GraloraConfig,
     HiraConfig,
     IA3Config,
     LoHaConfig,
@@ -272,6 +273,20 @@ def tinylora(config, where, leaves, weight, bias):
     between = torch.tensordot(leaves["tinylora_v"], drawn.to(where.dtype).to(weight), 1)
     delta = b @ between @ a
     return weight + (delta.mT if where.layer is nn.Embedding else delta), bias
+
+
+def gralora(config, where, leaves, weight, bias):
+    """`W + s (G + B A)`, a product of rank `r / k` in each of `k x k` blocks: Jung et al., 2025, equation 6."""
+    k, part = config.gralora_k, config.r // config.gralora_k
+    rows = []
+    for j in range(k):
+        own = [leaves["gralora_B"][j, n * part : (n + 1) * part].T for n in range(k)]
+        other = [leaves["gralora_A"][n, :, j * part : (j + 1) * part].T for n in range(k)]
+        rows.append(torch.cat([b @ a for b, a in zip(own, other, strict=True)], 1))
+    delta = torch.cat(rows, 0)
+    if config.hybrid_r:
+        delta = delta + leaves["gralora_B_general"] @ leaves["gralora_A_general"]
+    return weight + config.alpha / (config.r + config.hybrid_r) * delta, bias
 
 
 def miss(config, where, leaves, weight, bias):
@@ -614,6 +629,26 @@ METHODS = {
         TinyLoraConfig(r=1, u=5, weight_tying=1.0, **BOTH),
         {"tinylora_dropout": 0.5},
         OF_TINYLORA,
+    ),
+    "gralora": Row(
+        GraloraConfig(r=4, alpha=3, **BOTH),
+        gralora,
+        GraloraConfig(r=4, alpha=5, init_weights=False, **BOTH),
+        {"r": 2},
+        (
+            ({"r": 3}, "GraloraConfig: r is 3 and gralora_k is 2, expected a positive multiple of gralora_k"),
+            ({"gralora_k": 0}, "GraloraConfig: gralora_k is 0, expected a positive integer"),
+            ({"gralora_k": 4}, "gralora_k is 4 at first, which has 4 inputs and 6 outputs, expected a divisor of 2"),
+            ({"hybrid_r": -1}, "GraloraConfig: hybrid_r is -1, expected an integer >= 0"),
+            ({"gralora_dropout": 1.0}, "GraloraConfig: gralora_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+    ),
+    "gralora hybrid": Row(
+        GraloraConfig(r=2, hybrid_r=1, alpha=3, **BOTH),
+        gralora,
+        GraloraConfig(r=2, hybrid_r=1, alpha=2, **BOTH),
+        {"hybrid_r": 2},
+        (),
     ),
     "miss": Row(
         MissConfig(r=3, **BOTH),
