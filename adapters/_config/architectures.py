@@ -50,17 +50,19 @@ TARGETS: dict[str, tuple[str, ...] | str] = {
 }
 """For LoRA and OFT, and for methods without entries of their own."""
 
+_ALL_LINEAR: dict[str, tuple[str, ...]] = {
+    "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+    "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "t5": ("q", "k", "v", "o", "wi", "wo"),
+}
+
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
-    "ADALORA": {
-        "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
-        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
-        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        "roberta": ("query", "key", "value", "dense"),
-        "t5": ("q", "k", "v", "o", "wi", "wo"),
-    },
+    "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "SHIRA": {"phi": ("q_proj", "v_proj")},
+    "VBLORA": _ALL_LINEAR,
     "VERA": {"phi": ("q_proj", "v_proj")},
 }
 """Where a method's targets are not those of `TARGETS`."""

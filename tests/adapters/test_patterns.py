@@ -67,9 +67,9 @@ def test_all_ways_at_once_are_those_of_re(pattern, name):
     except re.error:
         assume(False)
     expression = patterns._Expression(pattern)
-    if expression._plain is not None:
+    if expression._compiled is not None:
         parsed = patterns._parser.parse(pattern)
-        expression._step, expression._plain = expression._sequence(parsed, parsed.state.flags), None
+        expression._step, expression._compiled = expression._sequence(parsed, parsed.state.flags), None
     assert (expression(name, True), expression(name, False)) == expected
 
 

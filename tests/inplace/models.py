@@ -70,10 +70,33 @@ SIZES = {
     "C3A": {"block_size": 2},
     "DELORA": {"r": 3},
     "SHIRA": {"r": 2, "random_seed": 3},
+    "GRALORA": {"r": 4},
+    "HIRA": {"r": 3},
+    "LOKR": {"r": 2, "alpha": 4},
+    "MISS": {"r": 2},
+    "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
 }
+APART = {"TINYLORA"}
+"""Methods whose fixed tensors are parameters in PEFT's layers and no leaves here; their own tests compare."""
 EXACT = {"C3A": 1e-6}
 """How exact PEFT is where that is not double precision: C3A's spectra are in float32."""
-OWN = ("lora_", "ia3_", "hada_", "oft_", "vera_lambda", "c3a_", "delora_", "shira_", "modules_to_save")
+OWN = (
+    "lora_",
+    "ia3_",
+    "hada_",
+    "oft_",
+    "vera_lambda",
+    "c3a_",
+    "delora_",
+    "shira_",
+    "gralora_",
+    "hira_",
+    "lokr_",
+    "miss_",
+    "tinylora_",
+    "vblora_",
+    "modules_to_save",
+)
 
 
 def configs(method, **fields):
@@ -88,9 +111,9 @@ def inject(model, method, name="default", **fields):
 
 
 def inject_peft(model, method, name="default", **fields):
-    """PEFT's injection; it has no low-level one for VeRA."""
+    """PEFT's injection; it has no low-level one for methods whose layers share something."""
     config = configs(method, **fields)[1]
-    if method != "VERA":
+    if method not in ("VBLORA", "VERA"):
         with quiet("Already found a `peft_config` attribute"):
             return peft.inject_adapter_in_model(config, model, name)
     wrapper = vars(model).get("wrapper")

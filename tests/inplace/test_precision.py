@@ -11,7 +11,7 @@ from torchgraft import adapters
 from torchgraft.adapters._config.base import config_types
 from torchgraft.functional import bind, route, stack
 
-from .models import KINDS, SIZES, X, both, configs, inputs, net, peft_state, randomise
+from .models import APART, KINDS, SIZES, X, both, configs, inputs, net, peft_state, randomise
 
 CASES = [("LORA", kind, {}) for kind in KINDS]
 CASES += [("LORA", kind, {"use_dora": True}) for kind in ("linear", "embedding", "conv2d")]
@@ -111,4 +111,4 @@ def test_attention_under_autocast_is_pefts_formula_applied_once():
 
 def test_every_kind_is_tried():
     methods = {name for name, cls in config_types().items() if cls.__module__.startswith("torchgraft.")}
-    assert set(X) < set(KINDS) and set(SIZES) == methods
+    assert set(X) < set(KINDS) and set(SIZES) | APART == methods
