@@ -65,8 +65,8 @@ def formula_of(name):
 
 
 def papers_of(name):
-    found = re.findall(r"arXiv:(\d{4}\.\d{5})|openreview:(\w+)", docstring(name))
-    assert found, f"{CONFIGS[name].__module__} names no paper: arXiv:... or openreview:..."
+    found = re.findall(r"arXiv:(\d{4}\.\d{5})|OpenReview\s+(\w+)", docstring(name))
+    assert found, f"{CONFIGS[name].__module__} names no paper: arXiv:... or OpenReview ..."
     pages = [
         f"[{a}](https://arxiv.org/abs/{a})" if a else f"[{b}](https://openreview.net/forum?id={b})" for a, b in found
     ]
