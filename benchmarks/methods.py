@@ -109,7 +109,7 @@ def main() -> None:
         for setting in ("training step", "inference"):
             print(f"{name}: {setting}\n{table(one[setting], 'frozen base')}")
         print(f"  kept for backward: {kept}")
-    write("methods", {"claim": "No method costs more than PEFT's", "methods": found})
+    write("methods", {"claim": "what each method costs over the frozen base, beside PEFT's", "methods": found})
     draw(found)
 
 
