@@ -169,7 +169,8 @@ def _folded(x: Tensor, r: int) -> Tensor:
     """`s(x)`: the sum over shards, `"... in"` to `"... r"`."""
     missing = -x.shape[-1] % r
     x = F.pad(x, (0, missing)) if missing else x
-    return x.unflatten(-1, (-1, r)).sum(-2)
+    folded: Tensor = x.unflatten(-1, (-1, r)).sum(-2)
+    return folded
 
 
 def _repeated(delta: Tensor, site: Site) -> Tensor:
