@@ -73,17 +73,17 @@ from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
 from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
-from ._peft.peft_model import PeftMixedModel as PeftMixedModel
 from ._peft.peft_model import PeftModel as PeftModel
-from ._peft.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
-from ._peft.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-from ._peft.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-from ._peft.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-from ._peft.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-from ._peft.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
-from ._peft.peft_model import get_peft_model as get_peft_model
 from ._peft.status import get_layer_status as get_layer_status
 from ._peft.status import get_model_status as get_model_status
+from ._peft.tasks import PeftMixedModel as PeftMixedModel
+from ._peft.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+from ._peft.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from ._peft.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from ._peft.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from ._peft.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from ._peft.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+from ._peft.tasks import get_peft_model as get_peft_model
 from ._peft.weights import load_peft_weights as load_peft_weights
 
 __all__ = ["__version__", *(name for name in sorted(globals()) if not name.startswith("_"))]

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from .peft_model import PeftMixedModel, PeftModel
+from .peft_model import PeftModel
 from .peft_modules import make_modules, missing
+from .tasks import PeftMixedModel
 
 VERSION = "0.22.0"
 """The version of PEFT that is claimed: the one that transformers 5.24 asks for."""

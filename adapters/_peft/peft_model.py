@@ -17,14 +17,13 @@ from torchgraft.functional import UnsupportedCall
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.replaced import HEADS
-from .._files.load import load_adapter
 from .._files.save import save_adapter
 from .._inplace.states.base_state import IncompatibleKeys
 from .card import write_card
 from .hub import local_folder
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tuners import tuner_class
-from .weights import load_peft_weights, load_values
+from .weights import load_peft_weights, load_values, put_adapter
 
 
 class PeftModel(nn.Module):
@@ -51,6 +50,14 @@ class PeftModel(nn.Module):
     base_model: Any
     heads: ClassVar[tuple[str, ...]] = ()
     """Names of new heads, which a task's model trains as `modules_to_save`."""
+    of_task: ClassVar[dict[str, type[PeftModel]]] = {}
+    """The class for each `task_type`."""
+
+    def __init_subclass__(cls, task: str | None = None) -> None:
+        super().__init_subclass__()
+        if task is not None:
+            cls.heads = HEADS.get(task, ())
+            PeftModel.of_task[task] = cls
 
     def __init__(
         self,
@@ -211,7 +218,7 @@ class PeftModel(nn.Module):
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
         injected: Any = model
         given = injected.peft_config[adapter_name]
-        return (TASKS.get(str(given.task_type), cls) if cls is PeftModel else cls).around(model, given)
+        return (cls.of_task.get(str(given.task_type), cls) if cls is PeftModel else cls).around(model, given)
 
     def load_adapter(
         self,
@@ -311,31 +318,6 @@ class PeftModel(nn.Module):
         return get_model_status(self)
 
 
-def put_adapter(
-    model: nn.Module,
-    folder: Path,
-    adapter_name: str,
-    is_trainable: bool,
-    device: torch.device | str | None,
-    key_mapping: Mapping[str, str] | None,
-    config: AdapterConfig | None = None,
-    *,
-    activate: bool = True,
-) -> None:
-    """Inject an adapter with the values of its file; with keys renamed or another config if these are given."""
-    if config is None and not key_mapping:
-        load_adapter(model, folder, adapter_name, is_trainable=is_trainable, device=device, activate=activate)
-        return
-    given = dataclasses.replace(config or AdapterConfig.from_pretrained(folder), inference_mode=not is_trainable)
-    tensors = load_peft_weights(folder, device, key_mapping)
-    inplace.inject_adapter_in_model(given, model, adapter_name, activate=activate)
-    try:
-        load_values(model, tensors, adapter_name, folder)
-    except Exception:
-        inplace.delete_adapter(model, adapter_name)
-        raise
-
-
 def _let_inputs_require_grad(model: Any) -> None:
     """Have the embeddings of a transformers' model that checkpoints require gradients, which reentrant ones need."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
@@ -358,80 +340,3 @@ def _refuse_rows(kwargs: Mapping[str, Any]) -> None:
             "adapter_names are given for the rows of the batch, which layers in place do not do; give each row its "
             "adapter by graft(route(many, rows), ...), with extract_graft(model) and extract_params(model, name)"
         )
-
-
-class PeftMixedModel(PeftModel):
-    """A `PeftModel` made with `mixed=True`; here any may have adapters of several methods."""
-
-
-class PeftModelForCausalLM(PeftModel):
-    """A `PeftModel` for `task_type="CAUSAL_LM"`."""
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """A `PeftModel` for `task_type="SEQ_2_SEQ_LM"`."""
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """A `PeftModel` for `task_type="FEATURE_EXTRACTION"`."""
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """A `PeftModel` for `task_type="SEQ_CLS"`, whose new head is trained as a whole."""
-
-    heads = HEADS["SEQ_CLS"]
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """A `PeftModel` for `task_type="TOKEN_CLS"`, whose new head is trained as a whole."""
-
-    heads = HEADS["TOKEN_CLS"]
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """A `PeftModel` for `task_type="QUESTION_ANS"`, whose new head is trained as a whole."""
-
-    heads = HEADS["QUESTION_ANS"]
-
-
-TASKS: dict[str, type[PeftModel]] = {
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-}
-"""The class for each `task_type`."""
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: AdapterConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Inject an adapter into a model and wrap it under PEFT's names, by the config's `task_type`.
-
-    Args:
-        model: The model; changed in place.
-        peft_config: The adapter's config; it is copied.
-        adapter_name: Name of the adapter.
-        mixed: Return a `PeftMixedModel`, which is no other: adapters of several methods may stand in any model.
-        autocast_adapter_dtype: Give its parameters float32 where they would have float16 or bfloat16.
-        revision: The base model's revision, for files.
-        low_cpu_mem_usage: Make its parameters on the meta device.
-
-    >>> from torchgraft.adapters import LoraConfig
-    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    ['base_model.model.0.lora_A.default.weight', 'base_model.model.0.lora_B.default.weight']
-    """
-    if isinstance(model, PeftModel):
-        raise TypeError(f"model is a {type(model).__name__} already; call its add_adapter(name, config)")
-    config = peft_config if revision is None else dataclasses.replace(peft_config, revision=revision)
-    cls = PeftMixedModel if mixed else TASKS.get(str(config.task_type), PeftModel)
-    return cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

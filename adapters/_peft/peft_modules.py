@@ -17,8 +17,9 @@ from .._config.keys import PREFIX, split_key
 from .._config.peft_type import PeftType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._methods.lora.lora import LoraConfig
-from .peft_model import TASKS, PeftMixedModel, PeftModel, get_peft_model
+from .peft_model import PeftModel
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from .tasks import PeftMixedModel, get_peft_model
 from .tuners import BaseTuner, tuner_class
 from .weights import load_peft_weights
 
@@ -113,7 +114,7 @@ _TUNERS: dict[str, dict[str, Any]] = {
 }
 _LORA = _TUNERS["peft.tuners.lora"]
 _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
-_TASKS: list[type] = [PeftModel, *TASKS.values()]
+_TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
 _MODELS = {cls.__name__: cls for cls in _TASKS}
 _TUNER_MODELS: dict[str, type] = {tuner_class(cls).__name__: tuner_class(cls) for cls in _METHODS.values()}
 _STATUS = {

@@ -1,17 +1,21 @@
-"""An adapter's tensors from its file, by key."""
+"""An adapter's tensors from its file, by key, and adapters made of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .._config.base import AdapterConfig
 from .._files.disk.folder import WEIGHTS, find_folder, open_pair
 from .._files.disk.headers import open_weights
-from .._inplace import set_peft_model_state_dict
+from .._files.load import load_adapter
+from .._inplace import delete_adapter, inject_adapter_in_model, set_peft_model_state_dict
 from .._inplace.states.base_state import IncompatibleKeys
 from .hub import local_folder
 
@@ -70,3 +74,28 @@ def load_values(
         if keys:
             raise KeyError(f"{source}: for adapter {adapter_name!r} it {what} {sorted(keys)[:3]}; is it of this model?")
     return result
+
+
+def put_adapter(
+    model: nn.Module,
+    folder: Path,
+    adapter_name: str,
+    is_trainable: bool,
+    device: torch.device | str | None,
+    key_mapping: Mapping[str, str] | None,
+    config: AdapterConfig | None = None,
+    *,
+    activate: bool = True,
+) -> None:
+    """Inject an adapter with the values of its file; with keys renamed or another config if these are given."""
+    if config is None and not key_mapping:
+        load_adapter(model, folder, adapter_name, is_trainable=is_trainable, device=device, activate=activate)
+        return
+    given = dataclasses.replace(config or AdapterConfig.from_pretrained(folder), inference_mode=not is_trainable)
+    tensors = load_peft_weights(folder, device, key_mapping)
+    inject_adapter_in_model(given, model, adapter_name, activate=activate)
+    try:
+        load_values(model, tensors, adapter_name, folder)
+    except Exception:
+        delete_adapter(model, adapter_name)
+        raise
