@@ -198,7 +198,7 @@ class StackedGraft(Graft):
     def remove(self, stacked: Tree, index: int | str) -> tuple[StackedGraft, Tree]:
         """Return the graft and the stack without one adapter; differentiable, and nothing is changed.
 
-        Leaves shrink to what the others need.
+        Leaves shrink to what the others need. Rows from before mean other adapters then: make them anew.
 
         Args:
             stacked: The stack.
@@ -223,11 +223,13 @@ class StackedGraft(Graft):
         trees = self.unstack(stacked)
         return graft, graft.stack([trees[i] for i in rest])
 
-    def rows(self, names: Sequence[str | None], device: torch.device | str | None = None) -> Tensor:
+    def rows(
+        self, names: Sequence[str | None] | Sequence[Sequence[str | None]], device: torch.device | str | None = None
+    ) -> Tensor:
         """Return the index of each row's adapter, by name: `graft(route(many, graft.rows(["poems", None])), x)`.
 
         Args:
-            names: One for each row of a batch; `None` for the base alone.
+            names: One for each row of a batch, or a list for each, with one for each token; `None` for the base alone.
             device: Device of the result.
 
         Raises:
@@ -241,8 +243,13 @@ class StackedGraft(Graft):
         """
         if isinstance(names, str):
             raise TypeError(f"rows: names is {names!r}, expected a list with a name for each row of the batch")
-        indices = [-1 if name is None else self._index(name) for name in names]
-        return torch.tensor(indices, dtype=torch.long, device=device)
+
+        def index_of(name: Any) -> Any:
+            if isinstance(name, (list, tuple)):
+                return [index_of(one) for one in name]
+            return -1 if name is None else self._index(name)
+
+        return torch.tensor(index_of(list(names)), dtype=torch.long, device=device)
 
     def _index(self, index: int | str) -> int:
         count = len(self.members)

@@ -321,6 +321,11 @@ TABLE = {
         ("rows has 3, and its leading axis 4: is there one index for each row of the inputs?",),
     ),
     "rows as a range": (lambda w: route(w.many, range(2)), TypeError, ("rows is of type range", "torch.tensor(rows)")),
+    "None for a row": (
+        lambda w: route(w.many, [0, None]),
+        TypeError,
+        ("rows has None, expected -1", "graft.rows(names)"),
+    ),
     "one row": (lambda w: route(w.many, 1), TypeError, ("torch.full((batch,), 1)",)),
     "names for rows": (
         lambda w: route(w.many, ["a", "b"]),

@@ -6,6 +6,8 @@ import dataclasses
 
 from torch import nn
 
+from torchgraft.functional.extending import check_config
+
 from .._config.base import AdapterConfig
 from .peft_model import PeftModel
 
@@ -65,6 +67,7 @@ def get_peft_model(
     """
     if isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__} already; call its add_adapter(name, config)")
+    check_config(peft_config, "peft_config", isinstance(peft_config, AdapterConfig))
     config = peft_config if revision is None else dataclasses.replace(peft_config, revision=revision)
     cls = PeftMixedModel if mixed else PeftModel.of_task.get(str(config.task_type), PeftModel)
     return cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -224,6 +224,8 @@ def _checked(rows: Any) -> Tensor:
                 "route: rows has names, expected numbers: the adapters of a stack are numbered, in the order in which "
                 "it was made; a graft that was bound with names= has rows for them: graft.rows(names)"
             )
+        if any(row is None for row in rows):
+            raise TypeError("route: rows has None, expected -1 for the base alone; graft.rows(names) takes None")
         try:
             rows = torch.tensor(rows)
         except (TypeError, ValueError) as error:

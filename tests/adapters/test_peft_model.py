@@ -195,6 +195,8 @@ def test_names_on_the_hub_are_found_in_the_local_cache(tmp_path, monkeypatch):
 
 
 def test_what_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="peft_config is"):
+        ours.get_peft_model(causal(), {"r": 4})
     model = wrapped(ours)
     with pytest.raises(TypeError, match=r"is a PeftModelForCausalLM already; call its add_adapter"):
         ours.get_peft_model(model, ours.LoraConfig())

@@ -166,3 +166,10 @@ def test_wrong_names_say_what_is_there():
         bind(mlp(), one, names="a")
     with pytest.raises(TypeError, match=r"bind: names are for the adapters of a stack, bind\(model, \[config, ...\]"):
         bind(mlp(), one[0], names=["a"])
+
+
+def test_tokens_have_names_too():
+    graft = bind(
+        torch.nn.Linear(4, 3), [LoraConfig(r=r, target_modules="all-linear") for r in (1, 2)], names=["a", "b"]
+    )
+    assert graft.rows([["b", "b", None], ["a", "b", "a"]]).tolist() == [[1, 1, -1], [0, 1, 0]]
