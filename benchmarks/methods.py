@@ -28,23 +28,25 @@ from torchgraft import adapters
 from torchgraft.adapters import AdapterConfig
 from torchgraft.functional import bind
 
-SPECIAL: dict[str, dict[str, Any]] = {
-    "ADALORA": {"total_step": 1000},
-    "C3A": {"block_size": 32},
-    "IA3": {"feedforward_modules": ["down_proj"]},
-    "OFT": {"oft_block_size": 32},
-    "VBLORA": {"vector_length": 32},
-    "VERA": {"r": 256},
-}
-"""Fields of a method beside its rank."""
+
+def special(block: int) -> dict[str, dict[str, Any]]:
+    """Return fields of a method beside its rank, for a model whose sizes are multiples of a number."""
+    return {
+        "ADALORA": {"total_step": 1000},
+        "C3A": {"block_size": block},
+        "IA3": {"feedforward_modules": ["down_proj"]},
+        "OFT": {"oft_block_size": block},
+        "VBLORA": {"vector_length": block},
+        "VERA": {"r": 256},
+    }
 
 
-def config_of(cls: type[AdapterConfig]) -> AdapterConfig:
+def config_of(cls: type[AdapterConfig], block: int) -> AdapterConfig:
     """Return a method's config for the linear layers of the Llama: rank 8 where it has one."""
     name, fields = cls.method.name, inspect.signature(cls).parameters
     given = {rank: 8 for rank in ("r", "init_r") if rank in fields and name != "OFT"}
     given |= {"target_r": 4} if "target_r" in fields else {}
-    return cls(target_modules=LINEARS, **{**given, **SPECIAL.get(name, {})})
+    return cls(target_modules=LINEARS, **{**given, **special(block).get(name, {})})
 
 
 def theirs_of(config: AdapterConfig, model: Any) -> Any:
@@ -99,7 +101,7 @@ def main() -> None:
     for name, cls in config_classes(given.only).items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            training, inference, kept = method_cases(model, ids, config_of(cls))
+            training, inference, kept = method_cases(model, ids, config_of(cls, 4 if given.quick else 32))
         one: dict[str, Any] = {
             "training step": ratios(measure(training, rounds, label=f"{name}: training"), "frozen base"),
             "inference": ratios(measure(inference, rounds, label=f"{name}: inference"), "frozen base"),

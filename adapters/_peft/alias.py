@@ -32,7 +32,7 @@ def as_peft(version: str = VERSION) -> Alias:
     to who imported them, and when: a model that got its adapters from torchgraft keeps torchgraft's layers, and code
     that holds real PEFT's classes goes on with these. So work on a model either inside or outside; a model of real PEFT
     that is used inside, or the reverse, is not recognised. Libraries that look for `peft` once, when they are imported
-    (diffusers, and transformers' `Trainer`), have to be imported inside.
+    (diffusers), have to be imported inside.
 
     Two limits are transformers' own. Its files have no place for what all layers share (VeRA's projections), which are
     drawn from the config's seed again. And its `enable_adapters` does not reach `modules_to_save`, which
@@ -84,6 +84,10 @@ class Alias:
         return f"<torchgraft as peft, {'closed' if self.closed else 'open'}>"
 
 
+_Names = list[tuple[ModuleType, str, Any]]
+"""Modules, names in them, and what they were, `None` where there was none."""
+
+
 class Finder(importlib.metadata.DistributionFinder, Loader):
     """Finds torchgraft's modules and a distribution under the name `peft`, from `sys.meta_path` while an alias is open.
 
@@ -96,6 +100,7 @@ class Finder(importlib.metadata.DistributionFinder, Loader):
         self._version = VERSION
         self._aside: dict[str, ModuleType] = {}
         self._made: dict[str, ModuleType] = {}
+        self._names: _Names = []
 
     def open(self, version: str) -> None:
         """Take the place of `peft`, unless it is taken already."""
@@ -105,7 +110,7 @@ class Finder(importlib.metadata.DistributionFinder, Loader):
                 self._make()
                 sys.meta_path.insert(0, self)
                 self._aside = _swap(self._made)
-                _tell_transformers()
+                self._names = _tell_transformers()
             self._opened += 1
 
     def close(self) -> None:
@@ -116,6 +121,7 @@ class Finder(importlib.metadata.DistributionFinder, Loader):
                 sys.meta_path.remove(self)
                 _swap(self._aside)
                 self._aside = {}
+                _put_back(self._names)
                 _forget_answers()
 
     def _make(self) -> None:
@@ -182,13 +188,23 @@ def _swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
     return found
 
 
-def _tell_transformers() -> None:
-    """Let a transformers that was imported before see the stand-in, also where there was no PEFT then."""
+def _tell_transformers() -> _Names:
+    """Let a transformers that was imported before see the stand-in's models; return what it saw until now."""
     _forget_answers()
+    before: _Names = []
     for name in ("transformers.trainer", "transformers.trainer_utils"):
         if (module := sys.modules.get(name)) is not None:
             for cls in (PeftModel, PeftMixedModel):
-                vars(module).setdefault(cls.__name__, cls)
+                before.append((module, cls.__name__, vars(module).get(cls.__name__)))
+                setattr(module, cls.__name__, cls)
+    return before
+
+
+def _put_back(before: _Names) -> None:
+    """Give modules of transformers the classes that they had; the stand-in's stay where there was none."""
+    for module, name, value in before:
+        if value is not None:
+            setattr(module, name, value)
 
 
 def _forget_answers() -> None:
