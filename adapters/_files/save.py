@@ -19,7 +19,7 @@ from .._config.replaced import other_names, saved_buffers
 from .._inplace import get_peft_model_state_dict
 from .._inplace.states.layouts import config_of, shared_keys, shared_tensors, source_sites
 from .._inplace.tensors.gathering import gathered, groups_of, kept, once
-from .._inplace.walk import layers, unwrap
+from .._inplace.walk import is_wrapped, layers, unwrap
 from .._methods.lora.to_plain import plain as to_plain
 from .._methods.lora.to_plain import raw
 from .disk.config_file import make_folder, to_json
@@ -148,8 +148,9 @@ def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: 
             "params go with a graft; a model's parameters are those injected in it. For a tree: "
             "save_adapter(bind(model, config), path, params=params)"
         )
-    state = get_peft_model_state_dict(target, adapter_name=adapter_name)
-    model = unwrap(target)
+    given = get_peft_model_state_dict(target, adapter_name=adapter_name)
+    model, prefix = unwrap(target), PREFIX if is_wrapped(target) else ""
+    state = {key.removeprefix(prefix): tensor for key, tensor in given.items()}
     config = config_of(model, adapter_name)
     shared = {*shared_tensors(model, config, adapter_name), *shared_keys(model, adapter_name)}
     sites = {

@@ -24,17 +24,36 @@ KINDS = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 """The kinds of modules that adapters place in a model."""
 
 
+class ModelWrapper(nn.Module):
+    """A module around a model with injected adapters (`PeftModel`): functions of the model look through it."""
+
+    def get_base_model(self) -> Any:
+        """Return the model."""
+        raise NotImplementedError
+
+
 def unwrap(model: Any) -> nn.Module:
-    """Return the model behind `torch.compile`, `DistributedDataParallel`, FSDP1 and torch's activation checkpointing.
+    """Return the model behind `torch.compile`, `DistributedDataParallel`, FSDP1, activation checkpointing, `PeftModel`.
 
     Raises:
         TypeError: Something else than a module, or a model that PEFT has wrapped.
     """
     inner: nn.Module = unwrapped(model)
+    while isinstance(inner, ModelWrapper):
+        inner = unwrapped(inner.get_base_model())
     check_module(inner)
     if placed_in(inner) is None and (advice := advice_on(inner)):
         raise TypeError(f"the model: {type(inner).__name__} {advice}")
     return inner
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Return whether a model is a wrapper around the user's, in whose state dict keys begin with PEFT's prefix.
+
+    >>> is_wrapped(nn.Linear(2, 2))
+    False
+    """
+    return isinstance(unwrapped(model), ModelWrapper)
 
 
 def refuse_others(model: nn.Module) -> None:

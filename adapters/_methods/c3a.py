@@ -127,7 +127,8 @@ def apply(config: C3AConfig, site: Site, leaves: dict[str, Tensor], base: Layer,
     y, kernel = base(x), leaves["c3a_kernel"]
     wide = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
     x, kernel = x.to(wide), kernel.to(wide)
-    delta = _correlate(x, kernel) if site.kind == "linear" else site.call(x, _dense(site, kernel))
+    by_spectra = site.kind == "linear" and x.numel() > 0  # torch's transforms refuse what is empty
+    delta = _correlate(x, kernel) if by_spectra else site.call(x, _dense(site, kernel))
     return add_scaled(y, delta, 1 / _inputs(site))
 
 

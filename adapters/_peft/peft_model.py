@@ -19,6 +19,7 @@ from .._config.base import AdapterConfig
 from .._config.replaced import HEADS
 from .._files.save import save_adapter
 from .._inplace.states.base_state import IncompatibleKeys
+from .._inplace.walk import ModelWrapper
 from .card import write_card
 from .hub import local_folder
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -26,7 +27,7 @@ from .tuners import tuner_class
 from .weights import load_peft_weights, load_values, put_adapter
 
 
-class PeftModel(nn.Module):
+class PeftModel(ModelWrapper):
     """A model with adapters injected, under PEFT's names: `base_model.model` is the user's model, changed in place.
 
     A thin wrapper: each method is one of the in-place functions, which do the same without it. Attributes that it has
@@ -213,6 +214,8 @@ class PeftModel(nn.Module):
             revision: The repository's branch or commit.
             cache_dir: The Hub's cache.
         """
+        if isinstance(model, PeftModel):
+            raise TypeError(f"model is a {type(model).__name__} already; call its load_adapter(path, adapter_name)")
         folder = local_folder(model_id, subfolder, revision, cache_dir)
         put_adapter(model, folder, adapter_name, is_trainable, torch_device, key_mapping, config)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)

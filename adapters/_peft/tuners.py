@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
+from .._inplace.walk import ModelWrapper
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(ModelWrapper):
     """A model with adapters in it, as `base_model` of a `PeftModel`; attributes it has not are the model's.
 
     Args:
@@ -54,6 +55,10 @@ class BaseTuner(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    def get_base_model(self) -> Any:
+        """Return the user's model, with the adapters in it."""
+        return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -119,7 +124,7 @@ def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
     name = config.__name__.removesuffix("Config") + "Model"
     if name not in _CLASSES:
         fields = {"__doc__": f"A model with adapters of type {config.method.name}.", "__module__": __name__}
-        _CLASSES[name] = type(name, (BaseTuner,), fields)
+        _CLASSES[name] = globals()[name] = type(name, (BaseTuner,), fields)  # where pickles look for it
     return _CLASSES[name]
 
 

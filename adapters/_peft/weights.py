@@ -15,8 +15,10 @@ from .._config.base import AdapterConfig
 from .._files.disk.folder import WEIGHTS, find_folder, open_pair
 from .._files.disk.headers import open_weights
 from .._files.load import load_adapter
-from .._inplace import delete_adapter, inject_adapter_in_model, set_peft_model_state_dict
+from .._inplace import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .._inplace.injection.restoring import restoring
 from .._inplace.states.base_state import IncompatibleKeys
+from .._inplace.walk import unwrap
 from .hub import local_folder
 
 
@@ -44,15 +46,16 @@ def load_peft_weights(
 
     Raises:
         FileNotFoundError: No such directory, or one without weights.
-        ValueError: A damaged file; two keys that `key_mapping` makes one.
+        ValueError: A damaged file; a pattern that is no regular expression, or two keys that `key_mapping` makes one.
     """
+    patterns = {_compiled(pattern): replacement for pattern, replacement in (key_mapping or {}).items()}
     with open_pair(find_folder(local_folder(model_id, subfolder, revision, cache_dir), "default")) as (file, _, handle):
         tensors = open_weights(handle, file.parent / WEIGHTS).read()
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         renamed = key
-        for pattern, replacement in (key_mapping or {}).items():
-            renamed, count = re.subn(pattern, replacement, renamed)
+        for pattern, replacement in patterns.items():
+            renamed, count = pattern.subn(replacement, renamed)
             if count:
                 break
         if renamed in found:
@@ -61,17 +64,28 @@ def load_peft_weights(
     return found
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"key_mapping has {pattern!r}, which is no regular expression: {error}") from error
+
+
 def load_values(
     model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, source: str | os.PathLike[str]
 ) -> IncompatibleKeys:
-    """Load tensors into an adapter of a model.
+    """Load tensors into an adapter of a model; on an error it is what it was.
 
     Raises:
-        KeyError: Tensors of the adapter that are not among these, or the reverse. Those that fit are loaded by then.
+        KeyError: Tensors of the adapter that are not among these, or the reverse.
     """
+    before = {
+        key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+    }
     result = set_peft_model_state_dict(model, tensors, adapter_name)
     for what, keys in (("lacks", result.missing_keys), ("has what fits nothing,", result.unexpected_keys)):
         if keys:
+            set_peft_model_state_dict(model, before, adapter_name)
             raise KeyError(f"{source}: for adapter {adapter_name!r} it {what} {sorted(keys)[:3]}; is it of this model?")
     return result
 
@@ -93,9 +107,6 @@ def put_adapter(
         return
     given = dataclasses.replace(config or AdapterConfig.from_pretrained(folder), inference_mode=not is_trainable)
     tensors = load_peft_weights(folder, device, key_mapping)
-    inject_adapter_in_model(given, model, adapter_name, activate=activate)
-    try:
+    with restoring(unwrap(model)):
+        inject_adapter_in_model(given, model, adapter_name, activate=activate)
         load_values(model, tensors, adapter_name, folder)
-    except Exception:
-        delete_adapter(model, adapter_name)
-        raise

@@ -1,12 +1,14 @@
 """`PeftModel` beside PEFT's own: names, keys, numbers, files both ways, and which adapter is active and trained."""
 
 import copy
+import io
 import json
 import warnings
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -132,6 +134,48 @@ def test_keys_that_are_mapped_and_a_config_of_ones_own(tmp_path):
     config = ours.LoraConfig(r=2, target_modules=["c_attn"], lora_alpha=16)
     again = ours.PeftModel.from_pretrained(causal(), tmp_path, config=config)
     assert again.peft_config["default"].lora_alpha == 16 and not torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("mapping", [{"lora_A": "lora_Z"}, {"(": "x"}], ids=["keys", "pattern"])
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path, mapping):
+    wrapped(ours).save_pretrained(tmp_path)
+    model, whole = causal(), wrapped(ours)
+    for target, load in (
+        (model, lambda: ours.PeftModel.from_pretrained(model, tmp_path, key_mapping=mapping)),
+        (whole, lambda: whole.load_adapter(tmp_path, "second", key_mapping=mapping)),
+        (whole, lambda: whole.load_adapter(tmp_path, "default", key_mapping=mapping)),
+    ):
+        before, trained_before = copy.deepcopy(target.state_dict()), trained(target)
+        with pytest.raises((KeyError, ValueError), match="it lacks|no regular expression: missing"):
+            load()
+        after = target.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+        assert trained(target) == trained_before
+    assert list(whole.peft_config) == ["default"] and not hasattr(model, "peft_config")
+
+
+def test_functions_of_a_model_look_through_the_wrapper(tmp_path):
+    model = wrapped(ours, "SEQ_CLS")
+    ours.save_adapter(model, tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
+    assert files[0].keys() == files[1].keys()
+    params, graft = ours.extract_params(model), ours.extract_graft(model)
+    assert next(iter(params)).startswith("bert.") and torch.equal(graft(params, IDS).logits, logits(model))
+    assert ours.summary(model).rows == ours.summary(model.get_base_model()).rows
+    again = ours.get_peft_model_state_dict(model, model.state_dict())
+    assert all(torch.equal(tensor, again[key]) for key, tensor in ours.get_peft_model_state_dict(model).items())
+    assert ours.set_peft_model_state_dict(model, again) == ([], [])
+    with pytest.raises(TypeError, match="already; call its load_adapter"):
+        ours.PeftModel.from_pretrained(model, tmp_path / "a")
+
+
+def test_a_pickled_wrapper_comes_back():
+    model, file = wrapped(ours), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert type(again.base_model) is type(model.base_model) and torch.equal(logits(again), logits(model))
 
 
 def test_merging_and_unloading_return_the_users_model():

@@ -25,9 +25,9 @@ from ..layer.tuner_layer import BaseTunerLayer
 from ..placed import Layout, Slot
 from ..switch import put_in, take_out
 from ..tensors.gathering import fill, kept, on_gathered
-from ..walk import layers, parts, unwrap
+from ..walk import is_wrapped, layers, parts, unwrap
 from .base_state import IncompatibleKeys
-from .layouts import layout_of, shared_tensors, slots_of
+from .layouts import layout_of, shared_keys, shared_tensors, slots_of
 
 
 @on_gathered()
@@ -39,7 +39,7 @@ def get_peft_model_state_dict(
     The time does not grow with the number of adapters. Tensors share storage with the model's.
 
     Args:
-        model: A model with injected adapters.
+        model: A model with injected adapters. Of a `PeftModel` keys begin with `base_model.model.`, as in PEFT.
         state_dict: The model's state dict, where the tensors are to be taken from there (gathered shards).
         adapter_name: Name of the adapter.
 
@@ -52,15 +52,18 @@ def get_peft_model_state_dict(
     >>> list(get_peft_model_state_dict(model))
     ['0.lora_A.weight', '0.lora_B.weight']
     """
-    model = unwrap(model)
+    prefix, model = PREFIX if is_wrapped(model) else "", unwrap(model)
     layout = layout_of(model, adapter_name)
     slots = slots_of(model, layout)
     if state_dict is None:
         state = {key: kept(_values(model, slot.key, slot.tensor)) for key, slot in slots.items()}
     else:
-        given = {bare_name(key): tensor for key, tensor in state_dict.items()}
+        given = {bare_name(key).removeprefix(prefix): tensor for key, tensor in state_dict.items()}
         state = {key: _given(given, slot, model).detach() for key, slot in slots.items()}
-    return layout.config.form.pack(layout.config, state) | shared_tensors(model, layout.config, adapter_name)
+    state = layout.config.form.pack(layout.config, state)
+    shared = shared_keys(model, adapter_name) if prefix else ()
+    named = {key if key in shared else f"{prefix}{key}": tensor for key, tensor in state.items()}
+    return named | shared_tensors(model, layout.config, adapter_name)
 
 
 def _given(state_dict: Mapping[str, Tensor], slot: Slot, model: nn.Module) -> Tensor:
