@@ -221,7 +221,7 @@ def _convolved(site: Site, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
     kernel, *up = steps
     x = site.convolve(x, kernel.reshape(-1, x.shape[channels], *site.kernel_size))
     inner = x.shape[channels:]
-    x = (first @ x.reshape(*batch, groups, -1)).reshape(-1, *inner)
+    x = (first @ x.reshape(*batch, groups, math.prod(inner))).reshape(-1, *inner)
     for step in up:
         x = site.pointwise(x, step[ones])
     return x.reshape(*batch, site.out_features, *inner[1:])

@@ -149,3 +149,14 @@ def test_other_kinds_of_layer_are_refused(name):
         with pytest.raises(Unsupported, match="first"):
             bind(SITES[site].build(), on(row.config, site))
     assert {kind(site) for site in others}.isdisjoint(map(kind, KINDS[name]))
+
+
+def test_an_empty_batch_is_empty_and_has_zero_gradients(name, site):
+    one = case(name, site)
+    leaves = optree.tree_map(lambda t: t.clone().requires_grad_(), one.params)
+    x = one.x[:0]
+    y = one.graft(leaves, x)
+    assert y.shape == one.model(x).shape and y.dtype == one.dtype
+    flat = optree.tree_leaves(leaves)
+    for gradient in torch.autograd.grad(y.sum(), flat, allow_unused=True, materialize_grads=True):
+        assert not gradient.any()
