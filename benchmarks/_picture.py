@@ -47,13 +47,20 @@ def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, A
         for index, (value, more) in enumerate(zip(values, high, strict=True)):
             axis.text(value + more + 0.012 * right, index, f"{value:.2f}", va="center", fontsize=8.5)
         axis.set_xlim(0, 1.12 * right)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         axis.set_title(setting, loc="left", fontsize=9.5)
         axis.tick_params(length=0, labelsize=8.5)
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[-1, 0].set_xlabel(f"time, as a multiple of {unit}", fontsize=9)
-    figure.suptitle(title, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
-    figure.tight_layout()
+    _title(figure, title)
     return _save(figure, name)
+
+
+def _title(figure: Any, title: str) -> None:
+    """Set a title above all panels, in a strip of its own however high the figure is."""
+    height = figure.get_size_inches()[1]
+    figure.suptitle(title, x=0.02, y=1 - 0.1 / height, ha="left", va="top", fontsize=11.5, fontweight="bold")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / height))
 
 
 def _save(figure: Any, name: str) -> Path:
@@ -80,6 +87,5 @@ def curves(name: str, title: str, lines: Mapping[str, list[tuple[int, float]]], 
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8.5)
     axis.set_xlim(right=ticks[-1] * 5)
-    figure.suptitle(title, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
-    figure.tight_layout()
+    _title(figure, title)
     return _save(figure, name)
