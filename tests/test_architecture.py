@@ -60,7 +60,7 @@ ORDER = {
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
-        _binding: tied replaced plan leaves binding stacked
+        _binding: tied replaced plan leaves binding stacking stacked
         _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps
         _routing: route owners
