@@ -191,6 +191,8 @@ class Graft:
         >>> graft.look(torch.randn(3, 4))
         """
         other = (rearranged, {}) if isinstance(rearranged, tuple) else ((), dict(rearranged or {}))
+        if tokens < 1:
+            raise ValueError(f"look: tokens is {tokens}, expected the number of tokens in each row")
         declared = Declared(batch_dim, tokens_dim, tuple(mixed))
         remember(self.bound, (args, kwargs), rows, declared, None if rearranged is None else other, tokens)
 
@@ -225,6 +227,8 @@ class Graft:
         >>> torch.equal(graft.in_mode(training=False)(params, x), model[0](x)), model.training
         (True, True)
         """
+        if not isinstance(training, bool):
+            raise TypeError(f"in_mode: training is {training!r}, expected True for training mode, False for evaluation")
         graft = copy.copy(self)
         graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training)
         return graft

@@ -191,6 +191,8 @@ def _instead(tree: Any) -> str:
         return ". Parameters come first, then the model's inputs: graft(params, x)"
     if isinstance(tree, (list, tuple)) and tree and all(isinstance(one, Mapping) for one in tree):
         return ". Several adapters are a stack, and each row of the inputs has one: graft(route(stack(trees), rows), x)"
+    if hasattr(tree, "graft") and hasattr(tree, "params"):
+        return ". Of a module around a graft, give the tree that it has: module.params"
     if isinstance(tree, Mapping) and type(tree) is not dict:
         return ". Trees are plain dicts: dict(params)"
     return ""

@@ -326,6 +326,23 @@ TABLE = {
         TypeError,
         ("rows has None, expected -1", "graft.rows(names)"),
     ),
+    "no tokens": (lambda w: w.graft.look(X, tokens=0), ValueError, ("tokens is 0", "number of tokens")),
+    "mode by name": (lambda w: w.graft.in_mode("train"), TypeError, ("training is 'train'", "True for training")),
+    "module for params": (
+        lambda w: merge(w.graft, torchgraft.AdapterModule(w.graft, w.params)),
+        TypeError,
+        ("is of type AdapterModule", "module.params"),
+    ),
+    "module saved": (
+        lambda w: adapters.save_adapter(torchgraft.AdapterModule(w.graft, w.params), "x"),
+        TypeError,
+        ("save_adapter(m.graft, path, params=m.params)",),
+    ),
+    "from_pretrained swapped": (
+        lambda w: adapters.PeftModel.from_pretrained("folder", w.model),
+        TypeError,
+        ("is of type str", "swapped"),
+    ),
     "one row": (lambda w: route(w.many, 1), TypeError, ("torch.full((batch,), 1)",)),
     "names for rows": (
         lambda w: route(w.many, ["a", "b"]),

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft, Routed
+from torchgraft.functional import AdapterModule, Graft, Routed
 from torchgraft.functional.extending import Site, Tree, modules_of, whole
 
 from .._config.base import AdapterConfig
@@ -89,6 +89,8 @@ def save_adapter(
 def _check_arguments(target: Any, path: Any, adapter_name: Any) -> None:
     if isinstance(path, Mapping) or isinstance(adapter_name, Mapping):
         raise TypeError("the parameters go by name: save_adapter(graft, path, params=params)")
+    if isinstance(target, AdapterModule):
+        raise TypeError("target is an AdapterModule, expected its graft: save_adapter(m.graft, path, params=m.params)")
     check_target(target, path, "save_adapter(model, path)")
     check_name(adapter_name)
     as_directory(path)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import UnsupportedCall
+from torchgraft.functional.extending import check_module
 
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
@@ -216,6 +217,7 @@ class PeftModel(ModelWrapper):
         """
         if isinstance(model, PeftModel):
             raise TypeError(f"model is a {type(model).__name__} already; call its load_adapter(path, adapter_name)")
+        check_module(model, other=model_id)
         folder = local_folder(model_id, subfolder, revision, cache_dir)
         put_adapter(model, folder, adapter_name, is_trainable, torch_device, key_mapping, config)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
@@ -285,7 +287,8 @@ class PeftModel(ModelWrapper):
                 "save_pretrained: save_embedding_layers is True; the base's embeddings are no part of an adapter here: "
                 "train them (modules_to_save, trainable_token_indices), or save the base"
             )
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        chosen = [selected_adapters] if isinstance(selected_adapters, str) else selected_adapters
+        names = list(self.peft_config) if chosen is None else list(chosen)
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ValueError(f"selected_adapters has {unknown[0]!r}; the model has {list(self.peft_config)}")
         if not is_main_process:
