@@ -8,7 +8,7 @@ convolution too. The product is applied without being made: an input `"m n"` bec
 at each place of it.
 
 Yeh et al., *Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation*, 2023,
-arXiv:2309.14859, section 3.2. Names, defaults and initial distributions are those of PEFT's `tuners/lokr`.
+arXiv:2309.14859. Names, defaults and initial distributions are those of PEFT's `tuners/lokr`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 `A`, `B` and the random `P` are frozen. The vector `v` is all that is trained, and groups of modules share one.
 
 Morris et al., *Learning to Reason in 13 Parameters*, 2026, arXiv:2602.04118. Names, defaults and distributions are
-those of PEFT's `tuners/tinylora`; the paper puts the singular values into one factor, PEFT a root of them into both.
+those of PEFT's `tuners/tinylora`, and so is the root of the singular values in both factors.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def loha(config, where, leaves, weight, bias):
 
 
 def lokr(config, where, leaves, weight, bias):
-    """`W + s C (x) D`, block by block: Yeh et al., 2023, section 3.2; the kernel of `D` is FedPara's proposition 3.
+    """`W + s C (x) D`, block by block: Yeh et al., 2023; the kernel of `D` is FedPara's proposition 3.
 
     A whole `D` of a 1-d convolution is as PEFT has it: blocks of inputs and places within each of its outputs.
     """
@@ -276,7 +276,7 @@ def tinylora(config, where, leaves, weight, bias):
 
 
 def gralora(config, where, leaves, weight, bias):
-    """`W + s (G + B A)`, a product of rank `r / k` in each of `k x k` blocks: Jung et al., 2025, equation 6."""
+    """`W + s (G + B A)`, a product of rank `r / k` in each of `k x k` blocks: Jung et al., 2025."""
     k, part = config.gralora_k, config.r // config.gralora_k
     rows = []
     for j in range(k):
@@ -304,7 +304,7 @@ def miss(config, where, leaves, weight, bias):
 
 
 def hira(config, where, leaves, weight, bias):
-    """`W + W * (B A)`, of kernels as matrices: Huang et al., 2025, equation 5."""
+    """`W + W * (B A)`, of kernels as matrices: Huang et al., 2025."""
     b, a = (next(leaf for name, leaf in leaves.items() if name.endswith(end)) for end in "BA")
     gains = sum(torch.outer(u, v) for u, v in zip(b.flatten(1).T, a.flatten(1), strict=True))
     return weight + weight * gains.reshape(weight.shape), bias
