@@ -8,11 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ._binding.members import check_names, ranges_of
+from ._binding.padded import PaddedAdapter
 from ._binding.stacked import StackedBinding
 from ._graft import Graft
-from ._members import check_names, ranges_of
 from ._method import Config, Tree
-from ._padded import PaddedAdapter
 from ._places import Places
 
 

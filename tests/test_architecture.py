@@ -60,12 +60,12 @@ ORDER = {
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
-        _binding: tied replaced plan leaves binding stacking stacked
+        _binding: tied replaced plan leaves binding stacking stacked padded members
         _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant token_rows trial run entered views
-        .: _members _padded _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__
+        .: _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

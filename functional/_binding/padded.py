@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ._binding.stacked import StackedAdapter
-from ._layers.routed import SelectedAdapter
-from ._locating.finder import Finder
-from ._method import SiteAdapter, Tree
-from ._trees import check_tree
+from .._layers.routed import SelectedAdapter
+from .._locating.finder import Finder
+from .._method import SiteAdapter, Tree
+from .._trees import check_tree
+from .stacked import StackedAdapter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ._method import Config
+from .._method import Config
 
 
 def check_names(names: Sequence[str], count: int) -> tuple[str, ...]:
