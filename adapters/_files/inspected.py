@@ -138,13 +138,19 @@ def _config(fields: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]]:
 
 
 def _ranks(config: AdapterConfig, found: _Found) -> tuple[int, ...]:
-    """Return the ranks of the tensors; of stacked experts, whose tensors have all experts' in one, the config's."""
-    if getattr(config, "target_parameters", None):
-        said: Any = config
-        return tuple(sorted({said.r, *said.rank_pattern.values()}))
+    """Return the ranks of the tensors; where these do not tell (stacked experts, blocks), those of the config."""
     ranked = config.form.ranked
+    if getattr(config, "target_parameters", None) or not ranked:
+        return _said(config)
     tensors = [leaves[name] for leaves in found.values() for name in ranked if name in leaves]
     return tuple(sorted({len(tensor) for tensor in tensors if tensor.ndim}))
+
+
+def _said(config: Any) -> tuple[int, ...]:
+    """Return the ranks that a config says, none of a method whose layers show none."""
+    if "r" not in config.form.values or not getattr(config, "r", 0):
+        return ()
+    return tuple(sorted({config.r, *getattr(config, "rank_pattern", {}).values()}))
 
 
 def _odd_keys(config: AdapterConfig, weights: Weights) -> Iterator[str]:

@@ -206,6 +206,7 @@ DeloraConfig.form = PeftFormat(
     fixed=lambda config, site: (NORM,),
     buffers=(NORM,),
     infer=_infer,
+    ranked=("delora_A",),
     values={"r": Value(lambda config, site: site.constants.r)},
     only_here=("fan_in_fan_out",),
 )

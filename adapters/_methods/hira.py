@@ -239,6 +239,7 @@ HiraConfig.form = PeftFormat(
     dropout="hira_dropout",
     parameters=("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
     infer=_infer,
+    ranked=("hira_A", "hira_embedding_A"),
     values={"r": Value(lambda config, site: site.constants.r)},
     only_here=("bias",),
 )

@@ -10,6 +10,9 @@ from torch import nn
 
 from torchgraft.adapters import (
     AdaLoraConfig,
+    DeloraConfig,
+    GraloraConfig,
+    HiraConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -163,3 +166,16 @@ def test_damaged_files_and_pickles_are_errors(tmp_path):
         inspect_adapter(folder)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         inspect_adapter(tmp_path / "other")
+
+
+def test_ranks_are_told_of_methods_whose_tensors_do_not_tell(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    for config, ranks in (
+        (GraloraConfig(r=4, target_modules=["0"]), (4,)),
+        (HiraConfig(r=3, target_modules=["0"]), (3,)),
+        (DeloraConfig(r=2, target_modules=["0"]), (2,)),
+        (IA3Config(target_modules=["0"], feedforward_modules=[]), ()),
+    ):
+        graft = bind(model, config)
+        save_adapter(graft, tmp_path, params=graft.init())
+        assert inspect_adapter(tmp_path).ranks == ranks and not inspect_adapter(tmp_path).odd
