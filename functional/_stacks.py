@@ -12,6 +12,7 @@ from ._binding.members import check_names, ranges_of
 from ._binding.padded import PaddedAdapter
 from ._binding.stacked import StackedBinding
 from ._graft import Graft
+from ._messages import did_you_mean
 from ._method import Config, Tree
 from ._places import Places
 
@@ -103,7 +104,7 @@ class StackedGraft(Graft):
         """Split a stack into trees of each config's own shapes and sites; their leaves are views.
 
         Raises:
-            KeyError, TypeError, ValueError: A stack that does not fit.
+            KeyError, TypeError, ValueError: A stack that does not fit, or with numbers in its padding.
         """
         return self.binding.unstack(stacked)
 
@@ -257,7 +258,8 @@ class StackedGraft(Graft):
             if self.names is None:
                 raise IndexError(f"the adapters of this stack have no names, got {index!r}: bind(..., names=[...])")
             if index not in self.names:
-                raise IndexError(f"no adapter of the stack has the name {index!r}; they are {list(self.names)}")
+                known = f"{list(self.names)}{did_you_mean(index, self.names)}"
+                raise IndexError(f"no adapter of the stack has the name {index!r}; they are {known}")
             return self.names.index(index)
         self.binding.check_index(index)
         return index % count

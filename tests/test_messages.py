@@ -310,6 +310,21 @@ TABLE = {
         ValueError,
         ("route: rows has 3, the inputs have 4", "one index for each row"),
     ),
+    "2 rows of 4": (
+        lambda w: w.graft(route(w.many, ROWS[:2]), X),
+        ValueError,
+        ("route: rows has 2, the inputs have 4", "one index for each row", "rows.repeat_interleave(2)"),
+    ),
+    "noise on the padding of a stack": (
+        lambda w: w.mixed.unstack({path: {k: v + 1 for k, v in leaves.items()} for path, leaves in w.padded.items()}),
+        ValueError,
+        ("unstack: lora_A of '0' has numbers in the padding of adapter 0, which has (1, 3) of (3, 3)", "graft.stack("),
+    ),
+    "a name no row has": (
+        lambda w: bind(w.model, [lora(1), lora(3)], names=["poems", "code"]).rows(["poem"]),
+        IndexError,
+        ("no adapter of the stack has the name 'poem'", "did you mean 'poems'"),
+    ),
     "3 rows of 4, known kind": (
         lambda w: [w.graft(route(w.many, rows), X[:, None].expand(4, 3, 3)) for rows in (ROWS, ROWS[:3])],
         ValueError,

@@ -20,7 +20,7 @@ from .._tensors.wrappers import modules_of
 from .._trees import check_tree, sort
 from .binding import Binding, Shapes
 from .plan import for_model, structure_for
-from .stacking import check_configs, check_leaves, constants_in_places, largest, pad_to, union
+from .stacking import check_configs, check_leaves, check_padding, constants_in_places, largest, pad_to, union
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,6 +168,7 @@ class StackedBinding(Binding):
     def unstack(self, stacked: Tree) -> list[Tree]:
         """Split a stack, as `StackedGraft.unstack` does."""
         check_tree(stacked, self.shapes[""], "the stack", stacked=len(self.members))
+        check_padding(stacked, self.shapes[""], self.own)
         return [
             {
                 path: {name: stacked[path][name][(i, *map(slice, shape))] for name, shape in leaves.items()}

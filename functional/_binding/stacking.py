@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._method import Config
-from .._rows import PerAdapter
+from .._method import Config, Tree
+from .._rows import PerAdapter, is_readable
 from .._sites.parameters import Key, key_of
 from .._sites.site import Site
 from .._tensors.wrappers import modules_of
@@ -141,6 +141,32 @@ def largest(path: str, site: Site | None, member_shapes: Sequence[Shapes]) -> di
                 "it one rank in all configs"
             )
     return largest
+
+
+def check_padding(stacked: Tree, shapes: Shapes, own: Sequence[Shapes]) -> None:
+    """Refuse a stack whose padding has numbers: they take part in its outputs, and no member would have them.
+
+    Args:
+        stacked: The stack; one that `torch.compile` or `torch.vmap` traces is not looked at.
+        shapes: The room that each adapter has for each leaf.
+        own: What each adapter has of it.
+    """
+    for path, leaves in shapes.items():
+        for name, room in leaves.items():
+            leaf, parts = stacked[path][name].detach(), [one.get(path, {}).get(name, (0,) * len(room)) for one in own]
+            if torch.compiler.is_compiling() or not is_readable(leaf) or all(part == room for part in parts):
+                continue
+            padding = torch.ones_like(leaf, dtype=torch.bool)
+            for i, part in enumerate(parts):
+                padding[(i, *map(slice, part))] = False
+            found = (padding & (leaf != 0)).flatten(1).any(1).tolist()
+            if True in found:
+                i = found.index(True)
+                raise ValueError(
+                    f"unstack: {name} of {path!r} has numbers in the padding of adapter {i}, which has {parts[i]} of "
+                    f"{tuple(room)}; they take part in the stack's outputs, and would be lost. Add noise and the like "
+                    "to adapters one by one, graft.stack([tree, ...])"
+                )
 
 
 def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -61,7 +61,7 @@ class RoutedView:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return forward(*args, **kwargs)  # checkpointing runs it once more, with what the call has left
         trees = now(self.active)
-        entered = Entered(path, tuple(module.training for module in self._modules))
+        entered = Entered(path, tuple(module.training for module in self._modules), repeats=True)
         finder = finder_of(self._bound, self._pool, trees, {}, args, kwargs, entered)
         context.trees, context.finder, self._inside = trees, finder, True
         try:

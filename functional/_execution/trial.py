@@ -16,6 +16,7 @@ from .._locating.finder import Declared, Finder
 from .._locating.inputs import (
     GivenSample,
     Inputs,
+    check_length,
     have_equal_rows,
     kind_of,
     length_of,
@@ -53,10 +54,12 @@ class Entered:
     Attributes:
         path: Its path.
         modes: Whether each module of the skeleton is in training mode.
+        repeats: Whether what calls it may have repeated each row in succession, as generation does for beams.
     """
 
     path: str
     modes: tuple[bool, ...]
+    repeats: bool = False
 
 
 class Random(Routed):
@@ -163,6 +166,8 @@ def finder_of(
     check_tokens(bound, active)
     if size == tokens == 1 or _is_declared(bound, active, declared, tokens):
         return Finder(None)
+    if not entered.repeats and any(stack.rows.index is not None for stack in stacks):
+        check_length(inputs, size)
     if any(stack.rows.tokens for stack in stacks):
         check_sizes(inputs, size, tokens)
     key = _kind(active, declared, inputs, entered, tokens)

@@ -131,6 +131,25 @@ def length_of(inputs: Inputs, size: int) -> int | None:
     return size if size in lengths else next(iter(lengths), None)
 
 
+def check_length(inputs: Inputs, size: int) -> None:
+    """Refuse a call whose batch has several times as many rows as were given: which repeats which is not said.
+
+    >>> check_length(((torch.ones(6, 3),), {}), 2)
+    Traceback (most recent call last):
+        ...
+    ValueError: route: rows has 2, the inputs have 6; give one index for each row of the inputs, such as \
+rows.repeat_interleave(3) where each row stands 3 times in succession
+    """
+    length = length_of(inputs, size)
+    if length is None or length == size or any(len(items) == size for items in lists_in(inputs)):
+        return
+    times = length // size
+    raise ValueError(
+        f"route: rows has {size}, the inputs have {length}; give one index for each row of the inputs, such as "
+        f"rows.repeat_interleave({times}) where each row stands {times} times in succession"
+    )
+
+
 def readings(inputs: Inputs, size: int) -> Iterator[Reading]:
     """Yield the ways to read inputs as rows, the likeliest first; running the model tells which one it agrees with."""
     length = length_of(inputs, size)

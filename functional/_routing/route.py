@@ -158,10 +158,10 @@ def route(
 
     Args:
         stacked: A tree made by `stack`, leaves `"N ..."`.
-        rows: `"batch"`, long: the adapter of each row, in any order; `-1` is the base alone, bit for bit. An input of
-            `k` times as many rows has each one `k` times in succession. `None`: the batch is `N` equal parts, one for
-            each adapter in order. What is written to the tensor later is what the next call uses. Or `"batch tokens"`:
-            the adapter of each token. Lists of indices are taken too.
+        rows: `"batch"`, long: the adapter of each row, in any order; `-1` is the base alone, bit for bit. A model
+            that repeats rows inside (beams, windows) has each one `k` times in succession. `None`: the batch is `N`
+            equal parts, one for each adapter in order. What is written to the tensor later is what the next call uses.
+            Or `"batch tokens"`: the adapter of each token. Lists of indices are taken too.
         batch_dim: Declares the axis of every site's input that has the batch, or of the sites at some paths. With one
             for every site nothing is looked at or proved.
         tokens_dim: The same of the tokens, where `rows` has some: the axis that has them, or that of the batch where
