@@ -80,7 +80,7 @@ class Layer(Protocol):
     def training(self) -> bool: ...
 
     @property
-    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+    def as_linear(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
         ...
 
@@ -97,7 +97,7 @@ class Weighted(abc.ABC):
 
     __slots__ = ()
 
-    plain: tuple[Tensor, Tensor | None] | None = None
+    as_linear: tuple[Tensor, Tensor | None] | None = None
 
     @abc.abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:

@@ -40,8 +40,8 @@ from ._method import beside as beside
 from ._sites.attention import ProjectionSlice as ProjectionSlice
 from ._sites.kernels import has_rows as has_rows
 from ._sites.kinds import describe as describe
+from ._sites.kinds import forward_class as forward_class
 from ._sites.kinds import is_linear as is_linear
-from ._sites.kinds import plain_class as plain_class
 from ._sites.kinds import register_by_name as register_by_name
 from ._sites.parameters import Key as Key
 from ._sites.parameters import register_hidden_product as register_hidden_product

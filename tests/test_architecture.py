@@ -64,7 +64,7 @@ ORDER = {
         _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps
         _routing: route owners
-        _execution: traced pool fill bound_model watched constant token_rows trial run entered views
+        _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
         .: _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }

@@ -27,4 +27,4 @@ def _hides_grouped(module: nn.Module, weight: Tensor) -> bool | None:
 
 
 register_hidden_product(_hides_grouped)
-register_by_name("transformers.pytorch_utils", "Conv1D", _conv1d, plain=True)
+register_by_name("transformers.pytorch_utils", "Conv1D", _conv1d, linear_forward=True)

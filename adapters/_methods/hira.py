@@ -149,9 +149,9 @@ def apply(config: HiraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     dropout = leaves.get(DROPOUT, config.hira_dropout)
     dropping = isinstance(dropout, Called) or bool(dropout and base.training)
     single = site.kind == "linear" and x.numel() == x.shape[-1]
-    plain = None if torch.compiler.is_compiling() or dropping or single else base.plain
-    if plain is not None and x.itemsize >= 4 and fused.fits(x, plain[0], a, b):
-        return remade.linear(_rescaled, x, *plain, a, b)
+    linear = None if torch.compiler.is_compiling() or dropping or single else base.as_linear
+    if linear is not None and x.itemsize >= 4 and fused.fits(x, linear[0], a, b):
+        return remade.linear(_rescaled, x, *linear, a, b)
     y, weight = base(x), base.original.weight
     x, a, b = widen(dropped(x, dropout, base.training), a, b)
     if single:

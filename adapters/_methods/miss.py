@@ -126,9 +126,9 @@ def apply(config: MissConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     """
     block = leaves["miss_block"]
     if site.constants.form == "bat":
-        plain = None if torch.compiler.is_compiling() else base.plain
-        if plain is not None and x.itemsize >= 4 and fused.fits(x, plain[0], block, block):
-            return remade.linear(_moved, x, *plain, block)
+        linear = None if torch.compiler.is_compiling() else base.as_linear
+        if linear is not None and x.itemsize >= 4 and fused.fits(x, linear[0], block, block):
+            return remade.linear(_moved, x, *linear, block)
         y, weight = base(x), base.weight
         x, block = widen(x, block)
         return add_scaled(y, remade.linear(_change, x, weight, None, block), 1.0)

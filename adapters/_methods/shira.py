@@ -175,14 +175,14 @@ def apply(config: ShiraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
     backward. Elsewhere `S` is made, as large as the weight.
     """
     values, places = _entries(config, site, leaves)
-    plain = None if torch.compiler.is_compiling() or site.kind != "linear" else base.plain
+    linear = None if torch.compiler.is_compiling() or site.kind != "linear" else base.as_linear
     if (
-        plain is not None
+        linear is not None
         and values.itemsize > 2
-        and plain[0].is_contiguous()
-        and fused.fits(x, plain[0], values, values)
+        and linear[0].is_contiguous()
+        and fused.fits(x, linear[0], values, values)
     ):
-        arguments = (x, *plain, values, places)
+        arguments = (x, *linear, values, places)
         if not torch.is_grad_enabled():
             return fused.shaped(_forward(*arguments), x)
         result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]

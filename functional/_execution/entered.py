@@ -18,6 +18,7 @@ from .._skeleton.context import CallContext
 from .._skeleton.marking import mark, reduce_marked
 from .._skeleton.skeleton import Skeleton
 from .bound_model import BoundModel
+from .call import Call
 from .pool import Pool
 from .run import now
 from .trial import Entered, finder_of
@@ -62,7 +63,7 @@ class RoutedView:
             return forward(*args, **kwargs)  # checkpointing runs it once more, with what the call has left
         trees = now(self.active)
         entered = Entered(path, tuple(module.training for module in self._modules), repeats=True)
-        finder = finder_of(self._bound, self._pool, trees, {}, args, kwargs, entered)
+        finder = finder_of(self._bound, self._pool, Call(trees, {}, args, kwargs), entered)
         context.trees, context.finder, self._inside = trees, finder, True
         try:
             y = forward(*args, **kwargs)

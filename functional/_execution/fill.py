@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -13,17 +12,11 @@ from torch import Tensor
 from .._messages import did_you_mean
 from .._skeleton.skeleton import Skeleton
 from .._skeleton.swaps import swap_tensors
+from .call import Call
 from .traced import keep_private
 
 
-def fill(
-    skeleton: Skeleton,
-    active: dict[str, Any],
-    base: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    current: Mapping[int, Tensor],
-) -> None:
+def fill(skeleton: Skeleton, call: Call, current: Mapping[int, Tensor]) -> None:
     """Put the call's adapters, base tensors and own copies of buffers into a skeleton.
 
     Traced calls have `current`, the model's tensors as they are then, and undo what they do themselves.
@@ -31,18 +24,18 @@ def fill(
     reached: set[str] = set()
     if current:
         keep_private((reached,))
-    skeleton.context.trees, skeleton.context.reached = active, reached
-    named = named_base(skeleton, base) if base else {}
+    skeleton.context.trees, skeleton.context.reached = call.active, reached
+    named = named_base(skeleton, call.base) if call.base else {}
     given = {**current, **named}
     if skeleton.written:
-        zero = _batched_zero(active, base, args, kwargs)
+        zero = _batched_zero(call)
         given.update((key, _fresh(given.get(key, skeleton.aliases[key]), zero)) for key in skeleton.written)
     if not current:
         skeleton.filled = given
     for key, tensor in given.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
-    replaced = swap_tensors(skeleton, active)
+    replaced = swap_tensors(skeleton, call.active)
     if replaced and not current:
         skeleton.filled = [*given, *replaced]
 
@@ -80,14 +73,12 @@ def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tens
     return tensors
 
 
-def _batched_zero(
-    active: Mapping[str, Any], base: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor | None:
+def _batched_zero(call: Call) -> Tensor | None:
     """Return a zero with the batch axes of all inputs of a vmapped call: what is written in place must have them."""
     if not _is_transformed():
         return None
-    trees = [tree if isinstance(tree, dict) else tree.tensors() for tree in active.values()]
-    leaves = pytree.tree_leaves((trees, dict(base), args, dict(kwargs)))  # which dynamo traces
+    trees = [tree if isinstance(tree, dict) else tree.tensors() for tree in call.active.values()]
+    leaves = pytree.tree_leaves((trees, dict(call.base), call.args, dict(call.kwargs)))  # which dynamo traces
     zeros = [x.detach().new_zeros((), dtype=torch.float32) for x in leaves if isinstance(x, Tensor)]
     return functools.reduce(torch.add, zeros) if zeros else None
 

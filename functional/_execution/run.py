@@ -11,6 +11,7 @@ from torch import Tensor
 from .._routing.route import Routed
 from .._skeleton.skeleton import Skeleton
 from .bound_model import BoundModel
+from .call import Call
 from .fill import fill
 from .traced import forget_writes, skeleton_for, within
 from .trial import Entered, finder_of, modes_of
@@ -35,27 +36,19 @@ def call(
                 "or buffers to tensors, such as dict(model.named_parameters())"
             )
     active = now(bound.binding.active(params))
-    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    return run(bound, active, base, args, kwargs, return_buffers)
+    given = Call(active, base, args if isinstance(args, tuple) else (args,), kwargs or {}, return_buffers)
+    return _traced(bound, given) if torch.compiler.is_dynamo_compiling() else run(bound, given)
 
 
-def run(
-    bound: BoundModel,
-    active: dict[str, Any],
-    base: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    return_buffers: bool,
-) -> Any:
-    if torch.compiler.is_dynamo_compiling():
-        return _traced(bound, active, base, args, kwargs, return_buffers)
+def run(bound: BoundModel, call: Call) -> Any:
+    """Run one call in a leased skeleton."""
     pool = bound.pool()
-    finder = finder_of(bound, pool, active, base, args, kwargs, Entered("", modes_of(pool)))
+    finder = finder_of(bound, pool, call, Entered("", modes_of(pool)))
     lease = pool.lease()
     try:
         lease.skeleton.context.finder = finder
-        fill(lease.skeleton, active, base, args, kwargs, {})
-        y = _forward(bound, lease.skeleton, args, kwargs, return_buffers, {})
+        fill(lease.skeleton, call, {})
+        y = _forward(bound, lease.skeleton, call, {})
         if finder is not None:
             finder.finish()
         return y
@@ -68,14 +61,7 @@ def now(active: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree.now() if isinstance(tree, Routed) else tree for name, tree in active.items()}
 
 
-def _traced(
-    bound: BoundModel,
-    active: dict[str, Any],
-    base: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    return_buffers: bool,
-) -> Any:
+def _traced(bound: BoundModel, call: Call) -> Any:
     """Run one call under `torch.compile`: it reads the model's own tensors, and leaves its skeleton as it was.
 
     If it cannot be compiled in one piece, `run` runs as it does elsewhere, and what the model calls is compiled.
@@ -85,14 +71,15 @@ def _traced(
     state = dict(context.state)
     hanging = [(container, name, container[name]) for places in skeleton.places.values() for container, name in places]
     finder = None
-    if any(isinstance(tree, Routed) for tree in active.values()):
+    if any(isinstance(tree, Routed) for tree in call.active.values()):
         entered = Entered("", tuple(module.training for _, module in skeleton.modules))
-        finder = finder_of(bound, bound.pools[0], active, base, args, kwargs, entered)
+        finder = finder_of(bound, bound.pools[0], call, entered)
     current = {key: registry[name].detach() for registry, name, key in skeleton.sources.values()}
     try:
         context.finder = finder
-        fill(skeleton, {name: within(tree) for name, tree in active.items()}, base, args, kwargs, current)
-        return _forward(bound, skeleton, args, kwargs, return_buffers, current)
+        active = {name: within(tree) for name, tree in call.active.items()}
+        fill(skeleton, Call(active, call.base, call.args, call.kwargs), current)
+        return _forward(bound, skeleton, call, current)
     finally:
         for container, name, tensor in hanging:
             container[name] = tensor
@@ -101,15 +88,8 @@ def _traced(
             forget_writes(skeleton)
 
 
-def _forward(
-    bound: BoundModel,
-    skeleton: Skeleton,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    return_buffers: bool,
-    current: Mapping[int, Tensor],
-) -> Any:
-    y = skeleton.root(*args, **kwargs)
+def _forward(bound: BoundModel, skeleton: Skeleton, call: Call, current: Mapping[int, Tensor]) -> Any:
+    y = skeleton.root(*call.args, **call.kwargs)
     if not bound.allow_unreached:
         trees, reached = skeleton.context.trees or {}, skeleton.context.reached or set()
         missing = [path for name in trees for path in bound.binding.sites[name] if path not in reached]
@@ -121,7 +101,7 @@ def _forward(
                 "through something a copy cannot follow (a global, a compiled function), leave them out of "
                 "target_modules; if it may run past them, bind(..., allow_unreached=True)"
             )
-    if not return_buffers:
+    if not call.return_buffers:
         return y
     known = {id(tensor) for tensor in (*skeleton.aliases.values(), *current.values())}
     buffers = dict(skeleton.root.named_buffers())

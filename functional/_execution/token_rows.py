@@ -23,7 +23,7 @@ def check_tokens(bound: BoundModel, active: Mapping[str, Any]) -> None:
             )
     for name in stacks if first.tokens > 1 else ():
         for path, site in bound.binding.sites[name].items():
-            if not site.by_token:
+            if not site.routing.by_token:
                 raise UnsupportedCall(
                     f"{path}: it is a site of kind {site.kind!r}, which does not work token by token, in a call that "
                     "routes by tokens; use one adapter for each row, rows of shape (batch,), or target linear layers "

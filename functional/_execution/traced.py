@@ -32,7 +32,7 @@ _AROUND = ("functional_call", "__call__")
 """Those that users may compile."""
 
 
-_OVER = ("call.run", "call._forward")
+_OVER = ("_execution.run.call", "_execution.run.run", "_execution.run._forward")
 """Those that run the model."""
 
 

@@ -33,6 +33,7 @@ from .._rows import Rows
 from .._skeleton.row_outputs import behind
 from .._tensors.wrappers import modules_of
 from .bound_model import BoundModel
+from .call import Call
 from .fill import fill
 from .pool import Pool
 from .token_rows import borders_of, check_sizes, check_tokens
@@ -88,7 +89,9 @@ class ModelTrial:
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
         sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
         spatial = {path: site.features - 1 for path, site in sites.items()}
-        self._recorder = Recorder(spatial | {behind(path): -1 for path, site in sites.items() if site.is_parameter})
+        self._recorder = Recorder(
+            spatial | {behind(path): -1 for path, site in sites.items() if site.routing.by_module}
+        )
         self._sites = set(sites)
         tensors = [t for t in pool.traced.aliases.values() if t.device.type != "meta"]
         self._devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
@@ -123,7 +126,7 @@ class ModelTrial:
             self._recorder.start()
             self._set_modes(skeleton)
             order = {name: trees[name] for name in self._binding.configs if name in trees}
-            fill(skeleton, order, self._base, args, kwargs, {})
+            fill(skeleton, Call(order, self._base, args, kwargs), {})
             skeleton.context.finder, skeleton.context.see = finder, self._recorder
             skeleton.context.apart = self._random
             with calm(seed, self._devices):
@@ -144,25 +147,18 @@ class ModelTrial:
             module.training = mode and (not still or isinstance(module, (_NormBase, nn.MultiheadAttention)))
 
 
-def finder_of(
-    bound: BoundModel,
-    pool: Pool,
-    active: Mapping[str, Any],
-    base: BaseTensors,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    entered: Entered,
-) -> Finder | None:
+def finder_of(bound: BoundModel, pool: Pool, call: Call, entered: Entered) -> Finder | None:
     """Return the finder of a call's rows, after a look where one is needed and possible; `None` without routed stacks.
 
     Raises:
         ValueError: A look that shows no way to give each row its own adapter.
     """
+    active, base = call.active, call.base
     stacks = [tree for tree in active.values() if isinstance(tree, Routed)]
     if not stacks:
         return None
     size, declared, tokens = max(stack.batch for stack in stacks), stacks[0].declared, stacks[0].tokens
-    inputs: Inputs = args, dict(kwargs)
+    inputs: Inputs = call.args, dict(call.kwargs)
     check_tokens(bound, active)
     if size == tokens == 1 or _is_declared(bound, active, declared, tokens):
         return Finder(None)

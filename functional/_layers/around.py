@@ -18,7 +18,7 @@ class Around:
 
     __slots__ = ("base",)
 
-    plain: tuple[Tensor, Tensor | None] | None = None
+    as_linear: tuple[Tensor, Tensor | None] | None = None
 
     def __init__(self, base: Layer):
         self.base = base

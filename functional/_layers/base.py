@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._method import Weighted
 from .._sites.kernels import folded, is_folded
-from .._sites.kinds import is_plain_linear
+from .._sites.kinds import has_linear_forward
 from .._sites.linear import LINEAR
 from .._sites.site import Site
 from .._sites.tensors import check_base
@@ -32,8 +32,8 @@ class Base(Weighted):
         """Call the module itself."""
         module = self.module
         linear = self.site.kind == LINEAR.name and not self.site.transposed
-        if linear and not torch.compiler.is_compiling() and is_plain_linear(module):
-            weight, bias = self.plain_tensors()
+        if linear and not torch.compiler.is_compiling() and has_linear_forward(module):
+            weight, bias = self.own_tensors()
             check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
@@ -53,14 +53,14 @@ class Base(Weighted):
         return self.site.read(self.module)
 
     @property
-    def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
+    def as_linear(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
-        if self.args or self.kwargs or not is_plain_linear(self.module):
+        if self.args or self.kwargs or not has_linear_forward(self.module):
             return None
-        weight, bias = self.plain_tensors()
+        weight, bias = self.own_tensors()
         return self.site.canonical(weight), bias
 
-    def plain_tensors(self) -> tuple[Tensor, Tensor | None]:
+    def own_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias as the module has them, where these are their names."""
         held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
         weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))

@@ -52,7 +52,7 @@ class RoutedLayer(Weighted):
         if layout != LEADING:
             x, base = layout.to_rows(x, size), _Moved(base, layout, size)
         y: Any = NotImplemented
-        if method.routed is not None and not (adapter.site.kind == "embedding" and self._has_many_groups()):
+        if method.routed is not None and not (adapter.site.routing.by_adapter and self._has_many_groups()):
             y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
         if y is NotImplemented:
             y = self._by_adapter(base, x) if self._has_many_groups() else self._general(base, x)
@@ -168,7 +168,7 @@ class RoutedLayer(Weighted):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError(
-            f"{self.entry.site.path}: the weight of a routed module was asked for, and each row has its own. A plain "
+            f"{self.entry.site.path}: the weight of a routed module was asked for, and each row has its own. An "
             "adapter on top whose method needs the dense weight can be routed too: route(stack([tree]), zeros)"
         )
 

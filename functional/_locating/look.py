@@ -153,8 +153,8 @@ def _samples(inputs: Inputs, reading: Reading, size: int, full: bool) -> list[Sa
     if full and size > 1:
         return [Sample(inputs, reading, size, [(row, 0) for row in range(size)])]
     picks = choose_rows(inputs, reading.axis, size)
-    plain = [(row, 0) for row, _ in picks]
-    return [Sample(inputs, reading, size, rows) for rows in ([picks] if picks == plain else [picks, plain])]
+    still = [(row, 0) for row, _ in picks]
+    return [Sample(inputs, reading, size, rows) for rows in ([picks] if picks == still else [picks, still])]
 
 
 def _step(inputs: Inputs, size: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .site import Kind, Lookup, Registration, Site, add_kind
+from .site import Kind, Lookup, Registration, Routing, Site, add_kind
 
 
 def _call(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,7 +33,7 @@ EMBEDDING = add_kind(
         "embedding",
         _call,
         features=0,
-        by_token=True,
+        routing=Routing(by_token=True, by_adapter=True),
         check_readable=_check_fixed,
         registration=Registration(_registered, has_bias=False, flipped=True),
     )

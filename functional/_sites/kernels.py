@@ -95,7 +95,7 @@ def over_values(layer: Callable[[Tensor], Tensor], site: Site, x: Tensor) -> Ten
     2
     """
     what = f"{site.path}: the input is a nested tensor of layout {x.layout}"
-    if not site.by_token:
+    if not site.routing.by_token:
         raise TypeError(
             f"{what}, and this is a {site.kind}, which torch cannot run on one; pad it, or loop over its parts"
         )

@@ -40,7 +40,7 @@ def describe(path: str, module: nn.Module) -> Site | None:
     return None
 
 
-def plain_class(module: nn.Module) -> type:
+def forward_class(module: nn.Module) -> type:
     """Return the class among a module's bases whose forward its kind speaks of.
 
     A weight that is not of floating point is stored in a form that only the module's own class can read.
@@ -48,7 +48,7 @@ def plain_class(module: nn.Module) -> type:
     >>> class Scaled(nn.Embedding):
     ...     def forward(self, ids):
     ...         return 3 * super().forward(ids)
-    >>> plain_class(Scaled(4, 2)).__name__
+    >>> forward_class(Scaled(4, 2)).__name__
     'Embedding'
     """
     site = describe("", module)
@@ -130,34 +130,34 @@ def register_layer(
     _DESCRIBE[cls] = new
 
 
-def register_by_name(module: str, name: str, describe: Describe, *, plain: bool = False) -> None:
+def register_by_name(module: str, name: str, describe: Describe, *, linear_forward: bool = False) -> None:
     """Let modules of a class carry adapters that another library defines, without importing it.
 
     Args:
         module: The name of the Python module that defines the class.
         name: The name of the class.
         describe: `(path, module) -> Site`.
-        plain: Whether its forward is `F.linear` of its canonical weight and its bias, and nothing else.
+        linear_forward: Whether its forward is `F.linear` of its canonical weight and its bias, and nothing else.
     """
     _BY_NAME[module, name] = describe
-    if plain:
-        _PLAIN.add((module, f"{name}.forward"))
+    if linear_forward:
+        _LINEAR_FORWARDS.add((module, f"{name}.forward"))
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module's forward is that of `nn.Linear` itself, or of a layer that is as plain.
+def has_linear_forward(module: nn.Module) -> bool:
+    """Return whether a module's forward is that of `nn.Linear` itself, or of a layer that computes the same.
 
-    >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
+    >>> has_linear_forward(nn.Linear(2, 2)), has_linear_forward(nn.Bilinear(2, 2, 2))
     (True, False)
     """
     cls: Any = type(module)
-    return _has_plain_forward(cls)
+    return _is_linear_forward(cls)
 
 
 @functools.lru_cache(maxsize=256)
-def _has_plain_forward(cls: Any) -> bool:
+def _is_linear_forward(cls: Any) -> bool:
     forward = cls.forward
-    return forward is nn.Linear.forward or (forward.__module__, forward.__qualname__) in _PLAIN
+    return forward is nn.Linear.forward or (forward.__module__, forward.__qualname__) in _LINEAR_FORWARDS
 
 
 # -- those that users register --------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ _DESCRIBE: dict[type, Describe] = {
 }
 
 
-_PLAIN: set[tuple[str, str]] = set()
-"""Forwards that are plain linear maps, by the names of their Python module and of themselves."""
+_LINEAR_FORWARDS: set[tuple[str, str]] = set()
+"""Forwards that are `F.linear`, by the names of their Python module and of themselves."""
 
 _BY_NAME: dict[tuple[str, str], Describe] = {
     ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"): describe_packed,

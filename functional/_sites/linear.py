@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .site import Kind, Registration, Site, add_kind
+from .site import Kind, Registration, Routing, Site, add_kind
 
 
 def _call(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,7 +18,9 @@ def _registered(path: str, module: Any, sizes: tuple[int, int], kernel: tuple[in
     return Site(path, "linear", *sizes)
 
 
-LINEAR = add_kind(Kind("linear", _call, features=1, by_token=True, registration=Registration(_registered)))
+LINEAR = add_kind(
+    Kind("linear", _call, features=1, routing=Routing(by_token=True), registration=Registration(_registered))
+)
 
 
 def describe_linear(path: str, module: nn.Linear) -> Site:

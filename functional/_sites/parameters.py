@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .site import Kind, Site, add_kind
+from .site import Kind, Routing, Site, add_kind
 
 Key = tuple[int, str]
 """What a site is in a model, whatever its names: a module's id and `""`, or the name of one of its parameters."""
@@ -21,9 +21,11 @@ def _pieces(site: Site) -> str | None:
     return f"a parameter of {site.experts} experts has leaves of all experts in one"
 
 
-PARAMETER = add_kind(Kind("parameter", _call, features=0, is_parameter=True))
+PARAMETER = add_kind(Kind("parameter", _call, features=0, routing=Routing(by_module=True), is_parameter=True))
 
-EXPERTS = add_kind(Kind("experts", _call, features=0, is_parameter=True, pieces=_pieces))
+EXPERTS = add_kind(
+    Kind("experts", _call, features=0, routing=Routing(by_module=True), is_parameter=True, pieces=_pieces)
+)
 
 
 HIDES_PRODUCT: list[Callable[[nn.Module, Tensor], bool | None]] = []

@@ -51,14 +51,30 @@ class Registration:
 
 
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """How rows with adapters of their own are computed at sites of a kind.
+
+    Attributes:
+        by_token: Whether each entry of an input but for its features is computed by itself, so that tokens can be
+            routed.
+        by_adapter: Whether tokens of many groups are computed one adapter at a time, also by methods that route.
+        by_module: Whether rows are cut from what the site's module gets and gives, as the site itself is not called.
+    """
+
+    by_token: bool = False
+    by_adapter: bool = False
+    by_module: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of site: what its modules compute, how they hold a weight, and which axes of an input have no rows.
+    """A kind of site: what its modules compute, how they hold a weight, and where an input has rows.
 
     Attributes:
         name: What `Site.kind` says.
         call: `(site, x, weight, bias) -> y`, the function of a module with a canonical weight and bias.
         features: How many axes of an input, from the last, are the features of one entry.
-        by_token: Whether each entry of the other axes is computed by itself.
+        routing: How rows with adapters of their own are computed.
         is_parameter: Whether a site is a bare parameter of a module, which the module's forward reads.
         joined: `(site, stored) -> weight`: the canonical weight from the tensors that hold it.
         split: `(site, weight) -> tensors` by name; the inverse of `joined`.
@@ -71,7 +87,7 @@ class Kind:
     name: str
     call: Callable[[Site, Tensor, Tensor, Tensor | None], Tensor]
     features: int
-    by_token: bool = False
+    routing: Routing = Routing()
     is_parameter: bool = False
     joined: Callable[[Site, Sequence[Tensor]], Tensor] = lambda site, stored: site.canonical(stored[0])
     split: Callable[[Site, Tensor], Mapping[str, Tensor]] = lambda site, weight: {
@@ -166,9 +182,9 @@ class Site:
         return KINDS[self.kind].is_parameter
 
     @property
-    def by_token(self) -> bool:
-        """Whether each entry of an input but for its features is computed by itself."""
-        return KINDS[self.kind].by_token
+    def routing(self) -> Routing:
+        """How its rows are computed where they have adapters of their own."""
+        return KINDS[self.kind].routing
 
     @property
     def features(self) -> int:

@@ -40,7 +40,7 @@ class AdaptedAttention:
         runtime.reach()
         if query.is_nested:  # torch has only its fused kernel for these, which reads the weights
             rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            result: tuple[Tensor, Tensor | None] = runtime.plain.forward(self, query, key, value, *rest)
+            result: tuple[Tensor, Tensor | None] = runtime.forward_class.forward(self, query, key, value, *rest)
             return result
         q, k, v = _project(runtime, query, key, value)
         first = query.ndim == 2 or self.batch_first

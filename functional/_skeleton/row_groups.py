@@ -21,7 +21,7 @@ from .._method import SiteAdapter, is_per_row
 from .._sites.site import Site
 from .._unsupported import UnsupportedCall
 from .context import CallContext
-from .row_outputs import PLAIN, Part, RowOutputs, behind, cannot_route
+from .row_outputs import WITHOUT_ROWS, Part, RowOutputs, behind, cannot_route
 
 
 class Runtime(Protocol):
@@ -126,7 +126,7 @@ class RowGroups:
     def _layout(self, x: Any) -> Layout | None:
         """Return where the rows are in an argument; `None` for what is the same for every row."""
         if not isinstance(x, Tensor):
-            if not isinstance(x, PLAIN):
+            if not isinstance(x, WITHOUT_ROWS):
                 raise UnsupportedCall(
                     cannot_route(self.site.path, f"its module gets a {type(x).__name__}, which has no rows to cut")
                 )

@@ -13,7 +13,7 @@ from .._locating.finder import BatchDim, Finder, axis_said
 from .._locating.layout import LEADING, SHARED, Layout, Place
 from .._unsupported import UnsupportedCall
 
-PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+WITHOUT_ROWS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """Types of arguments and outputs that are the same for every row."""
 
 
@@ -72,7 +72,7 @@ class RowOutputs:
     def _place(self, x: Any) -> Place | None:
         """Return where the rows are in an output; `None` for what is no tensor."""
         if not isinstance(x, Tensor):
-            if not isinstance(x, PLAIN):
+            if not isinstance(x, WITHOUT_ROWS):
                 raise UnsupportedCall(
                     cannot_route(self.path, f"its module returns a {type(x).__name__}, which has no rows to cut")
                 )

@@ -37,7 +37,7 @@ class SiteRuntime:
     inner: Any
     argument: str
     cls: Any
-    plain: Any
+    forward_class: Any
 
     def layer(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
@@ -143,7 +143,7 @@ class AdaptedModule:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = dict(self.__dict__)
         runtime: SiteRuntime = state.pop("_runtime")
-        return _revive, (runtime.cls, runtime.plain, runtime.path, runtime.context, runtime.entries), state
+        return _revive, (runtime.cls, runtime.forward_class, runtime.path, runtime.context, runtime.entries), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
         revive, args, state = self.__reduce_ex__(4)
@@ -153,17 +153,19 @@ class AdaptedModule:
         return result
 
 
-def adapted_class(cls: Any, plain: Any, site: Site) -> type[nn.Module]:
-    """Return `cls` with the adapted forward between its own and that of `plain`, and adapted weights."""
-    return _adapted_class(cls, plain, site.weight_names, site.bias_name, site.kind == "attention")
+def adapted_class(cls: Any, forward_class: Any, site: Site) -> type[nn.Module]:
+    """Return `cls` with the adapted forward between its own and that of `forward_class`, and adapted weights."""
+    return _adapted_class(cls, forward_class, site.weight_names, site.bias_name, site.kind == "attention")
 
 
 @functools.lru_cache(maxsize=256)
-def _adapted_class(cls: Any, plain: Any, weights: tuple[str, ...], bias: str, attention: bool) -> type[nn.Module]:
-    core = _subclass(plain, (AdaptedAttention if attention else AdaptedForward, plain))
+def _adapted_class(
+    cls: Any, forward_class: Any, weights: tuple[str, ...], bias: str, attention: bool
+) -> type[nn.Module]:
+    core = _subclass(forward_class, (AdaptedAttention if attention else AdaptedForward, forward_class))
     held = {name: _held(name, True) for name in weights} | ({bias: _held(bias, False)} if weights else {})
     result: type[nn.Module] = _subclass(
-        cls, (AdaptedModule, core) if cls is plain else (AdaptedModule, cls, core), **held
+        cls, (AdaptedModule, core) if cls is forward_class else (AdaptedModule, cls, core), **held
     )
     return result
 
@@ -184,9 +186,11 @@ def _held(name: str, counts: bool) -> property:
 
 
 @functools.lru_cache(maxsize=256)
-def inner_class(cls: Any, plain: Any) -> type[nn.Module]:
-    """Return `cls` with the forward of `plain`."""
-    result: type[nn.Module] = cls if cls.forward is plain.forward else _subclass(cls, (cls,), forward=plain.forward)
+def inner_class(cls: Any, forward_class: Any) -> type[nn.Module]:
+    """Return `cls` with the forward of `forward_class`."""
+    result: type[nn.Module] = (
+        cls if cls.forward is forward_class.forward else _subclass(cls, (cls,), forward=forward_class.forward)
+    )
     return result
 
 
@@ -195,26 +199,26 @@ def _subclass(cls: Any, bases: tuple[Any, ...], **members: Any) -> Any:
 
 
 def adapt(
-    shell: nn.Module, cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]
+    shell: nn.Module, cls: Any, forward_class: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]
 ) -> None:
     """Turn a bare copy of a module into an adapted one, in place.
 
-    The copy keeps its `__dict__`; a second object of the plain class shares that dict and is the base layer, so
-    hooks, flags and tensors stay one set.
+    The copy keeps its `__dict__`; a second object, with the forward of `forward_class`, shares that dict and is the
+    base layer, so hooks, flags and tensors stay one set.
 
     Args:
         shell: The copy.
         cls: Class of the user's module.
-        plain: The class among its bases whose forward the adapters go around.
+        forward_class: The class among its bases whose forward the adapters go around.
         path: Path of the user's module.
         context: CallContext of the skeleton.
         adapters: Adapters by name, the innermost first.
     """
-    inner = object.__new__(inner_class(cls, plain))
+    inner = object.__new__(inner_class(cls, forward_class))
     object.__setattr__(inner, "__dict__", shell.__dict__)
-    argument = next(iter(list(inspect.signature(plain.forward).parameters)[1:]), "input")
-    shell.__class__ = adapted_class(cls, plain, next(iter(adapters.values())).site)
-    shell.__dict__["_runtime"] = SiteRuntime(path, context, adapters, inner, argument, cls, plain)
+    argument = next(iter(list(inspect.signature(forward_class.forward).parameters)[1:]), "input")
+    shell.__class__ = adapted_class(cls, forward_class, next(iter(adapters.values())).site)
+    shell.__dict__["_runtime"] = SiteRuntime(path, context, adapters, inner, argument, cls, forward_class)
 
 
 def load_below(shell: Any) -> None:
@@ -225,9 +229,11 @@ def load_below(shell: Any) -> None:
         attributes["forward"] = functools.partial(forward.func, inner)
 
 
-def _revive(cls: Any, plain: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]) -> nn.Module:
+def _revive(
+    cls: Any, forward_class: Any, path: str, context: CallContext, adapters: Mapping[str, SiteAdapter]
+) -> nn.Module:
     """Make an adapted module without a state yet, for copies and pickles."""
     shell = object.__new__(cls)
-    adapt(shell, cls, plain, path, context, adapters)
+    adapt(shell, cls, forward_class, path, context, adapters)
     result: nn.Module = shell
     return result

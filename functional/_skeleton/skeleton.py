@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._method import SiteAdapter
 from .._sites.kernels import set_origin
-from .._sites.kinds import plain_class
+from .._sites.kinds import forward_class
 from .._sites.parameters import Key
 from .._tensors.placement import copied_hooks, offloading
 from .._tensors.wrappers import bare_name, check_flat
@@ -266,7 +266,7 @@ class Skeleton:
         self.modules.append((x, new))
         whole = (id(x), "")
         if whole in self._adapters:
-            adapt(new, cls, plain_class(x), self._paths[whole], self.context, self._adapters[whole])
+            adapt(new, cls, forward_class(x), self._paths[whole], self.context, self._adapters[whole])
         self._adapt_parameters(x, new)
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
         for key, value in attributes_of(x).items():

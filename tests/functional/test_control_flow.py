@@ -231,6 +231,22 @@ def test_a_model_that_cannot_be_compiled_whole(checkpointed):
     torch.testing.assert_close(given(trees[0], X), functional_call(graft, (base, trees[0]), (X,)))
 
 
+def test_the_parts_of_a_model_that_cannot_be_compiled_whole_are_compiled():
+    graft, trees = made(breaks=True)
+    compiled = []
+
+    def backend(module, inputs):
+        compiled.append({node.target for node in module.graph.nodes})
+        return module.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda tree, x: graft(tree, x), backend=backend)
+    for tree in trees:
+        torch.testing.assert_close(run(tree, X), graft(tree, X))
+    assert len(compiled) == 2, "the part before the break and the one behind it, once each"
+    assert all(torch.addmm in calls for calls in compiled), "the adapters' products in both"
+
+
 def test_routed_rows_of_a_model_that_cannot_be_compiled_whole():
     graft, trees = made(breaks=True)
     many, rows = stack(trees), torch.tensor([0, 1, 0])

@@ -15,7 +15,7 @@ from torchgraft.functional.extending import (
     Base,
     SiteAdapter,
     beside,
-    plain_class,
+    forward_class,
     unwrapped,
 )
 
@@ -56,10 +56,10 @@ class ActiveAdapters:
         self.entries = [placed(entry, self.device) for entry in own]
         self._hold(layer)
         attention = any(entry.site.kind == "attention" for entry in self.entries)
-        plain: Any = plain_class(base)
-        inherited = type(base).forward is plain.forward and not attention
+        inner: Any = forward_class(base)
+        inherited = type(base).forward is inner.forward and not attention
         inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
-        self.shell = None if inherited or not self.names else Shell(base, plain, self.entries, self.merged)
+        self.shell = None if inherited or not self.names else Shell(base, inner, self.entries, self.merged)
 
     def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""

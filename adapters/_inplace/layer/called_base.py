@@ -27,8 +27,8 @@ class CalledBase(Base):
     __slots__ = ()
 
     def run(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self.plain is not None:
-            check_base(self.site.path, self.plain_tensors()[0], x)
+        if not torch.compiler.is_compiling() and self.as_linear is not None:
+            check_base(self.site.path, self.own_tensors()[0], x)
         result: Tensor = self.module(x, *self.args, **self.kwargs)
         return result
 
@@ -42,12 +42,12 @@ class CalledBase(Base):
         return whole(weight), None if bias is None else whole(bias)
 
     @property
-    def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
+    def as_linear(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
         """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
         own = vars(self.module)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
-        return None if "forward" in own or has_global_hooks() else super().plain
+        return None if "forward" in own or has_global_hooks() else super().as_linear
 
 
 class BaseOverMerged(Base):

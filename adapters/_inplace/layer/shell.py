@@ -46,16 +46,16 @@ class Shell:
     It shares the wrapped module's tensors, hooks and flags; the wrapped module itself stays as it is.
     """
 
-    def __init__(self, base: Any, plain: Any, entries: list[SiteAdapter], merged: Originals | None):
+    def __init__(self, base: Any, forward_class: Any, entries: list[SiteAdapter], merged: Originals | None):
         self.cell = CallContext()
         cls: Any = type(base)
-        self.inner: Any = object.__new__(inner_class(cls, plain))
-        self.module: Any = object.__new__(adapted_class(cls, plain, entries[0].site))
+        self.inner: Any = object.__new__(inner_class(cls, forward_class))
+        self.module: Any = object.__new__(adapted_class(cls, forward_class, entries[0].site))
         state: dict[str, Any] = {}
         for one in (self.inner, self.module):
             object.__setattr__(one, "__dict__", state)
         named = {str(index): entry for index, entry in enumerate(entries)}
-        self.socket = SiteRuntime(entries[0].site.path, self.cell, named, self.inner, "input", cls, plain)
+        self.socket = SiteRuntime(entries[0].site.path, self.cell, named, self.inner, "input", cls, forward_class)
         if merged is not None:
             self.socket = SocketOverMerged(**vars(self.socket), originals=merged)
         self.follow(base)

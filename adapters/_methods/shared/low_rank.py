@@ -52,9 +52,9 @@ def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling
     """
     if not isinstance(dropout, Called):
         p = dropout if base.training else 0.0
-        plain = None if torch.compiler.is_compiling() else base.plain
-        if plain is not None and not isinstance(scaling, Tensor) and fused.fits(x, plain[0], a, b):
-            return fused.linear(x, *plain, a, b, scaling, p)
+        linear = None if torch.compiler.is_compiling() else base.as_linear
+        if linear is not None and not isinstance(scaling, Tensor) and fused.fits(x, linear[0], a, b):
+            return fused.linear(x, *linear, a, b, scaling, p)
     y = base(x)
     x, a, b = widen(dropped(x, dropout, base.training), a, b)
     return add_product(y, F.linear(x, a), b, scaling)
@@ -89,13 +89,13 @@ def route_to_linear(
         rows: The adapter of each row.
     """
     p = p if base.training else 0.0
-    plain = None if torch.compiler.is_compiling() else base.plain
-    if plain is not None and choose(rows, x, a, b) == "equal groups" and fused.fits(x, plain[0], a, b):
+    linear = None if torch.compiler.is_compiling() else base.as_linear
+    if linear is not None and choose(rows, x, a, b) == "equal groups" and fused.fits(x, linear[0], a, b):
         groups = rows.groups()
         if isinstance(scaling, PerAdapter):
             b, scaling = b * scaling.values.to(b.dtype).view(-1, 1, 1), 1.0
         a, b = groups.pick(a), groups.pick(b)
-        return fused.linear(x, *plain, a, b, scaling, p)
+        return fused.linear(x, *linear, a, b, scaling, p)
     y = base(x)
     if p:
         x = F.dropout(x, p)
