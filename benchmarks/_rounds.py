@@ -13,7 +13,15 @@ from tqdm import tqdm
 Cases = Mapping[str, Callable[[], object]]
 
 
-def measure(cases: Cases, rounds: int, *, label: str, repeat: int = 1, warmup: int = 2) -> dict[str, list[float]]:
+def measure(
+    cases: Cases,
+    rounds: int,
+    *,
+    label: str,
+    repeat: int = 1,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds per call of each case in each round.
 
     The order rotates from round to round, so that a slow spell of the machine, or the cache that one case leaves to
@@ -25,6 +33,7 @@ def measure(cases: Cases, rounds: int, *, label: str, repeat: int = 1, warmup: i
         label: What the progress bar says.
         repeat: Calls per sample, for short functions.
         warmup: Rounds that are thrown away.
+        clock: Seconds; `time.thread_time` for functions of one thread, which others on the machine then disturb less.
     """
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -32,12 +41,12 @@ def measure(cases: Cases, rounds: int, *, label: str, repeat: int = 1, warmup: i
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             _synchronise()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeat):
                 cases[name]()
             _synchronise()
             if index >= 0:
-                seconds[name].append((time.perf_counter() - start) / repeat)
+                seconds[name].append((clock() - start) / repeat)
     return seconds
 
 

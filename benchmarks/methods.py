@@ -1,7 +1,8 @@
 """The cost of each method over the frozen base, and of PEFT's: training step, inference, activations kept.
 
 Each method at its defaults, but for fields that a model of this size asks for, on all linear layers of a Llama with
-random weights. Peers in the same rounds: the frozen base, PEFT's layers of the same config.
+random weights: one of width 512 with a batch of 4 x 128, and a launch-bound one, of width 256 with a batch of 1 x 8 on
+one thread, whose processor time is taken. Peers in the same rounds: the frozen base, PEFT's layers of the same config.
 
     python benchmarks/methods.py [--quick] [--only LORA VERA]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import time
 import warnings
 from typing import Any
 
@@ -27,6 +29,9 @@ from torch import Tensor
 from torchgraft import adapters
 from torchgraft.adapters import AdapterConfig
 from torchgraft.functional import bind
+
+SETTINGS = ("training step", "inference", "training step, launch-bound", "inference, launch-bound")
+"""Two of the larger model, two of the smaller."""
 
 
 def special(block: int) -> dict[str, dict[str, Any]]:
@@ -75,7 +80,8 @@ def method_cases(model: Any, ids: Tensor, config: AdapterConfig) -> tuple[Cases,
         "PEFT": step(lambda: theirs(ids).logits, [p for p in theirs.parameters() if p.requires_grad], ids),
     }
     inference = {"frozen base": lambda: model(ids), "torchgraft": lambda: view(ids), "PEFT": lambda: theirs(ids)}
-    own = [*model.parameters(), *model.buffers()]
+    constants = (value for site in graft.sites[""].values() for _, value in site.constants.items())
+    own = [*model.parameters(), *model.buffers(), *(value for value in constants if isinstance(value, Tensor))]
     embedded = model.get_input_embeddings()(ids).requires_grad_()
     kept = {
         "frozen base": saved_bytes(lambda: loss_of(model(inputs_embeds=embedded).logits, ids), own),
@@ -94,25 +100,39 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick or given.only:
         apart()
-    rounds = 1 if given.quick else given.rounds
-    torch.set_num_threads(2)
-    model, ids = (llama(64, 1), tokens(2, 16)) if given.quick else (llama(512, 4), tokens(4, 128))
-    found: dict[str, dict[str, Any]] = {}
-    for name, cls in config_classes(given.only).items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            training, inference, kept = method_cases(model, ids, config_of(cls, 4 if given.quick else 32))
-        one: dict[str, Any] = {
-            "training step": ratios(measure(training, rounds, label=f"{name}: training"), "frozen base"),
-            "inference": ratios(measure(inference, rounds, label=f"{name}: inference"), "frozen base"),
-            "kept_bytes": kept,
-        }
-        found[name] = one
-        for setting in ("training step", "inference"):
-            print(f"{name}: {setting}\n{table(one[setting], 'frozen base')}")
-        print(f"  kept for backward: {kept}")
+    found = {name: measured(cls, given.quick, given.rounds) for name, cls in config_classes(given.only).items()}
     write("methods", {"claim": "what each method costs over the frozen base, beside PEFT's", "methods": found})
     draw(found)
+
+
+def measured(cls: type[AdapterConfig], quick: bool, rounds: int) -> dict[str, Any]:
+    """Return what a method costs in each setting, and the bytes that it keeps for the backward of the larger model."""
+    large, small = ((64, 1, 2, 16, 4), (64, 1, 1, 8, 4)) if quick else ((512, 4, 4, 128, 32), (256, 8, 1, 8, 16))
+    *cases, kept = cases_of(cls, *large)
+    found: dict[str, Any] = {"kept_bytes": kept}
+    torch.set_num_threads(2)
+    for setting, each in zip(SETTINGS[:2], cases, strict=True):
+        seconds = measure(each, 1 if quick else rounds, label=f"{cls.method.name}: {setting}")
+        found[setting] = ratios(seconds, "frozen base")
+    *cases, _ = cases_of(cls, *small)
+    torch.set_num_threads(1)
+    for setting, each in zip(SETTINGS[2:], cases, strict=True):
+        many: dict[str, Any] = {"rounds": 1} if quick else {"rounds": 3 * rounds, "repeat": 3}
+        seconds = measure(each, **many, label=f"{cls.method.name}: {setting}", clock=time.thread_time)
+        found[setting] = ratios(seconds, "frozen base")
+    for setting in SETTINGS:
+        print(f"{cls.method.name}: {setting}\n{table(found[setting], 'frozen base')}")
+    print(f"  kept for backward: {kept}")
+    return found
+
+
+def cases_of(
+    cls: type[AdapterConfig], hidden: int, layers: int, batch: int, length: int, block: int
+) -> tuple[Cases, Cases, dict[str, int]]:
+    """Return `method_cases` of a method on a Llama, with a number of which its sizes are multiples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return method_cases(llama(hidden, layers), tokens(batch, length), config_of(cls, block))
 
 
 def config_classes(only: list[str] | None) -> dict[str, type[AdapterConfig]]:
@@ -122,9 +142,9 @@ def config_classes(only: list[str] | None) -> dict[str, type[AdapterConfig]]:
 
 
 def draw(found: dict[str, dict[str, Any]]) -> None:
-    """Draw a panel for training and one for inference, methods sorted by their cost here."""
+    """Draw a panel for each setting, methods sorted by their cost here."""
     panels = {}
-    for setting in ("training step", "inference"):
+    for setting in SETTINGS:
         rows = sorted(found, key=lambda name: found[name][setting]["torchgraft"]["ratio"])
         panels[setting] = {
             (f"torchgraft, {name}" if who == "torchgraft" else f"PEFT, {name}"): found[name][setting][who]

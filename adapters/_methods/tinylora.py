@@ -153,7 +153,7 @@ def apply(config: TinyLoraConfig, site: Site, leaves: dict[str, Any], base: Laye
     """`base(x) + B R A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
     a, b, p = _fixed(site, leaves)
     v, a, b, p = widen(leaves[V], a, b, p)
-    between = torch.einsum("u,ujk->jk", v, p)
+    between = _between(v, p)
     if site.kind == "embedding":
         y, rows = base(x), F.dropout(F.embedding(x, b), config.tinylora_dropout, base.training)
         return add_scaled(y, rows @ between @ a, 1.0)
@@ -169,7 +169,7 @@ def routed(config: TinyLoraConfig, site: Site, leaves: dict[str, Tensor], base: 
         one.values if isinstance(one, PerAdapter) else one.expand(count, *one.shape) for one in _fixed(site, leaves)
     ]
     v, a, b, p = widen(leaves[V], *each)
-    between = torch.einsum("nu,nujk->njk", v, p)
+    between = _between(v, p)
     return route_to_linear(base, x, a, b @ between, 1.0, config.tinylora_dropout, rows)
 
 
@@ -178,8 +178,13 @@ def merge(
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + B R A`, of an embedding as it is stored."""
     a, b, p = (one.to(weight.dtype) for one in _fixed(site, leaves))
-    delta = b @ torch.einsum("u,ujk->jk", leaves[V], p) @ a
+    delta = b @ _between(leaves[V], p) @ a
     return weight + (delta.mT if site.kind == "embedding" else delta), bias
+
+
+def _between(v: Tensor, p: Tensor) -> Tensor:
+    """`R = sum_i v_i P_i`, `"r r"`, of vectors `"u"` and projections `"u r r"`; of a stack they are stacked."""
+    return (v.unsqueeze(-2) @ p.flatten(-2)).view(*p.shape[:-3], *p.shape[-2:])
 
 
 def _fixed(site: Site, leaves: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -81,11 +81,13 @@ def linear(
     if p:
         keep, kept = draw(x, p)
         scaling = scaling / kept
-    if torch.is_grad_enabled():
-        arguments = (x, weight, bias, a, b, scaling, keep)
-        result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
-        return result
-    return _forward(x, weight, bias, a, b, scaling, keep)[0]
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, _down(x, a, keep), b, scaling)
+    # Where nothing else needs the input it is not kept; a second derivative finds it behind what comes out of `a`.
+    down = None if a.requires_grad or weight.requires_grad else _down(x, a, keep)
+    arguments = (x, weight, bias, a, b, scaling, keep, down)
+    result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
+    return result
 
 
 def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
@@ -108,26 +110,35 @@ def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, weight, _, a, b, scaling, keep = args
-        y, down = _forward(*args)
-        ctx.save_for_backward(x, weight, a, b, down, keep)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        keep: Tensor | None,
+        down: Tensor | None,
+    ) -> Tensor:
+        kept = x if down is None else None
+        down = _down(x, a, keep) if down is None else down
+        ctx.save_for_backward(kept, weight, a, b, down, keep)
         ctx.scaling = scaling
-        return y
+        return _forward(x, weight, bias, down, b, scaling)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, a, b, down, keep = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_a, for_b, _, _ = ctx.needs_input_grad
-        flat, g = g.reshape(-1, g.shape[-1]), _parts(g, b)
+        for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad
+        shape, flat, g = g.shape, g.reshape(-1, g.shape[-1]), _parts(g, b)
         gx = gw = gb = ga = g_bias = None
-        kept = _parts(x if keep is None else x * keep, a)
         up = (g @ b).mul_(ctx.scaling)
         if for_a:
-            ga = up.mT @ kept
+            ga = up.mT @ _parts(x if keep is None else x * keep, a)
         if for_b:
-            if torch.is_grad_enabled():  # what was kept is no function of `x` and `a` to a second derivative
-                down = kept @ a.mT
+            if torch.is_grad_enabled() and x is not None:
+                down = _down(x, a, keep)  # what was kept is no function of `x` and `a` to a second derivative
             gb = (down.mT @ g).mul_(ctx.scaling).mT
         if for_x:
             gx = flat @ weight
@@ -135,22 +146,24 @@ class _Linear(torch.autograd.Function):
                 _add_product_(gx, up, a, 1.0)
             else:
                 gx.add_((up @ a).view(gx.shape).mul_(keep.view(gx.shape)))
-            gx = gx.view(x.shape)
+            gx = gx.view(*shape[:-1], gx.shape[-1])
         if for_weight:
             gw = flat.mT @ x.reshape(-1, x.shape[-1])
         if for_bias:
             g_bias = flat.sum(0)
-        return gx, gw, g_bias, ga, gb, None, None
+        return gx, gw, g_bias, ga, gb, None, None, None
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the output, and the input on `r` coordinates."""
-    down = _parts(x if keep is None else x * keep, a) @ a.mT
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return the output, of an input and of what comes out of `a`."""
     y = base_output(x, weight, bias)
     _add_product_(y, down, b.mT, scaling)
-    return shaped(y, x), down
+    return shaped(y, x)
+
+
+def _down(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
+    """Return the input on `r` coordinates."""
+    return _parts(x if keep is None else x * keep, a) @ a.mT
 
 
 def base_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
