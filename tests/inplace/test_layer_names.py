@@ -5,7 +5,6 @@ import operator
 
 import pytest
 import torch
-from .models import KINDS, SIZES, both, inject, inputs, layers, net, randomise
 from torch import nn
 
 from torchgraft import adapters
@@ -19,6 +18,8 @@ from torchgraft.adapters import (
     save_adapter,
     unmerge_adapter,
 )
+
+from .models import KINDS, SIZES, both, inject, inputs, layers, net, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|weight_decomposition|have no effect)")
 SCALED = ("LORA", "LOHA", "LOKR")

@@ -24,7 +24,6 @@ from ..tensors.gathering import kept
 from ..tensors.originals import Originals
 from .token_rows import TrainableTokensLayer
 
-
 DELTA = "token_adapter.trainable_tokens_delta"
 """Where a wrapper has the rows."""
 

@@ -43,8 +43,9 @@ class NamedLayer(ScaledLayer):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """Names of the attributes that hold other things by adapter: numbers, dropout modules."""
-        forms: list[Any] = [entry.config.form for entry in self._entries.values()]
-        return tuple(dict.fromkeys(name for form in forms for name in (*form.values, form.dropout) if name))
+        configs: list[Any] = [entry.config for entry in self._entries.values()]
+        names = [name for config in configs for name in (*config.form.values, config.form.dropout) if name]
+        return tuple(dict.fromkeys(names))
 
     @property
     def in_features(self) -> int:
@@ -57,21 +58,19 @@ class NamedLayer(ScaledLayer):
         return self._size(1)
 
     def _size(self, side: int) -> int:
-        own, base = ("in_features", "out_features")[side], self.get_base_layer()
-        for entry in self._entries.values():
-            if not entry.site.is_parameter:
-                own = _SIZES.get(entry.site.kind, (own, own))[side]
-            break
+        base, site = self.get_base_layer(), next((entry.site for entry in self._entries.values()), None)
+        own = _SIZES.get(site.kind if site is not None else "", ("in_features", "out_features"))[side]
         found = getattr(base, own, None)
         if isinstance(found, int):
             return found
-        for entry in self._entries.values():
-            return (entry.site.in_features, entry.site.out_features)[side]
-        raise AttributeError(f"{type(base).__name__} has no {own}, and no adapter is on it that says it")
+        if site is None:
+            raise AttributeError(f"{type(base).__name__} has no {own}, and no adapter on it says its size")
+        return (site.in_features, site.out_features)[side]
 
     def get_base_weight(self) -> Tensor:
         """Return the base's weight as it is now, merged adapters in it, whole and without autograd."""
-        return whole(resting(self.get_base_layer(), self._weight_name)).detach()
+        weight: Tensor = whole(resting(self.get_base_layer(), self._weight_name))
+        return weight.detach()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Write to the base's weight, in place.

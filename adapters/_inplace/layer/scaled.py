@@ -74,12 +74,13 @@ class ScaledLayer(MergingLayer):
         Raises:
             RuntimeError: Something else wrote to the weights while adapters were merged.
         """
-        present = self.scaling_of(adapter)
-        if present is self.adjustable.get(adapter):
+        factor = self.adjustable.get(adapter)
+        if factor is not None and factor is self.scaling_of(adapter):
             self.check_unwritten()
             with torch.no_grad():
-                present.fill_(value)
-            self.remerge(self.merged_adapters) if self.merged else None
+                factor.fill_(value)
+            if self.merged:
+                self.remerge(self.merged_adapters)
             return
         entry: Any = self._entries[adapter]
         self.set_constants(adapter, entry.config.form.values["scaling"].set(entry.config, entry.site, value))
