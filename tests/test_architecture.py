@@ -51,7 +51,8 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: names hub card tuners status weights ranks hotswap peft_model tasks peft_modules alias
+        _peft: names hub card tuners status weights ranks hotswap peft_model tasks layer_classes helpers lookups
+            optimizers precision peft_modules alias
         .: __init__
     """,
     "functional": """
