@@ -16,7 +16,11 @@ from .._config.base import AdapterConfig, config_types
 from .._config.keys import PREFIX, split_key
 from .._config.peft_type import PeftType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
+from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
+from . import helpers, hotswap, lookups, optimizers, precision
+from .layer_classes import classes_in_package, layer_classes
+from .lookups import factorization
 from .peft_model import PeftModel
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
@@ -35,21 +39,15 @@ class TaskType(enum.StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class _OfMethod(type):
-    """Layers that carry an adapter of one method, as far as `isinstance` goes."""
-
-    method: str
+class _Wrappers(type):
+    """What adapters have in the place of modules that are trained otherwise, as far as `isinstance` goes."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, BaseTunerLayer) and any(
-            entry.config.method.name == cls.method for entry in instance.entries.values()
-        )
+        return isinstance(instance, (ModulesToSaveWrapper, TrainableTokensWrapper))
 
 
-def _layer_class(config: type[AdapterConfig]) -> type:
-    """Make the class that PEFT has for layers with an adapter of a method: `LoraLayer` beside `LoraConfig`."""
-    method, name = config.method.name, config.__name__.replace("Config", "Layer")
-    return _OfMethod(name, (), {"method": method, "__doc__": f"Layers with an adapter of type {method}."})
+class AuxiliaryTrainingWrapper(metaclass=_Wrappers):
+    """Wrappers of `modules_to_save`, and of embeddings of which adapters train rows."""
 
 
 def build_peft_weight_mapping(
@@ -108,10 +106,15 @@ def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
 _METHODS = config_types()
 """Every method of this package: `adapters/__init__.py` imports them before this module."""
 _CONFIGS = {cls.__name__: cls for cls in _METHODS.values()}
+_LAYERS = {name: layer_classes(cls) for name, cls in _METHODS.items()}
 _TUNERS: dict[str, dict[str, Any]] = {
-    f"peft.tuners.{name.lower()}": {one.__name__: one for one in (cls, _layer_class(cls), tuner_class(cls))}
+    f"peft.tuners.{name.lower()}": {
+        **{one.__name__: one for one in (cls, tuner_class(cls))},
+        **classes_in_package(cls, _LAYERS[name]),
+    }
     for name, cls in _METHODS.items()
 }
+_LAYER_MODULES = {f"peft.tuners.{name.lower()}.layer": classes for name, classes in _LAYERS.items()}
 _LORA = _TUNERS["peft.tuners.lora"]
 _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
 _TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
@@ -136,7 +139,45 @@ _CALLS = {
     **_STATE,
 }
 _TYPES = {"PeftType": PeftType, "TaskType": TaskType}
-_WRAPPERS = {"AuxiliaryTrainingWrapper": ModulesToSaveWrapper, "ModulesToSaveWrapper": ModulesToSaveWrapper}
+_WRAPPERS = {
+    "AuxiliaryTrainingWrapper": AuxiliaryTrainingWrapper,
+    "ModulesToSaveWrapper": ModulesToSaveWrapper,
+    "TrainableTokensWrapper": TrainableTokensWrapper,
+}
+_UTILS = {
+    "_get_submodules": lookups.get_submodules,
+    "cast_mixed_precision_params": precision.cast_mixed_precision_params,
+    "infer_device": lookups.infer_device,
+    "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
+    "transpose": lookups.transpose,
+}
+_BASE_STATE = {
+    "get_base_model_state_dict": inplace.get_base_model_state_dict,
+    "set_base_model_state_dict": inplace.set_base_model_state_dict,
+}
+_OPTIMIZERS = {
+    "create_lorafa_optimizer": optimizers.create_lorafa_optimizer,
+    "create_loraplus_optimizer": optimizers.create_loraplus_optimizer,
+}
+_HOTSWAP = {
+    one.__name__: one
+    for one in (
+        hotswap.hotswap_adapter,
+        hotswap.hotswap_adapter_from_state_dict,
+        hotswap.prepare_model_for_compiled_hotswap,
+    )
+}
+_HELPERS = {
+    one.__name__: one
+    for one in (
+        helpers.check_if_peft_model,
+        helpers.disable_input_dtype_casting,
+        helpers.rescale_adapter_scale,
+        helpers.update_forward_signature,
+        helpers.update_generate_signature,
+        helpers.update_signature,
+    )
+}
 _FILES = {
     "CONFIG_NAME": "adapter_config.json",
     "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
@@ -157,6 +198,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "get_model_status": get_model_status,
         **_TYPES,
         **_STATE,
+        **_BASE_STATE,
+        "cast_mixed_precision_params": precision.cast_mixed_precision_params,
+        "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
         "PeftConfig": AdapterConfig,
         "PeftMixedModel": PeftMixedModel,
@@ -166,20 +210,32 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     },
     "peft.config": {"PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
+    "peft.helpers": _HELPERS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
     "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
+    "peft.optimizers": _OPTIMIZERS,
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
     "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS},
     **_TUNERS,
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
-    "peft.tuners.lora.layer": {"LoraLayer": _LORA["LoraLayer"]},
+    **_LAYER_MODULES,
+    "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
-    "peft.utils": {**_FILES, **_STATE, **_TYPES, **_WRAPPERS},
-    "peft.utils.other": {**_FILES, **_WRAPPERS},
+    "peft.utils": {
+        **_FILES,
+        **_STATE,
+        **_BASE_STATE,
+        **_TYPES,
+        **_WRAPPERS,
+        **_UTILS,
+        "load_peft_weights": load_peft_weights,
+    },
+    "peft.utils.hotswap": _HOTSWAP,
+    "peft.utils.other": {**_FILES, **_WRAPPERS, **_UTILS, "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy},
     "peft.utils.peft_types": _TYPES,
-    "peft.utils.save_and_load": {**_STATE, "load_peft_weights": load_peft_weights},
+    "peft.utils.save_and_load": {**_STATE, **_BASE_STATE, "load_peft_weights": load_peft_weights},
     "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": build_peft_weight_mapping},
 }
 """The names of each module."""
