@@ -50,7 +50,7 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: names hub card tuners status weights peft_model tasks peft_modules alias
+        _peft: names absent hub card tuners status weights peft_model tasks peft_modules alias
         .: __init__
     """,
     "functional": """

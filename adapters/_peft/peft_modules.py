@@ -17,6 +17,7 @@ from .._config.keys import PREFIX, split_key
 from .._config.peft_type import PeftType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._methods.lora.lora import LoraConfig
+from .absent import Absent, absent_names
 from .peft_model import PeftModel
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
@@ -142,13 +143,16 @@ _FILES = {
     "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
     "WEIGHTS_NAME": "adapter_model.bin",
 }
+_ABSENT = absent_names(_METHODS)
 _TABLES = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": _METHODS,
     "PEFT_TYPE_TO_PREFIX_MAPPING": {name: cls.form.prefix for name, cls in _METHODS.items()},
 }
 
 MODULES: Mapping[str, Mapping[str, Any]] = {
+    **_ABSENT,
     "peft": {
+        **_ABSENT["peft"],
         **_CONFIGS,
         **_STARTS,
         **_MODELS,
@@ -164,13 +168,13 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
         "load_peft_weights": load_peft_weights,
     },
-    "peft.config": {"PeftConfig": AdapterConfig},
+    "peft.config": {**_ABSENT["peft.config"], "PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
     "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
-    "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS},
+    "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS},
     **_TUNERS,
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
@@ -208,7 +212,8 @@ def missing(name: str) -> str:
     """Return what to say when somebody asks for a name that is not here."""
     module, _, attribute = name.rpartition(".")
     nested = {other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")}
-    offered = sorted({*MODULES.get(module, ()), *(other for other in nested if "." not in other)})
+    here = [other for other, value in MODULES.get(module, {}).items() if not isinstance(value, Absent)]
+    offered = sorted({*here, *(other for other in nested if "." not in other)})
     return (
         f"torchgraft stands in for peft here (as_peft()) and has no {attribute!r} in {module}; it offers "
         f"{', '.join(offered) or 'nothing there'}. Leave as_peft() to have PEFT's own"
