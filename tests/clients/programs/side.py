@@ -17,8 +17,8 @@ class WithoutPeft(PathFinder):
         return None if name.partition(".")[0] == "peft" else super().find_spec(name, path, target)
 
     @classmethod
-    def find_distributions(cls, context=importlib.metadata.DistributionFinder.Context()):
-        return (one for one in super().find_distributions(context) if one.metadata["Name"] != "peft")
+    def find_distributions(cls, *args, **kwargs):
+        return (one for one in super().find_distributions(*args, **kwargs) if one.metadata["Name"] != "peft")
 
 
 def hide_peft():
