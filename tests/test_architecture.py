@@ -42,7 +42,8 @@ ORDER = {
         _inplace: root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens
-        _inplace/layer: reads containers holders leaves weights called_base shell active values tuner_layer parameters
+        _inplace/layer: reads containers holders leaves weights called_base shell active values scaled names
+            tuner_layer parameters
         _inplace: walk switch merging
         _inplace/states: bare layouts base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
@@ -50,7 +51,7 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: names absent hub card tuners status weights peft_model tasks peft_modules alias
+        _peft: names absent hub card tuners status weights ranks hotswap peft_model tasks peft_modules alias
         .: __init__
     """,
     "functional": """

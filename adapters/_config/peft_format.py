@@ -10,6 +10,16 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Site
 
+KINDS = {
+    "linear": "Linear",
+    "embedding": "Embedding",
+    "conv1d": "Conv1d",
+    "conv2d": "Conv2d",
+    "conv3d": "Conv3d",
+    "attention": "MultiheadAttention",
+}
+"""What the names of PEFT's classes of layers have of the kind of a site."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Value:
@@ -18,10 +28,12 @@ class Value:
     Attributes:
         get: `(config, site) -> value`.
         set: `(config, site, value) -> constants` that change with it; `None` where the value is fixed.
+        planned: `(config, site) -> value` as the config plans it, where it can be written.
     """
 
     get: Callable[[Any, Site], Any]
     set: Callable[[Any, Site, Any], Mapping[str, Any]] | None = None
+    planned: Callable[[Any, Site], Any] | None = None
 
 
 def as_they_are(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,6 +82,7 @@ class PeftFormat:
             another form.
         unpack: The same, back; also of tensors on the meta device.
         only_here: Fields that PEFT's config of this method does not have; written only where they say something.
+        layers: Names of PEFT's classes of layers, with the kind's name in braces.
     """
 
     prefix: str
@@ -98,6 +111,15 @@ class PeftFormat:
     pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     only_here: tuple[str, ...] = ()
+    layers: str = "{}"
+
+    def layer_name(self, site: Site) -> str:
+        """Return the name that PEFT has for the class of a site's layer.
+
+        >>> PeftFormat("lora_", layers="SVD{}").layer_name(Site("a", "linear", 2, 2))
+        'SVDLinear'
+        """
+        return "ParamWrapper" if site.is_parameter else self.layers.format(KINDS[site.kind])
 
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
         """Return the leaves of a site that are not trained, by name."""

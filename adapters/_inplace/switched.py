@@ -27,6 +27,14 @@ class Switched:
         """Whether what the user had is there alone."""
         return self._disabled
 
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self._active
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self._disabled
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and trainable unless `inference_mode`; all others are frozen.
 

@@ -204,6 +204,7 @@ def _infer(config: C3AConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict
 
 C3AConfig.form = PeftFormat(
     prefix="c3a_",
+    layers="C3A{}",
     parameters=("c3a_kernel",),
     infer=_infer,
     values={"block_size": Value(lambda config, site: site.constants.block_size)},

@@ -200,6 +200,7 @@ def _infer(config: DeloraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> d
 
 DeloraConfig.form = PeftFormat(
     prefix="delora_",
+    layers="Delora{}",
     parameters=("delora_A", "delora_B", "delora_lambda", NORM),
     dropout="delora_dropout",
     probability="module_dropout",

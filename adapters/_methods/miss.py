@@ -216,6 +216,7 @@ def _infer(config: MissConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 MissConfig.form = PeftFormat(
     prefix="miss_",
+    layers="Miss{}",
     parameters=("miss_block",),
     dropout="miss_dropout",
     infer=_infer,

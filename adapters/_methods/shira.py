@@ -293,7 +293,11 @@ ShiraConfig.form = PeftFormat(
     express=_express,
     values={
         "r": Value(lambda config, site: config.r),
-        "scaling": Value(lambda config, site: site.constants.scaling, lambda config, site, s: {"scaling": float(s)}),
+        "scaling": Value(
+            lambda config, site: site.constants.scaling,
+            lambda config, site, s: {"scaling": float(s)},
+            lambda config, site: 1.0,
+        ),
     },
     only_here=("bias", "exclude_modules", "layers_pattern", "layers_to_transform"),
 )

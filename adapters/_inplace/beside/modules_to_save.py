@@ -34,11 +34,20 @@ class ModulesToSaveWrapper(Switched, nn.Module):
         self._disabled = False
 
     is_layer = False
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
 
     @property
     def carried_adapters(self) -> list[str]:
         """Names of the adapters that have a copy here."""
         return list(self.modules_to_save)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
 
     def add(
         self, name: str, given: Mapping[str, Tensor] | None = None, tied: Mapping[str, nn.Parameter] | None = None
@@ -133,6 +142,10 @@ class ModulesToSaveWrapper(Switched, nn.Module):
             return {}
         names = self.modules_to_save[adapter_name].state_dict()
         return {name: f"modules_to_save.{adapter_name}.{name}" for name in names}
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of an adapter's copy by their names in files, from the state dict of this wrapper."""
+        return {name: state_dict[key] for name, key in self.adapter_state_dict_load_map(adapter_name).items()}
 
     @property
     def user_module(self) -> Any:

@@ -43,6 +43,17 @@ class TrainableTokensLayer(nn.Module):
         result: Tensor = weight
         return result
 
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices",)
+
+    def get_base_layer(self) -> Any:
+        """Return the user's module."""
+        return self.base_layer
+
+    def get_merged_weights(self, active_adapters: Iterable[str]) -> Tensor:
+        """Return the base's weight with the rows of these adapters, in their order."""
+        return self.weight_with(self.rows(name) for name in active_adapters)
+
     def rows(self, name: str) -> tuple[Tensor, list[int]]:
         """Return an adapter's rows and their indices."""
         return resting(self.trainable_tokens_delta, name), self.token_indices[name]

@@ -24,6 +24,9 @@ from ..tensors.gathering import kept
 from ..tensors.originals import Originals
 from .token_rows import TrainableTokensLayer
 
+DELTA = "token_adapter.trainable_tokens_delta"
+"""Where a wrapper has the rows."""
+
 
 class TrainableTokensWrapper(Switched, nn.Module):
     """What stands in the place of an embedding of which adapters train rows, or of a module that is tied to one.
@@ -65,6 +68,30 @@ class TrainableTokensWrapper(Switched, nn.Module):
         return [*self.token_adapter.trainable_tokens_delta, *self._sources]
 
     is_layer = False
+    adapter_layer_names = (DELTA,)
+    other_param_names = ("token_adapter.token_indices",)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.carried_adapters)
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.carried_adapters)
+
+    @property
+    def original_module(self) -> Any:
+        """The user's module."""
+        return self.token_adapter.base_layer
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return the name in this wrapper of an adapter's rows, by its name in files; a tied module has none."""
+        if adapter_name not in self.token_adapter.trainable_tokens_delta:
+            return {}
+        return {DELTA: f"{DELTA}.{adapter_name}"}
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return an adapter's rows by their name in files, from the state dict of this wrapper."""
+        return {name: state_dict[key] for name, key in self.adapter_state_dict_load_map(adapter_name).items()}
 
     def rows(self, name: str) -> tuple[Tensor, list[int]]:
         """Return an adapter's rows and their indices."""

@@ -65,7 +65,8 @@ class ActiveAdapters:
         """Take the leaves as they are, and where they hang."""
         self.held = [layer.held(name) for name in self.names]
         self.sharing = any(entry.site.shared for entry in self.entries)
-        self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name]) for name in self.names]
+        casts = bool(getattr(layer, "cast_input_dtype_enabled", True))
+        self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name], casts) for name in self.names]
         self.watch = Watch(self.holders)
         modules: Any = layer._modules
         self._hung = [

@@ -56,6 +56,7 @@ class Holders:
         made: What the modules computed that were made to hold leaves, by attribute and adapter.
         name: The adapter's name.
         entry: Its config and site.
+        casts: Whether modules that are called get their input in the dtype of their weight.
 
     Attributes:
         parts: Each of them.
@@ -70,7 +71,9 @@ class Holders:
         made: Mapping[tuple[str, str], Traits | None],
         name: str,
         entry: SiteAdapter,
+        casts: bool = True,
     ):
+        self._casts = casts
         config: Any = entry.config
         self._entry, form = entry, config.form
         self._called = not (entry.site.is_parameter or entry.site.kind == "attention")
@@ -111,7 +114,7 @@ class Holders:
         found = {leaf: getattr(box, key) for leaf, box, key in self._bare}
         for leaf, module, *_ in self.parts:
             if called and (self._called or leaf == DROPOUT):
-                found[leaf] = Called(module, path, leaf)
+                found[leaf] = Called(module, path, leaf, self._casts)
             elif leaf != DROPOUT:
                 found[leaf] = read(module, "weight", path, leaf)
                 if leaf in self._biases:

@@ -124,6 +124,13 @@ class LayerLeaves(nn.Module):
                 held: Any = container[name]
                 del held[entry.config.form.places(entry.site)[attribute][1]]
 
+    def replace_adapter(self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter]) -> None:
+        """Give an adapter other parameters, of other shapes, and the config and the site that go with these."""
+        order = list(self._entries)
+        self.drop(name)
+        self.add(name, entry, leaves, SharedContainers([]))
+        self._entries = {one: self._entries[one] for one in order}
+
     def _put(self, attribute: str, name: str, module: nn.Module) -> None:
         """Hang a module of an adapter in, and note what it computes."""
         self.made[attribute, name] = traits(module)

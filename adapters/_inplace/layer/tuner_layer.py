@@ -14,15 +14,15 @@ from ..placed import own_modules
 from ..switched import Switched
 from .active import ActiveAdapters
 from .containers import Container
+from .names import NamedLayer
 from .reads import computes
 from .values import Values
-from .weights import MergingLayer
 
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with `child.weight` instead of calling the child."""
 
 
-class BaseTunerLayer(Switched, MergingLayer):
+class BaseTunerLayer(Switched, NamedLayer):
     """A module of the user's model with adapters on it, by name.
 
     The wrapped module is `base_layer`. Parameters hang where PEFT has them, `layer.lora_A["default"].weight`, and so
@@ -202,7 +202,3 @@ class BaseTunerLayer(Switched, MergingLayer):
         if any(name in entry.site.names for entry in self._entries.values()):
             return self._held(name)
         return getattr(self.get_base_layer(), name)
-
-    def _get_name(self) -> str:
-        methods = sorted({entry.config.method.name.lower() for entry in self._entries.values()})
-        return ".".join([*methods, type(self.base_layer).__name__])

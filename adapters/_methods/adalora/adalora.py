@@ -26,7 +26,7 @@ from ..._config.peft_format import PeftFormat, Value
 from ..lora.fields import LoraFields
 from ..shared.called import DROPOUT, dropped
 from ..shared.low_rank import add_to_linear, route_to_linear
-from ..shared.scalings import of_adalora
+from ..shared.scalings import of_adalora, planned_alpha
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -133,7 +133,7 @@ def plan(config: AdaLoraConfig, sites: list[Site], weights: Weights) -> dict[str
             f"rank_pattern has {len(mask)} entries for {path}, expected one for each of the init_r={config.init_r} "
             "triplets",
         )
-    alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
+    alpha = planned_alpha(config)
     return {
         site.path: AdaLoraConstants(
             sum(patterns[site.path]) if site.path in patterns else config.init_r, **_scaled(config, alpha)
@@ -244,6 +244,7 @@ def _infer(config: AdaLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> 
 
 AdaLoraConfig.form = PeftFormat(
     prefix="lora_",
+    layers="SVD{}",
     dropout="lora_dropout",
     ranked=("lora_E",),
     infer=_infer,
@@ -254,7 +255,9 @@ AdaLoraConfig.form = PeftFormat(
         "r": Value(lambda config, site: site.constants.r),
         "ranknum": Value(lambda config, site: float(config.init_r)),
         "scaling": Value(
-            lambda config, site: site.constants.lora_alpha, lambda config, site, value: _scaled(config, value)
+            lambda config, site: site.constants.lora_alpha,
+            lambda config, site, value: _scaled(config, value),
+            lambda config, site: planned_alpha(config),
         ),
     },
 )

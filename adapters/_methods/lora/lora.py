@@ -38,7 +38,15 @@ from ..._config.base import AdapterConfig
 from ..._config.matching import by_pattern
 from ..._config.messages import require
 from ..._config.peft_format import PeftFormat, Value
-from ..shared.scalings import alpha_at, of_patterns, ranks_of, scaling_of, warn_of_unused_patterns, written
+from ..shared.scalings import (
+    alpha_at,
+    of_patterns,
+    planned_scaling,
+    ranks_of,
+    scaling_of,
+    warn_of_unused_patterns,
+    written,
+)
 from . import dora, forward
 from .constants import LoraConstants
 from .fields import LoraFields
@@ -270,7 +278,7 @@ LoraConfig.form = PeftFormat(
     values={
         "lora_alpha": Value(alpha_at),
         "r": Value(lambda config, site: site.constants.r),
-        "scaling": Value(lambda config, site: site.constants.scaling, written),
+        "scaling": Value(lambda config, site: site.constants.scaling, written, planned_scaling),
         "use_rslora": Value(lambda config, site: config.use_rslora),
         "use_dora": Value(lambda config, site: config.use_dora),
         "lora_bias": Value(lambda config, site: config.lora_bias),

@@ -28,6 +28,7 @@ class Called:
         module: The module.
         path: Path of the site.
         name: Name of the leaf.
+        casts: Whether it gets its input in the dtype of its weight.
 
     >>> double = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.constant_(double.weight, 2.0)
@@ -36,10 +37,10 @@ class Called:
     2.0
     """
 
-    __slots__ = ("module", "name", "path")
+    __slots__ = ("casts", "module", "name", "path")
 
-    def __init__(self, module: Any, path: str, name: str):
-        self.module, self.path, self.name = module, path, name
+    def __init__(self, module: Any, path: str, name: str, casts: bool = True):
+        self.module, self.path, self.name, self.casts = module, path, name, casts
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output."""
@@ -69,6 +70,8 @@ class Called:
 
     def cast(self, x: Tensor) -> Tensor:
         """Return an input in the dtype that the module computes in, as far as its weight says it."""
+        if not self.casts:
+            return x
         weight = getattr(self.module, "weight", None)
         floating = isinstance(weight, Tensor) and weight.is_floating_point()
         return x.to(weight.dtype) if floating and x.is_floating_point() else x  # type: ignore[union-attr]

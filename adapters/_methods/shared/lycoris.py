@@ -13,7 +13,7 @@ from torchgraft.functional import Constants, Site, Varying, Weights
 from ..._config.matching import by_pattern
 from ..._config.messages import require
 from ..._config.peft_format import Value
-from .scalings import alpha_at, scaling_of, warn_of_unused_patterns, written
+from .scalings import alpha_at, planned_scaling, scaling_of, warn_of_unused_patterns, written
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +81,6 @@ VALUES = {
     "module_dropout": Value(lambda config, site: config.module_dropout),
     "r": Value(lambda config, site: site.constants.r),
     "rank_dropout": Value(lambda config, site: config.rank_dropout),
-    "scaling": Value(lambda config, site: site.constants.scaling, written),
+    "scaling": Value(lambda config, site: site.constants.scaling, written, planned_scaling),
 }
 """The numbers that layers show for each adapter."""

@@ -51,6 +51,11 @@ def scaling_of(config: Any, r: int, alpha: float) -> float:
     return alpha / _denominator(config, r)
 
 
+def planned_scaling(config: Any, site: Site) -> float:
+    """Return the scaling factor that a config of LoRA, LoHa or LoKr means at a site."""
+    return scaling_of(config, site.constants.r, alpha_at(config, site))
+
+
 def _denominator(config: Any, r: int) -> float:
     return math.sqrt(r) if getattr(config, "use_rslora", False) else r
 
@@ -143,9 +148,15 @@ def _as_float(value: Any) -> float:
     return float(value) if not isinstance(value, Tensor) or (value.numel() == 1 and not value.is_meta) else math.nan
 
 
+def planned_alpha(config: Any) -> float:
+    """Return the scaling factor that an AdaLoRA config means."""
+    alpha: float = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
+    return alpha
+
+
 def of_adalora(config: Any, sites: Sites) -> dict[str, Any]:
     """Return the field of an AdaLoRA config with the scaling factor of these sites."""
-    planned = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
+    planned = planned_alpha(config)
     alphas = {path: _number(config, site, "lora_alpha") for path, site in sites.items()}
     if set(alphas.values()) == {planned}:
         return {}
