@@ -142,6 +142,17 @@ def hotswap_adapter_from_state_dict(
     swap.run({keys.get(key, key): tensor for key, tensor in given.items()})
 
 
+def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:
+    """Refuse configs of adapters that cannot be swapped for each other; swapping checks that too.
+
+    Raises:
+        ValueError: Says in which field they differ.
+
+    >>> check_hotswap_configs_compatible(LoraConfig(r=2), LoraConfig(r=4))
+    """
+    _check_configs(config0, config1, "0")
+
+
 class _Swap:
     """Another adapter's numbers on their way into an adapter of a model.
 

@@ -18,6 +18,13 @@ from .._config.peft_type import PeftType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._methods.lora.lora import LoraConfig
 from .absent import Absent, absent_names
+from .helpers import disable_input_dtype_casting
+from .hotswap import (
+    check_hotswap_configs_compatible,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from .peft_model import PeftModel
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
@@ -179,8 +186,20 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     "peft.tuners.lora.layer": {"LoraLayer": _LORA["LoraLayer"]},
+    "peft.tuners.loha.layer": {"LoHaLayer": _TUNERS["peft.tuners.loha"]["LoHaLayer"]},
+    "peft.tuners.lokr.layer": {"LoKrLayer": _TUNERS["peft.tuners.lokr"]["LoKrLayer"]},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
     "peft.utils": {**_FILES, **_STATE, **_TYPES, **_WRAPPERS},
+    "peft.helpers": {"disable_input_dtype_casting": disable_input_dtype_casting},
+    "peft.utils.hotswap": {
+        one.__name__: one
+        for one in (
+            check_hotswap_configs_compatible,
+            hotswap_adapter,
+            hotswap_adapter_from_state_dict,
+            prepare_model_for_compiled_hotswap,
+        )
+    },
     "peft.utils.other": {**_FILES, **_WRAPPERS},
     "peft.utils.peft_types": _TYPES,
     "peft.utils.save_and_load": {**_STATE, "load_peft_weights": load_peft_weights},

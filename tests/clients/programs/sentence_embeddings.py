@@ -11,6 +11,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, TaskType
+from sentence_transformers.sentence_transformer import losses, modules
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(26))]
 core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
@@ -24,8 +25,8 @@ with tempfile.TemporaryDirectory() as folder:
     )
     transformers.BertModel(config).save_pretrained(f"{folder}/bert")
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(f"{folder}/bert")
-    words = st.models.Transformer(f"{folder}/bert", max_seq_length=16)
-    model = st.SentenceTransformer(modules=[words, st.models.Pooling(words.get_word_embedding_dimension())], device="cpu")
+    words = modules.Transformer(f"{folder}/bert", max_seq_length=16)
+    model = st.SentenceTransformer(modules=[words, modules.Pooling(words.get_word_embedding_dimension())], device="cpu")
     base = model.encode(texts, convert_to_tensor=True)
     record("base", base)
     lora = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=2, lora_alpha=4, target_modules=["query", "value"])
@@ -37,7 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
         f"{folder}/out", max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, report_to=[], use_cpu=True,
         save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    loss = st.losses.MultipleNegativesRankingLoss(model)
+    loss = losses.MultipleNegativesRankingLoss(model)
     st.SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss).train()
     trained = model.encode(texts, convert_to_tensor=True)
     record("trained", trained)
