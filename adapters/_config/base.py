@@ -308,6 +308,10 @@ class AdapterConfig:
         return read_file(path_json_file)
 
 
+PeftConfig = AdapterConfig
+"""PEFT's name of what all configs share."""
+
+
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """Make a config of its fields: PEFT's name of `AdapterConfig.from_dict`.
 

@@ -57,8 +57,8 @@ def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     targets = config.target_modules
     if targets is None or (not isinstance(targets, str) and not targets):
         raise ValueError(
-            f"{type(config).__name__}: target_modules is {spelled(targets)}; name the modules to adapt, as a list of names "
-            f"or a regular expression, or use 'all-linear'. The model has {_sample(modules)}"
+            f"{type(config).__name__}: target_modules is {spelled(targets)}; name the modules to adapt, as a list of "
+            f"names or a regular expression, or use 'all-linear'. The model has {_sample(modules)}"
         )
     names = list(modules)
     if isinstance(targets, str) and targets.lower() == "all-linear":
