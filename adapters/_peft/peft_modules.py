@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -12,12 +11,14 @@ from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .._config.base import AdapterConfig, config_types
+from .._config.base import AdapterConfig, config_types, get_peft_config
+from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .._config.keys import PREFIX, split_key
-from .._config.peft_type import PeftType
+from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._methods.lora.lora import LoraConfig
 from .absent import Absent, absent_names
+from .auto import AUTO_MODELS
 from .helpers import disable_input_dtype_casting
 from .hotswap import (
     check_hotswap_configs_compatible,
@@ -30,17 +31,6 @@ from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
 from .tuners import BaseTuner, tuner_class
 from .weights import load_peft_weights
-
-
-class TaskType(enum.StrEnum):
-    """PEFT's names of tasks, for `task_type`."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class _OfMethod(type):
@@ -125,6 +115,8 @@ _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": L
 _TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
 _MODELS = {cls.__name__: cls for cls in _TASKS}
 _TUNER_MODELS: dict[str, type] = {tuner_class(cls).__name__: tuner_class(cls) for cls in _METHODS.values()}
+_AUTO = {cls.__name__: cls for cls in AUTO_MODELS}
+_ERRORS = {"NoMatchingPeftModuleError": NoMatchingPeftModuleError, "PeftError": PeftError}
 _STATUS = {
     "TunerLayerStatus": LayerStatus,
     "TunerModelStatus": ModelStatus,
@@ -163,6 +155,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_CONFIGS,
         **_STARTS,
         **_MODELS,
+        **_AUTO,
+        **_ERRORS,
+        "PeftWarning": PeftWarning,
         **_TUNER_MODELS,
         "get_layer_status": get_layer_status,
         "get_model_status": get_model_status,
@@ -171,14 +166,20 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
         "PeftConfig": AdapterConfig,
         "PeftMixedModel": PeftMixedModel,
+        "get_peft_config": get_peft_config,
         "get_peft_model": get_peft_model,
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
         "load_peft_weights": load_peft_weights,
     },
+    "peft.auto": {**_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": PeftModel.of_task},
     "peft.config": {**_ABSENT["peft.config"], "PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
-    "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
+    "peft.mapping": {
+        **_TABLES,
+        "get_peft_config": get_peft_config,
+        "inject_adapter_in_model": inplace.inject_adapter_in_model,
+    },
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
     "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS},
@@ -189,7 +190,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.tuners.loha.layer": {"LoHaLayer": _TUNERS["peft.tuners.loha"]["LoHaLayer"]},
     "peft.tuners.lokr.layer": {"LoKrLayer": _TUNERS["peft.tuners.lokr"]["LoKrLayer"]},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
-    "peft.utils": {**_FILES, **_STATE, **_TYPES, **_WRAPPERS},
+    "peft.utils": {**_ERRORS, **_FILES, **_STATE, **_TYPES, **_WRAPPERS},
+    "peft.utils.error": _ERRORS,
+    "peft.utils.warning": {"PeftWarning": PeftWarning},
     "peft.helpers": {"disable_input_dtype_casting": disable_input_dtype_casting},
     "peft.utils.hotswap": {
         one.__name__: one

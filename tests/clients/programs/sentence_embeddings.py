@@ -2,7 +2,7 @@
 
 import tempfile
 
-from side import OURS, finish, randomise, record
+from side import finish, record
 
 # isort: split
 import sentence_transformers as st

@@ -4,7 +4,6 @@ A program is run as `python PROGRAM ours|real FILE`. It imports this module firs
 over what it computed with `record`, which is in the file when the program ends well.
 """
 
-import importlib.metadata
 import sys
 from importlib.machinery import PathFinder
 
