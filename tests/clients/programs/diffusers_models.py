@@ -69,7 +69,8 @@ def run(make):
     for rank, adapter in ((2, "style"), (3, "task")):
         model.add_adapter(LoraConfig(r=rank, lora_alpha=4, target_modules=targets), adapter)
         assert model.active_adapters() == [adapter]
-        assert adapter == "task" or torch.equal(output(), base)
+        if adapter == "style":
+            torch.testing.assert_close(output(), base)
         randomise(model)
         states[adapter] = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()}
         record(f"{name}.{adapter}", output())
