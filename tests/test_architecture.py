@@ -35,8 +35,8 @@ OPTIONAL = {
 ORDER = {
     "adapters": """
         _files/disk: folder strict_json headers hub config_file
-        _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters experts
-            architectures ties targets tokens replaced base token_fields replication keys
+        _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
+            experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called embedding_grad fused low_rank remade scalings lycoris
         _methods: *
@@ -54,7 +54,8 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: names absent card tuners status weights ranks hotswap wrapper peft_model tasks auto helpers peft_modules alias
+        _peft: names absent card tuners status weights ranks hotswap wrapper peft_model tasks auto layer_classes helpers
+            lookups optimizers precision renamed_keys peft_modules alias
         .: __init__
     """,
     "functional": """

@@ -2,114 +2,54 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
-
-from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .._config.base import AdapterConfig, config_types, get_peft_config
 from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
-from .._config.keys import PREFIX, split_key
 from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
+from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
+from . import helpers, hotswap, lookups, optimizers, precision
 from .absent import Absent, absent_names
 from .auto import AUTO_MODELS
-from .helpers import disable_input_dtype_casting
-from .hotswap import (
-    check_hotswap_configs_compatible,
-    hotswap_adapter,
-    hotswap_adapter_from_state_dict,
-    prepare_model_for_compiled_hotswap,
-)
+from .layer_classes import classes_in_package, layer_classes
+from .lookups import factorization
 from .peft_model import PeftModel
+from .renamed_keys import build_peft_weight_mapping
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
 from .tuners import BaseTuner, tuner_class
 from .weights import load_peft_weights
 
 
-class _OfMethod(type):
-    """Layers that carry an adapter of one method, as far as `isinstance` goes."""
-
-    method: str
+class _Wrappers(type):
+    """What adapters have in the place of modules that are trained otherwise, as far as `isinstance` goes."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, BaseTunerLayer) and any(
-            entry.config.method.name == cls.method for entry in instance.entries.values()
-        )
+        return isinstance(instance, (ModulesToSaveWrapper, TrainableTokensWrapper))
 
 
-def _layer_class(config: type[AdapterConfig]) -> type:
-    """Make the class that PEFT has for layers with an adapter of a method: `LoraLayer` beside `LoraConfig`."""
-    method, name = config.method.name, config.__name__.replace("Config", "Layer")
-    return _OfMethod(name, (), {"method": method, "__doc__": f"Layers with an adapter of type {method}."})
-
-
-def build_peft_weight_mapping(
-    weight_conversions: Iterable[Any] | None, adapter_name: str, peft_config: AdapterConfig | None = None
-) -> list[Any]:
-    """Return what transformers' loader needs to do to the keys of a file to have those of the model.
-
-    The file's prefix goes, the adapter's name comes after the leaf's, and then the model's own renamings apply. Its
-    conversions of tensors concern the base's and are left out.
-
-    Raises:
-        ImportError: transformers is not there; only its loader calls this.
-    """
-    loading: Any = sys.modules.get("transformers.core_model_loading")
-    if loading is None:
-        raise ImportError("transformers.core_model_loading is not imported; only transformers' loader needs this")
-    configs = [peft_config] if peft_config is not None else list(config_types().values())
-    given = weight_conversions or ()
-    renamings = [one for one in given if isinstance(one, loading.WeightRenaming)]
-    return [_adapter_keys(loading.WeightRenaming, adapter_name, configs), *renamings]
-
-
-def _adapter_keys(renaming: Any, adapter_name: str, configs: list[Any]) -> Any:
-    """A renaming of transformers' kind that does exactly this, where a pattern could hit other parts of a name."""
-
-    class AdapterKeys(renaming):  # type: ignore[misc,unused-ignore]
-        __slots__ = ()
-
-        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-            return insert_name(source_key, adapter_name, configs), None
-
-        def was_used(self) -> bool:
-            """Not to be undone when the base is saved."""
-            return False
-
-    return AdapterKeys(PREFIX, "")
-
-
-def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
-    """Return the key in a model of a key in a file.
-
-    >>> insert_name("base_model.model.layers.0.lora_A.weight", "style", [LoraConfig])
-    'layers.0.lora_A.style.weight'
-    >>> insert_name("base_model.model.classifier.weight", "style", [LoraConfig])
-    'classifier.weight'
-    """
-    for config in configs:
-        if (split := split_key(config, key)) is not None:
-            path, leaf = split
-            if path == SHARED_LEAVES:
-                return key
-            return f"{path}.{config.form.key(leaf).replace(leaf, f'{leaf}.{adapter_name}', 1)}"
-    return key.removeprefix(PREFIX)
+class AuxiliaryTrainingWrapper(metaclass=_Wrappers):
+    """Wrappers of `modules_to_save`, and of embeddings of which adapters train rows."""
 
 
 _METHODS = config_types()
 """Every method of this package: `adapters/__init__.py` imports them before this module."""
 _CONFIGS = {cls.__name__: cls for cls in _METHODS.values()}
+_LAYERS = {name: layer_classes(cls) for name, cls in _METHODS.items()}
 _TUNERS: dict[str, dict[str, Any]] = {
-    f"peft.tuners.{name.lower()}": {one.__name__: one for one in (cls, _layer_class(cls), tuner_class(cls))}
+    f"peft.tuners.{name.lower()}": {
+        **{one.__name__: one for one in (cls, tuner_class(cls))},
+        **classes_in_package(cls, _LAYERS[name]),
+    }
     for name, cls in _METHODS.items()
 }
+_LAYER_MODULES = {f"peft.tuners.{name.lower()}.layer": classes for name, classes in _LAYERS.items()}
 _LORA = _TUNERS["peft.tuners.lora"]
 _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
 _TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
@@ -136,7 +76,46 @@ _CALLS = {
     **_STATE,
 }
 _TYPES = {"PeftType": PeftType, "TaskType": TaskType}
-_WRAPPERS = {"AuxiliaryTrainingWrapper": ModulesToSaveWrapper, "ModulesToSaveWrapper": ModulesToSaveWrapper}
+_WRAPPERS = {
+    "AuxiliaryTrainingWrapper": AuxiliaryTrainingWrapper,
+    "ModulesToSaveWrapper": ModulesToSaveWrapper,
+    "TrainableTokensWrapper": TrainableTokensWrapper,
+}
+_UTILS = {
+    "_get_submodules": lookups.get_submodules,
+    "cast_mixed_precision_params": precision.cast_mixed_precision_params,
+    "infer_device": lookups.infer_device,
+    "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
+    "transpose": lookups.transpose,
+}
+_BASE_STATE = {
+    "get_base_model_state_dict": inplace.get_base_model_state_dict,
+    "set_base_model_state_dict": inplace.set_base_model_state_dict,
+}
+_OPTIMIZERS = {
+    "create_lorafa_optimizer": optimizers.create_lorafa_optimizer,
+    "create_loraplus_optimizer": optimizers.create_loraplus_optimizer,
+}
+_HOTSWAP = {
+    one.__name__: one
+    for one in (
+        hotswap.check_hotswap_configs_compatible,
+        hotswap.hotswap_adapter,
+        hotswap.hotswap_adapter_from_state_dict,
+        hotswap.prepare_model_for_compiled_hotswap,
+    )
+}
+_HELPERS = {
+    one.__name__: one
+    for one in (
+        helpers.check_if_peft_model,
+        helpers.disable_input_dtype_casting,
+        helpers.rescale_adapter_scale,
+        helpers.update_forward_signature,
+        helpers.update_generate_signature,
+        helpers.update_signature,
+    )
+}
 _FILES = {
     "CONFIG_NAME": "adapter_config.json",
     "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
@@ -163,6 +142,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "get_model_status": get_model_status,
         **_TYPES,
         **_STATE,
+        **_BASE_STATE,
+        "cast_mixed_precision_params": precision.cast_mixed_precision_params,
+        "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
         "PeftConfig": AdapterConfig,
         "PeftMixedModel": PeftMixedModel,
@@ -174,38 +156,39 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.auto": {**_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": PeftModel.of_task},
     "peft.config": {**_ABSENT["peft.config"], "PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
+    "peft.helpers": _HELPERS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
     "peft.mapping": {
         **_TABLES,
         "get_peft_config": get_peft_config,
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
     },
+    "peft.optimizers": _OPTIMIZERS,
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
     "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS},
     **_TUNERS,
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
-    "peft.tuners.lora.layer": {"LoraLayer": _LORA["LoraLayer"]},
-    "peft.tuners.loha.layer": {"LoHaLayer": _TUNERS["peft.tuners.loha"]["LoHaLayer"]},
-    "peft.tuners.lokr.layer": {"LoKrLayer": _TUNERS["peft.tuners.lokr"]["LoKrLayer"]},
+    **_LAYER_MODULES,
+    "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
-    "peft.utils": {**_ERRORS, **_FILES, **_STATE, **_TYPES, **_WRAPPERS},
+    "peft.utils": {
+        **_ERRORS,
+        **_FILES,
+        **_STATE,
+        **_BASE_STATE,
+        **_TYPES,
+        **_WRAPPERS,
+        **_UTILS,
+        "load_peft_weights": load_peft_weights,
+    },
     "peft.utils.error": _ERRORS,
     "peft.utils.warning": {"PeftWarning": PeftWarning},
-    "peft.helpers": {"disable_input_dtype_casting": disable_input_dtype_casting},
-    "peft.utils.hotswap": {
-        one.__name__: one
-        for one in (
-            check_hotswap_configs_compatible,
-            hotswap_adapter,
-            hotswap_adapter_from_state_dict,
-            prepare_model_for_compiled_hotswap,
-        )
-    },
-    "peft.utils.other": {**_FILES, **_WRAPPERS},
+    "peft.utils.hotswap": _HOTSWAP,
+    "peft.utils.other": {**_FILES, **_WRAPPERS, **_UTILS, "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy},
     "peft.utils.peft_types": _TYPES,
-    "peft.utils.save_and_load": {**_STATE, "load_peft_weights": load_peft_weights},
+    "peft.utils.save_and_load": {**_STATE, **_BASE_STATE, "load_peft_weights": load_peft_weights},
     "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": build_peft_weight_mapping},
 }
 """The names of each module."""

@@ -50,7 +50,9 @@ def test_names_are_those_of_torchgraft():
     assert (delete_adapter, set_adapter) == (adapters.delete_adapter, adapters.set_adapter)
     assert get_peft_model_state_dict is adapters.get_peft_model_state_dict
     assert BaseTunerLayer is adapters.BaseTunerLayer
-    assert AuxiliaryTrainingWrapper is ModulesToSaveWrapper is adapters.ModulesToSaveWrapper
+    assert ModulesToSaveWrapper is adapters.ModulesToSaveWrapper
+    assert isinstance(ModulesToSaveWrapper(nn.Linear(2, 2)), AuxiliaryTrainingWrapper)
+    assert not isinstance(nn.Linear(2, 2), AuxiliaryTrainingWrapper)
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA] == "lora_"
     assert Config(task_type=TaskType.CAUSAL_LM).to_dict()["task_type"] == "CAUSAL_LM"
 
@@ -118,9 +120,9 @@ def test_an_error_inside_ends_the_alias():
 @pytest.mark.parametrize(
     ("statement", "error"),
     [
-        ("import peft.helpers", ImportError),
+        ("import peft.tuners.lora.arrow", ImportError),
         ("from peft import PrefixTuning", ImportError),
-        ("from peft.utils.other import prepare_model_for_kbit_training", ImportError),
+        ("from peft.utils.other import bloom_model_postprocess_past_key_value", ImportError),
         ("import peft; peft.tuners.PrefixTuning", AttributeError),
     ],
 )
