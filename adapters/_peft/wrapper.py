@@ -187,8 +187,8 @@ def warn_of_ties(model: nn.Module, adapter_name: str) -> None:
     tied = [f"{path} (with {', '.join(others)})" for path, others in found.items() if others]
     if tied:
         warnings.warn(
-            f"adapter {adapter_name!r} is on what is tied: {'; '.join(tied)}; it does not change the other, so merging "
-            "is refused. Set ensure_weight_tying=True (LoRA) to adapt both, or untie them",
+            f"adapter {adapter_name!r} is on what is tied: {'; '.join(tied)}, and does not change the other; a layer "
+            "of these cannot be merged. Set ensure_weight_tying=True (LoRA) to adapt both, or untie them",
             UserWarning,
             stacklevel=4,
         )
