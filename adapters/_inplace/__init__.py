@@ -27,5 +27,7 @@ from .switch import enable_adapter_layers as enable_adapter_layers
 from .switch import set_adapter as set_adapter
 from .switch import set_requires_grad as set_requires_grad
 from .walk import ModelWrapper as ModelWrapper
+from .walk import adapted_modules as adapted_modules
+from .walk import bare_modules as bare_modules
 from .walk import layers as layers
 from .walk import unwrap as unwrap

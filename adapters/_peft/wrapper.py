@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from torchgraft.functional import UnsupportedCall
 
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
+from .._config.ties import others_tied_to
 from .tuners import BaseTuner, tuner_class
 
 
@@ -44,6 +46,7 @@ class AdaptedModel(inplace.ModelWrapper):
         config = with_heads(peft_config, model, self.heads)
         self.base_model = self.tuner_of(config)(model, config, adapter_name, low_cpu_mem_usage)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        warn_of_ties(model, adapter_name)
         _let_inputs_require_grad(model)
 
     @classmethod
@@ -151,6 +154,7 @@ class AdaptedModel(inplace.ModelWrapper):
         config = with_heads(peft_config, model, self.heads)
         inplace.inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, activate=False)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        warn_of_ties(model, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, and trainable unless `inference_mode`; others are frozen."""
@@ -171,6 +175,23 @@ def _let_inputs_require_grad(model: Any) -> None:
     checkpointing = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)
     if checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
+
+
+def warn_of_ties(model: nn.Module, adapter_name: str) -> None:
+    """Name the modules of an adapter whose weight is another module's too, which the adapter does not change."""
+    configs: Any = getattr(inplace.unwrap(model), "peft_config", {})
+    if getattr(configs[adapter_name], "ensure_weight_tying", False):
+        return
+    modules = inplace.bare_modules(model)
+    found = {path: others_tied_to(path, modules) for path in inplace.adapted_modules(model, adapter_name)}
+    tied = [f"{path} (with {', '.join(others)})" for path, others in found.items() if others]
+    if tied:
+        warnings.warn(
+            f"adapter {adapter_name!r} is on what is tied: {'; '.join(tied)}, and does not change the other; a layer "
+            "of these cannot be merged. Set ensure_weight_tying=True (LoRA) to adapt both, or untie them",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def with_heads(config: AdapterConfig, model: nn.Module, heads: Sequence[str]) -> AdapterConfig:

@@ -1,4 +1,4 @@
-"""`AutoPeftModel` and its kin beside PEFT's: the base that a config names, its tokenizer's size, and what is refused."""
+"""`AutoPeftModel` and its kin beside PEFT's: the base that a config names, its tokenizer's size, what is refused."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Embeddings of the base in an adapter's files, as PEFT saves and loads them: those of a vocabulary that was resized."""
+"""Embeddings of the base in an adapter's files, as PEFT saves and loads them: those of a resized vocabulary."""
 
 import warnings
 
@@ -156,6 +156,6 @@ def test_what_is_said_where_nothing_is_known(base, tmp_path):
         ours.get_peft_model_state_dict(plain, save_embedding_layers=True)
     with pytest.raises(ValueError, match="save_embedding_layers is 'yes', expected True, False or 'auto'"):
         ours.get_peft_model_state_dict(plain, save_embedding_layers="yes")
+    graft = ours.extract_graft(plain)
     with pytest.raises(TypeError, match="save_embedding_layers and state_dict go with a model"):
-        graft = ours.extract_graft(plain)
         ours.save_adapter(graft, tmp_path, params=ours.extract_params(plain), save_embedding_layers=True)
