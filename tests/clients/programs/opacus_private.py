@@ -22,8 +22,9 @@ for row, label in zip(x, labels, strict=True):
 optimizer = torch.optim.SGD(trained.values(), lr=0.5)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), batch_size=4)
 private, optimizer, _ = PrivacyEngine().make_private(
-    module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=0.0, max_grad_norm=0.1, poisson_sampling=False
-)
+    module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=0.0, max_grad_norm=0.1,
+    poisson_sampling=False,
+)  # fmt: skip
 before = {name: parameter.detach().clone() for name, parameter in trained.items()}
 nn.functional.cross_entropy(private(x), labels).backward()
 norms = torch.stack([torch.stack([g.norm() for g in grads]) for grads in alone.values()]).norm(dim=0)

@@ -44,8 +44,6 @@ with tempfile.TemporaryDirectory() as folder:
     record("trained", trained)
     assert not torch.allclose(trained, base, atol=1e-3)
     model.save_pretrained(f"{folder}/adapted")
-    import os
-    for root, _, files in os.walk(f"{folder}/adapted"): print(root, files)
     again = st.SentenceTransformer(f"{folder}/adapted", device="cpu")
     torch.testing.assert_close(again.encode(texts, convert_to_tensor=True), trained)
     model.disable_adapters()
