@@ -18,12 +18,12 @@ from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, join
 from .._config.matching import by_pattern
 from .._config.messages import names_of
+from .._files.disk.hub import local_folder
 from .._inplace.states.layouts import layout_of, slots_of
 from .._inplace.tensors.gathering import gathered
 from .._inplace.walk import unwrap
 from .._methods.lora.lora import LoraConfig
 from .._methods.shared.scalings import alpha_at, scaling_of
-from .hub import local_folder
 from .ranks import carriers, check_growth, describe, grow, grown, grown_shape
 from .weights import load_peft_weights
 
@@ -140,6 +140,17 @@ def hotswap_adapter_from_state_dict(
     keys = {slot.key: key for key, slot in swap.slots.items()}
     given = {bare_name(key).removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     swap.run({keys.get(key, key): tensor for key, tensor in given.items()})
+
+
+def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:
+    """Refuse configs of adapters that cannot be swapped for each other; swapping checks that too.
+
+    Raises:
+        ValueError: Says in which field they differ.
+
+    >>> check_hotswap_configs_compatible(LoraConfig(r=2), LoraConfig(r=4))
+    """
+    _check_configs(config0, config1, "0")
 
 
 class _Swap:

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import enum
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from torchgraft.functional.extending import SHARED as SHARED_LEAVES
-
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .._config.base import AdapterConfig, config_types
-from .._config.keys import PREFIX, split_key
-from .._config.peft_type import PeftType
+from .._config.base import AdapterConfig, config_types, get_peft_config
+from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
 from . import helpers, hotswap, lookups, optimizers, precision
+from .absent import Absent, absent_names
+from .auto import AUTO_MODELS
 from .layer_classes import classes_in_package, layer_classes
 from .lookups import factorization
 from .peft_model import PeftModel
+from .renamed_keys import build_peft_weight_mapping
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
 from .tuners import BaseTuner, tuner_class
 from .weights import load_peft_weights
-
-
-class TaskType(enum.StrEnum):
-    """PEFT's names of tasks, for `task_type`."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class _Wrappers(type):
@@ -48,59 +36,6 @@ class _Wrappers(type):
 
 class AuxiliaryTrainingWrapper(metaclass=_Wrappers):
     """Wrappers of `modules_to_save`, and of embeddings of which adapters train rows."""
-
-
-def build_peft_weight_mapping(
-    weight_conversions: Iterable[Any] | None, adapter_name: str, peft_config: AdapterConfig | None = None
-) -> list[Any]:
-    """Return what transformers' loader needs to do to the keys of a file to have those of the model.
-
-    The file's prefix goes, the adapter's name comes after the leaf's, and then the model's own renamings apply. Its
-    conversions of tensors concern the base's and are left out.
-
-    Raises:
-        ImportError: transformers is not there; only its loader calls this.
-    """
-    loading: Any = sys.modules.get("transformers.core_model_loading")
-    if loading is None:
-        raise ImportError("transformers.core_model_loading is not imported; only transformers' loader needs this")
-    configs = [peft_config] if peft_config is not None else list(config_types().values())
-    given = weight_conversions or ()
-    renamings = [one for one in given if isinstance(one, loading.WeightRenaming)]
-    return [_adapter_keys(loading.WeightRenaming, adapter_name, configs), *renamings]
-
-
-def _adapter_keys(renaming: Any, adapter_name: str, configs: list[Any]) -> Any:
-    """A renaming of transformers' kind that does exactly this, where a pattern could hit other parts of a name."""
-
-    class AdapterKeys(renaming):  # type: ignore[misc,unused-ignore]
-        __slots__ = ()
-
-        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-            return insert_name(source_key, adapter_name, configs), None
-
-        def was_used(self) -> bool:
-            """Not to be undone when the base is saved."""
-            return False
-
-    return AdapterKeys(PREFIX, "")
-
-
-def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
-    """Return the key in a model of a key in a file.
-
-    >>> insert_name("base_model.model.layers.0.lora_A.weight", "style", [LoraConfig])
-    'layers.0.lora_A.style.weight'
-    >>> insert_name("base_model.model.classifier.weight", "style", [LoraConfig])
-    'classifier.weight'
-    """
-    for config in configs:
-        if (split := split_key(config, key)) is not None:
-            path, leaf = split
-            if path == SHARED_LEAVES:
-                return key
-            return f"{path}.{config.form.key(leaf).replace(leaf, f'{leaf}.{adapter_name}', 1)}"
-    return key.removeprefix(PREFIX)
 
 
 _METHODS = config_types()
@@ -120,6 +55,8 @@ _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": L
 _TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
 _MODELS = {cls.__name__: cls for cls in _TASKS}
 _TUNER_MODELS: dict[str, type] = {tuner_class(cls).__name__: tuner_class(cls) for cls in _METHODS.values()}
+_AUTO = {cls.__name__: cls for cls in AUTO_MODELS}
+_ERRORS = {"NoMatchingPeftModuleError": NoMatchingPeftModuleError, "PeftError": PeftError}
 _STATUS = {
     "TunerLayerStatus": LayerStatus,
     "TunerModelStatus": ModelStatus,
@@ -162,6 +99,7 @@ _OPTIMIZERS = {
 _HOTSWAP = {
     one.__name__: one
     for one in (
+        hotswap.check_hotswap_configs_compatible,
         hotswap.hotswap_adapter,
         hotswap.hotswap_adapter_from_state_dict,
         hotswap.prepare_model_for_compiled_hotswap,
@@ -183,16 +121,22 @@ _FILES = {
     "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
     "WEIGHTS_NAME": "adapter_model.bin",
 }
+_ABSENT = absent_names(_METHODS)
 _TABLES = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": _METHODS,
     "PEFT_TYPE_TO_PREFIX_MAPPING": {name: cls.form.prefix for name, cls in _METHODS.items()},
 }
 
 MODULES: Mapping[str, Mapping[str, Any]] = {
+    **_ABSENT,
     "peft": {
+        **_ABSENT["peft"],
         **_CONFIGS,
         **_STARTS,
         **_MODELS,
+        **_AUTO,
+        **_ERRORS,
+        "PeftWarning": PeftWarning,
         **_TUNER_MODELS,
         "get_layer_status": get_layer_status,
         "get_model_status": get_model_status,
@@ -204,19 +148,25 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
         "PeftConfig": AdapterConfig,
         "PeftMixedModel": PeftMixedModel,
+        "get_peft_config": get_peft_config,
         "get_peft_model": get_peft_model,
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
         "load_peft_weights": load_peft_weights,
     },
-    "peft.config": {"PeftConfig": AdapterConfig},
+    "peft.auto": {**_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": PeftModel.of_task},
+    "peft.config": {**_ABSENT["peft.config"], "PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
     "peft.helpers": _HELPERS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
-    "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
+    "peft.mapping": {
+        **_TABLES,
+        "get_peft_config": get_peft_config,
+        "inject_adapter_in_model": inplace.inject_adapter_in_model,
+    },
     "peft.optimizers": _OPTIMIZERS,
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
-    "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS},
+    "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS},
     **_TUNERS,
     "peft.tuners.lora": {**_LORA, **_STARTS},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
@@ -224,6 +174,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
     "peft.utils": {
+        **_ERRORS,
         **_FILES,
         **_STATE,
         **_BASE_STATE,
@@ -232,6 +183,8 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_UTILS,
         "load_peft_weights": load_peft_weights,
     },
+    "peft.utils.error": _ERRORS,
+    "peft.utils.warning": {"PeftWarning": PeftWarning},
     "peft.utils.hotswap": _HOTSWAP,
     "peft.utils.other": {**_FILES, **_WRAPPERS, **_UTILS, "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy},
     "peft.utils.peft_types": _TYPES,
@@ -264,7 +217,8 @@ def missing(name: str) -> str:
     """Return what to say when somebody asks for a name that is not here."""
     module, _, attribute = name.rpartition(".")
     nested = {other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")}
-    offered = sorted({*MODULES.get(module, ()), *(other for other in nested if "." not in other)})
+    here = [other for other, value in MODULES.get(module, {}).items() if not isinstance(value, Absent)]
+    offered = sorted({*here, *(other for other in nested if "." not in other)})
     return (
         f"torchgraft stands in for peft here (as_peft()) and has no {attribute!r} in {module}; it offers "
         f"{', '.join(offered) or 'nothing there'}. Leave as_peft() to have PEFT's own"

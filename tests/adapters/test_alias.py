@@ -14,7 +14,9 @@ from torch import nn
 from torchgraft import adapters
 from torchgraft.adapters import IA3Config, LoraConfig, as_peft, inject_adapter_in_model
 from torchgraft.adapters._config.base import config_types
+from torchgraft.adapters._peft.absent import Absent
 from torchgraft.adapters._peft.peft_modules import MODULES
+from torchgraft.functional import UnsupportedCall
 
 REAL = {name: importlib.import_module(name) for name in MODULES}
 
@@ -118,15 +120,36 @@ def test_an_error_inside_ends_the_alias():
 @pytest.mark.parametrize(
     ("statement", "error"),
     [
-        ("import peft.tuners.xlora", ImportError),
-        ("from peft import PrefixTuningConfig", ImportError),
+        ("import peft.tuners.lora.arrow", ImportError),
+        ("from peft import PrefixTuning", ImportError),
         ("from peft.utils.other import bloom_model_postprocess_past_key_value", ImportError),
-        ("import peft; peft.PromptEncoder", AttributeError),
+        ("import peft; peft.tuners.PrefixTuning", AttributeError),
     ],
 )
 def test_names_that_are_not_here(statement, error):
     with as_peft(), pytest.raises(error, match=r"torchgraft stands in for peft here .* it offers .*Wrapper|LoraConfig"):
         exec(statement)
+
+
+def test_names_of_methods_that_are_not_here_are_an_error_when_used():
+    with as_peft():
+        from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningInit, TrainableTokensConfig
+        from peft.tuners.boft import BOFTLayer
+    config = LoraConfig(target_modules=["0"])
+    assert not isinstance(config, (PrefixTuningConfig, PromptLearningConfig))
+    assert not isinstance(inject_adapter_in_model(config, nn.Sequential(nn.Linear(2, 2)))[0], BOFTLayer)
+    with pytest.raises(UnsupportedCall, match=r"PrefixTuningConfig is of the method PREFIX_TUNING, which .* not have"):
+        PrefixTuningConfig(num_virtual_tokens=4)
+    with pytest.raises(UnsupportedCall, match=r"does not have; use LoraConfig\(trainable_token_indices=\.\.\.\)"):
+        TrainableTokensConfig(token_indices=[1])
+    with pytest.raises(AttributeError, match=r"PromptTuningInit.RANDOM: .* the method PROMPT_TUNING"):
+        PromptTuningInit.RANDOM  # noqa: B018
+
+
+def test_each_of_pefts_configs_is_there_or_stands_for_a_method_that_is_not():
+    for method, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        here = MODULES["peft"][config.__name__]
+        assert (here.__name__, method.value in config_types()) == (config.__name__, not isinstance(here, Absent))
 
 
 def test_programs_that_wrap_run():

@@ -552,7 +552,7 @@ def test_a_users_config_whose_annotations_mean_nothing_elsewhere_is_read_without
 
 def test_configs_are_saved_and_read_by_their_classes(tmp_path):
     IA3Config(target_modules={"b", "a"}).save_pretrained(tmp_path / "new" / "folder")
-    assert IA3Config.from_pretrained(tmp_path / "new", subfolder="folder").target_modules == ["a", "b"]
+    assert IA3Config.from_pretrained(tmp_path / "new", subfolder="folder").target_modules == {"a", "b"}
     with pytest.raises(TypeError, match="LoraConfig: .* holds a IA3Config"):
         LoraConfig.from_pretrained(tmp_path / "new" / "folder")
 
