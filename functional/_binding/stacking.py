@@ -144,6 +144,7 @@ def largest(path: str, site: Site | None, member_shapes: Sequence[Shapes]) -> di
 
 
 def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor with zeros behind it along each axis, up to a shape."""
     missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
     if not any(missing):
         return tensor
