@@ -103,9 +103,7 @@ def _entered_class(cls: Any) -> Any:
     return type(cls.__name__, (EnteredModule, cls), members)
 
 
-def watch(
-    bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any], base: Mapping[str, Tensor]
-) -> None:
+def watch(bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any], base: Mapping[str, Tensor]) -> None:
     """Turn the modules of a view that lead to sites into `EnteredModule`s."""
     view = RoutedView(bound, bound.pool(), skeleton, active, base)
     paths = bound.binding.paths(active)

@@ -18,7 +18,7 @@ from ..beside.modules_to_save import ModulesToSaveWrapper
 from ..states.bare import bare_copy
 from ..states.extract import bind_extracted, check_bare, live_params
 from ..switch import adapter_names
-from ..walk import layers, named, parts, placed_modules
+from ..walk import layers, named, placed_modules
 from .attached import check_buffers, check_held, check_unattached
 from .stacking import Stacking
 
@@ -110,7 +110,8 @@ class BoundRows:
                 raise self.refused[name]
         for path, part in self._copies:
             check_buffers(path, part.modules_to_save, part.original_module, known)
-        base = {name: p for name, p in self._parameters if p.requires_grad} if torch.is_grad_enabled() else {}
+        trained = self._parameters if torch.is_grad_enabled() else []
+        base: dict[str, Tensor] = {name: parameter for name, parameter in trained if parameter.requires_grad}
         routed = {key: group.routed(names, declared) for key, group in self._groups.items()}
         return base, {key: stack for key, stack in routed.items() if stack is not None}
 
@@ -118,7 +119,7 @@ class BoundRows:
 def bound_rows(model: nn.Module) -> BoundRows:
     """Return a model's adapters as they are now, bound for calls by rows; bound anew where something has changed."""
     with _LOCK:
-        recent = _BOUND.get(model, ())
+        recent: tuple[BoundRows, ...] = _BOUND.get(model, ())
         for bound in recent:
             if bound.same():
                 return bound
@@ -128,7 +129,7 @@ def bound_rows(model: nn.Module) -> BoundRows:
 
 
 def _watch(model: nn.Module) -> Watch:
-    """Return a check that a model, and what adapters have in it, is what it was; which ones are active does not count."""
+    """Return a check that a model and the adapters in it are what they were, whichever of these are active."""
     placed = [part for _, part in placed_modules(model)]
     inside = {id(part) for part in placed}
     entries = [layer.entries for layer in layers(model).values()]

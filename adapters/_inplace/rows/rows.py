@@ -51,7 +51,8 @@ class AdapterRows:
             ValueError, UnsupportedCall: As a call does.
         """
         bound, params = self._bound((args, kwargs))
-        return self._view(bound, params).generate(*args, **kwargs)
+        view: Any = bound.graft.view(params)
+        return view.generate(*args, **kwargs)
 
     def view(self) -> nn.Module:
         """Return a module like the user's, for its other methods; a view as `Graft.view` makes them.
@@ -61,9 +62,7 @@ class AdapterRows:
         Raises:
             ValueError, UnsupportedCall: As a call does.
         """
-        return self._view(*self._bound(()))
-
-    def _view(self, bound: BoundRows, params: Any) -> Any:
+        bound, params = self._bound(())
         return bound.graft.view(params)
 
     def _bound(self, inputs: Any) -> tuple[BoundRows, Any]:
