@@ -46,7 +46,7 @@ ORDER = {
         _inplace: walk switch merging
         _inplace/states: bare layouts base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
-        _inplace/rows: attached stacking bound rows
+        _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics

@@ -17,9 +17,11 @@ from ..beside.biases import biases_of
 from ..beside.modules_to_save import ModulesToSaveWrapper
 from ..states.bare import bare_copy
 from ..states.extract import bind_extracted, check_bare, live_params
+from ..states.layouts import config_of
 from ..switch import adapter_names
 from ..walk import layers, named, placed_modules
 from .attached import check_buffers, check_held, check_unattached
+from .copied import Contents, copied_constants
 from .stacking import Stacking
 
 _RECENT = 4
@@ -77,22 +79,25 @@ class BoundRows:
         self.refused: dict[str, Exception] = {}
         self._groups: dict[str, Group] = {}
         bound: dict[str, tuple[Binding, Tree]] = {}
+        copied: list[Tensor] = []
         for name in adapter_names(model):
             tree = live_params(model, name)
             try:
                 check_held(name, tree, held)
-                bound[name] = bind_extracted(model, name, base), tree
+                bound[name] = bind_extracted(model, name, base, config_of(model, name)), tree
             except (TypeError, ValueError, RuntimeError) as error:
                 self.refused[name] = error
         for names, binding in _stackable(bound, base):
             self._groups[", ".join(names)] = Group(names, binding, [bound[name][1] for name in names])
+            copied += copied_constants(model, names, binding)
+        self._copied = Contents(copied)
         binding = JoinedBinding.of_stacks(base, {key: group.binding for key, group in self._groups.items()})
         self.graft = Graft(base, binding, allow_unreached=True)
         self._parameters = list(base.named_parameters())
 
     def same(self) -> bool:
         """Return whether the model is still what was bound."""
-        return self._watch.same()
+        return self._watch.same() and self._copied.same()
 
     def params(self, names: Sequence[str | None], declared: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Return the base's trained parameters and the routed stacks for a call.

@@ -65,7 +65,7 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
         ValueError: A name that the model does not have; adapters that are merged into these tensors.
     """
     model = unwrap(model)
-    config_of(model, adapter_name)  # so that an unknown name is the first that is said
+    config = config_of(model, adapter_name)
     check_bare(model)
     if is_flat():
         raise TypeError(
@@ -73,7 +73,8 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
             "with torch.distributed.fsdp.fully_shard instead, or call extract_graft before it is wrapped"
         )
     base = bare_copy(model, adapter_name)
-    return Graft(base, bind_extracted(model, adapter_name, base), allow_unreached=True)
+    config = expressed(config, source_sites(model, adapter_name))
+    return Graft(base, bind_extracted(model, adapter_name, base, config), allow_unreached=True)
 
 
 def check_bare(model: nn.Module) -> None:
@@ -87,10 +88,10 @@ def check_bare(model: nn.Module) -> None:
             raise ValueError(f"{path}: adapters are merged into this weight; call unmerge_adapter(model) first")
 
 
-def bind_extracted(model: nn.Module, adapter_name: str, base: nn.Module) -> Binding:
-    """Bind an injected adapter, as its layers are now, to a copy of the model beneath the adapters."""
+def bind_extracted(model: nn.Module, adapter_name: str, base: nn.Module, config: AdapterConfig) -> Binding:
+    """Bind an injected adapter to a copy of the model beneath the adapters, with the constants of its layers now."""
     sites = source_sites(model, adapter_name)
-    fixed = exact(expressed(config_of(model, adapter_name), sites), list(sites), modules_of(base))
+    fixed = exact(config, list(sites), modules_of(base))
     # What was planned may have changed since: scaling factors that were set, fixed tensors that were loaded.
     planned = {
         path: layer.entries[adapter_name].site.constants.replace(_fixed(layer, adapter_name))
