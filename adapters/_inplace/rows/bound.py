@@ -19,7 +19,7 @@ from ..states.bare import bare_copy
 from ..states.extract import bind_extracted, check_bare, live_params
 from ..states.layouts import config_of
 from ..switch import adapter_names
-from ..walk import layers, named, placed_modules
+from ..walk import layers, named, parts, placed_modules
 from .attached import check_buffers, check_held, check_unattached
 from .copied import Contents, copied_constants
 from .stacking import Stacking
@@ -31,6 +31,9 @@ _BOUND: Any = WeakIdKeyDictionary()
 """What was bound last, the latest first, by model."""
 
 _LOCK = threading.Lock()
+
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", *_BACKWARD)
 
 
 class Group:
@@ -66,13 +69,16 @@ class BoundRows:
 
     Attributes:
         graft: The graft of all that can be bound, by group.
-        refused: Why others cannot be, by adapter.
+        names: Names of the adapters.
+        parts: All that they have in the model.
+        refused: Why some cannot be bound, by adapter.
     """
 
     def __init__(self, model: nn.Module):
         check_bare(model)
         check_unattached(model)
-        self._watch = _watch(model)
+        self._watch = _Watch(model)
+        self.parts, self.names = parts(model), {*adapter_names(model)}
         self._copies = [(path, part) for path, part in named(model, ModulesToSaveWrapper).items() if _has_buffers(part)]
         base = bare_copy(model)
         held = [*model.parameters(), *model.buffers(), *_biases(model)]
@@ -133,15 +139,30 @@ def bound_rows(model: nn.Module) -> BoundRows:
         return bound
 
 
-def _watch(model: nn.Module) -> Watch:
-    """Return a check that a model and the adapters in it are what they were, whichever of these are active."""
-    placed = [part for _, part in placed_modules(model)]
-    inside = {id(part) for part in placed}
-    entries = [layer.entries for layer in layers(model).values()]
-    hanging = [vars(part)[name] for part in placed for name in ("_modules", "_forward_hooks", "_forward_pre_hooks")]
-    biases = biases_of(model)
-    kept = [] if biases is None else [{"in": biases.in_place, **biases.tensors()}]
-    return Watch((module for module in model.modules() if id(module) not in inside), [*entries, *hanging, *kept])
+class _Watch:
+    """A check that a model and the adapters in it are what they were, whichever of these are active.
+
+    Of the modules that hold an adapter's parameters, which are many, only their registries are looked at, and whether
+    they have more attributes.
+    """
+
+    def __init__(self, model: nn.Module):
+        placed = [part for _, part in placed_modules(model)]
+        beside = {id(module): module for part in placed for module in part.own_modules()}
+        others: list[Mapping[str, Any]] = [layer.entries for layer in layers(model).values()]
+        others += [vars(module)[name] for module in beside.values() for name in _REGISTRIES]
+        if (biases := biases_of(model)) is not None:
+            others.append({"in": biases.in_place, **biases.tensors()})
+        dropouts = [module for module in beside.values() if isinstance(module, nn.Dropout)]
+        users = [module for module in model.modules() if id(module) not in beside]
+        others += [vars(module)[name] for module in users for name in _BACKWARD]
+        self._watch = Watch((*users, *dropouts), others)
+        self._attributes = [vars(module) for module in beside.values()]
+        self._counts = [*map(len, self._attributes)]
+
+    def same(self) -> bool:
+        """Return whether nothing has changed."""
+        return [*map(len, self._attributes)] == self._counts and self._watch.same()
 
 
 def _biases(model: nn.Module) -> list[Tensor]:

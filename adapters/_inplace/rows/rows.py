@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchgraft.functional import UnsupportedCall, functional_call
 from torchgraft.functional.extending import given_type
 
+from ..placed import Placed
 from ..switch import check_known
-from ..walk import parts, unwrap
+from ..walk import unwrap
 from .bound import BoundRows, bound_rows
 
 BASE = "__base__"
@@ -73,10 +74,10 @@ class AdapterRows:
                 "function of a graft: graft(route(stack(trees), rows), x), with graft = extract_graft(model) and "
                 "trees of extract_params(model, name)"
             )
-        check_known(self.model, [name for name in self.names if name != BASE])
-        disabled = _check_state(self.model)
         self._check_length(inputs)
         bound = bound_rows(self.model)
+        check_known(self.model, {*self.names} - bound.names - {BASE})
+        disabled = _check_state(bound.parts)
         return bound, bound.params([None if disabled or name == BASE else name for name in self.names], self._declared)
 
     def _check_length(self, inputs: Any) -> None:
@@ -122,7 +123,7 @@ def adapter_rows(
         A function with the model's arguments; `.generate(...)` and `.view()` are for its other methods.
 
     Raises:
-        TypeError: Names that are no list of strings.
+        TypeError: Names that are no list of strings; a model in `DistributedDataParallel`.
         ValueError: A name that the model does not have.
 
     >>> from torchgraft.adapters import IA3Config, LoraConfig, inject_adapter_in_model, set_adapter
@@ -138,16 +139,21 @@ def adapter_rows(
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names is {given_type(adapter_names)}, expected a list with a name for each row")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"model is a {type(model).__name__}, whose share in gradients a call of the module within would run past; "
+            "give it a PeftModel, whose forward takes adapter_names, or call adapter_rows(model.module, names)"
+        )
     model = unwrap(model)
     check_known(model, [name for name in adapter_names if name != BASE])
     declared = {"batch_dim": batch_dim, "mixed": mixed, "check": check}
     return AdapterRows(model, adapter_names, declared)
 
 
-def _check_state(model: nn.Module) -> bool:
+def _check_state(parts: Iterable[Placed]) -> bool:
     """Return whether all adapters are disabled; refuse those that are in part, and merged ones."""
     disabled = set()
-    for part in parts(model):
+    for part in parts:
         if part.merged_adapters:
             raise ValueError(
                 f"adapter_names: adapters {part.merged_adapters} are merged into the model, so that rows have these "
