@@ -383,6 +383,8 @@ def attach(model):
     yield "hook", model[0].base_layer.register_forward_hook(lambda *_: None).remove
     yield "hook", model[0].lora_A["b"].register_forward_pre_hook(lambda *_: None).remove
     yield "hook", model[2].lora_B["a"].register_full_backward_hook(lambda *_: None).remove
+    model[0].forward = lambda x: x
+    yield "forward of its own", lambda: vars(model[0]).pop("forward")
     parametrize.register_parametrization(model[0].lora_A["a"], "weight", nn.Tanh())
     yield "adapter 'a' computes", lambda: parametrize.remove_parametrizations(model[0].lora_A["a"], "weight")
     model[0].lora_dropout["a"].p = 0.25
@@ -423,3 +425,12 @@ def test_copies_of_modules_with_other_buffers_are_errors():
     with pytest.raises(UnsupportedCall, match="1.running_mean: this buffer of adapter 'b' is not the base's"):
         adapter_rows(model, ["a", "b"])(torch.randn(2, 4))
     adapter_rows(model, ["a", "a"])(torch.randn(2, 4))
+
+
+def test_a_first_call_in_inference_mode_leaves_others_differentiable():
+    model, x = three(small(), ("0", "2")), torch.randn(5, 4).double()
+    with torch.inference_mode():
+        adapter_rows(model, NAMES)(x)
+    set_requires_grad(model, ["a", "b", "c"])
+    adapter_rows(model, NAMES)(x).sum().backward()
+    assert model[0].lora_A["b"].weight.grad.any()

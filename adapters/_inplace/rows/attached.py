@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torchgraft.functional import UnsupportedCall
 from torchgraft.functional.extending import Tree
 
 from ..layer.holders import Holders, Watch
-from ..placed import PlacedModule
 from ..walk import layers, placed_modules
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -24,12 +23,15 @@ def check_unattached(model: nn.Module) -> None:
         UnsupportedCall: Something is attached; names the layer.
     """
     for path, part in placed_modules(model):
-        for module in _parts_of(part):
-            if any(vars(module)[name] for name in _HOOKS):
+        own = [*part.own_modules()]
+        for module in (*own, part.user_module):
+            hooked = any(vars(module)[name] for name in _HOOKS)
+            if hooked or (module in own and "forward" in vars(module)):
                 raise UnsupportedCall(
-                    f"{path}: a hook is attached to the {type(module).__name__} of its adapters, which rows with "
-                    "adapters of their own would run past; remove it, attach it to a module without adapters, or call "
-                    "set_adapter(model, name) and the model, one adapter at a time"
+                    f"{path}: a {'hook' if hooked else 'forward of its own'} is attached to the "
+                    f"{type(module).__name__} of its adapters, which rows with adapters of their own would run past; "
+                    "remove it, attach it to a module without adapters, or call set_adapter(model, name) and the "
+                    "model, one adapter at a time"
                 )
     for path, layer in layers(model).items():
         for name, entry in layer.entries.items():
@@ -40,11 +42,6 @@ def check_unattached(model: nn.Module) -> None:
                     "(another module, a parametrization, another dropout or mode), which rows with adapters of their "
                     "own would run past; put it back, or call set_adapter(model, name) and the model"
                 )
-
-
-def _parts_of(part: PlacedModule) -> Iterator[nn.Module]:
-    yield from part.own_modules()
-    yield part.user_module
 
 
 def check_held(adapter: str, tree: Tree, held: Iterable[Tensor]) -> None:

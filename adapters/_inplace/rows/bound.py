@@ -82,7 +82,7 @@ class BoundRows:
         self._copies = [(path, part) for path, part in named(model, ModulesToSaveWrapper).items() if _has_buffers(part)]
         base = bare_copy(model)
         held = [*model.parameters(), *model.buffers(), *_biases(model)]
-        self.refused: dict[str, Exception] = {}
+        self.refused: dict[str, tuple[type[Exception], str]] = {}
         self._groups: dict[str, Group] = {}
         bound: dict[str, tuple[Binding, Tree]] = {}
         copied: list[Tensor] = []
@@ -92,7 +92,7 @@ class BoundRows:
                 check_held(name, tree, held)
                 bound[name] = bind_extracted(model, name, base, config_of(model, name)), tree
             except (TypeError, ValueError, RuntimeError) as error:
-                self.refused[name] = error
+                self.refused[name] = type(error), str(error)  # without its frames, which have the model
         for names, binding in _stackable(bound, base):
             self._groups[", ".join(names)] = Group(names, binding, [bound[name][1] for name in names])
             copied += copied_constants(model, names, binding)
@@ -118,7 +118,8 @@ class BoundRows:
         known = [name for name in dict.fromkeys(names) if name is not None]
         for name in known:
             if name in self.refused:
-                raise self.refused[name]
+                kind, words = self.refused[name]
+                raise kind(words)
         for path, part in self._copies:
             check_buffers(path, part.modules_to_save, part.original_module, known)
         trained = self._parameters if torch.is_grad_enabled() else []
@@ -134,7 +135,8 @@ def bound_rows(model: nn.Module) -> BoundRows:
         for bound in recent:
             if bound.same():
                 return bound
-        bound = BoundRows(model)
+        with torch.inference_mode(False):  # calls that are differentiated use it too
+            bound = BoundRows(model)
         _BOUND[model] = (bound, *recent)[:_RECENT]
         return bound
 

@@ -23,7 +23,11 @@ def copied_constants(model: nn.Module, names: Iterable[str], stack: Binding) -> 
             fixed = layer.fixed(name)
             constants |= {leaf: tensor for leaf, tensor in layer.numbers(name).items() if leaf in fixed}
             for key, own in constants.items():
-                if isinstance(own, Tensor) and not _shares(own, getattr(sites[path].constants, key)):
+                if (
+                    isinstance(own, Tensor)
+                    and not own.is_meta
+                    and not _shares(own, getattr(sites[path].constants, key))
+                ):
                     found.append(own)
     return found
 

@@ -123,7 +123,7 @@ def adapter_rows(
         A function with the model's arguments; `.generate(...)` and `.view()` are for its other methods.
 
     Raises:
-        TypeError: Names that are no list of strings; a model in `DistributedDataParallel`.
+        TypeError: Names that are no list of strings; a model in `DistributedDataParallel`, or in FSDP1.
         ValueError: A name that the model does not have.
 
     >>> from torchgraft.adapters import IA3Config, LoraConfig, inject_adapter_in_model, set_adapter
@@ -139,15 +139,26 @@ def adapter_rows(
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names is {given_type(adapter_names)}, expected a list with a name for each row")
+    _refuse_parallel(model)
+    model = unwrap(model)
+    check_known(model, [name for name in adapter_names if name != BASE])
+    declared = {"batch_dim": batch_dim, "mixed": mixed, "check": check}
+    return AdapterRows(model, adapter_names, declared)
+
+
+def _refuse_parallel(model: Any) -> None:
+    """Refuse wrappers that have to be called, and not the module within."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(
             f"model is a {type(model).__name__}, whose share in gradients a call of the module within would run past; "
             "give it a PeftModel, whose forward takes adapter_names, or call adapter_rows(model.module, names)"
         )
-    model = unwrap(model)
-    check_known(model, [name for name in adapter_names if name != BASE])
-    declared = {"batch_dim": batch_dim, "mixed": mixed, "check": check}
-    return AdapterRows(model, adapter_names, declared)
+    if isinstance(model, nn.Module) and any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
+        raise TypeError(
+            "the model is wrapped by FullyShardedDataParallel, whose flat parameters rows with adapters of their own "
+            "cannot be given; shard it with torch.distributed.fsdp.fully_shard instead, or call "
+            "set_adapter(model, name) and the model"
+        )
 
 
 def _check_state(parts: Iterable[Placed]) -> bool:
