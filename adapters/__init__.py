@@ -27,10 +27,12 @@ from ._files.load import load_adapter as load_adapter
 from ._files.save import save_adapter as save_adapter
 from ._files.stacks import load_stack as load_stack
 from ._files.stacks import save_stack as save_stack
+from ._inplace import AdapterRows as AdapterRows
 from ._inplace import BaseTunerLayer as BaseTunerLayer
 from ._inplace import ModulesToSaveWrapper as ModulesToSaveWrapper
 from ._inplace import active_adapters as active_adapters
 from ._inplace import adapter_names as adapter_names
+from ._inplace import adapter_rows as adapter_rows
 from ._inplace import cast_adapter_dtype as cast_adapter_dtype
 from ._inplace import delete_adapter as delete_adapter
 from ._inplace import disable_adapter as disable_adapter

@@ -1,7 +1,8 @@
 """Inference with a batch whose rows have different adapters, against one adapter for all rows.
 
 A Llama with random weights, eight LoRA adapters of rank 16 on all linear layers. Peers in the same rounds: the bare
-base, PEFT with a single adapter (what a mixed batch should not exceed), and PEFT's `adapter_names`.
+base, PEFT with a single adapter (what a mixed batch should not exceed), and PEFT's `adapter_names`. In place, each call
+stacks the parameters of the adapters that its rows have.
 
     python benchmarks/mixed.py [--quick]
 """
@@ -19,6 +20,7 @@ from _picture import bars
 from _results import apart, write
 from _rounds import Cases, measure, ratios, table
 
+from torchgraft import adapters
 from torchgraft.adapters import LoraConfig
 from torchgraft.functional import bind, route, stack
 
@@ -38,12 +40,16 @@ def cases(model: Any, batch: int, length: int) -> Cases:
     for index in range(1, ADAPTERS):
         mixed.add_adapter(str(index), peft.LoraConfig(**FIELDS))
     mixed.eval()
+    in_place: Any = copy.deepcopy(model)
+    for name, tree in enumerate(trees):
+        adapters.inject_adapter_in_model(LoraConfig(**FIELDS), in_place, str(name), params=tree)
     names = [str(row) for row in rows.tolist()]
     each = torch.randint(ADAPTERS, (batch, length), generator=torch.Generator().manual_seed(4))
     found = {
         "bare base": lambda: model(ids),
         "torchgraft, one adapter": lambda: graft(trees[0], ids),
         "torchgraft, mixed": lambda: graft(route(many, rows), ids),
+        "torchgraft, mixed in place": lambda: adapters.adapter_rows(in_place, names)(ids),
         "torchgraft, mixed token by token": lambda: graft(route(many, each), ids),
         "PEFT, one adapter": lambda: single(ids),
         "PEFT, mixed (adapter_names)": lambda: mixed(ids, adapter_names=names),

@@ -124,7 +124,9 @@ class Graft:
 
         return call(self.bound, params, args, kwargs)
 
-    def view(self, params: Tree | Routed, *, constant: bool = False) -> nn.Module:
+    def view(
+        self, params: Tree | Routed | tuple[Mapping[str, Tensor], Tree | Routed], *, constant: bool = False
+    ) -> nn.Module:
         """Make a module like the user's, with the adapter in and the base shared.
 
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
@@ -136,7 +138,7 @@ class Graft:
         code asks them for dtypes and devices; what is trained is `params`. Nothing can be loaded into it.
 
         Args:
-            params: A parameter tree, as for a call.
+            params: A parameter tree, or `(base_params, params)`, as for a call.
             constant: Promise that nobody writes to the base or to the leaves as long as the view is used, in whatever
                 way. What a method computes from them alone (DoRA's norms) is then computed here, once; writing to them
                 makes the view wrong, and nothing notices. Without it every call sees what is written.

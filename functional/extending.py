@@ -6,6 +6,7 @@ Users need none of it, and it may change from one version to the next.
 from ._abilities import Leaves as Leaves
 from ._abilities import Original as Original
 from ._base_with_weights import with_weights as with_weights
+from ._binding.joined import JoinedBinding as JoinedBinding
 from ._binding.leaves import shared_shapes as shared_shapes
 from ._binding.plan import structure_for as structure_for
 from ._binding.plan import weights_of as weights_of
@@ -16,10 +17,13 @@ from ._binding.replaced import each as each
 from ._binding.replaced import over as over
 from ._binding.replaced import replaced as replaced
 from ._binding.replaced import tensor_at as tensor_at
+from ._binding.stacked import StackedBinding as StackedBinding
+from ._binding.stacking import pad_to as pad_to
 from ._binding.tied import TiedAdapter as TiedAdapter
 from ._binding.tied import TiedSite as TiedSite
 from ._binding.tied import TiedSites as TiedSites
 from ._binding.tied import tied_adapter as tied_adapter
+from ._execution.pool import Watch as Watch
 from ._given import check_config as check_config
 from ._given import check_module as check_module
 from ._given import check_no_view as check_no_view

@@ -50,6 +50,7 @@ ORDER = {
         _inplace: walk switch merging
         _inplace/states: bare layouts embeddings base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
+        _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
@@ -65,7 +66,7 @@ ORDER = {
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
-        _binding: tied replaced plan leaves binding stacking stacked padded members
+        _binding: tied replaced plan leaves binding joined stacking stacked padded members
         _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps
         _routing: route owners

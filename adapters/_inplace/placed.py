@@ -176,7 +176,7 @@ class Placed(Protocol):
         """Return tensors of the base as they are without what is merged here, by name; those that merging changed."""
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
-        """Return the part of an adapter's parameter tree that is here."""
+        """Return the part of an adapter's parameter tree that is here: the parameters themselves, if they are whole."""
 
     def adapter_slots(self, path: str, layout: Layout) -> Mapping[str, Slot]:
         """Return an adapter's tensors here, by their keys in files."""

@@ -50,8 +50,8 @@ def _refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if kwargs.get("adapter_names") is not None:
         raise ValueError(
             f"forward() of this {type(model).__name__} got adapter_names={kwargs['adapter_names']!r:.100}, which it "
-            "takes without a use for it: injected adapters are one for the whole batch. Call set_adapter(model, name), "
-            "or route rows functionally: graft(route(stack(trees), rows), ...)"
+            "takes without a use for it: injected adapters are one for the whole batch. Call "
+            "adapter_rows(model, adapter_names)(...) for one of each row's own, or set_adapter(model, name)"
         )
 
 

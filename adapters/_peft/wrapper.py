@@ -10,8 +10,6 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from torchgraft.functional import UnsupportedCall
-
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.ties import others_tied_to
@@ -74,18 +72,17 @@ class AdaptedModel(inplace.ModelWrapper):
     # -- running ---------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with its active adapters.
-
-        Raises:
-            UnsupportedCall: `adapter_names` for the rows of the batch.
-        """
-        _refuse_rows(kwargs)
-        return self.get_base_model()(*args, **kwargs)
+        """Call the model with its active adapters, or each row with its own, `adapter_names=[...]`: `adapter_rows`."""
+        return self._by_rows(kwargs.pop("adapter_names", None))(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own `generate`."""
-        _refuse_rows(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)
+        """Call the model's `generate`, with `adapter_names=[...]` as a call does."""
+        return self._by_rows(kwargs.pop("adapter_names", None)).generate(*args, **kwargs)
+
+    def _by_rows(self, adapter_names: Sequence[str] | None) -> Any:
+        """Return what is called: the user's model, or one whose rows have adapters of their own."""
+        model = self.get_base_model()
+        return model if adapter_names is None else inplace.adapter_rows(model, adapter_names)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -200,11 +197,3 @@ def with_heads(config: AdapterConfig, model: nn.Module, heads: Sequence[str]) ->
     if not ends.intersection(heads):
         return config
     return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*(config.modules_to_save or ()), *heads])))
-
-
-def _refuse_rows(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise UnsupportedCall(
-            "adapter_names are given for the rows of the batch, which layers in place do not do; give each row its "
-            "adapter by graft(route(many, rows), ...), with extract_graft(model) and extract_params(model, name)"
-        )

@@ -170,6 +170,7 @@ def check_padding(stacked: Tree, shapes: Shapes, own: Sequence[Shapes]) -> None:
 
 
 def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor with zeros behind it along each axis, up to a shape."""
     missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
     if not any(missing):
         return tensor

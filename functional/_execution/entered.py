@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._skeleton.context import CallContext
 from .._skeleton.marking import mark, reduce_marked
@@ -47,10 +47,12 @@ class RoutedView:
         active: The view's trees, by adapter name.
     """
 
-    def __init__(self, bound: BoundModel, pool: Pool, skeleton: Skeleton, active: Mapping[str, Any]):
+    def __init__(
+        self, bound: BoundModel, pool: Pool, skeleton: Skeleton, active: Mapping[str, Any], base: Mapping[str, Tensor]
+    ):
         self.context: CallContext = skeleton.context
         self.active = active
-        self._bound, self._pool = bound, pool
+        self._bound, self._pool, self._base = bound, pool, base
         self._modules = [module for _, module in skeleton.modules]
         self._inside = False
 
@@ -63,7 +65,7 @@ class RoutedView:
             return forward(*args, **kwargs)  # checkpointing runs it once more, with what the call has left
         trees = now(self.active)
         entered = Entered(path, tuple(module.training for module in self._modules), repeats=True)
-        finder = finder_of(self._bound, self._pool, Call(trees, {}, args, kwargs), entered)
+        finder = finder_of(self._bound, self._pool, Call(trees, self._base, args, kwargs), entered)
         context.trees, context.finder, self._inside = trees, finder, True
         try:
             y = forward(*args, **kwargs)
@@ -102,9 +104,9 @@ def _entered_class(cls: Any) -> Any:
     return type(cls.__name__, (EnteredModule, cls), members)
 
 
-def watch(bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any]) -> None:
+def watch(bound: BoundModel, skeleton: Skeleton, active: Mapping[str, Any], base: Mapping[str, Tensor]) -> None:
     """Turn the modules of a view that lead to sites into `EnteredModule`s."""
-    view = RoutedView(bound, bound.pool(), skeleton, active)
+    view = RoutedView(bound, bound.pool(), skeleton, active, base)
     paths = bound.binding.paths(active)
     leading = {path.rsplit(".", depth)[0] if depth else path for path in paths for depth in range(path.count(".") + 1)}
     names = {id(module): name for name, module in bound.binding.model.named_modules()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -30,11 +30,15 @@ class Watch:
 
     It compares object identities of everything a module refers to and the storages of all tensors, so that
     `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
+
+    Args:
+        modules: The modules.
+        others: Other dicts whose values are to stay.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]):
+    def __init__(self, modules: Iterable[nn.Module], others: Iterable[Mapping[str, Any]] = ()):
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        registries = [vars(module)[name] for module in modules for name in _REGISTRIES]
+        registries = [*(vars(module)[name] for module in modules for name in _REGISTRIES), *others]
         self._empty = [registry for registry in registries if not registry]
         self._views = [vars(module).values() for module in modules]
         self._views += [registry.values() for registry in registries if registry]

@@ -25,19 +25,25 @@ def call(
     return_buffers: bool = False,
 ) -> Any:
     """Run a bound model, as `functional_call` does."""
-    base: Mapping[str, Tensor] = {}
-    if isinstance(params, tuple):
-        if len(params) != 2:
-            raise TypeError(f"params is a tuple of {len(params)}, expected a tree or (base_params, params)")
-        base, params = params
-        if not isinstance(base, Mapping):
-            raise TypeError(
-                f"base_params is of type {type(base).__name__}, expected a dict from names of the model's parameters "
-                "or buffers to tensors, such as dict(model.named_parameters())"
-            )
+    base, params = with_base(params)
     active = now(bound.binding.active(params))
     given = Call(active, base, args if isinstance(args, tuple) else (args,), kwargs or {}, return_buffers)
     return _traced(bound, given) if torch.compiler.is_dynamo_compiling() else run(bound, given)
+
+
+def with_base(params: Any) -> tuple[Mapping[str, Tensor], Any]:
+    """Return the base tensors that are given with parameters, none where these are given alone, and the parameters."""
+    if not isinstance(params, tuple):
+        return {}, params
+    if len(params) != 2:
+        raise TypeError(f"params is a tuple of {len(params)}, expected a tree or (base_params, params)")
+    base, params = params
+    if not isinstance(base, Mapping):
+        raise TypeError(
+            f"base_params is of type {type(base).__name__}, expected a dict from names of the model's parameters "
+            "or buffers to tensors, such as dict(model.named_parameters())"
+        )
+    return base, params
 
 
 def run(bound: BoundModel, call: Call) -> Any:

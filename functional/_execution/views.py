@@ -23,24 +23,31 @@ from .._tensors.wrappers import bare_name, modules_of
 from .bound_model import BoundModel
 from .constant import check_constant, precompute
 from .entered import watch
+from .fill import named_base
+from .run import with_base
 
 
 def make_view(bound: BoundModel, params: Any, constant: bool) -> nn.Module:
     """Make a module like the user's with adapters in, as `Graft.view` does."""
     binding = bound.binding
+    base, params = with_base(params)
     active = binding.active(params)
     if constant:
         check_constant(active)
+        check_constant({"base_params": dict(base)})
     skeleton = bound.build()
     skeleton.context.trees = active
     skeleton.own_buffers()
+    for key, tensor in named_base(skeleton, base).items():
+        for container, name in skeleton.places[key]:
+            container[name] = tensor
     swap_tensors(skeleton, active)
     if constant:
         precompute(skeleton)
     adapters = {name: binding.adapters(name) for name in active}
     guard(skeleton.root, conflict(binding.model, adapters, {name: binding.replaced[name] for name in active}))
     if any(isinstance(tree, Routed) for tree in active.values()):
-        watch(bound, skeleton, active)
+        watch(bound, skeleton, active, base)
     return skeleton.root
 
 

@@ -248,8 +248,6 @@ def test_what_is_refused(tmp_path):
     model = wrapped(ours)
     with pytest.raises(TypeError, match=r"is a PeftModelForCausalLM already; call its add_adapter"):
         ours.get_peft_model(model, ours.LoraConfig())
-    with pytest.raises(UnsupportedCall, match="adapter_names are given .*; give each row its adapter by graft"):
-        model(IDS, adapter_names=["default", "__base__"])
     with pytest.raises(UnsupportedCall, match="safe_serialization is False; files are safetensors"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(UnsupportedCall, match="push_to_hub is true; nothing is uploaded here: hf upload NAME folder"):

@@ -1,12 +1,15 @@
 """Every method in place: the same numbers as the functional style, and every bit of the base back."""
 
+import contextlib
 import copy
 
 import optree
+import pytest
 import torch
 from torch.func import grad
 
 from torchgraft.adapters import (
+    adapter_rows,
     disable_adapter,
     extract_params,
     get_base_model_state_dict,
@@ -14,12 +17,14 @@ from torchgraft.adapters import (
     merge_adapter,
     merge_and_unload,
     set_adapter,
+    set_requires_grad,
     unload,
     unmerge_adapter,
 )
 from torchgraft.functional import bind
 
-from .cases import case, close, same
+from .cases import case, close, moved, same
+from .sites import kind
 
 
 def injected(one, params=None):
@@ -106,3 +111,35 @@ def test_two_in_place_are_two_that_are_named(name, site):
         graft = bind(one.model, dict.fromkeys(names, one.config))
         trees = {"default": one.trees[0], "other": one.trees[1]}
         close(model(one.x), graft({name: trees[name] for name in names}, one.x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_in_place_are_each_alone(name, site, training):
+    one = case(name, site)
+    model = injected(one, one.trees[0])
+    inject_adapter_in_model(one.config, model, "same", params=copy.deepcopy(one.trees[1]))
+    other = moved(bind(one.model, one.other).init(torch.Generator().manual_seed(2)), 2)
+    inject_adapter_in_model(one.other, model, "other", params=other)
+    model.train(training)
+    names = ["other", "__base__", "default", "default", "same", "other", "__base__"][: len(one.x)]
+    expected, seed, grads = [], torch.randn_like(one.model(one.x)), {}
+    for row, adapter in enumerate(names):
+        with disable_adapter(model) if adapter == "__base__" else contextlib.nullcontext():
+            if adapter != "__base__":
+                set_adapter(model, adapter)
+            y = model(one.x)[row]
+            expected.append(y.detach())
+            leaves = {key: p for key, p in model.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad((y * seed[row]).sum(), [*leaves.values()], allow_unused=True) if leaves else ()
+            grads |= {key: grads.get(key, 0) + g for key, g in zip(leaves, found, strict=True) if g is not None}
+    set_requires_grad(model, ["default", "same", "other"])
+    y = adapter_rows(model, names)(one.x)
+    close(y.detach(), torch.stack(expected))
+    base = [row for row, adapter in enumerate(names) if adapter == "__base__"]
+    plain = copy.deepcopy(one.frozen).train(training)(one.x)
+    close(y[base].detach(), plain[base])
+    if training or kind(site) != "attention":  # whose kernel for evaluation has no place for adapters
+        assert torch.equal(y[base], plain[base])
+    (y * seed).sum().backward()
+    close({key: p.grad for key, p in model.named_parameters() if key in grads}, grads)
+    assert all(not p.grad.any() for key, p in model.named_parameters() if key not in grads and p.grad is not None)

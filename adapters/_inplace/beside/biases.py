@@ -14,7 +14,7 @@ from torchgraft.functional.extending import Tree, offloading, whole, write
 from ..._config.keys import held_at, replaced_key
 from ..placed import Layout, Owners, Slot
 from ..switched import Switched
-from ..tensors.gathering import fill, kept, put
+from ..tensors.gathering import fill, put
 
 ATTRIBUTE = "_trained_biases"
 """Where a model keeps them, outside of its module tree."""
@@ -176,7 +176,7 @@ class Biases(Switched):
 
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
         """Return the adapter's biases."""
-        return {path: {"bias": kept(whole(bias))} for path, bias in self.unmerged(layout).items()}
+        return {path: {"bias": whole(bias)} for path, bias in self.unmerged(layout).items()}
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:
         """Return the adapter's biases, under the names of the base's."""

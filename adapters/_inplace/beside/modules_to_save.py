@@ -11,7 +11,7 @@ from torchgraft.functional.extending import Tree, unwrapped, whole
 
 from ..placed import Layout, Owners, Slot, own_modules
 from ..switched import Switched
-from ..tensors.gathering import kept, loaded_copy
+from ..tensors.gathering import loaded_copy
 
 
 class ModulesToSaveWrapper(Switched, nn.Module):
@@ -216,7 +216,7 @@ class ModulesToSaveWrapper(Switched, nn.Module):
     def adapter_tree(self, path: str, layout: Layout) -> Tree:
         """Return the parameters of the adapter's copy."""
         return {
-            f"{path}.{inner}" if inner else path: {leaf: kept(whole(tensor)) for leaf, tensor in leaves.items()}
+            f"{path}.{inner}" if inner else path: {leaf: whole(tensor) for leaf, tensor in leaves.items()}
             for inner, leaves in self.leaves(layout.adapter).items()
         }
 

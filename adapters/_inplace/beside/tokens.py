@@ -20,7 +20,6 @@ from ..._config.keys import replaced_key
 from ..._config.tokens import LEAF
 from ..placed import Layout, Owners, Slot, own_modules, refuse_tied
 from ..switched import Switched
-from ..tensors.gathering import kept
 from ..tensors.originals import Originals
 from .token_rows import TrainableTokensLayer
 
@@ -222,7 +221,7 @@ class TrainableTokensWrapper(Switched, nn.Module):
         """Return the adapter's rows."""
         tree: Tree = {}
         for rows in self.tensors_of(layout.adapter):
-            tree[path] = {LEAF: kept(whole(rows))}
+            tree[path] = {LEAF: whole(rows)}
         return tree
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:

@@ -12,7 +12,6 @@ from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, as_t
 from ..._config.keys import SHARED, held_at, join
 from ..._methods.shared.called import make_dropout
 from ..placed import Layout, Slot
-from ..tensors.gathering import kept
 from .containers import Dropouts, Modules, Parameters, SharedContainers
 from .holders import Holders, Traits, Watch, traits
 
@@ -252,7 +251,7 @@ class LayerLeaves(nn.Module):
         if not self.is_source(name):
             return {}
         fixed = self.fixed(name)
-        leaves = {leaf: kept(own) for leaf, own in self.numbers(name).items() if leaf not in fixed}
+        leaves = {leaf: own for leaf, own in self.numbers(name).items() if leaf not in fixed}
         return as_tree(path, self._entries[name].site, leaves)
 
     def adapter_slots(self, path: str, layout: Layout) -> dict[str, Slot]:

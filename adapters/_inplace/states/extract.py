@@ -37,7 +37,16 @@ def extract_params(model: nn.Module, adapter_name: str = "default") -> Tree:
     >>> extract_params(model)["0"]["ia3_l"].shape
     torch.Size([2, 1])
     """
-    model = unwrap(model)
+    tree = live_params(unwrap(model), adapter_name)
+    return {path: {leaf: kept(tensor) for leaf, tensor in leaves.items()} for path, leaves in tree.items()}
+
+
+def live_params(model: nn.Module, adapter_name: str) -> Tree:
+    """Return an injected adapter as a tree of its parameters themselves, to which gradients flow.
+
+    Raises:
+        ValueError: A name that the model does not have.
+    """
     layout = layout_of(model, adapter_name)
     tree: Tree = {}
     for path, part in named_parts(model):
@@ -57,24 +66,39 @@ def extract_graft(model: nn.Module, adapter_name: str = "default") -> Graft:
     """
     model = unwrap(model)
     config = config_of(model, adapter_name)
-    merged = [path for path, layer in layers(model).items() if layer.merged]
-    if merged:
-        raise ValueError(f"{merged[0]}: adapters are merged into this weight; call unmerge_adapter(model) first")
+    check_bare(model)
     if is_flat():
         raise TypeError(
             "the model is wrapped by FullyShardedDataParallel, whose flat parameters no graft can gather; shard it "
             "with torch.distributed.fsdp.fully_shard instead, or call extract_graft before it is wrapped"
         )
-    sites = source_sites(model, adapter_name)
     base = bare_copy(model, adapter_name)
-    fixed = exact(expressed(config, sites), list(sites), modules_of(base))
+    config = expressed(config, source_sites(model, adapter_name))
+    return Graft(base, bind_extracted(model, adapter_name, base, config), allow_unreached=True)
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model whose tensors are not the base's own.
+
+    Raises:
+        ValueError: Adapters are merged into them.
+    """
+    for path, layer in layers(model).items():
+        if layer.merged:
+            raise ValueError(f"{path}: adapters are merged into this weight; call unmerge_adapter(model) first")
+
+
+def bind_extracted(model: nn.Module, adapter_name: str, base: nn.Module, config: AdapterConfig) -> Binding:
+    """Bind an injected adapter to a copy of the model beneath the adapters, with the constants of its layers now."""
+    sites = source_sites(model, adapter_name)
+    fixed = exact(config, list(sites), modules_of(base))
     # What was planned may have changed since: scaling factors that were set, fixed tensors that were loaded.
     planned = {
         path: layer.entries[adapter_name].site.constants.replace(_fixed(layer, adapter_name))
         for path, layer in layers(model).items()
         if path in sites
     }
-    return Graft(base, Binding.plan(base, {"": fixed}, False, {"": planned}), allow_unreached=True)
+    return Binding.plan(base, {"": fixed}, False, {"": planned})
 
 
 def extract_config(model: nn.Module, adapter_name: str = "default") -> AdapterConfig:

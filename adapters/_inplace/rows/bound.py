@@ -1,0 +1,210 @@
+"""The adapters of a model as stacks over the model beneath them: what calls by rows run, kept while nothing changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torchgraft.functional import Binding, Graft, Routed, route
+from torchgraft.functional.extending import JoinedBinding, StackedBinding, Tree, Watch
+
+from ..beside.biases import biases_of
+from ..beside.modules_to_save import ModulesToSaveWrapper
+from ..states.bare import bare_copy
+from ..states.extract import bind_extracted, check_bare, live_params
+from ..states.layouts import config_of
+from ..switch import adapter_names
+from ..walk import layers, named, parts, placed_modules
+from .attached import check_buffers, check_held, check_unattached
+from .copied import Contents, copied_constants
+from .stacking import Stacking
+
+_RECENT = 4
+"""States of a model that are kept, such as those in training and in evaluation mode."""
+
+_BOUND: Any = WeakIdKeyDictionary()
+"""What was bound last, the latest first, by model."""
+
+_LOCK = threading.Lock()
+
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", *_BACKWARD)
+
+
+class Group:
+    """Adapters that can be stacked.
+
+    Args:
+        names: Their names, in the order of the stack.
+        binding: Their binding.
+        trees: Their parameters.
+    """
+
+    def __init__(self, names: Sequence[str], binding: Binding, trees: Sequence[Tree]):
+        self.numbers = {name: number for number, name in enumerate(names)}
+        self.binding = binding
+        self._stacking = Stacking(trees, binding.shapes[""])
+
+    def routed(self, names: Sequence[str | None], declared: Mapping[str, Any]) -> Routed | None:
+        """Return the routed stack of those adapters that rows have; `None` where no row has one of these."""
+        numbers = [self.numbers.get(name, -1) if name is not None else -1 for name in names]
+        used = sorted({number for number in numbers if number >= 0})
+        if not used:
+            return None
+        members = None if len(used) == len(self.numbers) else torch.tensor(used)
+        rows = [used.index(number) if number >= 0 else -1 for number in numbers]
+        return route(self._stacking.stack(used), rows, members=members, **declared)
+
+
+class BoundRows:
+    """A model's adapters, bound to the model beneath them.
+
+    Args:
+        model: A model with injected adapters.
+
+    Attributes:
+        graft: The graft of all that can be bound, by group.
+        names: Names of the adapters.
+        parts: All that they have in the model.
+        refused: Why some cannot be bound, by adapter.
+    """
+
+    def __init__(self, model: nn.Module):
+        check_bare(model)
+        check_unattached(model)
+        self._watch = _Watch(model)
+        self.parts, self.names = parts(model), {*adapter_names(model)}
+        self._copies = [(path, part) for path, part in named(model, ModulesToSaveWrapper).items() if _has_buffers(part)]
+        base = bare_copy(model)
+        held = [*model.parameters(), *model.buffers(), *_biases(model)]
+        self.refused: dict[str, tuple[type[Exception], str]] = {}
+        self._groups: dict[str, Group] = {}
+        bound: dict[str, tuple[Binding, Tree]] = {}
+        copied: list[Tensor] = []
+        for name in adapter_names(model):
+            tree = live_params(model, name)
+            try:
+                check_held(name, tree, held)
+                bound[name] = bind_extracted(model, name, base, config_of(model, name)), tree
+            except (TypeError, ValueError, RuntimeError) as error:
+                self.refused[name] = type(error), str(error)  # without its frames, which have the model
+        for names, binding in _stackable(bound, base):
+            self._groups[", ".join(names)] = Group(names, binding, [bound[name][1] for name in names])
+            copied += copied_constants(model, names, binding)
+        self._copied = Contents(copied)
+        binding = JoinedBinding.of_stacks(base, {key: group.binding for key, group in self._groups.items()})
+        self.graft = Graft(base, binding, allow_unreached=True)
+        self._parameters = list(base.named_parameters())
+
+    def same(self) -> bool:
+        """Return whether the model is still what was bound."""
+        return self._watch.same() and self._copied.same()
+
+    def params(self, names: Sequence[str | None], declared: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """Return the base's trained parameters and the routed stacks for a call.
+
+        Args:
+            names: The adapter of each row; `None` for the base.
+            declared: What is said of where rows are, as `route` takes it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: An adapter that no row can have.
+        """
+        known = [name for name in dict.fromkeys(names) if name is not None]
+        for name in known:
+            if name in self.refused:
+                kind, words = self.refused[name]
+                raise kind(words)
+        for path, part in self._copies:
+            check_buffers(path, part.modules_to_save, part.original_module, known)
+        trained = self._parameters if torch.is_grad_enabled() else []
+        base: dict[str, Tensor] = {name: parameter for name, parameter in trained if parameter.requires_grad}
+        routed = {key: group.routed(names, declared) for key, group in self._groups.items()}
+        return base, {key: stack for key, stack in routed.items() if stack is not None}
+
+
+def bound_rows(model: nn.Module) -> BoundRows:
+    """Return a model's adapters as they are now, bound for calls by rows; bound anew where something has changed."""
+    with _LOCK:
+        recent: tuple[BoundRows, ...] = _BOUND.get(model, ())
+        for bound in recent:
+            if bound.same():
+                return bound
+        with torch.inference_mode(False):  # calls that are differentiated use it too
+            bound = BoundRows(model)
+        _BOUND[model] = (bound, *recent)[:_RECENT]
+        return bound
+
+
+class _Watch:
+    """A check that a model and the adapters in it are what they were, whichever of these are active.
+
+    Of the modules that hold an adapter's parameters, which are many, only their registries are looked at, and whether
+    they have more attributes.
+    """
+
+    def __init__(self, model: nn.Module):
+        placed = [part for _, part in placed_modules(model)]
+        beside = {id(module): module for part in placed for module in part.own_modules()}
+        others: list[Mapping[str, Any]] = [layer.entries for layer in layers(model).values()]
+        others += [vars(module)[name] for module in beside.values() for name in _REGISTRIES]
+        if (biases := biases_of(model)) is not None:
+            others.append({"in": biases.in_place, **biases.tensors()})
+        dropouts = [module for module in beside.values() if isinstance(module, nn.Dropout)]
+        users = [module for module in model.modules() if id(module) not in beside]
+        others += [vars(module)[name] for module in users for name in _BACKWARD]
+        self._watch = Watch((*users, *dropouts), others)
+        self._attributes = [vars(module) for module in beside.values()]
+        self._counts = [*map(len, self._attributes)]
+
+    def same(self) -> bool:
+        """Return whether nothing has changed."""
+        return [*map(len, self._attributes)] == self._counts and self._watch.same()
+
+
+def _biases(model: nn.Module) -> list[Tensor]:
+    biases = biases_of(model)
+    return [] if biases is None else [*biases.tensors().values()]
+
+
+def _has_buffers(part: ModulesToSaveWrapper) -> bool:
+    return next(part.original_module.buffers(), None) is not None
+
+
+def _stackable(bound: Mapping[str, tuple[Binding, Tree]], base: nn.Module) -> list[tuple[list[str], Binding]]:
+    """Divide adapters into groups that can be stacked, each with its binding."""
+    alike: dict[Any, list[str]] = {}
+    for name, (binding, tree) in bound.items():
+        dtypes = {leaf.dtype for leaves in tree.values() for leaf in leaves.values()}
+        alike.setdefault((binding.configs[""].method.name, *sorted(dtypes, key=str)), []).append(name)
+    bindings = {name: binding for name, (binding, _) in bound.items()}
+    return [group for names in alike.values() for group in _divided(names, bindings, base)]
+
+
+def _divided(names: list[str], bindings: Mapping[str, Binding], base: nn.Module) -> list[tuple[list[str], Binding]]:
+    """Divide adapters of one method: all of them if that goes, or those that go with the first, and the others."""
+    if not names:
+        return []
+    stack = _stacked(names, bindings, base)
+    if stack is not None:
+        return [(names, stack)]
+    first, *others = names
+    if not others:  # one whose modules are tied, of which no stack is made
+        return [(names, bindings[first])]
+    fitting = [name for name in others if _stacked([first, name], bindings, base) is not None]
+    fitting = fitting if len(fitting) < len(others) else []
+    rest = [name for name in others if name not in fitting]
+    return [*_divided([first, *fitting], bindings, base), *_divided(rest, bindings, base)]
+
+
+def _stacked(names: Sequence[str], bindings: Mapping[str, Binding], base: nn.Module) -> StackedBinding | None:
+    """Return the binding of a stack of these adapters, `None` where they differ in what a stack shares."""
+    try:
+        return StackedBinding.of_singles(base, [bindings[name] for name in names])
+    except (TypeError, ValueError):
+        return None
