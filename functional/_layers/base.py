@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._method import Weighted
 from .._sites.kernels import folded, is_folded
-from .._sites.kinds import is_plain_linear
+from .._sites.kinds import has_plain_forward
 from .._sites.linear import LINEAR
 from .._sites.site import Site
 from .._sites.tensors import check_base
@@ -31,13 +31,14 @@ class Base(Weighted):
     def run(self, x: Tensor) -> Tensor:
         """Call the module itself."""
         module = self.module
+        cls: Any = type(module)
         linear = self.site.kind == LINEAR.name and not self.site.transposed
-        if linear and not torch.compiler.is_compiling() and is_plain_linear(module):
+        if linear and not torch.compiler.is_compiling() and has_plain_forward(cls):
             weight, bias = self.plain_tensors()
             check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
-        result: Tensor = type(module).forward(module, x, *self.args, **self.kwargs)
+        result: Tensor = cls.forward(module, x, *self.args, **self.kwargs)
         return result
 
     def _packed(self, x: Tensor) -> Tensor:
@@ -55,16 +56,23 @@ class Base(Weighted):
     @property
     def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
-        if self.args or self.kwargs or not is_plain_linear(self.module):
+        return self.linear_tensors()
+
+    def linear_tensors(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return what `plain` is."""
+        cls: Any = type(self.module)
+        if self.args or self.kwargs or not has_plain_forward(cls):
             return None
         weight, bias = self.plain_tensors()
-        return self.site.canonical(weight), bias
+        return weight.mT if self.site.transposed else weight, bias
 
     def plain_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias as the module has them, where these are their names."""
         held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
-        weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))
-        return weight, bias
+        try:
+            return held["weight"], held["bias"]
+        except KeyError:
+            return self.module.weight, self.module.bias
 
     @property
     def training(self) -> bool:

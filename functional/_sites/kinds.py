@@ -144,18 +144,13 @@ def register_by_name(module: str, name: str, describe: Describe, *, plain: bool 
         _PLAIN.add((module, f"{name}.forward"))
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module's forward is that of `nn.Linear` itself, or of a layer that is as plain.
+@functools.lru_cache(maxsize=256)
+def has_plain_forward(cls: Any) -> bool:
+    """Return whether modules of a class have the forward of `nn.Linear` itself, or of a layer that is as plain.
 
-    >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Bilinear(2, 2, 2))
+    >>> has_plain_forward(nn.Linear), has_plain_forward(nn.Bilinear)
     (True, False)
     """
-    cls: Any = type(module)
-    return _has_plain_forward(cls)
-
-
-@functools.lru_cache(maxsize=256)
-def _has_plain_forward(cls: Any) -> bool:
     forward = cls.forward
     return forward is nn.Linear.forward or (forward.__module__, forward.__qualname__) in _PLAIN
 

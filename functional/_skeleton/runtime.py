@@ -57,6 +57,14 @@ class SiteRuntime:
         result: Tensor = self.layer(part=part)(x)
         return result
 
+    def enter(self, x: Tensor) -> None:
+        """Note that a forward ran the module, with this input."""
+        context = self.context
+        if context.reached is not None:
+            context.reached.add(self.path)
+        if context.see is not None:
+            context.see(self.path, x)
+
     def look(self, x: Tensor) -> None:
         """Call `see(path, x)` with an input, where the context has a `see`."""
         if self.context.see is not None:
@@ -115,8 +123,7 @@ class AdaptedForward:
             x = kwargs.pop(runtime.argument)
         else:
             raise TypeError(f"{runtime.path}: forward() got no {runtime.argument!r}")
-        runtime.reach()
-        runtime.look(x)
+        runtime.enter(x)
         layer = runtime.layer(args, kwargs)
         result: Tensor = layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
         return result

@@ -19,7 +19,7 @@ from torchgraft.functional.extending import (
     unwrapped,
 )
 
-from .called_base import CalledBase, CalledOverMerged, is_parallel, own_or_computed
+from .called_base import CalledBase, CalledOverMerged, is_parallel
 from .containers import Parameters
 from .holders import Holders, Watch
 from .shell import Shell
@@ -42,7 +42,6 @@ class ActiveAdapters:
         names: Their names, which the forward does not read.
         entries: Config and site of each, with constants where the base is.
         merged: The base's original weights, while other adapters are merged into it.
-        held: Leaves of each, as `LayerLeaves.held` has them.
         sharing: Whether one has leaves together with other layers.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
     """
@@ -63,7 +62,8 @@ class ActiveAdapters:
 
     def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""
-        self.held = [layer.held(name) for name in self.names]
+        held = [layer.held(name) for name in self.names]
+        self._places = [[(leaf, one, part, getattr(one, "__dict__", {})) for leaf, one, _, part in own] for own in held]
         self.sharing = any(entry.site.shared for entry in self.entries)
         self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name]) for name in self.names]
         self.watch = Watch(self.holders)
@@ -80,10 +80,16 @@ class ActiveAdapters:
 
     def leaves(self) -> list[dict[str, Tensor]]:
         """Return the parameters of each adapter, as they are now."""
-        found = [
-            {leaf: one if part is None else own_or_computed(one, part) for leaf, one, _, part in held}
-            for held in self.held
-        ]
+        found = []
+        for places in self._places:
+            own: dict[str, Any] = {}
+            for leaf, one, part, attributes in places:
+                if part is not None:  # without nn.Module.__getattr__ where it is a parameter
+                    tensor = attributes["_parameters"].get(part)
+                    own[leaf] = getattr(one, part) if tensor is None else tensor
+                else:
+                    own[leaf] = one
+            found.append(own)
         return self._together(found) if self.sharing else found
 
     def _together(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,9 +149,12 @@ class ActiveAdapters:
             return self.leaves()
         return self._together([holders.maps(called=False) for holders in self.holders])
 
-    def stale(self, layer: MergingLayer) -> bool:
-        """Return whether somebody replaced a parameter, or the module that holds it, since this was collected."""
-        containers: Any = layer._modules
+    def stale(self, containers: Mapping[str, Any]) -> bool:
+        """Return whether somebody replaced a parameter, or the module that holds it, since this was collected.
+
+        Args:
+            containers: What hangs in the layer, by attribute.
+        """
         for attribute, container, registry, name, one in self._hung:
             if registry.get(name) is not one or containers[attribute] is not container:
                 return True

@@ -41,13 +41,12 @@ class CalledBase(Base):
                 weight, bias = super().dense()
         return whole(weight), None if bias is None else whole(bias)
 
-    @property
-    def plain(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
+    def linear_tensors(self) -> tuple[Tensor, Tensor | None] | None:
         """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
         own = vars(self.module)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
-        return None if "forward" in own or has_global_hooks() else super().plain
+        return None if "forward" in own or has_global_hooks() else super().linear_tensors()
 
 
 class BaseOverMerged(Base):
@@ -72,10 +71,3 @@ def is_parallel(base: Any, site: Site) -> bool:
     """Return whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
     sharded = base._forward_pre_hooks and not is_unit(base)
     return bool(sharded) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
-
-
-def own_or_computed(module: Any, name: str) -> Tensor:
-    """Return what a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
-    own = module._parameters.get(name)
-    result: Tensor = getattr(module, name) if own is None else own
-    return result

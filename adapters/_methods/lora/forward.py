@@ -39,15 +39,18 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
     `A`, `B`, the dropout and DoRA's magnitude may be modules, which are called in PEFT's order.
     """
-    base, scaling = base_of(site, base), site.constants.scaling
-    dropout: Dropout = leaves.get(DROPOUT, config.lora_dropout)
+    scaling, dropout = site.constants.scaling, leaves.get(DROPOUT, config.lora_dropout)
     called = isinstance(leaves.get("lora_A"), Called)
+    linear = site.kind == "linear" and not (called or config.use_dora or config.lora_bias)
+    if linear and site.constants.initial_A is None and site.constants.rounding is None:  # most sites, in each call
+        return add_to_linear(base, x, *own_factors(site, leaves), scaling, dropout)
+    base = base_of(site, base)
     if site.constants.initial_A is not None and (called or (dropout and base.training)):
         a, b = own_factors(site, leaves)
         base = BaseMinusInitial(base, site)  # what the base lost sees the whole input
     else:
         a, b = factors(site, leaves)
-    if site.kind == "linear" and not (called or config.use_dora or config.lora_bias):
+    if linear:
         return add_to_linear(base, x, a, b, scaling, dropout)
     y = base(x)
     if config.use_dora and isinstance(leaves[dora.MAGNITUDE], Called):
