@@ -34,7 +34,7 @@ class Base(Weighted):
         cls: Any = type(module)
         linear = self.site.kind == LINEAR.name and not self.site.transposed
         if linear and not torch.compiler.is_compiling() and has_plain_forward(cls):
-            weight, bias = self.plain_tensors()
+            weight, bias = held_tensors(module)
             check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
@@ -60,24 +60,28 @@ class Base(Weighted):
 
     def linear_tensors(self) -> tuple[Tensor, Tensor | None] | None:
         """Return what `plain` is."""
-        cls: Any = type(self.module)
-        if self.args or self.kwargs or not has_plain_forward(cls):
-            return None
-        weight, bias = self.plain_tensors()
-        return weight.mT if self.site.transposed else weight, bias
-
-    def plain_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias as the module has them, where these are their names."""
-        held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
-        try:
-            return held["weight"], held["bias"]
-        except KeyError:
-            return self.module.weight, self.module.bias
+        tensors = None if self.args or self.kwargs else linear_tensors(self.module)
+        return tensors if tensors is None or not self.site.transposed else (tensors[0].mT, tensors[1])
 
     @property
     def training(self) -> bool:
         result: bool = self.module.training
         return result
+
+
+def linear_tensors(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias as a module has them whose forward is just `F.linear` of these; `None` for others."""
+    cls: Any = type(module)
+    return held_tensors(module) if has_plain_forward(cls) else None
+
+
+def held_tensors(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias as a module has them, where these are their names."""
+    held = module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
+    try:
+        return held["weight"], held["bias"]
+    except KeyError:
+        return module.weight, module.bias
 
 
 class BaseWithTensors(Base):

@@ -15,11 +15,13 @@ from torchgraft.functional.extending import (
     Base,
     SiteAdapter,
     beside,
+    linear_tensors,
     plain_class,
+    step_of,
     unwrapped,
 )
 
-from .called_base import CalledBase, CalledOverMerged, is_parallel
+from .called_base import CalledBase, CalledOverMerged, is_bare, is_parallel
 from .containers import Parameters
 from .holders import Holders, Watch
 from .shell import Shell
@@ -44,6 +46,7 @@ class ActiveAdapters:
         merged: The base's original weights, while other adapters are merged into it.
         sharing: Whether one has leaves together with other layers.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
+        step: What calls take instead of layers, where that is decided.
     """
 
     def __init__(self, layer: MergingLayer, names: Iterable[str]):
@@ -59,6 +62,8 @@ class ActiveAdapters:
         inherited = type(base).forward is plain.forward and not attention
         inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
         self.shell = None if inherited or not self.names else Shell(base, plain, self.entries, self.merged)
+        decided = bool(self.entries) and self.shell is None and self.merged is None
+        self.step = step_of(self.entries) if decided else None
 
     def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""
@@ -125,9 +130,15 @@ class ActiveAdapters:
         """Return the adapted output."""
         if self.device is None or self.watch.attached(base.training):
             return self._run_called(base, x, args, kwargs)
+        leaves = self.leaves()
+        if self.step is not None and not (args or kwargs or torch.compiler.is_compiling()) and is_bare(base):
+            tensors = linear_tensors(base)
+            y = None if tensors is None else self.step(x, *tensors, leaves[0], base.training)
+            if y is not None:
+                return y
         if self.shell is None:
-            return self.over(base, self.leaves(), args, kwargs)(x)
-        return self.shell.run(base, self.entries, self.leaves(), x, args, kwargs)
+            return self.over(base, leaves, args, kwargs)(x)
+        return self.shell.run(base, self.entries, leaves, x, args, kwargs)
 
     def _run_called(self, base: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output, through the modules that hold leaves."""

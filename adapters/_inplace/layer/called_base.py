@@ -12,6 +12,7 @@ from torchgraft.functional.extending import (
     Base,
     Site,
     check_base,
+    held_tensors,
     is_sharded,
     is_unit,
     whole,
@@ -28,7 +29,7 @@ class CalledBase(Base):
 
     def run(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.plain is not None:
-            check_base(self.site.path, self.plain_tensors()[0], x)
+            check_base(self.site.path, held_tensors(self.module)[0], x)
         result: Tensor = self.module(x, *self.args, **self.kwargs)
         return result
 
@@ -43,10 +44,20 @@ class CalledBase(Base):
 
     def linear_tensors(self) -> tuple[Tensor, Tensor | None] | None:
         """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
-        own = vars(self.module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        return None if "forward" in own or has_global_hooks() else super().linear_tensors()
+        return super().linear_tensors() if is_bare(self.module) else None
+
+
+def is_bare(module: Any) -> bool:
+    """Return whether no hook and no forward of a module's own wants to see its call."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or has_global_hooks()
+    )
 
 
 class BaseOverMerged(Base):
