@@ -8,6 +8,7 @@ from ._abilities import AddsProduct as AddsProduct
 from ._abilities import KeepsDtype as KeepsDtype
 from ._abilities import MergesOver as MergesOver
 from ._abilities import Precomputes as Precomputes
+from ._abilities import RunsInOneStep as RunsInOneStep
 from ._abilities import SharesLeaves as SharesLeaves
 from ._abilities import SplitsProjection as SplitsProjection
 from ._abilities import TakesComplex as TakesComplex

@@ -15,6 +15,22 @@ Leaves = dict[str, Tensor]
 Original = Callable[[], Dense]
 """The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
 
+Step = Callable[[Tensor, Tensor, Tensor | None, Leaves, bool], Tensor | None]
+"""`(x, weight, bias, leaves, training) -> y`, or `None` where a call has to take `apply`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsInOneStep:
+    """A forward that is one function of the input, a linear layer's weight and bias, and the leaves.
+
+    What `apply` finds out about config and site in each call is decided once. Both give the same bits.
+
+    Attributes:
+        decide: `(config, site) -> step`; `None` where all calls take `apply`.
+    """
+
+    decide: Callable[[Any, Site], Step | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class SplitsProjection:

@@ -5,6 +5,7 @@ Users need none of it, and it may change from one version to the next.
 
 from ._abilities import Leaves as Leaves
 from ._abilities import Original as Original
+from ._abilities import Step as Step
 from ._base_with_weights import with_weights as with_weights
 from ._binding.joined import JoinedBinding as JoinedBinding
 from ._binding.leaves import shared_shapes as shared_shapes
@@ -28,9 +29,12 @@ from ._given import check_config as check_config
 from ._given import check_module as check_module
 from ._given import check_no_view as check_no_view
 from ._layers.adapted import Adapted as Adapted
+from ._layers.adapted import step_of as step_of
 from ._layers.around import Around as Around
 from ._layers.base import Base as Base
 from ._layers.base import BaseWithTensors as BaseWithTensors
+from ._layers.base import held_tensors as held_tensors
+from ._layers.base import linear_tensors as linear_tensors
 from ._messages import advice_on as advice_on
 from ._messages import closest as closest
 from ._messages import did_you_mean as did_you_mean

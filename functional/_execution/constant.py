@@ -53,6 +53,7 @@ def precompute(skeleton: Skeleton) -> None:
             runtime.entries = {
                 name: adapter.with_constants(known.get(id(adapter), {})) for name, adapter in runtime.entries.items()
             }
+            runtime.decide()
 
 
 def _constants(layer: Any) -> Iterator[tuple[SiteAdapter, Mapping[str, Any]]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from .._abilities import Leaves
+from .._abilities import Leaves, RunsInOneStep, Step
 from .._method import SiteAdapter, Weighted
 from .._sites.kernels import over_values
+from .._sites.linear import LINEAR
 from .._sites.tensors import check_leaves
 from .base import Base
 
@@ -49,3 +51,13 @@ class Adapted(Weighted):
     @property
     def training(self) -> bool:
         return self.base.training
+
+
+def step_of(adapters: Iterable[SiteAdapter]) -> Step | None:
+    """Return the one step that calls of a site can take instead of its layers: that of the only adapter there."""
+    first, *others = adapters
+    site = first.site
+    ability = first.config.method.ability(RunsInOneStep)
+    if others or type(first) is not SiteAdapter or site.shared or site.transposed or ability is None:
+        return None
+    return ability.decide(first.config, site) if site.kind == LINEAR.name else None

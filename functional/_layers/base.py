@@ -31,13 +31,14 @@ class Base(Weighted):
     def run(self, x: Tensor) -> Tensor:
         """Call the module itself."""
         module = self.module
+        cls: Any = type(module)
         linear = self.site.kind == LINEAR.name and not self.site.transposed
-        if linear and not torch.compiler.is_compiling() and has_linear_forward(module):
-            weight, bias = self.own_tensors()
+        if linear and not torch.compiler.is_compiling() and has_linear_forward(cls):
+            weight, bias = held_tensors(module)
             check_base(self.site.path, weight, x)
             if is_folded(x, weight, bias):
                 return folded(x, weight, bias)
-        result: Tensor = type(module).forward(module, x, *self.args, **self.kwargs)
+        result: Tensor = cls.forward(module, x, *self.args, **self.kwargs)
         return result
 
     def _packed(self, x: Tensor) -> Tensor:
@@ -55,21 +56,32 @@ class Base(Weighted):
     @property
     def as_linear(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
         """Weight and bias where a call is just `F.linear` of them, else `None`."""
-        if self.args or self.kwargs or not has_linear_forward(self.module):
-            return None
-        weight, bias = self.own_tensors()
-        return self.site.canonical(weight), bias
+        return self.linear_tensors()
 
-    def own_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias as the module has them, where these are their names."""
-        held = self.module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
-        weight, bias = (held[name] if name in held else getattr(self.module, name) for name in ("weight", "bias"))
-        return weight, bias
+    def linear_tensors(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return what `as_linear` is."""
+        tensors = None if self.args or self.kwargs else linear_tensors(self.module)
+        return tensors if tensors is None or not self.site.transposed else (tensors[0].mT, tensors[1])
 
     @property
     def training(self) -> bool:
         result: bool = self.module.training
         return result
+
+
+def linear_tensors(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias as a module has them whose forward is just `F.linear` of these; `None` for others."""
+    cls: Any = type(module)
+    return held_tensors(module) if has_linear_forward(cls) else None
+
+
+def held_tensors(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias as a module has them, where these are their names."""
+    held = module._parameters  # without nn.Module.__getattr__, which takes longer than all else here
+    try:
+        return held["weight"], held["bias"]
+    except KeyError:
+        return module.weight, module.bias
 
 
 class BaseWithTensors(Base):

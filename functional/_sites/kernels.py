@@ -47,10 +47,10 @@ def has_rows(x: Tensor) -> bool:
     >>> has_rows(torch.ones(2, 3, 4)), has_rows(torch.ones(2, 3, 4).transpose(0, 1))
     (True, False)
     """
-    if x.ndim == 3:  # most inputs: every call of a layer asks
-        return x.stride(0) == x.stride(1) * x.size(1)
     sizes, steps = x.shape, x.stride()
-    return all(steps[i] == steps[i + 1] * sizes[i + 1] for i in range(x.ndim - 2))
+    if len(sizes) == 3:  # most inputs: every call of a layer asks
+        return steps[0] == steps[1] * sizes[1]
+    return all(steps[i] == steps[i + 1] * sizes[i + 1] for i in range(len(sizes) - 2))
 
 
 def is_folded(x: Any, weight: Any, bias: Any) -> bool:

@@ -144,18 +144,13 @@ def register_by_name(module: str, name: str, describe: Describe, *, linear_forwa
         _LINEAR_FORWARDS.add((module, f"{name}.forward"))
 
 
-def has_linear_forward(module: nn.Module) -> bool:
-    """Return whether a module's forward is that of `nn.Linear` itself, or of a layer that computes the same.
+@functools.lru_cache(maxsize=256)
+def has_linear_forward(cls: Any) -> bool:
+    """Return whether modules of a class have the forward of `nn.Linear` itself, or one that computes the same.
 
-    >>> has_linear_forward(nn.Linear(2, 2)), has_linear_forward(nn.Bilinear(2, 2, 2))
+    >>> has_linear_forward(nn.Linear), has_linear_forward(nn.Bilinear)
     (True, False)
     """
-    cls: Any = type(module)
-    return _is_linear_forward(cls)
-
-
-@functools.lru_cache(maxsize=256)
-def _is_linear_forward(cls: Any) -> bool:
     forward = cls.forward
     return forward is nn.Linear.forward or (forward.__module__, forward.__qualname__) in _LINEAR_FORWARDS
 

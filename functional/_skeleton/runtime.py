@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from .._layers.adapted import Adapted
-from .._layers.base import Base
+from .._abilities import Step
+from .._layers.adapted import Adapted, step_of
+from .._layers.base import Base, linear_tensors
 from .._layers.compose import compose
 from .._layers.gathered import run_on_shards
 from .._layers.no_weight import stand_in
@@ -39,6 +41,31 @@ class SiteRuntime:
     cls: Any
     forward_class: Any
 
+    step: ClassVar[Any] = None
+    """What calls take instead of layers where that is decided; see `decide`."""
+
+    def decide(self) -> None:
+        """Decide what can be decided before calls, for the entries there are."""
+        vars(self)["step"] = step_of(self.entries.values())
+
+    def run(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the adapted output."""
+        if self.step is not None and not (args or kwargs or torch.compiler.is_compiling()):
+            y = self._in_one_step(x, self.step)
+            if y is not None:
+                return y
+        layer = self.layer(args, kwargs)
+        result: Tensor = layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
+        return result
+
+    def _in_one_step(self, x: Any, step: Step) -> Tensor | None:
+        """Return the output of the one step, where a tree of one adapter is active and nothing else."""
+        (name,) = self.entries
+        tree, tensors = self.context.active(self.path).get(name), linear_tensors(self.inner)
+        if type(tree) is not dict or tensors is None:
+            return None
+        return step(x, *tensors, tree[self.entries[name].site.path], self.inner.training)
+
     def layer(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
     ) -> Any:
@@ -56,6 +83,14 @@ class SiteRuntime:
         self.look(x)
         result: Tensor = self.layer(part=part)(x)
         return result
+
+    def enter(self, x: Tensor) -> None:
+        """Note that a forward ran the module, with this input."""
+        context = self.context
+        if context.reached is not None:
+            context.reached.add(self.path)
+        if context.see is not None:
+            context.see(self.path, x)
 
     def look(self, x: Tensor) -> None:
         """Call `see(path, x)` with an input, where the context has a `see`."""
@@ -115,11 +150,8 @@ class AdaptedForward:
             x = kwargs.pop(runtime.argument)
         else:
             raise TypeError(f"{runtime.path}: forward() got no {runtime.argument!r}")
-        runtime.reach()
-        runtime.look(x)
-        layer = runtime.layer(args, kwargs)
-        result: Tensor = layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
-        return result
+        runtime.enter(x)
+        return runtime.run(x, args, kwargs)
 
 
 class AdaptedModule:
@@ -218,7 +250,8 @@ def adapt(
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = next(iter(list(inspect.signature(forward_class.forward).parameters)[1:]), "input")
     shell.__class__ = adapted_class(cls, forward_class, next(iter(adapters.values())).site)
-    shell.__dict__["_runtime"] = SiteRuntime(path, context, adapters, inner, argument, cls, forward_class)
+    shell.__dict__["_runtime"] = runtime = SiteRuntime(path, context, adapters, inner, argument, cls, forward_class)
+    runtime.decide()
 
 
 def load_below(shell: Any) -> None:

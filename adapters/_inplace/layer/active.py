@@ -16,10 +16,12 @@ from torchgraft.functional.extending import (
     SiteAdapter,
     beside,
     forward_class,
+    linear_tensors,
+    step_of,
     unwrapped,
 )
 
-from .called_base import CalledBase, CalledOverMerged, is_parallel, own_or_computed
+from .called_base import CalledBase, CalledOverMerged, is_bare, is_parallel
 from .containers import Parameters
 from .holders import Holders, Watch
 from .shell import Shell
@@ -42,9 +44,9 @@ class ActiveAdapters:
         names: Their names, which the forward does not read.
         entries: Config and site of each, with constants where the base is.
         merged: The base's original weights, while other adapters are merged into it.
-        held: Leaves of each, as `LayerLeaves.held` has them.
         sharing: Whether one has leaves together with other layers.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
+        step: What calls take instead of layers, where that is decided.
     """
 
     def __init__(self, layer: MergingLayer, names: Iterable[str]):
@@ -60,10 +62,13 @@ class ActiveAdapters:
         inherited = type(base).forward is inner.forward and not attention
         inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
         self.shell = None if inherited or not self.names else Shell(base, inner, self.entries, self.merged)
+        decided = bool(self.entries) and self.shell is None and self.merged is None
+        self.step = step_of(self.entries) if decided else None
 
     def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""
-        self.held = [layer.held(name) for name in self.names]
+        held = [layer.held(name) for name in self.names]
+        self._places = [[(leaf, one, part, getattr(one, "__dict__", {})) for leaf, one, _, part in own] for own in held]
         self.sharing = any(entry.site.shared for entry in self.entries)
         casts = bool(getattr(layer, "cast_input_dtype_enabled", True))
         self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name], casts) for name in self.names]
@@ -81,10 +86,16 @@ class ActiveAdapters:
 
     def leaves(self) -> list[dict[str, Tensor]]:
         """Return the parameters of each adapter, as they are now."""
-        found = [
-            {leaf: one if part is None else own_or_computed(one, part) for leaf, one, _, part in held}
-            for held in self.held
-        ]
+        found = []
+        for places in self._places:
+            own: dict[str, Any] = {}
+            for leaf, one, part, attributes in places:
+                if part is not None:  # without nn.Module.__getattr__ where it is a parameter
+                    tensor = attributes["_parameters"].get(part)
+                    own[leaf] = getattr(one, part) if tensor is None else tensor
+                else:
+                    own[leaf] = one
+            found.append(own)
         return self._together(found) if self.sharing else found
 
     def _together(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,9 +131,15 @@ class ActiveAdapters:
         """Return the adapted output."""
         if self.device is None or self.watch.attached(base.training):
             return self._run_called(base, x, args, kwargs)
+        leaves = self.leaves()
+        if self.step is not None and not (args or kwargs or torch.compiler.is_compiling()) and is_bare(base):
+            tensors = linear_tensors(base)
+            y = None if tensors is None else self.step(x, *tensors, leaves[0], base.training)
+            if y is not None:
+                return y
         if self.shell is None:
-            return self.over(base, self.leaves(), args, kwargs)(x)
-        return self.shell.run(base, self.entries, self.leaves(), x, args, kwargs)
+            return self.over(base, leaves, args, kwargs)(x)
+        return self.shell.run(base, self.entries, leaves, x, args, kwargs)
 
     def _run_called(self, base: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output, through the modules that hold leaves."""
@@ -144,9 +161,12 @@ class ActiveAdapters:
             return self.leaves()
         return self._together([holders.maps(called=False) for holders in self.holders])
 
-    def stale(self, layer: MergingLayer) -> bool:
-        """Return whether somebody replaced a parameter, or the module that holds it, since this was collected."""
-        containers: Any = layer._modules
+    def stale(self, containers: Mapping[str, Any]) -> bool:
+        """Return whether somebody replaced a parameter, or the module that holds it, since this was collected.
+
+        Args:
+            containers: What hangs in the layer, by attribute.
+        """
         for attribute, container, registry, name, one in self._hung:
             if registry.get(name) is not one or containers[attribute] is not container:
                 return True

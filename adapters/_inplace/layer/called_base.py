@@ -12,6 +12,7 @@ from torchgraft.functional.extending import (
     Base,
     Site,
     check_base,
+    held_tensors,
     is_sharded,
     is_unit,
     whole,
@@ -28,7 +29,7 @@ class CalledBase(Base):
 
     def run(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.as_linear is not None:
-            check_base(self.site.path, self.own_tensors()[0], x)
+            check_base(self.site.path, held_tensors(self.module)[0], x)
         result: Tensor = self.module(x, *self.args, **self.kwargs)
         return result
 
@@ -41,13 +42,22 @@ class CalledBase(Base):
                 weight, bias = super().dense()
         return whole(weight), None if bias is None else whole(bias)
 
-    @property
-    def as_linear(self) -> tuple[Tensor, Tensor | None] | None:  # type: ignore[override]
+    def linear_tensors(self) -> tuple[Tensor, Tensor | None] | None:
         """As in `Base`, unless a hook or a forward of the module's own wants to see the call."""
-        own = vars(self.module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        return None if "forward" in own or has_global_hooks() else super().as_linear
+        return super().linear_tensors() if is_bare(self.module) else None
+
+
+def is_bare(module: Any) -> bool:
+    """Return whether no hook and no forward of a module's own wants to see its call."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or has_global_hooks()
+    )
 
 
 class BaseOverMerged(Base):
@@ -72,10 +82,3 @@ def is_parallel(base: Any, site: Site) -> bool:
     """Return whether hooks of a module, as `parallelize_module` puts them, have it compute with sharded tensors."""
     sharded = base._forward_pre_hooks and not is_unit(base)
     return bool(sharded) and any(is_sharded(getattr(base, name)) for name in site.weight_names)
-
-
-def own_or_computed(module: Any, name: str) -> Tensor:
-    """Return what a module has under a name, without `nn.Module.__getattr__` where it is a parameter."""
-    own = module._parameters.get(name)
-    result: Tensor = getattr(module, name) if own is None else own
-    return result

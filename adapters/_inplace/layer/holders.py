@@ -158,7 +158,7 @@ class Watch:
         for own, p in self._dropouts:
             if own["p"] != p or own["training"] is not training:
                 return True
-        return self._moved or has_global_hooks() or bool(self.overridden())
+        return self._moved or has_global_hooks() or bool(self._containers and self.overridden())
 
     def amid(self, compute: Callable[[], Any]) -> Any:
         """`compute()`, in the calls of the containers that need one."""

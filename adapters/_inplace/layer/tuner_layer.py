@@ -138,7 +138,8 @@ class BaseTunerLayer(Switched, NamedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base with the active adapters."""
-        base: Any = self._modules["base_layer"]  # attributes of modules take long to find
+        attributes = vars(self)  # those of modules take long to find
+        base: Any = attributes["_modules"]["base_layer"]
         if not self._adapted():
             result: Tensor = base(*args, **kwargs)
             return result
@@ -148,13 +149,17 @@ class BaseTunerLayer(Switched, NamedLayer):
             x = kwargs.pop(self._argument)
         else:
             raise TypeError(f"{self._live.entries[0].site.path}: forward() got no {self._argument!r}")
-        return self._live.run(base, x, args, kwargs)
+        output: Tensor = attributes["_live"].run(base, x, args, kwargs)
+        return output
 
     def _adapted(self) -> bool:
         """Return whether any adapter runs; looks for replaced parameters first."""
-        if not torch.compiler.is_compiling() and self._live.stale(self):
+        attributes = vars(self)
+        live: ActiveAdapters = attributes["_live"]
+        if not torch.compiler.is_compiling() and live.stale(attributes["_modules"]):
             self.refresh()
-        return bool(self._live)
+            live = attributes["_live"]
+        return bool(live.entries)
 
     def refresh(self) -> None:
         """Collect anew what the forward needs."""

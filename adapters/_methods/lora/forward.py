@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, UnsupportedConfig, widen
-from torchgraft.functional.extending import Dense, Original, add_scaled
+from torchgraft.functional.extending import Dense, Leaves, Original, Step, add_scaled
 
+from ..shared import fused
 from ..shared.called import DROPOUT, Called, Dropout, dropped
 from ..shared.embedding_grad import as_embedding
 from ..shared.low_rank import (
@@ -39,15 +40,18 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
     `A`, `B`, the dropout and DoRA's magnitude may be modules, which are called in PEFT's order.
     """
-    base, scaling = base_of(site, base), site.constants.scaling
-    dropout: Dropout = leaves.get(DROPOUT, config.lora_dropout)
+    scaling, dropout = site.constants.scaling, leaves.get(DROPOUT, config.lora_dropout)
     called = isinstance(leaves.get("lora_A"), Called)
+    linear = site.kind == "linear" and not (called or config.use_dora or config.lora_bias)
+    if linear and site.constants.initial_A is None and site.constants.rounding is None:  # most sites, in each call
+        return add_to_linear(base, x, *own_factors(site, leaves), scaling, dropout)
+    base = base_of(site, base)
     if site.constants.initial_A is not None and (called or (dropout and base.training)):
         a, b = own_factors(site, leaves)
         base = BaseMinusInitial(base, site)  # what the base lost sees the whole input
     else:
         a, b = factors(site, leaves)
-    if site.kind == "linear" and not (called or config.use_dora or config.lora_bias):
+    if linear:
         return add_to_linear(base, x, a, b, scaling, dropout)
     y = base(x)
     if config.use_dora and isinstance(leaves[dora.MAGNITUDE], Called):
@@ -67,6 +71,23 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     if site.kernel_size:
         return add_scaled(y, site.pointwise(site.convolve(x, a), b), scaling).to(dtype)
     return add_product(y, F.linear(x, a), b, scaling).to(dtype)
+
+
+def decide(config: LoraConfig, site: Site) -> Step | None:
+    """Return `apply` as one step for a site whose `A` and `B` are all that is added; `None` for another."""
+    constants = site.constants
+    fixed = (constants.initial_A, constants.initial_B, constants.rounding, constants.lora_B)
+    scaling = constants.scaling
+    if config.use_dora or config.lora_bias or type(scaling) is not float or any(one is not None for one in fixed):
+        return None
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
+        a, b = leaves["lora_A"], leaves["lora_B"]
+        if a.is_meta or b.is_meta or x.is_nested or not fused.fits(x, weight, a, b):
+            return None
+        return fused.linear(x, weight, bias, a, b, scaling, config.lora_dropout if training else 0.0)
+
+    return step
 
 
 def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:

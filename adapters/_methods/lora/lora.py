@@ -24,6 +24,7 @@ from torchgraft.functional import (
     MergesOver,
     Method,
     Precomputes,
+    RunsInOneStep,
     Site,
     SplitsProjection,
     TakesComplex,
@@ -228,6 +229,7 @@ LoraConfig.method = Method(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "statistics", *CONFIGS}
     ),
     abilities=(
+        RunsInOneStep(forward.decide),
         SplitsProjection(part),
         AddsProduct(factors_of_parameter),
         MergesOver(forward.merge_over),

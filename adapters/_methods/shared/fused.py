@@ -21,6 +21,9 @@ _MANY = 2**15
 """Elements from which the mask of a dropout is worth a way of its own to draw it."""
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_level_of_transforms = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
+_is_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -31,10 +34,13 @@ def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
     the base's own call is known to be the one taken here: another one may round in another way, and a product of zero
     has to leave the base's output as it is.
     """
+    dtype, axes = x.dtype, x.ndim
     return (
-        x.ndim > 1
-        and x.dtype == weight.dtype == a.dtype == b.dtype
-        and (x.ndim == 2 or (x.is_contiguous() and has_rows(x)))
+        axes > 1
+        and dtype == weight.dtype
+        and dtype == a.dtype
+        and dtype == b.dtype
+        and (axes == 2 or (x.is_contiguous() and has_rows(x)))
         and is_eager(x, weight)
     )
 
@@ -52,10 +58,10 @@ def is_eager(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and not weight.is_meta
         and type(x) is Tensor
-        and torch._C._functorch.maybe_current_level() is None
+        and _level_of_transforms() is None
         and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._is_any_autocast_enabled()
+        and _tracing_state() is None
+        and not _is_autocast()
     )
 
 
@@ -131,14 +137,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, a, b, down, keep = ctx.saved_tensors
         for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad
-        shape, flat, g = g.shape, g.reshape(-1, g.shape[-1]), _parts(g, b)
+        shape, flat = g.shape, g.flatten(0, -2)
         gx = gw = gb = ga = g_bias = None
+        g, down = _parts(flat, b), _parts(down, a)
         up = (g @ b).mul_(ctx.scaling)
         if for_a:
             ga = up.mT @ _parts(x if keep is None else x * keep, a)
         if for_b:
             if torch.is_grad_enabled() and x is not None:
-                down = _down(x, a, keep)  # what was kept is no function of `x` and `a` to a second derivative
+                down = _parts(_down(x, a, keep), a)  # what was kept is no function of `x` and `a` to a second derivative
             gb = (down.mT @ g).mul_(ctx.scaling).mT
         if for_x:
             gx = flat @ weight
@@ -148,7 +155,7 @@ class _Linear(torch.autograd.Function):
                 gx.add_((up @ a).view(gx.shape).mul_(keep.view(gx.shape)))
             gx = gx.view(*shape[:-1], gx.shape[-1])
         if for_weight:
-            gw = flat.mT @ x.reshape(-1, x.shape[-1])
+            gw = flat.mT @ x.flatten(0, -2)
         if for_bias:
             g_bias = flat.sum(0)
         return gx, gw, g_bias, ga, gb, None, None, None
@@ -156,19 +163,25 @@ class _Linear(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return the output, of an input and of what comes out of `a`."""
-    y = base_output(x, weight, bias)
-    _add_product_(y, down, b.mT, scaling)
-    return shaped(y, x)
+    if bias is None and x.is_contiguous():  # torch's output is no view then
+        y = F.linear(x, weight)
+        flat = y.flatten(0, -2)
+    else:
+        flat = base_output(x, weight, bias)
+        y = shaped(flat, x)
+    _add_product_(flat, down.flatten(0, -2) if b.ndim == 2 else down, b.mT, scaling)
+    return y
 
 
 def _down(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
     """Return the input on `r` coordinates."""
-    return _parts(x if keep is None else x * keep, a) @ a.mT
+    x = x if keep is None else x * keep
+    return F.linear(x, a) if a.ndim == 2 else _parts(x, a) @ a.mT
 
 
 def base_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias` as `"tokens out"`, by the kernel that the base's own call takes."""
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return F.linear(x.flatten(0, -2), weight, bias)
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
@@ -178,7 +191,7 @@ def shaped(y: Tensor, x: Tensor) -> Tensor:
 
 def _parts(x: Tensor, like: Tensor) -> Tensor:
     """`"tokens n"`, or `"parts tokens n"` where there is a matrix for each part."""
-    return x.reshape(-1, x.shape[-1]) if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
+    return x.flatten(0, -2) if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
 
 
 def _add_product_(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
