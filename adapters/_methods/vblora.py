@@ -12,6 +12,7 @@ defaults and initial distributions are those of PEFT's `tuners/vblora`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -176,7 +177,7 @@ def _mixed(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     if bank.ndim == 3:
         first = torch.arange(len(bank), device=bank.device) * bank.shape[1]
         index, bank = index + first.view(-1, *(1 for _ in index.shape[1:])), bank.flatten(0, 1)
-    mixed: Tensor = (weights.unsqueeze(-2) @ F.embedding(index, bank)).squeeze(-2)
+    mixed: Tensor = (weights.unsqueeze(-1) * F.embedding(index, bank)).sum(-2)  # faster than products so small
     return mixed
 
 
@@ -189,7 +190,7 @@ def _check_trainable(site: Site, leaves: dict[str, Tensor]) -> None:
     logits = leaves[LOGITS[0]]
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or logits.is_meta:
         return
-    if logits[..., 0, 0, :].isinf().any():
+    if logits[..., 0, 0, :].min() == -math.inf:
         raise UnsupportedCall(
             f"{site.path}: {LOGITS[0]} is infinite but for the chosen vectors, as files of save_only_topk_weights have "
             "it, so that no other vector could ever be chosen; train on from a file with all logits, or call "
