@@ -16,6 +16,7 @@ from ._binding.replaced import each as each
 from ._binding.replaced import over as over
 from ._binding.replaced import replaced as replaced
 from ._binding.replaced import tensor_at as tensor_at
+from ._binding.stacked import StackedBinding as StackedBinding
 from ._binding.tied import TiedAdapter as TiedAdapter
 from ._binding.tied import TiedSite as TiedSite
 from ._binding.tied import TiedSites as TiedSites
@@ -37,6 +38,7 @@ from ._method import SiteAdapter as SiteAdapter
 from ._method import Tree as Tree
 from ._method import as_tree as as_tree
 from ._method import beside as beside
+from ._rows import rows_of as rows_of
 from ._sites.attention import ProjectionSlice as ProjectionSlice
 from ._sites.kernels import has_rows as has_rows
 from ._sites.kinds import describe as describe
