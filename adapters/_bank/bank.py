@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft, Rows, StackedGraft
-from torchgraft.functional.extending import StackedBinding, Tree, did_you_mean, given_type, rows_of
+from torchgraft.functional import Graft
+from torchgraft.functional.extending import Tree, did_you_mean
 
 from .._config.base import AdapterConfig
-from .batch import Batch, stack_of
-from .kind import Kinds
-from .layout import Layout, largest
-from .optimizers import Row, RowOptimizer, adamw
-from .resident import Resident, own_generator
-from .state import State, accumulate, clear, gather
-
-
-class Stepped(NamedTuple):
-    """What a step did to one adapter.
-
-    Attributes:
-        steps: Steps that it has taken in all.
-        norm: The norm of its gradient, before clipping.
-        skipped: Why it was left as it was, empty where it was not.
-    """
-
-    steps: int
-    norm: float
-    skipped: str = ""
+from .arguments import check_slots, checked_hyper, flat, hyper_by_name, leaf_like, stacked, token_counts
+from .batch import Batch
+from .files import load_resident, save_resident
+from .optimizers import RowOptimizer, adamw
+from .resident import Resident, Stepped, own_generator
+from .resting import Resting
+from .slots import Slots
+from .state import State, accumulate
 
 
 class Bank:
@@ -49,10 +39,16 @@ class Bank:
 
     Args:
         graft: `bind(model, config)` with the largest config that a slot can hold, or of several, `bind(model, [...])`.
-        slots: How many adapters there are at most at one time.
+        slots: How many adapters have one at one time.
         optimizer: The optimizer of adapters that are not added with another one.
+        resting: Where adapters rest that have no slot, so that there can be more of them than slots: `"memory"`, or a
+            directory, a `pathlib.Path`. The one that was named least lately gives way to one that is named. By default
+            there are no more adapters than slots.
         dtype: Dtype of the parameters, as for `Graft.init`.
         device: Device of the parameters.
+
+    Attributes:
+        lock: The lock that all methods take, and hold while they read or write.
 
     Raises:
         TypeError: No graft, or one with named adapters.
@@ -77,36 +73,31 @@ class Bank:
         slots: int = 64,
         *,
         optimizer: RowOptimizer | None = None,
+        resting: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
-            raise ValueError(f"Bank: slots is {slots!r}, expected how many adapters there are at most, 1 or more")
-        self.graft = _stacked(graft)
-        self.optimizer = optimizer or adamw()
-        self.lock = threading.RLock()
-        self._shapes = self.graft.binding.shapes[""]
-        like = _like(graft, dtype, device)
-        self._layout = Layout.of(self._shapes, like.dtype)
-        self.optimizer.check(self._layout)
-        self._kinds = Kinds(self.graft)
-        self.state = State.empty(slots, self._layout.size, like.dtype, like.device)
-        for name, layout in self._kinds.layouts.items():
-            self.state.constants[name] = torch.zeros(slots, layout.size, dtype=getattr(torch, name), device=like.device)
-        self._add_buffers(self.optimizer)
+        check_slots(slots)
+        self._graft = stacked(graft)
+        self._optimizer: RowOptimizer = adamw() if optimizer is None else optimizer
+        self._slots = Slots(self._graft, slots, leaf_like(graft, dtype, device))
+        self._optimizer.check(self._slots.layout)
+        self._slots.make_room(self._optimizer)
+        self._resting = None if resting is None else Resting(resting)
         self._residents: dict[str, Resident] = {}
-        self._free = [*range(slots)]
-
-    @property
-    def slots(self) -> int:
-        """How many adapters there are at most."""
-        return len(self.state.steps)
+        self._clock = itertools.count(1)
+        self.lock = threading.RLock()
 
     @property
     def names(self) -> list[str]:
         """The names of all adapters, in the order in which they were added."""
         with self.lock:
             return [*self._residents]
+
+    @property
+    def state(self) -> State:
+        """The numbers of all slots; what writes to them holds `lock`."""
+        return self._slots.state
 
     def __contains__(self, name: object) -> bool:
         return name in self._residents
@@ -134,7 +125,7 @@ class Bank:
 
         Raises:
             KeyError, TypeError: Parameters that are not the config's; a config of another method.
-            RuntimeError: No slot is free.
+            RuntimeError: No slot is free, and none can be made free.
             ValueError: A name that is taken; a config that the bank has no room for, or that differs in what its
                 adapters share.
 
@@ -148,23 +139,19 @@ class Bank:
         with self.lock:
             self._check_new(name, "add")
             try:
-                kind = self._kinds.of(config)
+                kind = self._slots.kinds.of(config)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"add: the config of {name!r} does not fit the bank: {error}") from error
-            optimizer = optimizer or self.optimizer
-            optimizer.check(self._layout)
+            resident = Resident(name, kind, self._optimizer if optimizer is None else optimizer, torch.Generator())
+            resident.optimizer.check(self._slots.layout)
             if params is None:
-                params = kind.graft.init(generator, dtype=self.state.parameters.dtype, device=self._device)
+                params = kind.graft.init(generator, dtype=self.state.parameters.dtype, device=self._slots.device)
             kind.check(params)
-            own = own_generator(generator, self._device)
-            slot = self._free_slot()
-            self._add_buffers(optimizer)
-            resident = Resident(name, kind, optimizer, own, slot)
-            self._place(resident, slot)
-            self._layout.write(self.state.parameters[slot], params)
-            for buffer, fresh in optimizer.buffers(self.state.parameters[slot], self._layout).items():
-                self.state.moments[f"{optimizer.name}.{buffer}"][slot].copy_(fresh)
-            self._residents[name] = resident
+            resident.generator = own_generator(generator, self._slots.device)
+            self._free_slots(1, [], "add")
+            self._slots.make_room(resident.optimizer)
+            self._slots.begin(resident, params)
+            self._keep(resident)
 
     def remove(self, name: str) -> None:
         """Remove an adapter; its slot is free again, and nothing else changes.
@@ -175,9 +162,14 @@ class Bank:
         """
         with self.lock:
             resident = self._resident(name, "remove")
-            self._check_idle(resident, "remove")
-            clear(self.state, resident.slot)
-            self._free.append(resident.slot)
+            if resident.in_batches:
+                raise RuntimeError(
+                    f"remove: rows of {name!r} are in a batch that is not over; leave the block of bank.rows first"
+                )
+            if resident.slot is not None:
+                self._slots.leave(resident)
+            if self._resting is not None:
+                self._resting.drop(resident)
             del self._residents[name]
 
     @contextlib.contextmanager
@@ -196,6 +188,7 @@ class Bank:
 
         Raises:
             KeyError: A name that no adapter has.
+            RuntimeError: More adapters than slots.
             TypeError, ValueError: Names that are none; no count for each row; batches with counts and without.
 
         >>> from torchgraft.adapters import Bank, LoraConfig
@@ -207,35 +200,38 @@ class Bank:
         >>> bank.step(["poems"])["poems"].steps
         1
         """
-        given, packed = _flat(names)
+        given, packed = flat(names)
         with self.lock:
-            residents = [self._resident(name, "rows") for name in dict.fromkeys(given) if name is not None]
-            counts = _counts(given, packed, tokens, residents)
-            stack, gathered = self._gather(residents, given, packed, torch.is_grad_enabled())
-            for resident in residents:
+            named = self._named(given, "rows")
+            counts = token_counts(given, packed, tokens, named)
+            present = self._present(named, "rows")
+            stack, gathered = self._slots.gather(present, given, packed, bool(named) and torch.is_grad_enabled())
+            for resident in present:
                 resident.in_batches += 1
-        batch = Batch(self.graft, stack, gathered)
+        batch = Batch(self._graft, stack, gathered)
+        gradients = None
         try:
             yield batch
-        except BaseException:
+            gradients = batch.gradients()
+        finally:
             batch.close()
-            self._leave(residents, None, None)
-            raise
-        self._leave(residents, batch.close(), counts)
+            self._leave(present, gradients, counts)
 
     def view(self, names: Sequence[Any]) -> nn.Module:
-        """Return a module like the model whose rows have these adapters, as they are now: `bank.view(["poems"])`.
+        """Return a module like the model whose rows have these adapters as they are now: `bank.view(["poems"])`.
+
+        It has copies of their parameters, so that steps and removals after it do not change it.
 
         Args:
-            names: The name of each row's adapter, `None` for the base alone.
+            names: As for `rows`.
 
         Raises:
             KeyError: A name that no adapter has.
         """
-        given, packed = _flat(names)
+        given, packed = flat(names)
         with self.lock:
-            residents = [self._resident(name, "view") for name in dict.fromkeys(given) if name is not None]
-            return self.graft.view(self._gather(residents, given, packed, False)[0])
+            present = self._present(self._named(given, "view"), "view")
+            return self._graft.view(self._slots.gather(present, given, packed, False)[0])
 
     def step(self, hyper: Mapping[str, Mapping[str, Any] | None] | Sequence[str]) -> dict[str, Stepped]:
         """Step the named adapters with the gradients that they have collected; all others stay as they are.
@@ -265,20 +261,79 @@ class Bank:
         >>> bank.step({"poems": {"lr": 0.1, "max_norm": 1.0}})["poems"].skipped
         'its gradients are not finite'
         """
-        given = _hyper(hyper)
+        given = hyper_by_name(hyper)
         with self.lock, torch.no_grad():
-            todo = []
-            for name, values in given.items():
-                resident = self._resident(name, "step")
-                todo.append((resident, *self._checked_hyper(resident, values)))
-            norms = [torch.linalg.vector_norm(self.state.sums[r.slot], dtype=torch.float64) for r, _, _ in todo]
-            known = torch.stack([*norms, *(self.state.tokens[r.slot] for r, _, _ in todo)]).tolist() if todo else []
-            return {
-                resident.name: self._step(resident, values, most, norm, tokens)
-                for (resident, values, most), norm, tokens in zip(
-                    todo, known[: len(todo)], known[len(todo) :], strict=True
-                )
-            }
+            residents = [self._resident(name, "step") for name in given]
+            values = [checked_hyper(one, own) for one, own in zip(residents, given.values(), strict=True)]
+            report: dict[str, Stepped] = {}
+            for start in range(0, len(residents), len(self._slots)):
+                part = residents[start : start + len(self._slots)]
+                self._bring(part, "step")
+                for one, (own, most), norm, tokens in zip(part, values[start:], *self._slots.norms(part), strict=False):
+                    report[one.name] = self._slots.step(one, own, most, norm, tokens)
+            return report
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write an adapter into a directory: PEFT's two files, and beside them the optimizer's state and all else.
+
+        A crash at any moment leaves what was there before, or all that is new.
+
+        Args:
+            name: The adapter.
+            path: The directory; made if it is not there.
+
+        Raises:
+            KeyError: No such adapter.
+            OSError: Files that cannot be written.
+
+        >>> import tempfile
+        >>> from torchgraft.adapters import Bank, LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> bank = Bank(bind(nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear")), slots=2)
+        >>> bank.add("poems", LoraConfig(r=2, target_modules="all-linear"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = bank.save("poems", folder)
+        ...     bank.load(folder, "verses")
+        >>> bank.names, torch.equal(bank.tensors("poems")[""]["lora_A"], bank.tensors("verses")[""]["lora_A"])
+        (['poems', 'verses'], True)
+        """
+        with self.lock:
+            resident = self._resident(name, "save")
+            self._bring([resident], "save")
+            tree, numbers = self._slots.own_tree(resident), self._slots.lift(resident)
+            return save_resident(path, resident, tree, numbers)
+
+    def load(self, path: str | os.PathLike[str], name: str, *, optimizer: RowOptimizer | None = None) -> None:
+        """Add an adapter that `save`, `save_adapter` or PEFT wrote, with the optimizer's state if that is there.
+
+        Args:
+            path: The directory.
+            name: The adapter's name in the bank.
+            optimizer: Its optimizer; by default the one that it was saved with, or the bank's.
+
+        Raises:
+            FileNotFoundError, KeyError: As `load_adapter` does.
+            RuntimeError: No slot is free, and none can be made free.
+            TypeError, ValueError: As `load_adapter` and `add` do; the state of another optimizer.
+        """
+        with self.lock:
+            self._check_new(name, "load")
+            resident, params, numbers = load_resident(path, name, self._slots, self._optimizer, optimizer)
+            self._free_slots(1, [], "load")
+            self._slots.make_room(resident.optimizer)
+            self._slots.begin(resident, params)
+            self._slots.write(resident, numbers)
+            self._keep(resident)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Bring adapters that rest into slots, ahead of the batch that needs them; another thread may do it.
+
+        Raises:
+            KeyError: A name that no adapter has.
+            RuntimeError: More adapters than slots.
+        """
+        with self.lock:
+            self._bring(self._named(names, "prefetch"), "prefetch")
 
     def steps(self, name: str) -> int:
         """Return how many steps an adapter has taken.
@@ -304,13 +359,9 @@ class Bank:
         """
         with self.lock:
             resident = self._resident(name, "tensors")
-            row = self.state.parameters[resident.slot]
-            tree = self._layout.views(row, resident.kind.shapes)
+            self._bring([resident], "tensors")
+            tree = self._slots.own_tree(resident)
             return {path: {leaf: value.clone() for leaf, value in leaves.items()} for path, leaves in tree.items()}
-
-    @property
-    def _device(self) -> torch.device:
-        return self.state.parameters.device
 
     def _resident(self, name: Any, what: str) -> Resident:
         if isinstance(name, str) and name in self._residents:
@@ -319,52 +370,55 @@ class Bank:
             f"{what}: no adapter has the name {name!r:.60}{did_you_mean(str(name), self._residents)}; bank.add adds one"
         )
 
+    def _named(self, given: Sequence[Any], what: str) -> list[Resident]:
+        """Return the adapters that are named, each once."""
+        return [self._resident(name, what) for name in dict.fromkeys(given) if name is not None]
+
+    def _present(self, named: list[Resident], what: str) -> list[Resident]:
+        """Bring the adapters of some rows into slots; any one where all rows have the base alone."""
+        if not self._residents:
+            raise ValueError(f"{what}: the bank has no adapters; the base alone is the model itself")
+        present = named or [next(iter(self._residents.values()))]
+        self._bring(present, what)
+        return present
+
     def _check_new(self, name: Any, what: str) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{what}: name is {name!r:.60}, expected a string that is not empty")
         if name in self._residents:
             raise ValueError(f"{what}: the name {name!r} is taken; remove that adapter first, or choose another name")
 
-    def _check_idle(self, resident: Resident, what: str) -> None:
-        if resident.in_batches:
+    def _keep(self, resident: Resident) -> None:
+        resident.used = next(self._clock)
+        self._residents[resident.name] = resident
+
+    def _bring(self, residents: Sequence[Resident], what: str) -> None:
+        """Have adapters in slots; those named least lately rest for them."""
+        away = [resident for resident in residents if resident.slot is None]
+        self._free_slots(len(away), residents, what)
+        for resident in residents:
+            resident.used = next(self._clock)
+        for resident in away:
+            assert self._resting is not None
+            self._slots.put(resident, self._resting.read(resident))
+
+    def _free_slots(self, count: int, needed: Sequence[Resident], what: str) -> None:
+        """Have slots free, if some can be made so; nothing changes otherwise."""
+        missing = count - len(self._slots.free)
+        if missing <= 0:
+            return
+        idle = [one for one in self._residents.values() if one.slot is not None and not one.in_batches]
+        idle = sorted((one for one in idle if one not in needed), key=lambda one: one.used)
+        if self._resting is None or len(idle) < missing:
+            why = "" if self._resting is None else f", {len(self._slots) - len(idle)} of them in use"
+            hint = ", or give resting= for more adapters than slots" if self._resting is None else ""
             raise RuntimeError(
-                f"{what}: rows of {resident.name!r} are in a batch that is not over; leave the block of bank.rows first"
+                f"{what}: all {len(self._slots)} slots are taken{why}; remove an adapter first, make the bank with "
+                f"more slots{hint}"
             )
-
-    def _free_slot(self) -> int:
-        if not self._free:
-            raise RuntimeError(
-                f"add: all {self.slots} slots are taken; remove an adapter first, or make the bank with more slots"
-            )
-        return self._free.pop()
-
-    def _place(self, resident: Resident, slot: int) -> None:
-        clear(self.state, slot)
-        for name, row in resident.kind.constants.items():
-            self.state.constants[name][slot].copy_(row)
-
-    def _add_buffers(self, optimizer: RowOptimizer) -> None:
-        """Make the buffers of an optimizer's moments, once."""
-        for name, fresh in optimizer.buffers(self.state.parameters[0], self._layout).items():
-            key = f"{optimizer.name}.{name}"
-            if key not in self.state.moments:
-                self.state.moments[key] = fresh.new_zeros(self.slots, *fresh.shape)
-
-    def _gather(self, residents: list[Resident], given: list[Any], packed: int | None, grad: bool) -> Any:
-        """Return the stack of the adapters that rows have, and its leaves."""
-        present = residents or [*self._residents.values()][:1]
-        if not present:
-            raise ValueError("rows: the bank has no adapters yet; the base alone is the model itself")
-        cut = largest([r.kind.shapes for r in present]) if self._kinds.cuts else self._shapes
-        cut = {path: {**leaves, **cut.get(path, {})} for path, leaves in self._shapes.items()}
-        gathered = gather(
-            self.state, [r.slot for r in present], self._layout, self._kinds.layouts, cut, grad=grad and bool(residents)
-        )
-        index = {resident.name: i for i, resident in enumerate(present)}
-        values = [-1 if name is None else index[name] for name in given]
-        rows: Rows = rows_of(values, len(present), self._device, packed)
-        sites = [*self.graft.sites[""]]
-        return stack_of(gathered, rows, sites, [r.kind.present for r in present]), gathered
+        for resident in idle[:missing]:
+            self._resting.write(resident, self._slots.lift(resident))
+            self._slots.leave(resident)
 
     def _leave(self, residents: list[Resident], gradients: Tensor | None, counts: list[float] | None) -> None:
         """End a batch: count its gradients, and let go of its adapters."""
@@ -372,127 +426,6 @@ class Bank:
             for resident in residents:
                 resident.in_batches -= 1
             if gradients is not None:
-                accumulate(self.state, [r.slot for r in residents], gradients, counts)
+                accumulate(self.state, [one.place for one in residents], gradients, counts)
                 for resident in residents:
                     resident.pending, resident.by_tokens = True, counts is not None
-
-    def _checked_hyper(self, resident: Resident, given: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
-        what = f"step: {resident.name!r}"
-        if not resident.pending:
-            raise RuntimeError(
-                f"{what} has no gradients since its last step; call backward in a block of bank.rows, and leave it"
-            )
-        values = dict(given)
-        most = values.pop("max_norm", None)
-        if most is not None and not (isinstance(most, (int, float)) and most > 0):
-            raise ValueError(f"{what}: max_norm is {most!r:.60}, expected a number above 0, or None")
-        resident.optimizer.check_hyper(values, what)
-        return {**resident.optimizer.hyper, **values}, most
-
-    def _step(
-        self, resident: Resident, hyper: Mapping[str, Any], most: float | None, norm: float, tokens: float
-    ) -> Stepped:
-        slot, state = resident.slot, self.state
-        skipped = ""
-        if resident.by_tokens and tokens <= 0:
-            skipped = "its batches have no tokens"
-        elif not math.isfinite(norm):
-            skipped = "its gradients are not finite"
-        factor = 1 / tokens if resident.by_tokens and tokens > 0 else 1.0
-        norm *= factor
-        if not skipped:
-            if most is not None:
-                factor *= min(1.0, most / (norm + 1e-6))
-            if factor != 1:
-                state.sums[slot].mul_(factor)
-            first, state.steps[slot] = resident.steps == 0, resident.steps + 1
-            prefix = f"{resident.optimizer.name}."
-            moments = {k.removeprefix(prefix): v[slot] for k, v in state.moments.items() if k.startswith(prefix)}
-            own = resident.kind.shapes
-            resident.optimizer.update(
-                Row(state.parameters[slot], state.sums[slot], moments, state.steps[slot], first, self._layout, own),
-                hyper,
-            )
-            resident.steps += 1
-        state.sums[slot].zero_()
-        state.tokens[slot] = 0
-        resident.pending = False
-        return Stepped(resident.steps, norm, skipped)
-
-
-def _stacked(graft: Any) -> StackedGraft:
-    """Return the stack whose places are slots."""
-    if isinstance(graft, StackedGraft):
-        return graft
-    if not isinstance(graft, Graft):
-        raise TypeError(f"Bank: graft is {given_type(graft)}, expected what bind(model, config) returned")
-    if graft.binding.named:
-        raise TypeError(
-            f"Bank: the graft has adapters by name, {sorted(graft.configs)}, which add up; bind the model to one "
-            "config, the largest that a slot can hold: bind(model, config)"
-        )
-    binding = StackedBinding.of_singles(graft.model, [graft.binding])
-    made = StackedGraft(graft.model, binding, allow_unreached=graft.bound.allow_unreached)
-    return made if graft.bound.training is None else made.in_mode(graft.bound.training)
-
-
-def _like(graft: Graft, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """Return a leaf like all that an adapter of the bank has."""
-    made = graft.init(torch.Generator().manual_seed(0), dtype=dtype, device=device)
-    leaves = {(leaf.dtype, leaf.device): leaf for leaves in made.values() for leaf in leaves.values()}
-    if len(leaves) > 1:
-        raise ValueError(
-            f"Bank: parameters would be of {sorted(map(str, leaves))}; a bank has one dtype and one device: give "
-            "dtype= and device="
-        )
-    return next(iter(leaves.values()))
-
-
-def _flat(names: Any) -> tuple[list[Any], int | None]:
-    """Return the names of rows, or those of the tokens of packed rows and how many tokens a row has."""
-    if isinstance(names, (str, Tensor)) or not isinstance(names, Sequence) or not names:
-        raise TypeError(
-            f"rows: names is {names!r:.60}, expected a list with a name for each row of the batch, None for the base"
-        )
-    if not any(isinstance(one, (list, tuple)) for one in names):
-        return [*names], None
-    if len({len(one) if isinstance(one, (list, tuple)) else -1 for one in names}) > 1 or not names[0]:
-        raise ValueError("rows: packed rows differ in their number of tokens; give a name for each token of each row")
-    return [name for one in names for name in one], len(names[0])
-
-
-def _counts(given: list[Any], packed: int | None, tokens: Any, residents: list[Resident]) -> list[float] | None:
-    """Return how many tokens each adapter's losses are sums over."""
-    for resident in residents:
-        if resident.pending and resident.by_tokens != (tokens is not None):
-            raise ValueError(
-                f"rows: tokens are {'given' if tokens is not None else 'not given'}, and those of {resident.name!r}'s "
-                f"gradients since its last step were{'' if resident.by_tokens else ' not'}; give them always, or never"
-            )
-    if tokens is None:
-        return None
-    if packed is not None:
-        raise ValueError("rows: tokens are counted by row, and packed rows have several adapters; normalise the loss")
-    counts = tokens.tolist() if isinstance(tokens, Tensor) else [*tokens]
-    if len(counts) != len(given) or not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in counts):
-        raise ValueError(f"rows: tokens is {counts!r:.60}, expected how many each of the {len(given)} rows has")
-    sums = dict.fromkeys((resident.name for resident in residents), 0.0)
-    for name, count in zip(given, counts, strict=True):
-        if name is not None:
-            sums[name] += count
-    return [*sums.values()]
-
-
-def _hyper(hyper: Any) -> dict[str, Mapping[str, Any]]:
-    """Return the hyper-parameters of each adapter that is to be stepped."""
-    if isinstance(hyper, Mapping):
-        for name, values in hyper.items():
-            if values is not None and not isinstance(values, Mapping):
-                raise TypeError(
-                    f"step: the hyper-parameters of {name!r} are {given_type(values)}, expected a dict: "
-                    "bank.step({'poems': {'lr': 1e-3}})"
-                )
-        return {name: values or {} for name, values in hyper.items()}
-    if isinstance(hyper, str) or not isinstance(hyper, Sequence):
-        raise TypeError(f"step: hyper is {hyper!r:.60}, expected a dict by name, or a list of names")
-    return {name: {} for name in hyper}

@@ -57,10 +57,13 @@ class Batch:
         """
         return self._graft.view(self._open())
 
-    def close(self) -> Tensor | None:
-        """End the block, and return its gradients, `"n P"`; `None` where no backward has come."""
-        gradients, self._stack, self._rows = self._rows.grad, None, torch.empty(0)
-        return gradients
+    def gradients(self) -> Tensor | None:
+        """Return the gradients of the block, `"n P"`; `None` where no backward has come."""
+        return self._rows.grad
+
+    def close(self) -> None:
+        """End the block: calls and gradients after it are errors."""
+        self._stack, self._rows = None, torch.empty(0)
 
     def _open(self) -> Any:
         if self._stack is None:

@@ -31,11 +31,21 @@ class Kind:
     graft: Graft
     constants: Mapping[str, Tensor]
     present: frozenset[str]
+    _index: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def shapes(self) -> Shapes:
         """The shapes of an adapter's own leaves."""
         return self.graft.binding.shapes[""]
+
+    def index(self, layout: Layout, device: torch.device) -> Tensor | None:
+        """Return where an adapter's own numbers are in a row, `"own"`; `None` where it fills all of it."""
+        if self.shapes == layout.shapes:
+            return None
+        if not self._index:
+            here = layout.views(torch.arange(layout.size, device=device), self.shapes)
+            self._index.append(torch.cat([leaf.flatten() for leaves in here.values() for leaf in leaves.values()]))
+        return self._index[0]
 
     def check(self, params: Tree) -> None:
         """Refuse a tree that is none of this config.

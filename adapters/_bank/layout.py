@@ -75,7 +75,8 @@ class Layout:
                 continue
             leaf = rows[..., offset : offset + math.prod(shape)].view((*lead, *shape))
             if kept != shape:
-                leaf = leaf[(..., *(slice(size) for size in kept))]
+                for axis, length in enumerate(kept, start=len(lead)):
+                    leaf = leaf.narrow(axis, 0, length)
             tree.setdefault(path, {})[name] = leaf
         return tree
 

@@ -7,6 +7,7 @@ and the rows that are not stepped are not touched.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ from torch import Tensor
 from torchgraft.functional.extending import did_you_mean
 
 from .layout import Layout, Shapes
+
+ADJUSTMENTS = ("original", "match_rms_adamw")
+"""How Muon's learning rate may depend on the shape of a matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,40 +70,52 @@ class RowOptimizer(Protocol):
         """Refuse values that are none of these hyper-parameters."""
         ...
 
+    def with_hyper(self, hyper: Mapping[str, Any]) -> RowOptimizer:
+        """Return the same optimizer with other defaults."""
+        ...
+
     def update(self, row: Row, hyper: Mapping[str, Any]) -> None:
         """Take one step of one row."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
-    """An optimizer whose kernel takes one row at a time.
+class Kernel:
+    """An optimizer that is a function of one row.
 
     Attributes:
         name: What files call it.
         hyper: Hyper-parameters by name, with their defaults.
         moments: Names of its buffers, each of the size of the parameters.
-        kernel: `(row, hyper) -> None`, one step in place.
+        step: `(row, hyper) -> None`, one step in place.
+        refuse: `layout -> None`, an error for leaves that it is not for.
     """
 
     name: str
     hyper: Mapping[str, Any]
     moments: tuple[str, ...]
-    kernel: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
+    step: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
+    refuse: Callable[[Layout], None] = dataclasses.field(default=lambda layout: None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.check_hyper({}, self.name)
 
     def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {name: torch.zeros_like(row) for name in self.moments}
 
     def check(self, layout: Layout) -> None:
-        pass
+        self.refuse(layout)
 
     def check_hyper(self, hyper: Mapping[str, Any], what: str) -> None:
         check_known(hyper, self.hyper, what, self.name)
         for name, value in {**self.hyper, **hyper}.items():
-            check_value(name, value, self.hyper[name], what)
+            check_value(name, value, what)
+
+    def with_hyper(self, hyper: Mapping[str, Any]) -> Kernel:
+        return dataclasses.replace(self, hyper=hyper)
 
     def update(self, row: Row, hyper: Mapping[str, Any]) -> None:
-        self.kernel(row, hyper)
+        self.step(row, hyper)
 
 
 def check_known(hyper: Mapping[str, Any], known: Mapping[str, Any], what: str, name: str) -> None:
@@ -112,21 +128,24 @@ def check_known(hyper: Mapping[str, Any], known: Mapping[str, Any], what: str, n
             )
 
 
-def check_value(name: str, value: Any, default: Any, what: str) -> None:
-    """Refuse a value that is not like a hyper-parameter's default, or out of its range."""
-    if isinstance(default, tuple):
-        fits = isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_is_number, value))
-        if name == "betas":
-            fits = fits and all(0 <= beta < 1 for beta in value)
-        expected = f"{len(default)} numbers" + (" from 0 to below 1" if name == "betas" else "")
-    elif isinstance(default, bool):
+def check_value(name: str, value: Any, what: str) -> None:
+    """Refuse a value that a hyper-parameter of this name cannot have."""
+    if name in ("nesterov",):
         fits, expected = isinstance(value, bool), "True or False"
-    elif isinstance(default, str):
-        fits, expected = isinstance(value, str), "a string"
+    elif name == "betas":
+        fits = isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+        expected = "two numbers from 0 to below 1"
+    elif name == "ns_coefficients":
+        fits, expected = (
+            isinstance(value, (tuple, list)) and len(value) == 3 and all(map(_is_number, value)),
+            "three numbers",
+        )
+    elif name == "adjust_lr":
+        fits, expected = value in ADJUSTMENTS, f"one of {', '.join(map(repr, ADJUSTMENTS))}"
     elif name == "eps":
-        fits, expected = _is_number(value) and value > 0, "a number above 0: padding would become 0 / 0"
+        fits, expected = _is_number(value) and value > 0, "a number above 0, for padding would become 0 / 0"
     else:
-        fits, expected = _is_number(value) and value >= 0, "a number, 0 or more"
+        fits, expected = _is_number(value) and 0 <= value < math.inf, "a finite number, 0 or more"
     if not fits:
         raise ValueError(f"{what}: {name} is {value!r:.60}, expected {expected}")
 
@@ -140,7 +159,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
-) -> Fused:
+) -> Kernel:
     """Make AdamW for the rows of a bank, as `torch.optim.AdamW`; each adapter may have other values at each step.
 
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
@@ -160,14 +179,8 @@ def adamw(
     >>> adamw(lr=3e-4).hyper["lr"]
     0.0003
     """
-    made = Fused(
-        "adamw",
-        {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay},
-        ("exp_avg", "exp_avg_sq"),
-        _adamw,
-    )
-    made.check_hyper({}, "adamw")
-    return made
+    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return Kernel("adamw", hyper, ("exp_avg", "exp_avg_sq"), _adamw)
 
 
 def _adamw(row: Row, hyper: Mapping[str, Any]) -> None:
@@ -195,7 +208,7 @@ def sgd(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-) -> Fused:
+) -> Kernel:
     """Make SGD with momentum for the rows of a bank, as `torch.optim.SGD`.
 
         g = g + decay w,  m = momentum m + (1 - dampening) g  (m = g at first),  w = w - lr m
@@ -218,9 +231,7 @@ def sgd(
     hyper = {
         "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov
     }  # fmt: skip
-    made = Fused("sgd", hyper, ("momentum_buffer",), _sgd)
-    made.check_hyper({}, "sgd")
-    return made
+    return Kernel("sgd", hyper, ("momentum_buffer",), _sgd)
 
 
 def _sgd(row: Row, hyper: Mapping[str, Any]) -> None:

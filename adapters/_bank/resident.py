@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -19,22 +20,44 @@ class Resident:
         kind: What its config means on the bank's model.
         optimizer: Its optimizer.
         generator: Source of its noise.
-        slot: Where its numbers are.
+        slot: Where its numbers are; `None` while it rests elsewhere.
         steps: Steps that it has taken.
         pending: Whether it has gradients since its last step.
         by_tokens: Whether these are sums over tokens that are counted.
         in_batches: How many blocks it is in that are not over.
+        used: When it was named last.
     """
 
     name: str
     kind: Kind
     optimizer: RowOptimizer
     generator: torch.Generator
-    slot: int
+    slot: int | None = None
     steps: int = 0
     pending: bool = False
     by_tokens: bool = False
     in_batches: int = 0
+    used: int = 0
+
+    @property
+    def place(self) -> int:
+        """Its slot, which it has."""
+        assert self.slot is not None
+        return self.slot
+
+
+class Stepped(NamedTuple):
+    """What a step did to one adapter.
+
+    Attributes:
+        steps: Steps that it has taken in all.
+        norm: The norm of its gradient, before clipping.
+        skipped: Why it was left as it was, empty where it was not.
+    """
+
+    steps: int
+    norm: float
+    skipped: str = ""
 
 
 def own_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:

@@ -6,7 +6,7 @@ pure step is a step on a copy, `State.clone`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ def gather(
         held = {dtype: constants[dtype].views(all_.index_select(0, index)) for dtype, all_ in state.constants.items()}
     if not grad:
         return Gathered(rows, layout.views(rows, cut), held)
-    leaves = iter(_Views.apply(rows.requires_grad_(), layout, cut))
+    leaves: Iterator[Tensor] = iter(_Views.apply(rows.requires_grad_(), layout, cut))  # type: ignore[no-untyped-call]
     tree = {path: {name: next(leaves) for name in names} for path, names in layout.views(rows, cut).items()}
     return Gathered(rows, tree, held)
 
@@ -125,7 +125,7 @@ class _Views(torch.autograd.Function):
         return tuple(leaf for leaves in layout.views(rows, cut).values() for leaf in leaves.values())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         like = next(gradient for gradient in gradients if gradient is not None)
         rows = like.new_zeros(ctx.shape)

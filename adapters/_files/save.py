@@ -71,6 +71,17 @@ def save_adapter(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     _check_arguments(target, path, adapter_name)
+    fields, weights, groups = as_bytes(target, adapter_name, params, plain)
+    root = Path(path)
+    folder = root if adapter_name == "default" else root / adapter_name
+    once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
+    return folder
+
+
+def as_bytes(
+    target: nn.Module | Graft, adapter_name: str = "default", params: Tree | None = None, plain: bool = False
+) -> tuple[bytes, bytes, Any]:
+    """Return the bytes of an adapter's two files, and the processes that have parts of it, as `save_adapter` does."""
     if isinstance(target, Graft):
         model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
@@ -79,11 +90,7 @@ def save_adapter(
     weights = safetensors.torch.save(
         {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
     )
-    fields = to_json(_fields(config, model, sites))
-    root = Path(path)
-    folder = root if adapter_name == "default" else root / adapter_name
-    once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
-    return folder
+    return to_json(_fields(config, model, sites)), weights, groups
 
 
 def _check_arguments(target: Any, path: Any, adapter_name: Any) -> None:

@@ -1,6 +1,7 @@
 """The same adapters twice: in a bank, and each alone, as `bind(model, config)` with an optimizer of torch's."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,6 +48,23 @@ class Alone:
         cls, defaults = optimizer
         self.defaults, self.optimizer = defaults, cls(self.leaves, **defaults)
         self.steps, self.tokens, self.pending = 0, 0.0, False
+
+    def copy(self) -> "Alone":
+        """Return the same adapter as it is now, which goes its own way."""
+        new = Alone.__new__(Alone)
+        new.__dict__.update(self.__dict__)
+        new.params = {
+            path: {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+            for path, leaves in self.params.items()
+        }
+        new.leaves = [leaf for tree in new.params.values() for leaf in tree.values()]
+        for leaf, old in zip(new.leaves, self.leaves, strict=True):
+            leaf.grad = None if old.grad is None else old.grad.clone()
+        new.optimizer = type(self.optimizer)(new.leaves, **self.defaults)
+        new.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        new.generator = torch.Generator()
+        new.generator.set_state(self.generator.get_state())
+        return new
 
     def backward(self, x: torch.Tensor, weights: torch.Tensor, tokens: float) -> None:
         with drawing_from(self.generator):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchgraft.adapters import Bank, adamw, sgd
+from torchgraft.adapters import Bank, adamw, muon, sgd
 from torchgraft.functional import bind
 
 from .alone import Alone, distance, lora, model
@@ -17,6 +17,7 @@ from .alone import Alone, distance, lora, model
 NAMES = "abcdefgh"
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
     "adamw": (adamw, torch.optim.AdamW, {"lr": 1e-2}),
+    "muon": (muon, torch.optim.Muon, {"lr": 1e-2}),
     "sgd": (sgd, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.25}),
 }
 HYPER: list[dict[str, Any]] = [{}, {"lr": 3e-3}, {"weight_decay": 0.1}, {"max_norm": 0.5, "lr": 0.1}]
@@ -26,17 +27,18 @@ rows = st.lists(st.one_of(st.none(), names), min_size=1, max_size=7)
 adds = st.tuples(st.just("add"), names, st.integers(1, 4), st.integers(0, 2), st.sampled_from([*OPTIMIZERS]))
 batches = st.tuples(st.just("batch"), rows, st.lists(names, max_size=2))
 steps = st.tuples(st.just("step"), st.dictionaries(names, st.sampled_from(HYPER), min_size=1))
-removals = st.tuples(st.just("remove"), names)
-events = st.lists(st.one_of(adds, adds, batches, batches, batches, steps, steps, removals), min_size=6, max_size=40)
+others = st.tuples(st.sampled_from(["remove", "save", "load", "prefetch"]), names)
+events = st.lists(st.one_of(adds, adds, batches, batches, batches, steps, steps, others), min_size=6, max_size=40)
 
 
 class Twice:
     """A bank and the same adapters alone, to which the same things happen."""
 
-    def __init__(self, folder: Path, by_tokens: bool):
+    def __init__(self, folder: Path, by_tokens: bool, slots: int, resting: Any):
         self.base, self.folder, self.by_tokens = model(), folder, by_tokens
-        self.bank = Bank(bind(self.base, lora(4)), slots=len(NAMES))
+        self.bank = Bank(bind(self.base, lora(4)), slots=slots, resting=resting)
         self.alone: dict[str, Alone] = {}
+        self.saved: dict[str, Alone] = {}
         self.source = torch.Generator().manual_seed(1)
         self.before: dict[str, Any] = {}
 
@@ -54,6 +56,10 @@ class Twice:
     def batch(self, given: list[str | None], broken: list[str]) -> None:
         given = [name for name in given if name is None or name in self.alone]
         if not any(given):
+            return
+        if len({*given} - {None}) > len(self.bank._slots):
+            with pytest.raises(RuntimeError, match="slots are taken"):
+                self.bank.rows(given).__enter__()
             return
         x = torch.randn(len(given), 5, generator=self.source, dtype=torch.float64)
         tokens = torch.randint(1, 5, (len(given),), generator=self.source).double()
@@ -79,9 +85,30 @@ class Twice:
             self.bank.remove(name)
             del self.alone[name]
 
+    def save(self, name: str) -> None:
+        if name in self.alone:
+            self.bank.save(name, self.folder / "saved" / name)
+            self.saved[name] = self.alone[name].copy()
+
+    def load(self, name: str) -> None:
+        if name in self.saved:
+            self.remove(name)
+            self.bank.load(self.folder / "saved" / name, name)
+            self.alone[name] = self.saved[name].copy()
+
+    def prefetch(self, name: str) -> None:
+        if name in self.alone:
+            self.bank.prefetch([name])
+
     def numbers(self, name: str) -> list[torch.Tensor]:
-        slot = self.bank._residents[name].slot
-        return [buffer[slot].nan_to_num(7.0) for buffer in self.bank.state.buffers().values()]
+        resident, resting = self.bank._residents[name], self.bank._resting
+        if resident.slot is not None:
+            numbers = self.bank._slots.lift(resident)
+        elif resting._folder is None:
+            numbers = resting._numbers[name]
+        else:
+            numbers = resting.read(resident)
+        return [numbers[key].nan_to_num(7.0) for key in sorted(numbers)]
 
     def check(self) -> None:
         assert sorted(self.bank.names) == sorted(self.alone)
@@ -91,11 +118,16 @@ class Twice:
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events, st.booleans())
+@given(events, st.booleans(), st.sampled_from([(8, None), (2, "memory"), (3, "disk")]))
 def test_each_adapter_is_what_it_would_be_alone(
-    tmp_path_factory: pytest.TempPathFactory, happened: list[tuple[Any, ...]], by_tokens: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    happened: list[tuple[Any, ...]],
+    by_tokens: bool,
+    room: tuple[int, str | None],
 ) -> None:
-    twice = Twice(tmp_path_factory.mktemp("bank"), by_tokens)
+    folder = tmp_path_factory.mktemp("bank")
+    slots, resting = room
+    twice = Twice(folder, by_tokens, slots, folder / "resting" if resting == "disk" else resting)
     for event, *arguments in happened:
         getattr(twice, event)(*arguments)
         twice.check()
