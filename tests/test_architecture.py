@@ -55,12 +55,12 @@ ORDER = {
         .: __init__
     """,
     "functional": """
-        .: _messages _constants _places _rows _unsupported
+        .: _messages _unsupported _constants _places _rows
         _tensors: placement wrappers
         _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
-        _layers: around base adapted projection routed gathered no_weight compose
+        _layers: around noise base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacking stacked padded members
         _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps

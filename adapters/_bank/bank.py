@@ -48,6 +48,7 @@ class Bank:
         device: Device of the parameters.
 
     Attributes:
+        graft: The graft of a stack whose places are the slots.
         lock: The lock that all methods take, and hold while they read or write.
 
     Raises:
@@ -78,9 +79,9 @@ class Bank:
         device: torch.device | str | None = None,
     ):
         check_slots(slots)
-        self._graft = stacked(graft)
+        self.graft = stacked(graft)
         self._optimizer: RowOptimizer = adamw() if optimizer is None else optimizer
-        self._slots = Slots(self._graft, slots, leaf_like(graft, dtype, device))
+        self._slots = Slots(self.graft, slots, leaf_like(graft, dtype, device))
         self._optimizer.check(self._slots.layout)
         self._slots.make_room(self._optimizer)
         self._resting = None if resting is None else Resting(resting)
@@ -208,7 +209,7 @@ class Bank:
             stack, gathered = self._slots.gather(present, given, packed, bool(named) and torch.is_grad_enabled())
             for resident in present:
                 resident.in_batches += 1
-        batch = Batch(self._graft, stack, gathered)
+        batch = Batch(self.graft, stack, gathered)
         gradients = None
         try:
             yield batch
@@ -231,7 +232,7 @@ class Bank:
         given, packed = flat(names)
         with self.lock:
             present = self._present(self._named(given, "view"), "view")
-            return self._graft.view(self._slots.gather(present, given, packed, False)[0])
+            return self.graft.view(self._slots.gather(present, given, packed, False)[0])
 
     def step(self, hyper: Mapping[str, Mapping[str, Any] | None] | Sequence[str]) -> dict[str, Stepped]:
         """Step the named adapters with the gradients that they have collected; all others stay as they are.

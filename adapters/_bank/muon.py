@@ -31,7 +31,8 @@ def muon(
         w = w (1 - lr decay) - lr sqrt(max(1, rows / columns)) u
 
     The orthogonal factor is approximated in bfloat16 by steps of Newton and Schulz,
-    `x = a x + (b x x^T + c (x x^T)^2) x`. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    `x = a x + (b x x^T + c (x x^T)^2) x`. Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
+    2024.
 
     Args:
         lr: Learning rate.

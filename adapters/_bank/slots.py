@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -141,7 +142,9 @@ class Slots:
         places = [resident.place for resident in present]
         gathered = gather(self.state, places, self.layout, self.kinds.layouts, cut, grad=grad)
         index = {resident.name: i for i, resident in enumerate(present)}
-        rows = rows_of([-1 if name is None else index[name] for name in given], len(present), self.device, packed)
+        values = [-1 if name is None else index[name] for name in given]
+        noise = [resident.generator for resident in present] if _draws(present[0].kind) else None
+        rows = rows_of(values, len(present), self.device, packed, noise)
         sites = [*self._graft.sites[""]]
         return stack_of(gathered, rows, sites, [resident.kind.present for resident in present]), gathered
 
@@ -221,6 +224,12 @@ class Slots:
             buffer[slot].copy_(numbers)
         else:
             buffer[slot].index_copy_(0, index, numbers)
+
+
+def _draws(kind: Kind) -> bool:
+    """Return whether the adapters of a bank, whose configs agree in this, draw noise in training."""
+    fields = (field.name for field in dataclasses.fields(kind.config))
+    return any(getattr(kind.config, name) for name in fields if name.endswith("dropout"))
 
 
 def _key(optimizer: RowOptimizer, name: str) -> str:

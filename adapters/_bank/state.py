@@ -160,5 +160,5 @@ def accumulate(state: State, slots: Sequence[int], gradients: Tensor, tokens: Se
 
 def clear(state: State, slot: int) -> None:
     """Set every number of a slot to zero."""
-    for buffer in state.buffers().values():
+    for buffer in (*state.buffers().values(), *state.constants.values()):
         buffer[slot].zero_()

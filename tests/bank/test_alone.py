@@ -34,9 +34,9 @@ events = st.lists(st.one_of(adds, adds, batches, batches, batches, steps, steps,
 class Twice:
     """A bank and the same adapters alone, to which the same things happen."""
 
-    def __init__(self, folder: Path, by_tokens: bool, slots: int, resting: Any):
-        self.base, self.folder, self.by_tokens = model(), folder, by_tokens
-        self.bank = Bank(bind(self.base, lora(4)), slots=slots, resting=resting)
+    def __init__(self, folder: Path, by_tokens: bool, dropout: float, slots: int, resting: Any):
+        self.base, self.folder, self.by_tokens, self.dropout = model(), folder, by_tokens, dropout
+        self.bank = Bank(bind(self.base, lora(4, dropout=dropout)), slots=slots, resting=resting)
         self.alone: dict[str, Alone] = {}
         self.saved: dict[str, Alone] = {}
         self.source = torch.Generator().manual_seed(1)
@@ -48,7 +48,7 @@ class Twice:
                 self.bank.add(name, lora(r))
             return
         make, cls, defaults = OPTIMIZERS[optimizer]
-        seed, config = len(self.alone) + 17, lora(r, targets)
+        seed, config = len(self.alone) + 17, lora(r, targets, self.dropout)
         self.alone[name] = Alone(self.base, config, (cls, defaults), seed)
         generator = torch.Generator().manual_seed(seed)
         self.bank.add(name, config, generator=generator, optimizer=make(**defaults))
@@ -118,16 +118,17 @@ class Twice:
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events, st.booleans(), st.sampled_from([(8, None), (2, "memory"), (3, "disk")]))
+@given(events, st.booleans(), st.sampled_from([0.0, 0.3]), st.sampled_from([(8, None), (2, "memory"), (3, "disk")]))
 def test_each_adapter_is_what_it_would_be_alone(
     tmp_path_factory: pytest.TempPathFactory,
     happened: list[tuple[Any, ...]],
     by_tokens: bool,
+    dropout: float,
     room: tuple[int, str | None],
 ) -> None:
     folder = tmp_path_factory.mktemp("bank")
     slots, resting = room
-    twice = Twice(folder, by_tokens, slots, folder / "resting" if resting == "disk" else resting)
+    twice = Twice(folder, by_tokens, dropout, slots, folder / "resting" if resting == "disk" else resting)
     for event, *arguments in happened:
         getattr(twice, event)(*arguments)
         twice.check()
