@@ -4,6 +4,11 @@ import typing as _typing
 
 from torchgraft.functional import __version__ as __version__
 
+from ._bank.bank import Bank as Bank
+from ._bank.muon import muon as muon
+from ._bank.optimizers import adamw as adamw
+from ._bank.optimizers import sgd as sgd
+from ._bank.resident import Stepped as Stepped
 from ._calibration.initial import CordaConfig as CordaConfig
 from ._calibration.initial import EvaConfig as EvaConfig
 from ._calibration.initial import LoftQConfig as LoftQConfig

@@ -16,10 +16,12 @@ class Places:
     Attributes:
         constants: `{path: {name: "N ..."}}`.
         present: `{path: "N"}`, whether an adapter has the site.
+        known: The values of `present`, where they can be told without waiting for a device.
     """
 
     constants: Mapping[str, Mapping[str, Tensor]]
     present: Mapping[str, Tensor]
+    known: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
 
     def put(self, index: int, other: Places) -> Places:
         """Return the same places with another adapter in one of them.
@@ -56,7 +58,12 @@ class Places:
             path: value.index_copy(0, at.to(value.device), other.present[path][:1].to(value.device))
             for path, value in self.present.items()
         }
-        return Places(constants, present)
+        known = {
+            path: (*values[:index], other.known[path][0], *values[index + 1 :])
+            for path, values in self.known.items()
+            if path in other.known
+        }
+        return Places(constants, present, known)
 
     def __len__(self) -> int:
         return len(next(iter(self.present.values())))

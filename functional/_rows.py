@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ._unsupported import UnsupportedCall
+
+Draw = Callable[[Tensor, float, torch.Generator], tuple[Tensor, float]]
+"""`(like, p, generator) -> (keep, kept)`: which numbers dropout keeps, 0 or 1, and the probability of that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +118,12 @@ class Rows:
         count: Number of adapters.
         values: The values of `index`, where they are known without looking.
         tokens: How many in succession are the tokens of one row of the batch; `None` where each is a row of it.
+        noise: A generator for each adapter, from which its rows' noise is drawn; `None` for torch's own for all.
 
     Attributes:
         values: The values of `index`, where they can be read.
         tokens: As given.
+        noise: As given.
 
     >>> rows = Rows(torch.tensor([1, 1, 0, 0]), 2)
     >>> rows.groups().size, rows.known().counts
@@ -123,9 +131,14 @@ class Rows:
     """
 
     def __init__(
-        self, index: Tensor | None, count: int, values: Sequence[int] | None = None, tokens: int | None = None
+        self,
+        index: Tensor | None,
+        count: int,
+        values: Sequence[int] | None = None,
+        tokens: int | None = None,
+        noise: Sequence[torch.Generator] | None = None,
     ):
-        self.index, self.count, self.tokens = index, count, tokens
+        self.index, self.count, self.tokens, self.noise = index, count, tokens, noise
         self.size = count if index is None else len(index)
         self._static = index is None or values is not None
         self.values: Sequence[int] | None = values
@@ -213,6 +226,44 @@ class Rows:
                 self._ends[tokens] = (counts.cumsum(0) * tokens).to(torch.int32)
         return self._ends[tokens]
 
+    def dropout(self, x: Tensor, p: float, draw: Draw | None = None) -> Tensor:
+        """Return an input after dropout, the rows of each adapter with its own noise, in their order.
+
+        Args:
+            x: `"rows*k ..."`.
+            p: Probability of dropout.
+            draw: How it is drawn where not as `torch.nn.functional.dropout` does.
+
+        Raises:
+            UnsupportedCall: Values of rows that cannot be read, as under `torch.compile`; a second run of a part of
+                the model for its backward.
+
+        >>> rows = Rows(torch.tensor([1, 0, 1]), 2, noise=[torch.Generator().manual_seed(i) for i in (0, 1)])
+        >>> alone = Rows(torch.tensor([0, 0]), 1, noise=[torch.Generator().manual_seed(1)])
+        >>> torch.equal(rows.dropout(torch.ones(3, 8), 0.5)[[0, 2]], alone.dropout(torch.ones(2, 8), 0.5))
+        True
+        """
+        if self.noise is None:
+            return F.dropout(x, p)
+        known = self.known()
+        if known is None:
+            raise UnsupportedCall(
+                "dropout from generators of each adapter's own takes rows whose values can be read, which compiled and "
+                "transformed calls have not; set the config's dropout to 0, or run the call as it is"
+            )
+        if torch._C._current_graph_task_id() != -1:
+            raise UnsupportedCall(
+                "dropout from generators of each adapter's own would draw anew where a part of the model is run again "
+                "for its backward; set the config's dropout to 0, or run without checkpointing"
+            )
+        per_row, counts = x.detach().reshape(self.size, -1), known.counts
+        factor = torch.ones_like(per_row)
+        for generator, rows in zip(self.noise, self.order().split(counts), strict=True):
+            if len(rows):
+                keep, kept = (draw or _draw)(per_row[: len(rows)], p, generator)
+                factor.index_copy_(0, rows, keep.to(factor.dtype).div_(kept))
+        return x * factor.view(x.shape)
+
     def only(self, present: Tensor, values: tuple[bool, ...] | None) -> Rows:
         """Return the rows with no adapter where it is not `present`, `"adapters"`; `values` are its values if known."""
         if values is not None and all(values):
@@ -220,13 +271,13 @@ class Rows:
         if self.index is None:
             index = torch.where(present, torch.arange(self.count, device=present.device), -1)
             kept = None if values is None else [i if values[i] else -1 for i in range(self.count)]
-            return Rows(index, self.count, kept)
+            return Rows(index, self.count, kept, noise=self.noise)
         if values is None or self.known() is None or self.values is None:
             index = torch.where((self.index >= 0) & present[self.index.clamp(min=0)], self.index, -1)
-            return Rows(index, self.count)
+            return Rows(index, self.count, noise=self.noise)
         if values not in self._parts:
             kept = [row if row >= 0 and values[row] else -1 for row in self.values]
-            self._parts[values] = rows_of(kept, self.count, self.index.device)
+            self._parts[values] = rows_of(kept, self.count, self.index.device, noise=self.noise)
         return self._parts[values]
 
     def expanded(self, size: int) -> Rows:
@@ -234,13 +285,23 @@ class Rows:
         if size == self.size:
             return self
         index = torch.arange(self.count) if self.index is None else self.index
-        return Rows(index.repeat_interleave(size // self.size), self.count)
+        return Rows(index.repeat_interleave(size // self.size), self.count, noise=self.noise)
 
 
-def rows_of(values: Sequence[int], count: int, device: torch.device, tokens: int | None = None) -> Rows:
+def rows_of(
+    values: Sequence[int],
+    count: int,
+    device: torch.device,
+    tokens: int | None = None,
+    noise: Sequence[torch.Generator] | None = None,
+) -> Rows:
     """Make rows with these values, in memory of their own, that any later call may use."""
     with torch.inference_mode(False):
-        return Rows(torch.tensor(values, dtype=torch.long, device=device), count, tokens=tokens)
+        return Rows(torch.tensor(values, dtype=torch.long, device=device), count, None, tokens, noise)
+
+
+def _draw(like: Tensor, p: float, generator: torch.Generator) -> tuple[Tensor, float]:
+    return torch.empty_like(like).bernoulli_(1 - p, generator=generator), 1 - p
 
 
 def is_readable(index: Tensor) -> bool:

@@ -45,6 +45,7 @@ from ._method import SiteAdapter as SiteAdapter
 from ._method import Tree as Tree
 from ._method import as_tree as as_tree
 from ._method import beside as beside
+from ._rows import rows_of as rows_of
 from ._sites.attention import ProjectionSlice as ProjectionSlice
 from ._sites.kernels import has_rows as has_rows
 from ._sites.kinds import describe as describe

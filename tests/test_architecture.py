@@ -55,17 +55,18 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
+        _bank: layout state optimizers muon kind resident arguments batch slots record resting files bank
         _peft: names absent card tuners status weights ranks hotswap wrapper peft_model tasks auto layer_classes helpers
             lookups optimizers precision renamed_keys peft_modules alias
         .: __init__
     """,
     "functional": """
-        .: _messages _constants _places _rows _unsupported
+        .: _messages _unsupported _constants _places _rows
         _tensors: placement wrappers
         _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
-        _layers: around base adapted projection routed gathered no_weight compose
+        _layers: around noise base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding joined stacking stacked padded members
         _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps

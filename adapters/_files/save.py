@@ -78,6 +78,22 @@ def save_adapter(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     _check_arguments(target, path, adapter_name)
+    fields, weights, groups = as_bytes(target, adapter_name, params, plain, save_embedding_layers, state_dict)
+    root = Path(path)
+    folder = root if adapter_name == "default" else root / adapter_name
+    once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
+    return folder
+
+
+def as_bytes(
+    target: nn.Module | Graft,
+    adapter_name: str = "default",
+    params: Tree | None = None,
+    plain: bool = False,
+    save_embedding_layers: Choice = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> tuple[bytes, bytes, Any]:
+    """Return the bytes of an adapter's two files, and the processes that have parts of it, as `save_adapter` does."""
     if isinstance(target, Graft):
         if save_embedding_layers is True or state_dict is not None:
             raise TypeError("save_embedding_layers and state_dict go with a model; of a graft, params are written")
@@ -88,11 +104,7 @@ def save_adapter(
     weights = safetensors.torch.save(
         {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
     )
-    fields = to_json(_fields(config, model, sites))
-    root = Path(path)
-    folder = root if adapter_name == "default" else root / adapter_name
-    once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
-    return folder
+    return to_json(_fields(config, model, sites)), weights, groups
 
 
 def _check_arguments(target: Any, path: Any, adapter_name: Any) -> None:

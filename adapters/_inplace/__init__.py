@@ -8,9 +8,9 @@ from .merging import merge_adapter as merge_adapter
 from .merging import merge_and_unload as merge_and_unload
 from .merging import unload as unload
 from .merging import unmerge_adapter as unmerge_adapter
-from .states.base_state import IncompatibleKeys as IncompatibleKeys
 from .rows.rows import AdapterRows as AdapterRows
 from .rows.rows import adapter_rows as adapter_rows
+from .states.base_state import IncompatibleKeys as IncompatibleKeys
 from .states.base_state import get_base_model_state_dict as get_base_model_state_dict
 from .states.base_state import set_base_model_state_dict as set_base_model_state_dict
 from .states.embeddings import Choice as Choice

@@ -238,13 +238,14 @@ class StackedBinding(Binding):
                 single = Binding.plan(self.model, {"": config}, False)
                 self._check_fits(i, single.shapes[""])
                 plans[i] = single.sites[""]
-        constants, present = {}, {}
+        constants, present, known = {}, {}, {}
         for path, site in self.sites[""].items():
             device = site.like(modules[site.owner]).device
             placed = [plan.get(path) for plan in plans]
-            present[path] = torch.tensor([one is not None for one in placed], device=device)
+            known[path] = tuple(one is not None for one in placed)
+            present[path] = torch.tensor(known[path], device=device)
             constants[path] = constants_in_places(path, site, placed, device)
-        return Places(constants, present)
+        return Places(constants, present, known)
 
     def _check_fits(self, place: int, shapes: Shapes) -> None:
         """Refuse a config that the stack has no room for."""
@@ -280,7 +281,9 @@ class StackedAdapter(SiteAdapter):
     def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
         if places is not None:
             here = {name: PerAdapter(values) for name, values in places.constants[self.site.path].items()}
-            return self.with_constants(here), rows.only(places.present[self.site.path], None)
+            return self.with_constants(here), rows.only(
+                places.present[self.site.path], places.known.get(self.site.path)
+            )
         if members is None:
             return self, rows.only(self.present, self.known)
         constants = {

@@ -106,8 +106,11 @@ def constants_in_places(path: str, site: Site, sites: Sequence[Site | None], dev
             continue
         first = bound.values[0] if isinstance(bound, PerAdapter) else bound
         like = first if isinstance(first, Tensor) else torch.tensor(first, dtype=torch.float64)
+        shape = tuple(like.shape)
         parts = [
-            like.new_zeros(like.shape) if value is None else pad_to(torch.as_tensor(value).to(like), tuple(like.shape))
+            like.new_zeros(shape)
+            if value is None
+            else pad_to(torch.as_tensor(value, dtype=like.dtype, device=like.device), shape)
             for value in values
         ]
         constants[name] = torch.stack(parts).to(device)

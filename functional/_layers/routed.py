@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from .._locating.layout import LEADING, Layout
 from .._method import Layer, SiteAdapter, Weighted
 from .._rows import Groups, PerAdapter, Rows
 from .._sites.tensors import check_leaves
+from .._unsupported import UnsupportedCall
 from .around import Around
+from .noise import OtherDraw, OwnNoise, RowNoise
 
 
 class RoutedLayer(Weighted):
@@ -52,10 +55,13 @@ class RoutedLayer(Weighted):
         if layout != LEADING:
             x, base = layout.to_rows(x, size), _Moved(base, layout, size)
         y: Any = NotImplemented
-        if method.routed is not None and not (adapter.site.routing.by_adapter and self._has_many_groups()):
-            y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
+        apart = self._has_many_groups()
+        noisy = self.rows.noise is not None and base.training
+        if method.routed is not None and not (adapter.site.routing.by_adapter and apart):
+            with RowNoise(self.rows) if noisy else contextlib.nullcontext(), contextlib.suppress(OtherDraw):
+                y = method.routed(adapter.config, adapter.site, self.leaves, base, x, self.rows)
         if y is NotImplemented:
-            y = self._by_adapter(base, x) if self._has_many_groups() else self._general(base, x)
+            y = self._by_adapter(base, x) if apart or noisy else self._general(base, x)
         return y if layout == LEADING else layout.from_rows(y, size)
 
     def _has_many_groups(self) -> bool:
@@ -67,14 +73,20 @@ class RoutedLayer(Weighted):
 
     def _by_adapter(self, base: Layer, x: Tensor) -> Tensor:
         """Run the method's `apply` once for each adapter, on the rows that have it."""
-        known, order = self.rows.known(), self.rows.order()
-        assert known is not None
-        parts = []
+        known = self.rows.known()
+        if known is None:
+            raise UnsupportedCall(
+                f"{self.entry.site.path}: noise from generators of each adapter's own takes rows whose values can be "
+                "read, which compiled and transformed calls have not; set the config's dropout to 0"
+            )
+        order = self.rows.order()
+        parts, noise = [], self.rows.noise if base.training else None
         for i, part in enumerate(x.index_select(0, order).split(known.counts)) if len(order) else ():
             if len(part):
                 leaves = {name: leaf[i] for name, leaf in self.leaves.items()}
                 constants = {name: c.values[i] for name, c in _varying(self.entry).items()}
-                parts.append(self._build(iter([(leaves, constants, {})]), outermost=True)(part))
+                with contextlib.nullcontext() if noise is None else OwnNoise(noise[i]):
+                    parts.append(self._build(iter([(leaves, constants, {})]), outermost=True)(part))
         if len(order) == self.rows.size:
             y = torch.cat(parts)
             return torch.empty_like(y).index_copy(0, order, y)

@@ -85,8 +85,8 @@ class Routed:
         """Return the same stack where all rows have one adapter, given by its number or as a vector of it."""
         leaf, count = next(_leaves(self.tree)), self.rows.count
         if isinstance(adapter, Tensor):
-            return self._with(self.tree, Rows(_placed(adapter, leaf), count))
-        return self._with(self.tree, rows_of([adapter], count, leaf.device))
+            return self._with(self.tree, Rows(_placed(adapter, leaf), count, noise=self.rows.noise))
+        return self._with(self.tree, rows_of([adapter], count, leaf.device, noise=self.rows.noise))
 
     def _with(self, tree: Tree, rows: Rows) -> Routed:
         return type(self)(tree, rows, self.members, self.declared, self.check_all, self._source, self.places)

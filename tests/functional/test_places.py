@@ -170,3 +170,11 @@ def test_places_of_a_graft_of_one_config_are_refused():
     named = bind(Model(), {"a": lora()})
     with pytest.raises(ValueError, match="route: places are given"):
         named({"a": route(stack([graft.init(), graft.init()]), ROWS.clamp(max=1), places=places)}, X.float())
+
+
+def test_numbers_in_places_keep_their_digits():
+    graft = bind(Model(), [lora(), lora()])
+    places = graft.places([lora(r=3, alpha=5), None])
+    assert {float(values["scaling"][0]) for values in places.constants.values()} == {5 / 3}
+    assert places.known == dict.fromkeys(places.present, (True, False))
+    assert graft.places().put(0, graft.places([None])).known == dict.fromkeys(places.present, (False, True))

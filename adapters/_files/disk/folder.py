@@ -240,8 +240,8 @@ def write_pair(path: Path, config: bytes, weights: bytes) -> None:
             raise IsADirectoryError(f"{path / name}: is a directory, expected a file or nothing")
     pending = path / f".adapter_config.{hashlib.sha256(weights).hexdigest()}.json"
     with (
-        _temporary(path, WEIGHTS, weights) as new_weights,
-        _temporary(path, CONFIG, config) as new_config,
+        temporary(path, WEIGHTS, weights) as new_weights,
+        temporary(path, CONFIG, config) as new_config,
         _COMMIT,
         _alone(path),
     ):
@@ -267,7 +267,7 @@ def write_config(path: Path, config: bytes) -> None:
     Raises:
         OSError: A file that cannot be written or replaced.
     """
-    with _temporary(path, CONFIG, config) as new_config, _COMMIT, _alone(path):
+    with temporary(path, CONFIG, config) as new_config, _COMMIT, _alone(path):
         os.replace(new_config, path / CONFIG)
         sync(path)
         _forget_pending(path)
@@ -295,7 +295,7 @@ def _forget_pending(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, name: str, data: bytes) -> Iterator[Path]:
+def temporary(path: Path, name: str, data: bytes) -> Iterator[Path]:
     """A new file beside the one that it will replace, complete and on the disk; removed if it is still there."""
     temporary = path / f".{name}.{secrets.token_hex(8)}.tmp"
     try:

@@ -96,7 +96,7 @@ def linear(
     return result
 
 
-def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
+def draw(x: Tensor, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
     """Return which elements of an input dropout keeps, 0 or 1 like `x`, and the probability of that.
 
     Large inputs on a CPU take 16 random bits for each, five times as fast as torch's own dropout, so there `p` is
@@ -107,9 +107,9 @@ def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
     (torch.uint8, 0.75)
     """
     if not x.is_cpu or x.numel() < _MANY:
-        return torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1 - p), 1 - p
+        return torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1 - p, generator=generator), 1 - p
     dropped = min(round(p * 2**16), 2**16 - 1)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     keep = bits.view(torch.int16)[: x.numel()] >= dropped - 2**15
     return keep.view(torch.uint8).view(x.shape), 1 - dropped / 2**16
 
@@ -145,7 +145,9 @@ class _Linear(torch.autograd.Function):
             ga = up.mT @ _parts(x if keep is None else x * keep, a)
         if for_b:
             if torch.is_grad_enabled() and x is not None:
-                down = _parts(_down(x, a, keep), a)  # what was kept is no function of `x` and `a` to a second derivative
+                down = _parts(
+                    _down(x, a, keep), a
+                )  # what was kept is no function of `x` and `a` to a second derivative
             gb = (down.mT @ g).mul_(ctx.scaling).mT
         if for_x:
             gx = flat @ weight

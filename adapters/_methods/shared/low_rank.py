@@ -90,7 +90,8 @@ def route_to_linear(
     """
     p = p if base.training else 0.0
     linear = None if torch.compiler.is_compiling() else base.as_linear
-    if linear is not None and choose(rows, x, a, b) == "equal groups" and fused.fits(x, linear[0], a, b):
+    fits = linear is not None and fused.fits(x, linear[0], a, b)
+    if linear is not None and fits and not (p and rows.noise) and choose(rows, x, a, b) == "equal groups":
         groups = rows.groups()
         if isinstance(scaling, PerAdapter):
             b, scaling = b * scaling.values.to(b.dtype).view(-1, 1, 1), 1.0
@@ -98,7 +99,7 @@ def route_to_linear(
         return fused.linear(x, *linear, a, b, scaling, p)
     y = base(x)
     if p:
-        x = F.dropout(x, p)
+        x = rows.dropout(x, p, fused.draw if fits else None)
     x, a, b = widen(x, a, b)
     return add_routed(y, x, a, b, scaling, rows)
 

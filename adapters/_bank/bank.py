@@ -1,0 +1,432 @@
+"""The bank: adapters that come and go in the slots of one bound model, each trained for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft.functional import Graft
+from torchgraft.functional.extending import Tree, did_you_mean
+
+from .._config.base import AdapterConfig
+from .arguments import check_slots, checked_hyper, flat, hyper_by_name, leaf_like, stacked, token_counts
+from .batch import Batch
+from .files import load_resident, save_resident
+from .optimizers import RowOptimizer, adamw
+from .resident import Resident, Stepped, own_generator
+from .resting import Resting
+from .slots import Slots
+from .state import State, accumulate
+
+
+class Bank:
+    """Adapters with lives of their own in a fixed number of slots over one bound model.
+
+    Each has its own rank, data, hyper-parameters, step count and noise; what it computes is what it would alone. Losses
+    have to be each row's own, normalised by what belongs to the same adapter: a mean over a batch, an auxiliary loss
+    over its rows or negatives from it would join adapters, which no library can see.
+
+    Every method may be called by several threads; they take turns at one lock, `bank.lock`, which nothing holds while
+    the model runs.
+
+    Args:
+        graft: `bind(model, config)` with the largest config that a slot can hold, or of several, `bind(model, [...])`.
+        slots: How many adapters have one at one time.
+        optimizer: The optimizer of adapters that are not added with another one.
+        resting: Where adapters rest that have no slot, so that there can be more of them than slots: `"memory"`, or a
+            directory, a `pathlib.Path`. The one that was named least lately gives way to one that is named. By default
+            there are no more adapters than slots.
+        dtype: Dtype of the parameters, as for `Graft.init`.
+        device: Device of the parameters.
+
+    Attributes:
+        graft: The graft of a stack whose places are the slots.
+        lock: The lock that all methods take, and hold while they read or write.
+
+    Raises:
+        TypeError: No graft, or one with named adapters.
+        ValueError: Parameters of several dtypes, or on several devices.
+
+    >>> from torchgraft.adapters import Bank, LoraConfig
+    >>> from torchgraft.functional import bind
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> bank = Bank(bind(model, LoraConfig(r=8, target_modules=["0"])), slots=4)
+    >>> bank.add("poems", LoraConfig(r=2, target_modules=["0"]))
+    >>> bank.add("code", LoraConfig(r=8, target_modules=["0"]))
+    >>> with bank.rows(["poems", "code", "poems"]) as adapted:
+    ...     adapted(torch.randn(3, 4)).square().sum().backward()
+    >>> report = bank.step({"poems": {"lr": 1e-2}})
+    >>> report["poems"].steps, bank.steps("code")
+    (1, 0)
+    """
+
+    def __init__(
+        self,
+        graft: Graft,
+        slots: int = 64,
+        *,
+        optimizer: RowOptimizer | None = None,
+        resting: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        check_slots(slots)
+        self.graft = stacked(graft)
+        self._optimizer: RowOptimizer = adamw() if optimizer is None else optimizer
+        self._slots = Slots(self.graft, slots, leaf_like(graft, dtype, device))
+        self._optimizer.check(self._slots.layout)
+        self._slots.make_room(self._optimizer)
+        self._resting = None if resting is None else Resting(resting)
+        self._residents: dict[str, Resident] = {}
+        self._clock = itertools.count(1)
+        self.lock = threading.RLock()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters, in the order in which they were added."""
+        with self.lock:
+            return [*self._residents]
+
+    @property
+    def state(self) -> State:
+        """The numbers of all slots; what writes to them holds `lock`."""
+        return self._slots.state
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._residents
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    def add(
+        self,
+        name: str,
+        config: AdapterConfig,
+        *,
+        params: Tree | None = None,
+        generator: torch.Generator | None = None,
+        optimizer: RowOptimizer | None = None,
+    ) -> None:
+        """Add an adapter, into a free slot.
+
+        Args:
+            name: Its name.
+            config: Its config; the bank's graft has to have room for it.
+            params: Its parameters, as `bind(model, config).init()` makes them, which are copied; by default fresh ones.
+            generator: Source of fresh parameters; the adapter's own noise (dropout) goes on from its state.
+            optimizer: Its optimizer, with defaults of its hyper-parameters; by default the bank's.
+
+        Raises:
+            KeyError, TypeError: Parameters that are not the config's; a config of another method.
+            RuntimeError: No slot is free, and none can be made free.
+            ValueError: A name that is taken; a config that the bank has no room for, or that differs in what its
+                adapters share.
+
+        >>> from torchgraft.adapters import Bank, LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> bank = Bank(bind(nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear")), slots=2)
+        >>> bank.add("poems", LoraConfig(r=1, target_modules="all-linear"), generator=torch.Generator().manual_seed(0))
+        >>> bank.tensors("poems")[""]["lora_A"].shape
+        torch.Size([1, 4])
+        """
+        with self.lock:
+            self._check_new(name, "add")
+            try:
+                kind = self._slots.kinds.of(config)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"add: the config of {name!r} does not fit the bank: {error}") from error
+            resident = Resident(name, kind, self._optimizer if optimizer is None else optimizer, torch.Generator())
+            resident.optimizer.check(self._slots.layout)
+            if params is None:
+                params = kind.graft.init(generator, dtype=self.state.parameters.dtype, device=self._slots.device)
+            kind.check(params)
+            resident.generator = own_generator(generator, self._slots.device)
+            self._free_slots(1, [], "add")
+            self._slots.make_room(resident.optimizer)
+            self._slots.begin(resident, params)
+            self._keep(resident)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter; its slot is free again, and nothing else changes.
+
+        Raises:
+            KeyError: No such adapter.
+            RuntimeError: Its rows are in a batch that is not over.
+        """
+        with self.lock:
+            resident = self._resident(name, "remove")
+            if resident.in_batches:
+                raise RuntimeError(
+                    f"remove: rows of {name!r} are in a batch that is not over; leave the block of bank.rows first"
+                )
+            if resident.slot is not None:
+                self._slots.leave(resident)
+            if self._resting is not None:
+                self._resting.drop(resident)
+            del self._residents[name]
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[Any], *, tokens: Sequence[float] | Tensor | None = None) -> Iterator[Batch]:
+        """Give each row of a batch the adapter of a name: `with bank.rows(["poems", "code"]) as adapted`.
+
+        Within the block `adapted` is called like the model, and gradients of `backward` are collected; at its end they
+        are added to what the adapters have since their last step. If an exception leaves the block, nothing is added.
+
+        Args:
+            names: The name of each row's adapter, `None` for the base alone; or for packed rows, a list for each, with
+                the name of each token's.
+            tokens: `"rows"`, how many tokens the loss of each row is a sum over. They add up beside the gradients, and
+                a step divides by their number. Without them losses are taken as they are. One adapter's batches between
+                two steps all have them, or none.
+
+        Raises:
+            KeyError: A name that no adapter has.
+            RuntimeError: More adapters than slots.
+            TypeError, ValueError: Names that are none; no count for each row; batches with counts and without.
+
+        >>> from torchgraft.adapters import Bank, LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> bank = Bank(bind(nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear")), slots=2)
+        >>> bank.add("poems", LoraConfig(r=4, target_modules="all-linear"))
+        >>> with bank.rows(["poems", None, "poems"], tokens=[3, 3, 3]) as adapted:
+        ...     adapted(torch.ones(3, 4)).sum().backward()
+        >>> bank.step(["poems"])["poems"].steps
+        1
+        """
+        given, packed = flat(names)
+        with self.lock:
+            named = self._named(given, "rows")
+            counts = token_counts(given, packed, tokens, named)
+            present = self._present(named, "rows")
+            stack, gathered = self._slots.gather(present, given, packed, bool(named) and torch.is_grad_enabled())
+            for resident in present:
+                resident.in_batches += 1
+        batch = Batch(self.graft, stack, gathered)
+        gradients = None
+        try:
+            yield batch
+            gradients = batch.gradients()
+        finally:
+            batch.close()
+            self._leave(present, gradients, counts)
+
+    def view(self, names: Sequence[Any]) -> nn.Module:
+        """Return a module like the model whose rows have these adapters as they are now: `bank.view(["poems"])`.
+
+        It has copies of their parameters, so that steps and removals after it do not change it.
+
+        Args:
+            names: As for `rows`.
+
+        Raises:
+            KeyError: A name that no adapter has.
+        """
+        given, packed = flat(names)
+        with self.lock:
+            present = self._present(self._named(given, "view"), "view")
+            return self.graft.view(self._slots.gather(present, given, packed, False)[0])
+
+    def step(self, hyper: Mapping[str, Mapping[str, Any] | None] | Sequence[str]) -> dict[str, Stepped]:
+        """Step the named adapters with the gradients that they have collected; all others stay as they are.
+
+        Gradients are divided by the tokens that they are of, clipped, and taken by each adapter's optimizer. One whose
+        gradients are not finite is skipped, its gradients are dropped, and the report says so.
+
+        Args:
+            hyper: Hyper-parameters by name of the adapter, where they are other than its optimizer's defaults, and
+                `max_norm`, to which the gradient's norm is clipped as `torch.nn.utils.clip_grad_norm_` does. Or names.
+
+        Returns:
+            What happened to each, by name.
+
+        Raises:
+            KeyError: A name that no adapter has.
+            RuntimeError: An adapter without gradients.
+            TypeError, ValueError: Hyper-parameters that are none, or out of their range.
+
+        >>> from torchgraft.adapters import Bank, LoraConfig, sgd
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear"))
+        >>> bank = Bank(graft, slots=2, optimizer=sgd(momentum=0.9))
+        >>> bank.add("poems", LoraConfig(r=4, target_modules="all-linear"))
+        >>> with bank.rows(["poems"]) as adapted:
+        ...     (adapted(torch.ones(1, 4)).sum() * float("nan")).backward()
+        >>> bank.step({"poems": {"lr": 0.1, "max_norm": 1.0}})["poems"].skipped
+        'its gradients are not finite'
+        """
+        given = hyper_by_name(hyper)
+        with self.lock, torch.no_grad():
+            residents = [self._resident(name, "step") for name in given]
+            values = [checked_hyper(one, own) for one, own in zip(residents, given.values(), strict=True)]
+            report: dict[str, Stepped] = {}
+            for start in range(0, len(residents), len(self._slots)):
+                part = residents[start : start + len(self._slots)]
+                self._bring(part, "step")
+                for one, (own, most), norm, tokens in zip(part, values[start:], *self._slots.norms(part), strict=False):
+                    report[one.name] = self._slots.step(one, own, most, norm, tokens)
+            return report
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write an adapter into a directory: PEFT's two files, and beside them the optimizer's state and all else.
+
+        A crash at any moment leaves what was there before, or all that is new.
+
+        Args:
+            name: The adapter.
+            path: The directory; made if it is not there.
+
+        Raises:
+            KeyError: No such adapter.
+            OSError: Files that cannot be written.
+
+        >>> import tempfile
+        >>> from torchgraft.adapters import Bank, LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> bank = Bank(bind(nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear")), slots=2)
+        >>> bank.add("poems", LoraConfig(r=2, target_modules="all-linear"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = bank.save("poems", folder)
+        ...     bank.load(folder, "verses")
+        >>> bank.names, torch.equal(bank.tensors("poems")[""]["lora_A"], bank.tensors("verses")[""]["lora_A"])
+        (['poems', 'verses'], True)
+        """
+        with self.lock:
+            resident = self._resident(name, "save")
+            self._bring([resident], "save")
+            tree, numbers = self._slots.own_tree(resident), self._slots.lift(resident)
+            return save_resident(path, resident, tree, numbers)
+
+    def load(self, path: str | os.PathLike[str], name: str, *, optimizer: RowOptimizer | None = None) -> None:
+        """Add an adapter that `save`, `save_adapter` or PEFT wrote, with the optimizer's state if that is there.
+
+        Args:
+            path: The directory.
+            name: The adapter's name in the bank.
+            optimizer: Its optimizer; by default the one that it was saved with, or the bank's.
+
+        Raises:
+            FileNotFoundError, KeyError: As `load_adapter` does.
+            RuntimeError: No slot is free, and none can be made free.
+            TypeError, ValueError: As `load_adapter` and `add` do; the state of another optimizer.
+        """
+        with self.lock:
+            self._check_new(name, "load")
+            resident, params, numbers = load_resident(path, name, self._slots, self._optimizer, optimizer)
+            self._free_slots(1, [], "load")
+            self._slots.make_room(resident.optimizer)
+            self._slots.begin(resident, params)
+            self._slots.write(resident, numbers)
+            self._keep(resident)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Bring adapters that rest into slots, ahead of the batch that needs them; another thread may do it.
+
+        Raises:
+            KeyError: A name that no adapter has.
+            RuntimeError: More adapters than slots.
+        """
+        with self.lock:
+            self._bring(self._named(names, "prefetch"), "prefetch")
+
+    def steps(self, name: str) -> int:
+        """Return how many steps an adapter has taken.
+
+        Raises:
+            KeyError: No such adapter.
+        """
+        return self._resident(name, "steps").steps
+
+    def config(self, name: str) -> AdapterConfig:
+        """Return an adapter's config.
+
+        Raises:
+            KeyError: No such adapter.
+        """
+        return self._resident(name, "config").kind.config
+
+    def tensors(self, name: str) -> Tree:
+        """Return a copy of an adapter's parameters, in its own shapes: `{path: {leaf: tensor}}`.
+
+        Raises:
+            KeyError: No such adapter.
+        """
+        with self.lock:
+            resident = self._resident(name, "tensors")
+            self._bring([resident], "tensors")
+            tree = self._slots.own_tree(resident)
+            return {path: {leaf: value.clone() for leaf, value in leaves.items()} for path, leaves in tree.items()}
+
+    def _resident(self, name: Any, what: str) -> Resident:
+        if isinstance(name, str) and name in self._residents:
+            return self._residents[name]
+        raise KeyError(
+            f"{what}: no adapter has the name {name!r:.60}{did_you_mean(str(name), self._residents)}; bank.add adds one"
+        )
+
+    def _named(self, given: Sequence[Any], what: str) -> list[Resident]:
+        """Return the adapters that are named, each once."""
+        return [self._resident(name, what) for name in dict.fromkeys(given) if name is not None]
+
+    def _present(self, named: list[Resident], what: str) -> list[Resident]:
+        """Bring the adapters of some rows into slots; any one where all rows have the base alone."""
+        if not self._residents:
+            raise ValueError(f"{what}: the bank has no adapters; the base alone is the model itself")
+        present = named or [next(iter(self._residents.values()))]
+        self._bring(present, what)
+        return present
+
+    def _check_new(self, name: Any, what: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{what}: name is {name!r:.60}, expected a string that is not empty")
+        if name in self._residents:
+            raise ValueError(f"{what}: the name {name!r} is taken; remove that adapter first, or choose another name")
+
+    def _keep(self, resident: Resident) -> None:
+        resident.used = next(self._clock)
+        self._residents[resident.name] = resident
+
+    def _bring(self, residents: Sequence[Resident], what: str) -> None:
+        """Have adapters in slots; those named least lately rest for them."""
+        away = [resident for resident in residents if resident.slot is None]
+        self._free_slots(len(away), residents, what)
+        for resident in residents:
+            resident.used = next(self._clock)
+        for resident in away:
+            assert self._resting is not None
+            self._slots.put(resident, self._resting.read(resident))
+
+    def _free_slots(self, count: int, needed: Sequence[Resident], what: str) -> None:
+        """Have slots free, if some can be made so; nothing changes otherwise."""
+        missing = count - len(self._slots.free)
+        if missing <= 0:
+            return
+        idle = [one for one in self._residents.values() if one.slot is not None and not one.in_batches]
+        idle = sorted((one for one in idle if one not in needed), key=lambda one: one.used)
+        if self._resting is None or len(idle) < missing:
+            why = "" if self._resting is None else f", {len(self._slots) - len(idle)} of them in use"
+            hint = ", or give resting= for more adapters than slots" if self._resting is None else ""
+            raise RuntimeError(
+                f"{what}: all {len(self._slots)} slots are taken{why}; remove an adapter first, make the bank with "
+                f"more slots{hint}"
+            )
+        for resident in idle[:missing]:
+            self._resting.write(resident, self._slots.lift(resident))
+            self._slots.leave(resident)
+
+    def _leave(self, residents: list[Resident], gradients: Tensor | None, counts: list[float] | None) -> None:
+        """End a batch: count its gradients, and let go of its adapters."""
+        with self.lock:
+            for resident in residents:
+                resident.in_batches -= 1
+            if gradients is not None:
+                accumulate(self.state, [one.place for one in residents], gradients, counts)
+                for resident in residents:
+                    resident.pending, resident.by_tokens = True, counts is not None

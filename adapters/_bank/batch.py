@@ -1,0 +1,104 @@
+"""The calls of one batch whose rows have adapters of a bank, and the gradients that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft.functional import Places, Routed, Rows, StackedGraft
+from torchgraft.functional.extending import Tree
+
+from .state import Gathered
+
+
+class GatheredStack(Routed):
+    """A routed stack whose leaves are cut to the largest that is present; who made it knows that they fit."""
+
+    __slots__ = ()
+
+    def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
+        pass
+
+
+class Batch:
+    """The model with an adapter for each row of a batch, as `with bank.rows(names) as adapted` gives it.
+
+    Within the block it is called like the model, as often as there are micro-batches of these rows.
+
+    Args:
+        graft: The stack that the bank's slots are places of.
+        stack: The adapters that are present, over the rows.
+        gathered: Their leaves.
+    """
+
+    def __init__(self, graft: StackedGraft, stack: Routed, gathered: Gathered):
+        self._graft, self._rows = graft, gathered.rows
+        self._stack: Routed | None = stack
+        if gathered.rows.requires_grad:
+            gathered.rows.register_hook(self._check_open)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; row `i` has the adapter that is named for it.
+
+        Raises:
+            RuntimeError: The block is over.
+            ValueError: A batch of another number of rows, or one whose rows cannot be followed.
+        """
+        return self._graft(self._open(), *args, **kwargs)
+
+    def view(self) -> nn.Module:
+        """Return a module like the model with the adapters in, for other methods than its forward.
+
+        Raises:
+            RuntimeError: The block is over.
+        """
+        return self._graft.view(self._open())
+
+    def gradients(self) -> Tensor | None:
+        """Return the gradients of the block, `"n P"`; `None` where no backward has come."""
+        return self._rows.grad
+
+    def close(self) -> None:
+        """End the block: calls and gradients after it are errors."""
+        self._stack, self._rows = None, torch.empty(0)
+
+    def _open(self) -> Any:
+        if self._stack is None:
+            raise RuntimeError("the block of bank.rows is over; call what it gave within: with bank.rows(names) as f")
+        return self._stack
+
+    def _check_open(self, gradient: Tensor) -> None:
+        if self._stack is None:
+            raise RuntimeError(
+                "backward: the block of bank.rows is over, and its gradients are counted; call backward within it"
+            )
+
+
+def stack_of(gathered: Gathered, rows: Rows, sites: Sequence[str], present: Sequence[frozenset[str]]) -> GatheredStack:
+    """Make the stack of the adapters that are present, over the rows of a batch.
+
+    Args:
+        gathered: Their leaves and constants.
+        rows: Which of them each row has.
+        sites: The paths of all sites.
+        present: The sites that each of them has.
+    """
+    constants: dict[str, dict[str, Tensor]] = {path: {} for path in sites}
+    for tree in gathered.constants.values():
+        for path, values in tree.items():
+            constants[path].update(values)
+    known = {path: tuple(path in own for own in present) for path in sites}
+    return GatheredStack(gathered.tree, rows, places=Places(constants, _masks(known, gathered.tree), known))
+
+
+def _masks(known: Mapping[str, tuple[bool, ...]], tree: Tree) -> dict[str, Tensor]:
+    """Return which adapters have each site as tensors; one for all sites that agree."""
+    leaf = next(leaf for leaves in tree.values() for leaf in leaves.values())
+    made: dict[tuple[bool, ...], Tensor] = {}
+    for values in known.values():
+        if values not in made:
+            made[values] = leaf.new_tensor(values).bool()
+    return {path: made[values] for path, values in known.items()}

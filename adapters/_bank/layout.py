@@ -1,0 +1,106 @@
+"""Where each leaf of an adapter is in a row of numbers, and trees of views over rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from torchgraft.functional.extending import Tree
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Mapping[str, Shape]]
+"""Shapes of leaves, by path and name."""
+
+_ALIGNED = 16
+"""Bytes at whose multiples leaves begin, which kernels for matrices want."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The places of leaves in a row.
+
+    Attributes:
+        shapes: The shape of each leaf, by path and name.
+        offsets: Where each begins, in numbers.
+        size: How many numbers a row has.
+    """
+
+    shapes: Shapes
+    offsets: Mapping[str, Mapping[str, int]]
+    size: int
+
+    @classmethod
+    def of(cls, shapes: Shapes, dtype: torch.dtype) -> Layout:
+        """Lay out leaves one after the other, each at a multiple of 16 bytes.
+
+        >>> Layout.of({"0": {"a": (3,), "b": (2, 2)}}, torch.float32).offsets
+        {'0': {'a': 0, 'b': 4}}
+        """
+        step = max(1, _ALIGNED // dtype.itemsize)
+        offsets: dict[str, dict[str, int]] = {}
+        size = 0
+        for path, leaves in shapes.items():
+            offsets[path] = {}
+            for name, shape in leaves.items():
+                offsets[path][name] = size
+                size += -(-math.prod(shape) // step) * step
+        return cls(shapes, offsets, size)
+
+    def leaves(self) -> Iterator[tuple[str, str, Shape, int]]:
+        """Yield path, name, shape and offset of each leaf."""
+        for path, leaves in self.shapes.items():
+            for name, shape in leaves.items():
+                yield path, name, shape, self.offsets[path][name]
+
+    def views(self, rows: Tensor, cut: Shapes | None = None) -> Tree:
+        """Return the tree of leaves that rows hold, as views.
+
+        Args:
+            rows: `"size"`, or `"n size"` for a stack of `n`.
+            cut: Shapes to cut leaves to, from their beginning; leaves that it lacks are left out.
+
+        >>> layout = Layout.of({"0": {"a": (2, 2)}}, torch.float32)
+        >>> layout.views(torch.arange(4.0), {"0": {"a": (1, 2)}})
+        {'0': {'a': tensor([[0., 1.]])}}
+        """
+        tree: Tree = {}
+        lead = rows.shape[:-1]
+        for path, name, shape, offset in self.leaves():
+            kept = shape if cut is None else cut.get(path, {}).get(name)
+            if kept is None:
+                continue
+            leaf = rows[..., offset : offset + math.prod(shape)].view((*lead, *shape))
+            if kept != shape:
+                for axis, length in enumerate(kept, start=len(lead)):
+                    leaf = leaf.narrow(axis, 0, length)
+            tree.setdefault(path, {})[name] = leaf
+        return tree
+
+    def write(self, row: Tensor, tree: Tree) -> None:
+        """Write a tree into a row, `"size"`, with zeros wherever it has none."""
+        row.zero_()
+        own = {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()}
+        for path, leaves in self.views(row, own).items():
+            for name, leaf in leaves.items():
+                leaf.copy_(tree[path][name].detach())
+
+
+def largest(shapes: list[Shapes]) -> Shapes:
+    """Return the shapes that hold each of these.
+
+    >>> largest([{"0": {"a": (2, 1)}}, {"0": {"a": (1, 3)}, "1": {"a": (1, 1)}}])
+    {'0': {'a': (2, 3)}, '1': {'a': (1, 1)}}
+    """
+    if all(one is shapes[0] for one in shapes):
+        return shapes[0]
+    result: dict[str, dict[str, Shape]] = {}
+    for one in shapes:
+        for path, leaves in one.items():
+            known = result.setdefault(path, {})
+            for name, shape in leaves.items():
+                known[name] = tuple(map(max, zip(known.get(name, shape), shape, strict=True)))
+    return result

@@ -1,0 +1,64 @@
+"""The file of an adapter's numbers: tensors by name, and a record of what else a bank knows of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .._files.disk.folder import sync, temporary
+from .resident import Resident
+
+_FORMAT = "bank 1"
+_GENERATOR = "generator"
+
+
+def to_bytes(resident: Resident, numbers: dict[str, Tensor]) -> bytes:
+    """Return a safetensors file of an adapter's numbers, with its generator's state and its record."""
+    record = {
+        "format": _FORMAT,
+        "name": resident.name,
+        "config": resident.kind.config.to_dict(),
+        "optimizer": resident.optimizer.name,
+        "hyper": dict(resident.optimizer.hyper),
+        "steps": resident.steps,
+        "pending": resident.pending,
+        "by_tokens": resident.by_tokens,
+    }
+    tensors = {**numbers, _GENERATOR: resident.generator.get_state()}
+    metadata = {"record": json.dumps(record, sort_keys=True, default=str)}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Replace a file: whatever happens, it is the old one or the new one.
+
+    Raises:
+        OSError: A file that cannot be written.
+    """
+    with temporary(file.parent, file.name, data) as new:
+        new.replace(file)
+        sync(file.parent)
+
+
+def read_record(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """Read an adapter's record, its numbers, and its generator's state.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A file that is damaged, or none of a bank's; names it.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            record = json.loads((opened.metadata() or {}).get("record", "null"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file}: is damaged: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or _GENERATOR not in tensors:
+        raise ValueError(f"{file}: is no adapter's state of a bank, expected one that bank.save wrote")
+    generator = tensors.pop(_GENERATOR)
+    return record, tensors, generator

@@ -1,0 +1,78 @@
+"""What a bank knows of an adapter beside its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from .kind import Kind
+from .optimizers import RowOptimizer
+
+
+@dataclasses.dataclass(eq=False)
+class Resident:
+    """One adapter of a bank.
+
+    Attributes:
+        name: Its name.
+        kind: What its config means on the bank's model.
+        optimizer: Its optimizer.
+        generator: Source of its noise.
+        slot: Where its numbers are; `None` while it rests elsewhere.
+        steps: Steps that it has taken.
+        pending: Whether it has gradients since its last step.
+        by_tokens: Whether these are sums over tokens that are counted.
+        in_batches: How many blocks it is in that are not over.
+        used: When it was named last.
+    """
+
+    name: str
+    kind: Kind
+    optimizer: RowOptimizer
+    generator: torch.Generator
+    slot: int | None = None
+    steps: int = 0
+    pending: bool = False
+    by_tokens: bool = False
+    in_batches: int = 0
+    used: int = 0
+
+    @property
+    def place(self) -> int:
+        """Its slot, which it has."""
+        assert self.slot is not None
+        return self.slot
+
+
+class Stepped(NamedTuple):
+    """What a step did to one adapter.
+
+    Attributes:
+        steps: Steps that it has taken in all.
+        norm: The norm of its gradient, before clipping.
+        skipped: Why it was left as it was, empty where it was not.
+    """
+
+    steps: int
+    norm: float
+    skipped: str = ""
+
+
+def own_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """Make the source of an adapter's noise, on the device of its parameters.
+
+    It goes on from the state of a generator that is on the same device, and else from a number that this draws.
+
+    >>> given = torch.Generator().manual_seed(3)
+    >>> own = own_generator(given, torch.device("cpu"))
+    >>> own is not given, torch.equal(own.get_state(), given.get_state())
+    (True, True)
+    """
+    own = torch.Generator(device)
+    if generator is not None and generator.device == own.device:
+        own.set_state(generator.get_state())
+        return own
+    seed = torch.empty((), dtype=torch.int64, device=None if generator is None else generator.device)
+    return own.manual_seed(int(seed.random_(generator=generator)))

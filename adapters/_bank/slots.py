@@ -1,0 +1,237 @@
+"""The slots of a bank: the numbers of its adapters in rows of one state, put there, lifted, gathered and stepped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchgraft.functional import Routed, StackedGraft
+from torchgraft.functional.extending import Tree, rows_of
+
+from .batch import stack_of
+from .kind import Kind, Kinds
+from .layout import Layout, largest
+from .optimizers import Row, RowOptimizer
+from .resident import Resident, Stepped
+from .state import Gathered, State, clear, gather
+
+Numbers = dict[str, Tensor]
+"""All numbers of an adapter out of its slot, without padding, by the name of the buffer that they are of."""
+
+
+class Slots:
+    """Rows of one state, and what is in them.
+
+    Args:
+        graft: The stack that they are the places of.
+        count: How many there are.
+        like: A leaf, for dtype and device.
+
+    Attributes:
+        kinds: The configs that have been met.
+        layout: Where leaves are in a row of parameters.
+        state: The numbers.
+        free: The slots that nothing is in.
+    """
+
+    def __init__(self, graft: StackedGraft, count: int, like: Tensor):
+        self._graft, self._shapes = graft, graft.binding.shapes[""]
+        self.layout = Layout.of(self._shapes, like.dtype)
+        self.kinds = Kinds(graft)
+        self.state = State.empty(count, self.layout.size, like.dtype, like.device)
+        for name, layout in self.kinds.layouts.items():
+            self.state.constants[name] = torch.zeros(count, layout.size, dtype=getattr(torch, name), device=like.device)
+        self.free = [*reversed(range(count))]
+
+    def __len__(self) -> int:
+        return len(self.state.steps)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all numbers."""
+        return self.state.parameters.device
+
+    def make_room(self, optimizer: RowOptimizer) -> None:
+        """Make the buffers of an optimizer's moments, once."""
+        for name, fresh in optimizer.buffers(self.state.parameters[0], self.layout).items():
+            key = _key(optimizer, name)
+            if key not in self.state.moments:
+                self.state.moments[key] = fresh.new_zeros(len(self), *fresh.shape)
+
+    def begin(self, resident: Resident, params: Tree) -> None:
+        """Put a new adapter into a free slot."""
+        slot = self._take(resident)
+        self.layout.write(self.state.parameters[slot], params)
+        for name, fresh in resident.optimizer.buffers(self.state.parameters[slot], self.layout).items():
+            self.state.moments[_key(resident.optimizer, name)][slot].copy_(fresh)
+
+    def put(self, resident: Resident, numbers: Numbers) -> None:
+        """Put an adapter that was lifted into a free slot."""
+        self._take(resident)
+        self.write(resident, numbers)
+
+    def write(self, resident: Resident, numbers: Numbers) -> None:
+        """Write some of an adapter's numbers into its slot."""
+        for name, buffer in self.state.buffers().items():
+            if name in numbers:
+                self._unpack(buffer, resident.place, resident.kind, numbers[name].to(buffer.device))
+
+    def lift(self, resident: Resident) -> Numbers:
+        """Return copies of an adapter's numbers in host memory; the slot stays as it is."""
+        kept = self.kept(resident)
+        return {
+            name: self._pack(buffer, resident.place, resident.kind).to("cpu", copy=True)
+            for name, buffer in self.state.buffers().items()
+            if name in kept
+        }
+
+    def kept(self, resident: Resident) -> set[str]:
+        """Return the names of the buffers that an adapter has numbers in."""
+        moments = {f"moments.{name}" for name in self._moments(resident)}
+        return {"parameters", "steps", "tokens", *(["sums"] if resident.pending else []), *moments}
+
+    def check(self, resident: Resident, numbers: Numbers) -> None:
+        """Refuse numbers that are not all of an adapter's, parameters apart.
+
+        Raises:
+            ValueError: Names or shapes of other adapters, or of another optimizer.
+        """
+        fresh = resident.optimizer.buffers(self.state.parameters[0], self.layout)
+        shapes = {f"moments.{_key(resident.optimizer, name)}": value.shape for name, value in fresh.items()}
+        shapes |= {"steps": torch.Size(), "tokens": torch.Size()}
+        shapes |= {"sums": self.state.sums[0].shape} if resident.pending else {}
+        index = resident.kind.index(self.layout, self.device)
+        if index is not None:
+            shapes = {n: index.shape if shape == (self.layout.size,) else shape for n, shape in shapes.items()}
+        given = {name: value.shape for name, value in numbers.items()}
+        if given != shapes:
+            other = sorted(name for name in {*given, *shapes} if given.get(name) != shapes.get(name))
+            raise ValueError(
+                f"{other[0]} has shape {tuple(given.get(other[0], ())) or 'none'}, expected "
+                f"{tuple(shapes.get(other[0], ())) or 'none'}: it is the state of another adapter or optimizer"
+            )
+
+    def leave(self, resident: Resident) -> None:
+        """Clear an adapter's slot, which is free then."""
+        clear(self.state, resident.place)
+        self.free.append(resident.place)
+        resident.slot = None
+
+    def own_tree(self, resident: Resident) -> Tree:
+        """Return an adapter's parameters in its own shapes, as views."""
+        return self.layout.views(self.state.parameters[resident.place], resident.kind.shapes)
+
+    def gather(
+        self, present: Sequence[Resident], given: Sequence[str | None], packed: int | None, grad: bool
+    ) -> tuple[Routed, Gathered]:
+        """Return the stack of the adapters that rows have, over the rows, and its leaves.
+
+        Args:
+            present: The adapters, each once; one at least.
+            given: The name of each row's, or of each token's.
+            packed: How many tokens a row has, if they have adapters of their own.
+            grad: Whether to differentiate.
+        """
+        cut = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
+        cut = {path: {**leaves, **cut.get(path, {})} for path, leaves in self._shapes.items()}
+        places = [resident.place for resident in present]
+        gathered = gather(self.state, places, self.layout, self.kinds.layouts, cut, grad=grad)
+        index = {resident.name: i for i, resident in enumerate(present)}
+        values = [-1 if name is None else index[name] for name in given]
+        noise = [resident.generator for resident in present] if _draws(present[0].kind) else None
+        rows = rows_of(values, len(present), self.device, packed, noise)
+        sites = [*self._graft.sites[""]]
+        return stack_of(gathered, rows, sites, [resident.kind.present for resident in present]), gathered
+
+    def norms(self, residents: Sequence[Resident]) -> tuple[list[float], list[float]]:
+        """Return the norm of each adapter's gradients, and how many tokens they are of; waits for the device once."""
+        if not residents:
+            return [], []
+        norms = [torch.linalg.vector_norm(self.state.sums[one.place], dtype=torch.float64) for one in residents]
+        tokens = [self.state.tokens[one.place] for one in residents]
+        values: list[float] = torch.stack([*norms, *tokens]).tolist()
+        return values[: len(residents)], values[len(residents) :]
+
+    def step(
+        self, resident: Resident, hyper: Mapping[str, Any], most: float | None, norm: float, tokens: float
+    ) -> Stepped:
+        """Step one adapter, unless its gradients are not finite, and drop them.
+
+        Args:
+            resident: The adapter.
+            hyper: All of its optimizer's hyper-parameters.
+            most: The norm to clip to.
+            norm: The norm of the sum of its gradients.
+            tokens: The tokens that the sum is of.
+        """
+        slot, skipped = resident.place, ""
+        if resident.by_tokens and tokens <= 0:
+            skipped = "its batches have no tokens"
+        elif not math.isfinite(norm):
+            skipped = "its gradients are not finite"
+        factor = 1 / tokens if resident.by_tokens and tokens > 0 else 1.0
+        norm *= factor
+        if not skipped:
+            if most is not None:
+                factor *= min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            if factor != 1:
+                self.state.sums[slot].mul_(factor)
+            self._update(resident, hyper)
+        self.state.sums[slot].zero_()
+        self.state.tokens[slot] = 0
+        resident.pending = False
+        return Stepped(resident.steps, norm, skipped)
+
+    def _update(self, resident: Resident, hyper: Mapping[str, Any]) -> None:
+        slot, state = resident.place, self.state
+        state.steps[slot] += 1
+        resident.steps += 1
+        prefix = _key(resident.optimizer, "")
+        row = Row(
+            state.parameters[slot],
+            state.sums[slot],
+            {name.removeprefix(prefix): state.moments[name][slot] for name in self._moments(resident)},
+            state.steps[slot],
+            resident.steps == 1,
+            self.layout,
+            resident.kind.shapes,
+        )
+        resident.optimizer.update(row, hyper)
+
+    def _take(self, resident: Resident) -> int:
+        slot = resident.slot = self.free.pop()
+        clear(self.state, slot)
+        for name, row in resident.kind.constants.items():
+            self.state.constants[name][slot].copy_(row)
+        return slot
+
+    def _moments(self, resident: Resident) -> list[str]:
+        prefix = _key(resident.optimizer, "")
+        return [name for name in self.state.moments if name.startswith(prefix)]
+
+    def _pack(self, buffer: Tensor, slot: int, kind: Kind) -> Tensor:
+        index = kind.index(self.layout, self.device)
+        return buffer[slot] if index is None or buffer[slot].shape != (self.layout.size,) else buffer[slot][index]
+
+    def _unpack(self, buffer: Tensor, slot: int, kind: Kind, numbers: Tensor) -> None:
+        index = kind.index(self.layout, self.device)
+        if index is None or buffer[slot].shape != (self.layout.size,):
+            buffer[slot].copy_(numbers)
+        else:
+            buffer[slot].index_copy_(0, index, numbers)
+
+
+def _draws(kind: Kind) -> bool:
+    """Return whether the adapters of a bank, whose configs agree in this, draw noise in training."""
+    fields = (field.name for field in dataclasses.fields(kind.config))
+    return any(getattr(kind.config, name) for name in fields if name.endswith("dropout"))
+
+
+def _key(optimizer: RowOptimizer, name: str) -> str:
+    """Return what an optimizer's buffer is called among the moments of all."""
+    return f"{optimizer.name}.{name}"

@@ -1,0 +1,134 @@
+"""The promise of a bank: whatever comes, goes and shares batches, each adapter is what it would be alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from torchgraft.adapters import Bank, adamw, muon, sgd
+from torchgraft.functional import bind
+
+from .alone import Alone, distance, lora, model
+
+NAMES = "abcdefgh"
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
+    "adamw": (adamw, torch.optim.AdamW, {"lr": 1e-2}),
+    "muon": (muon, torch.optim.Muon, {"lr": 1e-2}),
+    "sgd": (sgd, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.25}),
+}
+HYPER: list[dict[str, Any]] = [{}, {"lr": 3e-3}, {"weight_decay": 0.1}, {"max_norm": 0.5, "lr": 0.1}]
+
+names = st.sampled_from(NAMES)
+rows = st.lists(st.one_of(st.none(), names), min_size=1, max_size=7)
+adds = st.tuples(st.just("add"), names, st.integers(1, 4), st.integers(0, 2), st.sampled_from([*OPTIMIZERS]))
+batches = st.tuples(st.just("batch"), rows, st.lists(names, max_size=2))
+steps = st.tuples(st.just("step"), st.dictionaries(names, st.sampled_from(HYPER), min_size=1))
+others = st.tuples(st.sampled_from(["remove", "save", "load", "prefetch"]), names)
+events = st.lists(st.one_of(adds, adds, batches, batches, batches, steps, steps, others), min_size=6, max_size=40)
+
+
+class Twice:
+    """A bank and the same adapters alone, to which the same things happen."""
+
+    def __init__(self, folder: Path, by_tokens: bool, dropout: float, slots: int, resting: Any):
+        self.base, self.folder, self.by_tokens, self.dropout = model(), folder, by_tokens, dropout
+        self.bank = Bank(bind(self.base, lora(4, dropout=dropout)), slots=slots, resting=resting)
+        self.alone: dict[str, Alone] = {}
+        self.saved: dict[str, Alone] = {}
+        self.source = torch.Generator().manual_seed(1)
+        self.before: dict[str, Any] = {}
+
+    def add(self, name: str, r: int, targets: int, optimizer: str) -> None:
+        if name in self.alone:
+            with pytest.raises(ValueError, match="is taken"):
+                self.bank.add(name, lora(r))
+            return
+        make, cls, defaults = OPTIMIZERS[optimizer]
+        seed, config = len(self.alone) + 17, lora(r, targets, self.dropout)
+        self.alone[name] = Alone(self.base, config, (cls, defaults), seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.bank.add(name, config, generator=generator, optimizer=make(**defaults))
+
+    def batch(self, given: list[str | None], broken: list[str]) -> None:
+        given = [name for name in given if name is None or name in self.alone]
+        if not any(given):
+            return
+        if len({*given} - {None}) > len(self.bank._slots):
+            with pytest.raises(RuntimeError, match="slots are taken"):
+                self.bank.rows(given).__enter__()
+            return
+        x = torch.randn(len(given), 5, generator=self.source, dtype=torch.float64)
+        tokens = torch.randint(1, 5, (len(given),), generator=self.source).double()
+        weights = torch.tensor([float("nan") if name in broken else 1.0 for name in given], dtype=torch.float64)
+        with self.bank.rows(given, tokens=tokens if self.by_tokens else None) as adapted:
+            (adapted(x).square().sum(-1) * weights).sum().backward()
+        for name in {*given} - {None}:
+            mine = torch.tensor([one == name for one in given])
+            self.alone[name].backward(x[mine], weights[mine], float(tokens[mine].sum()))
+
+    def step(self, hyper: dict[str, dict[str, Any]]) -> None:
+        hyper = {name: values for name, values in hyper.items() if name in self.alone and self.alone[name].pending}
+        others = {name: self.numbers(name) for name in self.alone if name not in hyper}
+        report = self.bank.step(hyper)
+        for name, values in hyper.items():
+            assert (not report[name].skipped) == self.alone[name].step(values, self.by_tokens)
+            assert report[name].steps == self.alone[name].steps
+        for name, before in others.items():
+            assert all(map(torch.equal, self.numbers(name), before)), "a step reached another adapter"
+
+    def remove(self, name: str) -> None:
+        if name in self.alone:
+            self.bank.remove(name)
+            del self.alone[name]
+
+    def save(self, name: str) -> None:
+        if name in self.alone:
+            self.bank.save(name, self.folder / "saved" / name)
+            self.saved[name] = self.alone[name].copy()
+
+    def load(self, name: str) -> None:
+        if name in self.saved:
+            self.remove(name)
+            self.bank.load(self.folder / "saved" / name, name)
+            self.alone[name] = self.saved[name].copy()
+
+    def prefetch(self, name: str) -> None:
+        if name in self.alone:
+            self.bank.prefetch([name])
+
+    def numbers(self, name: str) -> list[torch.Tensor]:
+        resident, resting = self.bank._residents[name], self.bank._resting
+        if resident.slot is not None:
+            numbers = self.bank._slots.lift(resident)
+        elif resting._folder is None:
+            numbers = resting._numbers[name]
+        else:
+            numbers = resting.read(resident)
+        return [numbers[key].nan_to_num(7.0) for key in sorted(numbers)]
+
+    def check(self) -> None:
+        assert sorted(self.bank.names) == sorted(self.alone)
+        for name, alone in self.alone.items():
+            assert distance(self.bank, name, alone) < 1e-10, name
+            assert self.bank.steps(name) == alone.steps
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events, st.booleans(), st.sampled_from([0.0, 0.3]), st.sampled_from([(8, None), (2, "memory"), (3, "disk")]))
+def test_each_adapter_is_what_it_would_be_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+    happened: list[tuple[Any, ...]],
+    by_tokens: bool,
+    dropout: float,
+    room: tuple[int, str | None],
+) -> None:
+    folder = tmp_path_factory.mktemp("bank")
+    slots, resting = room
+    twice = Twice(folder, by_tokens, dropout, slots, folder / "resting" if resting == "disk" else resting)
+    for event, *arguments in happened:
+        getattr(twice, event)(*arguments)
+        twice.check()
