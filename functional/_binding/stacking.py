@@ -156,7 +156,8 @@ def check_padding(stacked: Tree, shapes: Shapes, own: Sequence[Shapes]) -> None:
     """
     for path, leaves in shapes.items():
         for name, room in leaves.items():
-            leaf, parts = stacked[path][name].detach(), [one.get(path, {}).get(name, (0,) * len(room)) for one in own]
+            none, leaf = (0,) * len(room), stacked[path][name].detach()
+            parts: list[tuple[int, ...]] = [one[path].get(name, none) if path in one else none for one in own]
             if torch.compiler.is_compiling() or not is_readable(leaf) or all(part == room for part in parts):
                 continue
             padding = torch.ones_like(leaf, dtype=torch.bool)
