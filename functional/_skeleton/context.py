@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._locating.finder import Finder
+from .entries import Entries
 
 
 class CallContext:
@@ -15,6 +16,7 @@ class CallContext:
 
     Attributes:
         trees: The active trees, or `ActiveTree`s in their place, by adapter name.
+        entries: Follows rows through a module that runs once for all of them; `None` elsewhere.
         finder: Finds where the rows of a routed call are in a site's input.
         see: `(path, x)`, called with the input of each site that runs; `None` for no call.
         reached: Collects the paths of the sites that ran.
@@ -22,10 +24,11 @@ class CallContext:
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
     """
 
-    __slots__ = ("__weakref__", "apart", "finder", "kept", "reached", "see", "trees")
+    __slots__ = ("__weakref__", "apart", "entries", "finder", "kept", "reached", "see", "trees")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
+        self.entries: Entries | None = None
         self.finder: Finder | None = None
         self.see: Callable[[str, Tensor], None] | None = None
         self.reached: set[str] | None = None
@@ -47,5 +50,5 @@ class CallContext:
 
     def clear(self) -> None:
         """End the call."""
-        self.trees = self.reached = self.finder = self.kept = None
+        self.trees = self.reached = self.finder = self.kept = self.entries = None
         self.apart = ()

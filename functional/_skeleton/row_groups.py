@@ -15,13 +15,19 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .._abilities import AddsProduct
 from .._locating.finder import locate
 from .._locating.layout import SHARED, Layout
 from .._method import SiteAdapter, is_per_row
 from .._sites.site import Site
 from .._unsupported import UnsupportedCall
 from .context import CallContext
+from .entries import Entries
 from .row_outputs import WITHOUT_ROWS, Part, RowOutputs, behind, cannot_route
+from .row_weights import NotFollowed
+
+_ADAPTED = ("_runtime", "_owner")
+"""What modules have whose call or tensors depend on the row."""
 
 
 class Runtime(Protocol):
@@ -29,6 +35,7 @@ class Runtime(Protocol):
 
     context: CallContext
     entries: Mapping[str, SiteAdapter]
+    followed: bool
 
 
 def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -56,7 +63,7 @@ def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ..
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_packed)
         path = next(iter(first.entries.values())).site.path
         _show(see, path, leaves)
-        y = RowGroups(first, stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
+        y = RowGroups((first, *others), stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
         _show(see, behind(path), pytree.tree_leaves(y))
         return y
     finally:
@@ -82,15 +89,18 @@ class RowGroups:
     """One run of a module in groups of rows that have the same adapters.
 
     Args:
-        runtime: The facts of one of its parameters, in whose name rows are found.
+        runtimes: The facts of its parameters; rows are found in the name of the first.
         stacks: The routed stacks of the call.
         forward: The forward of the module's class, bound.
         leaves: The leaves of its arguments.
         spec: Their structure, as `tree_unflatten` wants it.
     """
 
-    def __init__(self, runtime: Runtime, stacks: Mapping[str, Any], forward: Any, leaves: list[Any], spec: Any):
-        self.runtime, self.context, self.stacks, self.forward = runtime, runtime.context, stacks, forward
+    def __init__(
+        self, runtimes: Sequence[Runtime], stacks: Mapping[str, Any], forward: Any, leaves: list[Any], spec: Any
+    ):
+        self.runtimes, self.runtime, self.stacks, self.forward = runtimes, (runtime := runtimes[0]), stacks, forward
+        self.context = runtime.context
         self.site: Site = next(iter(runtime.entries.values())).site
         self.leaves, self.spec = leaves, spec
         self.size = max(tree.rows.size for tree in stacks.values())
@@ -111,7 +121,9 @@ class RowGroups:
         if rows is not None and len(rows) == 1:
             return self._under(self._trees(next(iter(rows))), self.leaves)
         before = self._writes()
-        if rows is None:
+        if rows is not None and self._can_be_followed() and (followed := self._followed()) is not None:
+            y = followed[0]
+        elif rows is None:
             y = self._row_by_row()
         else:
             y = self.outputs.joined([self._part(adapters, own) for adapters, own in rows.items()])
@@ -205,6 +217,43 @@ class RowGroups:
         every = self.outputs.by_rows(self._under(self._trees(adapters), self._only(set(rows))), self.size)
         index = torch.tensor(rows)
         return rows, [x.index_select(0, index.to(x.device)) if isinstance(x, Tensor) else x for x in every]
+
+    def _can_be_followed(self) -> bool:
+        """Return whether the module may run once for all rows: nothing else in it depends on these."""
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+            return False
+        if not all(runtime.followed for runtime in self.runtimes):
+            return False
+        for runtime in self.runtimes:
+            for name in self.stacks:
+                if name in runtime.entries and runtime.entries[name].config.method.ability(AddsProduct) is None:
+                    return False
+        own, *inner = self.forward.__self__.modules()
+        adapted = any(name in vars(module) for module in inner for name in (*_ADAPTED, "_parameter_runtimes"))
+        return not adapted and not any(name in vars(own) for name in _ADAPTED)
+
+    def _followed(self) -> tuple[Any] | None:
+        """Return the outputs of one run for all rows; `None` where it loses sight of whose a product's entries are."""
+        known = []
+        for x, layout in zip(self.leaves, self.layouts, strict=True):
+            if layout is not None and layout.axis == 0:
+                rows = torch.arange(self.size, device=x.device)
+                parts = len(x) // self.size
+                known.append((x, rows.repeat(parts) if layout.minor else rows.repeat_interleave(parts)))
+        entries = Entries(known)
+        before, self.context.entries = self.context.entries, entries
+        try:
+            with entries:
+                y = self._under(self.context.trees or {}, self.leaves)
+        except NotFollowed:
+            y = None
+        finally:
+            self.context.entries = before
+        if entries.lost:
+            for runtime in self.runtimes:
+                runtime.followed = False
+            return None
+        return (y,)
 
     def _row_by_row(self) -> Any:
         """Return the outputs where nobody can read which adapter a row has: each row is run by itself."""
