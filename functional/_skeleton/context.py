@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from .._locating.finder import Finder
-from .entries import Entries
 
 
 class CallContext:
@@ -16,24 +15,24 @@ class CallContext:
 
     Attributes:
         trees: The active trees, or `ActiveTree`s in their place, by adapter name.
-        entries: Follows rows through a module that runs once for all of them; `None` elsewhere.
         finder: Finds where the rows of a routed call are in a site's input.
         see: `(path, x)`, called with the input of each site that runs; `None` for no call.
         reached: Collects the paths of the sites that ran.
         apart: Names of adapters that a look is to keep apart by rows, also in runs without them.
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
+        weights: What adapted parameters are read as where each row has its own, by their paths; `None` elsewhere.
     """
 
-    __slots__ = ("__weakref__", "apart", "entries", "finder", "kept", "reached", "see", "trees")
+    __slots__ = ("__weakref__", "apart", "finder", "kept", "reached", "see", "trees", "weights")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
-        self.entries: Entries | None = None
         self.finder: Finder | None = None
         self.see: Callable[[str, Tensor], None] | None = None
         self.reached: set[str] | None = None
         self.apart: Collection[str] = ()
         self.kept: dict[int, Tensor] | None = None
+        self.weights: Mapping[str, Any] | None = None
 
     def active(self, path: str) -> Mapping[str, Any]:
         """Return the active trees by adapter name, for the site at a path.
@@ -50,5 +49,5 @@ class CallContext:
 
     def clear(self) -> None:
         """End the call."""
-        self.trees = self.reached = self.finder = self.kept = self.entries = None
+        self.trees = self.reached = self.finder = self.kept = self.weights = None
         self.apart = ()

@@ -23,44 +23,49 @@ _BY_NUMBER = frozenset((
 ))  # fmt: skip
 """Functions that compute each number of the result from those at the same place."""
 
-_PARTS = frozenset(("chunk", "split", "tensor_split", "unbind"))
+_PARTS = frozenset(("chunk", "split", "tensor_split"))
 
 _FOLDS = frozenset(("reshape", "view", "flatten"))
+
+_IN_PLACE = frozenset((
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__",
+    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+))  # fmt: skip
 
 
 class Entries(TorchFunctionMode):
     """A context in which entries along the first axis of tensors are followed.
 
+    A tensor that is written to is not followed any further, nor is any that shares its memory.
+
+    Args:
+        known: Tensors, each with the row of each of its entries.
+
     Attributes:
         lost: Whether something was multiplied of which that is not known.
-        weights: The weights that were read on the way, by their paths.
-
-    A tensor that is written to is not followed any further, nor is any that shares its memory.
 
     >>> x, rows = torch.ones(3, 2), torch.tensor([0, 1, 2])
     >>> with Entries([(x, rows)]) as entries:
-    ...     y = x[torch.tensor([2, 0])].relu() * 2
-    >>> entries.rows_of(y), entries.rows_of(torch.ones(3))
+    ...     y, unknown = x[torch.tensor([2, 0])].relu() * 2, x.flip(0)
+    >>> entries.rows_of(y), entries.rows_of(unknown)
     (tensor([2, 0]), None)
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, Tensor]]):
         super().__init__()
         self.lost = False
-        self.weights: dict[str, Any] = {}
         self._rows: Any = WeakIdKeyDictionary()
-        self._repeated: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for x, rows in known:
-            self._rows[x] = rows
+            self.note(x, rows)
 
     def rows_of(self, x: Any) -> Tensor | None:
         """Return the row of each entry of a tensor, `None` where that is not known."""
         rows: Tensor | None = self._rows.get(x) if isinstance(x, Tensor) else None
         return rows
 
-    def note(self, y: Tensor, rows: Tensor) -> None:
+    def note(self, x: Tensor, rows: Tensor) -> None:
         """Say whose the entries of a tensor are."""
-        self._rows[y] = rows
+        self._rows[x] = rows
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,21 +74,20 @@ class Entries(TorchFunctionMode):
         written = kwargs.get("out", args[0] if args and _writes(name) else None)
         if written is not None:
             self._forget(written)
-        elif args and self.rows_of(args[0]) is not None:
-            rows = self._after(name, y, args, kwargs)
+        elif (rows := self._after(name, y, args, kwargs)) is not None:
             for part in y if isinstance(y, (tuple, list)) else (y,):
-                if rows is not None and isinstance(part, Tensor) and part.ndim and len(part) == len(rows):
-                    self._rows[part] = rows
-        elif name in _BY_NUMBER and len(args) > 1 and (rows := self.rows_of(args[1])) is not None:
-            self._rows.update([(y, rows)] if self._is_by_number(y, rows, args, kwargs) else ())
+                if isinstance(part, Tensor) and part.ndim and len(part) == len(rows):
+                    self.note(part, rows)
         return y
 
     def _after(self, name: str, y: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """Return the rows of the result's entries, or of each tensor's where there are several."""
-        x, rest = args[0], args[1:]
-        rows: Tensor = self._rows[x]
         if name in _BY_NUMBER:
-            return rows if self._is_by_number(y, rows, args, kwargs) else None
+            return self._by_number(y, (*args, *kwargs.values()))
+        rows = self.rows_of(args[0]) if args else None
+        if rows is None:
+            return None
+        x, rest = args[0], args[1:]
         if name == "__getitem__":
             return _picked(x, rows, rest[0])
         if name == "index_select":
@@ -94,36 +98,25 @@ class Entries(TorchFunctionMode):
             return rows if isinstance(dim, int) and dim % x.ndim else None
         if name == "repeat_interleave":
             dim = kwargs.get("dim", rest[1] if len(rest) > 1 else None)
-            return self._repeat(rows, rest[0]) if dim == 0 and rest and isinstance(rest[0], int) else None
+            return rows.repeat_interleave(rest[0]) if dim == 0 and rest and isinstance(rest[0], int) else None
         if name in _FOLDS and not any(isinstance(one, torch.dtype) for one in (*rest, *kwargs.values())):
             whole = y.ndim > 0 and x.numel() > 0 and len(y) % len(rows) == 0
-            return self._repeat(rows, len(y) // len(rows)) if whole else None
-        if name in ("unsqueeze", "squeeze"):
-            dim = kwargs.get("dim", rest[0] if rest else 0)
-            return rows if isinstance(dim, int) and dim % max(x.ndim, y.ndim) else None
-        if name == "expand":
-            return rows if y.ndim == x.ndim else None
+            return rows.repeat_interleave(len(y) // len(rows)) if whole else None
         return None
 
-    def _is_by_number(self, y: Any, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Return whether all operands are of the same entries, or the same for each of them."""
-        if not isinstance(y, Tensor) or not y.ndim or len(y) != len(rows):
-            return False
-        for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor) and self.rows_of(x) is rows and x.ndim == y.ndim:
-                continue
-            if isinstance(x, Tensor) and not (x.ndim < y.ndim or len(x) == 1):
-                return False
-        return True
+    def _by_number(self, y: Any, operands: Iterable[Any]) -> Tensor | None:
+        """Return the rows of the one operand that is followed, where all others are the same for each of its entries.
 
-    def _repeat(self, rows: Tensor, times: int) -> Tensor:
-        """Return rows that are repeated one by one, the same tensor each time."""
-        if times == 1:
-            return rows
-        key = id(rows), times
-        if key not in self._repeated:
-            self._repeated[key] = rows, rows.repeat_interleave(times)
-        return self._repeated[key][1]
+        Operands that are followed too have to be of the very same entries.
+        """
+        tensors = [x for x in operands if isinstance(x, Tensor)]
+        known = [(x, rows) for x in tensors if (rows := self.rows_of(x)) is not None]
+        if not known or not isinstance(y, Tensor):
+            return None
+        rows = known[0][1]
+        followed = {id(x) for x, own in known if own is rows and x.ndim == y.ndim}
+        alike = all(id(x) in followed or x.ndim < y.ndim or len(x) == 1 for x in tensors)
+        return rows if followed and alike else None
 
     def _forget(self, written: Any) -> None:
         changed = {_memory(x) for x in (written if isinstance(written, (tuple, list)) else (written,))}
@@ -132,17 +125,11 @@ class Entries(TorchFunctionMode):
 
 
 def _writes(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-_IN_PLACE = frozenset((
-    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__", "__iand__", "__ior__",
-    "__ixor__", "__ilshift__", "__irshift__",
-))  # fmt: skip
-
-
-def _memory(x: Any) -> int | None:
-    return x.untyped_storage()._cdata if isinstance(x, Tensor) else None
+def _memory(x: Any) -> int:
+    return x.untyped_storage()._cdata if isinstance(x, Tensor) and x.layout == torch.strided else 0
 
 
 def _picked(x: Tensor, rows: Tensor, key: Any) -> Tensor | None:
@@ -150,10 +137,8 @@ def _picked(x: Tensor, rows: Tensor, key: Any) -> Tensor | None:
     if isinstance(key, Tensor):
         whole = key.ndim == 1 and key.dtype in (torch.int64, torch.int32, torch.bool)
         return rows[key] if whole else None
-    if isinstance(key, tuple) and len(key) > 1 and len(key) <= x.ndim:
+    if isinstance(key, tuple) and 1 < len(key) <= x.ndim:
         first, *others = key
-        inside = all(isinstance(part, (int, slice)) for part in others)
-        every = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-        behind = len(others) < x.ndim if first is Ellipsis else True
-        return rows if inside and every and behind else None
+        every = (first is Ellipsis and len(others) < x.ndim) or (isinstance(first, slice) and first == slice(None))
+        return rows if every and all(isinstance(part, (int, slice)) for part in others) else None
     return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._abilities import AddsProduct, Leaves
 from .._layers.compose import compose
 from .._layers.routed import RoutedLayer
-from .._method import SiteAdapter, is_per_row
+from .._method import SiteAdapter
 from .._sites.factored import Factored, Term
 from .._sites.parameters import HIDES_PRODUCT, Key
 from .._sites.tensors import check_leaves
@@ -25,7 +25,7 @@ from .context import CallContext
 from .entries import Entries
 from .row_groups import run_in_groups
 from .row_outputs import cannot_route
-from .row_weights import NotFollowed, RowTerm, RowWeight
+from .row_weights import RowTerm, RowWeight
 
 Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -51,7 +51,7 @@ class ParameterRuntime:
         context: What the call in progress says.
         entries: Adapters by name, the innermost first.
         grouped: Whether the code of its module's class names torch's grouped product.
-        followed: Whether its module can run once for rows that have adapters of their own; not known to the contrary.
+        followed: Whether each entry was followed through its module so far, see `followed.run_followed`.
     """
 
     path: str
@@ -68,10 +68,8 @@ class ParameterRuntime:
             weight = vars(module)[self.leaf]
         if self.context.reached is not None:
             self.context.reached.add(self.path)
-        if (entries := self.context.entries) is not None:
-            if self.path not in entries.weights:  # a forward may read it for each expert
-                entries.weights[self.path] = self._by_rows(weight, entries)
-            return entries.weights[self.path]
+        if self.context.weights is not None and self.path in self.context.weights:
+            return self.context.weights[self.path]
         chosen = self._selected()
         if not chosen:
             return weight
@@ -80,23 +78,24 @@ class ParameterRuntime:
             return spread(adapted, weight.device_mesh, weight.placements)
         return adapted_weight(weight, chosen, torch.compiler.is_compiling() and self._hidden(module, weight))
 
-    def _by_rows(self, weight: Tensor, entries: Entries) -> Any:
-        """Return the adapted weight where the module runs once for rows that have adapters of their own."""
+    def by_rows(self, module: nn.Module, size: int, entries: Entries) -> Any:
+        """Return the adapted weight where each of `size` rows has its own; `None` where there is no way to.
+
+        Args:
+            module: The parameter's module.
+            size: Number of rows.
+            entries: Knows whose the entries of tensors are.
+        """
+        weight, adapters = module._parameters.get(self.leaf), list(self.entries.values())
+        by_entry = all(a.site.routing.by_entry and a.config.method.ability(AddsProduct) is not None for a in adapters)
+        if weight is None or is_sharded(weight) or not by_entry:
+            return None
         layers: list[RoutedLayer] = []
         chosen = self._selected(layers)
-        if not layers:
-            return adapted_weight(weight, chosen) if chosen else weight
-        if is_sharded(weight) or any(adapter.config.method.ability(AddsProduct) is None for adapter, _, _ in chosen):
-            entries.lost = True
-            raise NotFollowed(self.path)
-        size = max(tree.rows.size for tree in (self.context.trees or {}).values() if is_per_row(tree))
+        shared = adapted_weight(weight, chosen) if chosen else weight
         for layer in layers:
             check_leaves(self.path, layer.leaves, weight)
-        return RowWeight(
-            adapted_weight(weight, chosen) if chosen else weight,
-            [_row_term(layer, size) for layer in layers],
-            entries,
-        )
+        return RowWeight(shared, [_row_term(layer, size) for layer in layers], entries) if layers else shared
 
     def _selected(self, by_row: list[RoutedLayer] | None = None) -> list[Selected]:
         """Return the adapters that are active, the innermost first; those of rows go to a list of their own."""

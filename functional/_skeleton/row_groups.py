@@ -15,27 +15,20 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .._abilities import AddsProduct
 from .._locating.finder import locate
 from .._locating.layout import SHARED, Layout
 from .._method import SiteAdapter, is_per_row
 from .._sites.site import Site
 from .._unsupported import UnsupportedCall
-from .context import CallContext
-from .entries import Entries
+from .followed import Runtime as FollowedRuntime
+from .followed import run_followed
 from .row_outputs import WITHOUT_ROWS, Part, RowOutputs, behind, cannot_route
-from .row_weights import NotFollowed
-
-_ADAPTED = ("_runtime", "_owner")
-"""What modules have whose call or tensors depend on the row."""
 
 
-class Runtime(Protocol):
-    """What an adapted parameter knows: the call in progress, and its adapters by name."""
+class Runtime(FollowedRuntime, Protocol):
+    """What an adapted parameter knows: its adapters by name too."""
 
-    context: CallContext
     entries: Mapping[str, SiteAdapter]
-    followed: bool
 
 
 def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -121,10 +114,10 @@ class RowGroups:
         if rows is not None and len(rows) == 1:
             return self._under(self._trees(next(iter(rows))), self.leaves)
         before = self._writes()
-        if rows is not None and self._can_be_followed() and (followed := self._followed()) is not None:
-            y = followed[0]
-        elif rows is None:
+        if rows is None:
             y = self._row_by_row()
+        elif (once := self._once()) is not None:
+            return once[0]
         else:
             y = self.outputs.joined([self._part(adapters, own) for adapters, own in rows.items()])
         if self._writes() != before:
@@ -218,42 +211,17 @@ class RowGroups:
         index = torch.tensor(rows)
         return rows, [x.index_select(0, index.to(x.device)) if isinstance(x, Tensor) else x for x in every]
 
-    def _can_be_followed(self) -> bool:
-        """Return whether the module may run once for all rows: nothing else in it depends on these."""
-        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-            return False
-        if not all(runtime.followed for runtime in self.runtimes):
-            return False
-        for runtime in self.runtimes:
-            for name in self.stacks:
-                if name in runtime.entries and runtime.entries[name].config.method.ability(AddsProduct) is None:
-                    return False
-        own, *inner = self.forward.__self__.modules()
-        adapted = any(name in vars(module) for module in inner for name in (*_ADAPTED, "_parameter_runtimes"))
-        return not adapted and not any(name in vars(own) for name in _ADAPTED)
-
-    def _followed(self) -> tuple[Any] | None:
-        """Return the outputs of one run for all rows; `None` where it loses sight of whose a product's entries are."""
+    def _once(self) -> tuple[Any] | None:
+        """Return the outputs of one run for all rows, where that is possible."""
         known = []
         for x, layout in zip(self.leaves, self.layouts, strict=True):
             if layout is not None and layout.axis == 0:
-                rows = torch.arange(self.size, device=x.device)
-                parts = len(x) // self.size
+                rows, parts = torch.arange(self.size, device=x.device), len(x) // self.size
                 known.append((x, rows.repeat(parts) if layout.minor else rows.repeat_interleave(parts)))
-        entries = Entries(known)
-        before, self.context.entries = self.context.entries, entries
-        try:
-            with entries:
-                y = self._under(self.context.trees or {}, self.leaves)
-        except NotFollowed:
-            y = None
-        finally:
-            self.context.entries = before
-        if entries.lost:
-            for runtime in self.runtimes:
-                runtime.followed = False
-            return None
-        return (y,)
+        module = self.forward.__self__
+        return run_followed(
+            self.runtimes, module, known, self.size, lambda: self._under(self.context.trees or {}, self.leaves)
+        )
 
     def _row_by_row(self) -> Any:
         """Return the outputs where nobody can read which adapter a row has: each row is run by itself."""
