@@ -209,13 +209,13 @@ def _operator(name: str) -> Callable[..., Any]:
     return operate
 
 
-_OPERATIONS = (
+OPERATIONS = (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "mod", "neg", "abs", "eq", "ne",
     "lt", "le", "gt", "ge", "and", "or", "xor", "invert", "bool", "float", "int", "complex",
 )  # fmt: skip
 
 
-for _name in _OPERATIONS:
+for _name in OPERATIONS:
     setattr(Factored, f"__{_name}__", _operator(f"__{_name}__"))
 
 

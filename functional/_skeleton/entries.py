@@ -28,8 +28,8 @@ _PARTS = frozenset(("chunk", "split", "tensor_split"))
 _FOLDS = frozenset(("reshape", "view", "flatten"))
 
 _IN_PLACE = frozenset((
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__",
-    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+    "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__",
+    "__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 ))  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class Entries(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         y = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # behind the point, an operator's overload
         written = kwargs.get("out", args[0] if args and _writes(name) else None)
         if written is not None:
             self._forget(written)

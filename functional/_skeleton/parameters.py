@@ -157,6 +157,7 @@ def _term(adapter: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
 
 
 def _row_term(layer: RoutedLayer, size: int) -> RowTerm:
+    """Return the products of all adapters of a stack; scalings that differ between them are multiplied in."""
     factor: list[float] = []
 
     def product(adapter: SiteAdapter, leaves: Leaves) -> tuple[Tensor, Tensor]:

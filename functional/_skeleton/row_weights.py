@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._sites.factored import FACTS, Factored, for_kernel, is_grouped
+from .._sites.factored import FACTS, OPERATIONS, Factored, for_kernel, is_grouped
 from .._sites.tensors import add_scaled
 from .entries import Entries
 
@@ -88,7 +88,7 @@ class RowWeight:
         return y
 
 
-for _name in ("getitem", "iter", "len", "matmul", "rmatmul", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv"):
+for _name in (*OPERATIONS, "getitem", "iter", "len", "matmul", "rmatmul"):
     setattr(RowWeight, f"__{_name}__", lambda self, *others, _name=_name: self._lose(_name))
 
 
@@ -115,8 +115,8 @@ def _in_groups(func: Any, x: Tensor, term: RowTerm, adapters: Tensor, experts: T
     groups = len(term.left) * count
     active = (adapters >= 0) & (experts < count)
     group = torch.where(active, adapters * count + experts, groups)
-    order = group.argsort(stable=True)
-    ends = torch.bincount(group, minlength=groups + 1)[:groups].cumsum(0, dtype=torch.int32)
+    ordered, order = group.sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(groups, device=x.device), right=True, out_int32=True)
     left, right = for_kernel(term.left.flatten(0, 1).to(x.dtype), term.right.flatten(0, 1).to(x.dtype))
     x = torch.where(active.unsqueeze(1), x, 0) if term.base else x
     y = func(func(x.index_select(0, order), left, offs=ends), right, offs=ends).index_select(0, order.argsort())

@@ -267,3 +267,11 @@ def test_what_shares_memory_with_a_tensor_that_is_written_is_not_followed():
         view, other = y.view(4, 2, 3), y.detach()
         other[0] = y[3].clone()
     assert entries.rows_of(y) is None and entries.rows_of(view) is None and entries.rows_of(X) is OF
+
+
+@pytest.mark.parametrize("write", [lambda x: setattr(x, "data", X.flip(0)), lambda x: torch.ops.aten.zero_.default(x)])
+def test_what_writes_without_a_method(write):
+    with Entries([(X, OF)]) as entries:
+        y = X.clone()
+        write(y)
+    assert entries.rows_of(y) is None
