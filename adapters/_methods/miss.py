@@ -218,7 +218,7 @@ class _Linear(torch.autograd.Function):
         flat, gx = g.reshape(-1, g.shape[-1]), None
         if for_x:  # with what comes through `s(x)`, which is an input for the sake of second derivatives alone
             gx = flat @ weight
-            gx.view(len(gx), -1, len(block)).add_((flat @ block.mT).unsqueeze(1))
+            gx.view(len(gx), gx.shape[1] // len(block), len(block)).add_((flat @ block.mT).unsqueeze(1))
             gx = gx.view(*g.shape[:-1], gx.shape[-1])
         gw = flat.mT @ x.reshape(-1, x.shape[-1]) if for_weight else None
         return gx, gw, flat.sum(0) if for_bias else None, None, folded.mT @ flat if for_block else None

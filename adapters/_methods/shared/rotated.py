@@ -27,10 +27,7 @@ def add_block_product(x: Tensor, blocks: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or not is_eager(x, blocks):
         parts = x.unflatten(-1, (-1, blocks.shape[-1]))
-        if len(blocks) == 1:
-            product = parts @ blocks[0]
-        else:
-            product = torch.einsum("...nk,nkc->...nc", parts, blocks)
+        product = parts @ blocks[0] if len(blocks) == 1 else torch.einsum("...nk,nkc->...nc", parts, blocks)
         return torch.add(x, product.flatten(-2))
     if not torch.is_grad_enabled():
         return _forward(x, blocks)
