@@ -27,10 +27,14 @@ from .._config.base import AdapterConfig
 from .._config.matching import by_pattern
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
+from .shared import fused, remade
 from .shared.scalings import patterns_of, warn_of_unused_patterns
 
 _FEW_BLOCKS = 4
 """Blocks up to which products of single numbers are faster than those of small matrices."""
+
+_TRANSFORM = 8
+"""Elements of a weight that can be made while one number of an input or an output is transformed."""
 
 INITIAL = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 """What `init_weights` may be."""
@@ -123,12 +127,19 @@ def init(
 
 
 def apply(config: C3AConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
-    """`base(x) + C x / d`, in float32 or wider, which Fourier transforms need; rounded once to the base's dtype."""
-    y, kernel = base(x), leaves["c3a_kernel"]
+    """`base(x) + C x / d`, in float32 or wider, which Fourier transforms need; rounded once to the base's dtype.
+
+    A linear layer of full precision with many tokens is one product with `W + C / d`, which is not kept.
+    """
+    kernel = leaves["c3a_kernel"]
+    linear = None if torch.compiler.is_compiling() or site.kind != "linear" or _is_few(x, site) else base.as_linear
+    if linear is not None and x.itemsize >= 4 and fused.fits(x, linear[0], kernel, kernel):
+        return remade.linear(_moved, x, *linear, kernel, pull=_pull)
+    y = base(x)
     wide = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
     x, kernel = x.to(wide), kernel.to(wide)
     by_spectra = site.kind == "linear" and x.numel() > 0  # torch's transforms refuse what is empty
-    delta = _correlate(x, kernel) if by_spectra else site.call(x, _dense(site, kernel))
+    delta = _correlate(x, kernel) if by_spectra else site.call(x, _dense(kernel, site.weight_shape))
     return add_scaled(y, delta, 1 / _inputs(site))
 
 
@@ -147,7 +158,7 @@ def merge(
     config: C3AConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + C / d`."""
-    return add_scaled(weight, _dense(site, leaves["c3a_kernel"]), 1 / _inputs(site)), bias
+    return add_scaled(weight, _dense(leaves["c3a_kernel"], site.weight_shape), 1 / _inputs(site)), bias
 
 
 def _inputs(site: Site) -> int:
@@ -169,11 +180,29 @@ def _correlate(x: Tensor, kernel: Tensor) -> Tensor:
     return y
 
 
-def _dense(site: Site, kernel: Tensor) -> Tensor:
-    """`C`, in the shape of the weight."""
-    places = torch.arange(site.constants.block_size, device=kernel.device)
-    rotated = kernel[:, :, (places - places.unsqueeze(1)) % len(places)]  # "m n t j *kernel"
-    return rotated.transpose(1, 2).reshape(site.weight_shape)
+def _dense(kernel: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`C`, in the shape of a weight."""
+    twice = torch.cat([kernel[:, :, 1:], kernel], 2)  # row `t` of a block begins at `b - 1 - t`
+    rotated = twice.unfold(2, kernel.shape[2], 1).flip(2).movedim(-1, 3)  # "m n t j *kernel"
+    return rotated.transpose(1, 2).reshape(shape)
+
+
+def _is_few(x: Tensor, site: Site) -> bool:
+    """Return whether transforms of an input and an output are faster than making a weight."""
+    tokens = x.numel() // site.in_features
+    return tokens * (site.in_features + site.out_features) * _TRANSFORM < site.in_features * site.out_features
+
+
+def _moved(weight: Tensor, kernel: Tensor) -> Tensor:
+    """`W + C / d` of a linear layer."""
+    return torch.add(weight, _dense(kernel, tuple(weight.shape)), alpha=1 / weight.shape[1])
+
+
+def _pull(g: Tensor, x: Tensor, weight: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
+    """Return the kernel's gradient: the circular correlation of those of the outputs with the inputs."""
+    m, n, b = kernel.shape
+    at_x, at_g = torch.fft.rfft(x.unflatten(-1, (n, b))), torch.fft.rfft(g.unflatten(-1, (m, b)))
+    return (torch.fft.irfft(torch.einsum("tnf,tmf->mnf", at_x, at_g.conj()), n=b) / weight.shape[1],)
 
 
 C3AConfig.method = Method(

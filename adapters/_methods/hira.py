@@ -151,14 +151,14 @@ def apply(config: HiraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     single = site.kind == "linear" and x.numel() == x.shape[-1]
     linear = None if torch.compiler.is_compiling() or dropping or single else base.as_linear
     if linear is not None and x.itemsize >= 4 and fused.fits(x, linear[0], a, b):
-        return remade.linear(_rescaled, x, *linear, a, b)
+        return remade.linear(_rescaled, x, *linear, a, b, pull=_pull)
     y, weight = base(x), base.original.weight
     x, a, b = widen(dropped(x, dropout, base.training), a, b)
     if single:
         each = F.linear(x.unsqueeze(-2) * a, weight.to(x.dtype))
         return add_scaled(y, (each * b.mT).sum(-2), 1.0)
     if site.kind == "linear":
-        return add_scaled(y, remade.linear(_delta, x, weight, None, a, b), 1.0)
+        return add_scaled(y, remade.linear(_delta, x, weight, None, a, b, pull=_pull), 1.0)
     return add_scaled(y, site.call(x, _delta(weight.to(x.dtype), a, b)), 1.0)
 
 
@@ -203,6 +203,12 @@ def _delta(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _rescaled(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`W * (1 + B A)`, bit for bit `W` where `B` is zero."""
     return torch.addcmul(weight, weight, _product(weight, a, b))
+
+
+def _pull(g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of `A` and `B` behind `W * (B A)`."""
+    of_product = (g.mT @ x).mul_(weight)
+    return b.mT @ of_product, of_product @ a.mT
 
 
 def _product(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared import fused, remade
-from .shared.called import DROPOUT, dropped
+from .shared.called import DROPOUT, Called, dropped
 from .shared.low_rank import add_product
 
 FORMS = {True: "default", False: "default", "bat": "bat", "mini": "mini"}
@@ -124,17 +124,22 @@ def apply(config: MissConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
     The form `bat` is one product with the changed weight, which is not kept for the backward.
     """
-    block = leaves["miss_block"]
-    if site.constants.form == "bat":
-        linear = None if torch.compiler.is_compiling() else base.as_linear
-        if linear is not None and x.itemsize >= 4 and fused.fits(x, linear[0], block, block):
+    block, form, dropout = leaves["miss_block"], site.constants.form, leaves.get(DROPOUT, config.miss_dropout)
+    linear = None if torch.compiler.is_compiling() or form == "mini" else base.as_linear
+    fits = linear is not None and fused.fits(x, linear[0], block, block)
+    if form == "bat":
+        if linear is not None and fits and x.itemsize >= 4:
             return remade.linear(_moved, x, *linear, block)
         y, weight = base(x), base.weight
         x, block = widen(x, block)
         return add_scaled(y, remade.linear(_change, x, weight, None, block), 1.0)
+    dropping = isinstance(dropout, Called) or (dropout and base.training)
+    if linear is not None and fits and not dropping and x.shape[-1] % site.constants.r == 0:
+        folded = _folded(x.reshape(-1, x.shape[-1]), site.constants.r)
+        return _linear(x, *linear, folded, block)
     y = base(x)
-    x, block = widen(dropped(x, leaves.get(DROPOUT, config.miss_dropout), base.training), block)
-    if site.constants.form == "mini":
+    x, block = widen(dropped(x, dropout, base.training), block)
+    if form == "mini":
         return add_scaled(y, _repeated(_folded(x, site.constants.r) @ block, site), 1.0)
     return add_product(y, _folded(x, site.constants.r), block.mT, 1.0)
 
@@ -190,6 +195,33 @@ def _change(weight: Tensor, block: Tensor) -> Tensor:
 def _moved(weight: Tensor, block: Tensor) -> Tensor:
     """`W + W B + B`, block by block."""
     return weight + _change(weight, block)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, folded: Tensor, block: Tensor) -> Tensor:
+    """`x W^T + bias + M^T s(x)` as one step of autograd, which keeps `s(x)` alone where the base is frozen."""
+    if torch.is_grad_enabled():
+        result: Tensor = _Linear.apply(x, weight, bias, folded, block)  # type: ignore[no-untyped-call,unused-ignore]
+        return result
+    return fused.shaped(fused.base_output(x, weight, bias).addmm_(folded, block), x)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, folded: Tensor, block: Tensor) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, folded, block)
+        return fused.shaped(fused.base_output(x, weight, bias).addmm_(folded, block), x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, folded, block = ctx.saved_tensors
+        for_x, for_weight, for_bias, _, for_block = ctx.needs_input_grad
+        flat, gx = g.reshape(-1, g.shape[-1]), None
+        if for_x:  # with what comes through `s(x)`, which is an input for the sake of second derivatives alone
+            gx = flat @ weight
+            gx.view(len(gx), gx.shape[1] // len(block), len(block)).add_((flat @ block.mT).unsqueeze(1))
+            gx = gx.view(*g.shape[:-1], gx.shape[-1])
+        gw = flat.mT @ x.reshape(-1, x.shape[-1]) if for_weight else None
+        return gx, gw, flat.sum(0) if for_bias else None, None, folded.mT @ flat if for_block else None
 
 
 MissConfig.method = Method(

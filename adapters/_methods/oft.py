@@ -27,6 +27,7 @@ from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared.called import Called, Holder
+from .shared.rotated import add_block_product
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -138,7 +139,6 @@ def _width(site: Site) -> int:
 def _divisor(width: int, size: int) -> int:
     """Return the divisor of `width` that is nearest to `size`, the lower of two."""
     size = min(size, width)
-    size = min(size, width)
     near = (size + sign * distance for distance in range(size) for sign in (-1, 1))
     return next(candidate for candidate in near if width % candidate == 0)
 
@@ -236,14 +236,11 @@ def _project(vector: Tensor, radius: float) -> Tensor:
 
 
 def _rotate(x: Tensor, turn: Tensor, site: Site, drop: float = 0.0) -> Tensor:
-    """`x R`, as `x + x (R - I)`, in the wider dtype: exact for `R = I`, whatever the precision of products."""
-    wide, turn = widen(x, turn)
-    blocks = wide.unflatten(-1, (site.constants.blocks, site.constants.block_size))
-    delta = blocks @ turn[0] if len(turn) == 1 else torch.einsum("...nk,nkc->...nc", blocks, turn)
+    """`x R`, as `x + x (R - I)`, in the wider dtype."""
     if drop:
         kept = torch.rand(site.constants.blocks, 1, device=x.device) >= drop
-        delta = torch.where(kept, delta, 0)
-    return wide + delta.flatten(-2)
+        turn = torch.where(kept.unsqueeze(-1), turn, 0)
+    return add_block_product(*widen(x, turn))
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

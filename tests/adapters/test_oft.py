@@ -13,6 +13,7 @@ from torch.func import grad, vmap
 from transformers.pytorch_utils import Conv1D
 
 from torchgraft.adapters import OFTConfig
+from torchgraft.adapters._methods.shared.rotated import add_block_product
 from torchgraft.functional import bind, merge, stack
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-11, "atol": 1e-11}}
@@ -251,3 +252,17 @@ def test_errors_say_what_to_write():
         OFTConfig(num_cayley_neumann_terms=1)
     with pytest.raises(ValueError, match="OFTConfig: 0 is a convolution with 2 groups, expected 1"):
         bind(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), OFTConfig(oft_block_size=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 0, 6), (2, 3, 6)])
+def test_a_product_of_blocks_is_that_of_the_diagonal_matrix(blocks, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    d = torch.randn(blocks, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(add_block_product(x, d), x + x @ torch.block_diag(*d.expand(3, 2, 2)))
+    torch.testing.assert_close(torch.func.jvp(add_block_product, (x, d), (x, d))[0], add_block_product(x, d))
+    assert torch.autograd.gradcheck(add_block_product, (x, d))
+    assert torch.autograd.gradgradcheck(add_block_product, (x, d))
+    flat = x.detach().movedim(-1, 0).contiguous().movedim(0, -1)
+    assert torch.equal(add_block_product(flat, torch.zeros_like(d)), flat)
