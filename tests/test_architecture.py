@@ -49,10 +49,10 @@ ORDER = {
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace: inject __init__
         _files: configs packed fit stored save into_graft into_model load inspected stacks
-        _calibration: progress observing statistics
+        _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
         _peft: names hub card tuners status weights ranks hotswap peft_model tasks layer_classes helpers lookups
-            optimizers precision peft_modules alias
+            optimizers precision preprocess eva peft_modules alias
         .: __init__
     """,
     "functional": """

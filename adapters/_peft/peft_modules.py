@@ -18,7 +18,7 @@ from .._config.peft_type import PeftType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
-from . import helpers, hotswap, lookups, optimizers, precision
+from . import eva, helpers, hotswap, lookups, optimizers, precision, preprocess
 from .layer_classes import classes_in_package, layer_classes
 from .lookups import factorization
 from .peft_model import PeftModel
@@ -155,6 +155,11 @@ _BASE_STATE = {
     "get_base_model_state_dict": inplace.get_base_model_state_dict,
     "set_base_model_state_dict": inplace.set_base_model_state_dict,
 }
+_DATA = {
+    "get_eva_state_dict": eva.get_eva_state_dict,
+    "initialize_lora_eva_weights": eva.initialize_lora_eva_weights,
+    "preprocess_loraga": preprocess.preprocess_loraga,
+}
 _OPTIMIZERS = {
     "create_lorafa_optimizer": optimizers.create_lorafa_optimizer,
     "create_loraplus_optimizer": optimizers.create_loraplus_optimizer,
@@ -199,6 +204,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_TYPES,
         **_STATE,
         **_BASE_STATE,
+        **_DATA,
         "cast_mixed_precision_params": precision.cast_mixed_precision_params,
         "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
@@ -216,9 +222,12 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.optimizers": _OPTIMIZERS,
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
-    "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS},
+    "peft.tuners": {**_CONFIGS, **_STARTS, **_TUNER_MODELS, **_DATA},
     **_TUNERS,
-    "peft.tuners.lora": {**_LORA, **_STARTS},
+    "peft.tuners.lora": {**_LORA, **_STARTS, **_DATA},
+    "peft.tuners.lora.corda": {"preprocess_corda": preprocess.preprocess_corda},
+    "peft.tuners.lora.eva": {name: one for name, one in _DATA.items() if "eva" in name},
+    "peft.tuners.lora.loraga": {"preprocess_loraga": preprocess.preprocess_loraga},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     **_LAYER_MODULES,
     "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
