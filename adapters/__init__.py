@@ -73,7 +73,17 @@ from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
 from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+from ._peft.eva import get_eva_state_dict as get_eva_state_dict
+from ._peft.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from ._peft.helpers import rescale_adapter_scale as rescale_adapter_scale
+from ._peft.hotswap import hotswap_adapter as hotswap_adapter
+from ._peft.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from ._peft.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from ._peft.peft_model import PeftModel as PeftModel
+from ._peft.precision import cast_mixed_precision_params as cast_mixed_precision_params
+from ._peft.precision import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from ._peft.preprocess import preprocess_corda as preprocess_corda
+from ._peft.preprocess import preprocess_loraga as preprocess_loraga
 from ._peft.status import get_layer_status as get_layer_status
 from ._peft.status import get_model_status as get_model_status
 from ._peft.tasks import PeftMixedModel as PeftMixedModel

@@ -212,7 +212,7 @@ class _Swap:
     def _rank(self, path: str, own: Mapping[str, Tensor]) -> int:
         """Return the rank of a layer's new tensors, which has to be the config's."""
         site = self.at[path].entries[self.name].site
-        rank = next(len(tensor) for leaf, tensor in own.items() if leaf.endswith("_A")) // max(site.experts, 1)
+        rank: int = next(len(tensor) for leaf, tensor in own.items() if leaf.endswith("_A")) // max(site.experts, 1)
         planned: int = self.config.r
         for one in filter(None, (site.within, site.path)):
             planned = by_pattern(self.config.rank_pattern, one, planned)

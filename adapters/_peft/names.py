@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torchgraft.functional.extending import did_you_mean
 
 _INSTEAD = {
-    "prepare_model_for_kbit_training": "inject_adapter_in_model(config, model), which freezes the base",
     "PeftConfig": "AdapterConfig",
     "get_peft_config": "AdapterConfig.from_dict(fields)",
 }
