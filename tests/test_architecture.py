@@ -35,8 +35,8 @@ OPTIONAL = {
 ORDER = {
     "adapters": """
         _files/disk: folder strict_json headers hub config_file
-        _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters experts
-            architectures ties targets tokens replaced base token_fields replication keys
+        _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
+            experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called embedding_grad fused low_rank remade scalings lycoris
         _methods: *

@@ -3,6 +3,9 @@
 import copy
 import io
 import json
+import shlex
+import subprocess
+import sys
 import warnings
 
 import peft
@@ -405,3 +408,41 @@ def test_what_is_warned_of_as_in_peft():
                 warnings.simplefilter("ignore", FutureWarning)
                 with pytest.warns((UserWarning, RuntimeWarning), match=match):
                     program(library)
+
+
+def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path):
+    model = wrapped(peft)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin, a pickle, which is never read here") as refused:
+        ours.PeftModel.from_pretrained(causal(), tmp_path)
+    line = str(refused.value).splitlines()[-1]
+    assert line.startswith("python -c ")
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
+    torch.testing.assert_close(logits(ours.PeftModel.from_pretrained(causal(), tmp_path)), logits(model))
+
+
+def test_a_card_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    wrapped(ours).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "base_layer"])
+def test_an_adapter_may_have_any_name(name, tmp_path):
+    model = wrapped(ours, adapter_name=name)
+    model.save_pretrained(tmp_path)
+    again = ours.PeftModel.from_pretrained(causal(), tmp_path / name, name)
+    assert torch.equal(logits(again), logits(model)) and again.active_adapters == [name]
+
+
+def test_switching_while_merged_is_exact():
+    model = wrapped(ours)
+    model.add_adapter("second", ours.LoraConfig(target_modules=["c_attn"]))
+    before = logits(model)
+    model.merge_adapter()
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(causal()))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
