@@ -12,8 +12,6 @@ from ._calibration.statistics import fit_corda as fit_corda
 from ._calibration.statistics import fit_eva as fit_eva
 from ._calibration.statistics import fit_lora_ga as fit_lora_ga
 from ._config.base import AdapterConfig as AdapterConfig
-from ._config.base import PeftConfig as PeftConfig
-from ._config.base import get_peft_config as get_peft_config
 from ._config.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from ._config.errors import PeftError as PeftError
 from ._config.errors import PeftWarning as PeftWarning
@@ -86,6 +84,8 @@ from ._peft.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQue
 from ._peft.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from ._peft.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from ._peft.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from ._peft.configs import PeftConfig as PeftConfig
+from ._peft.configs import get_peft_config as get_peft_config
 from ._peft.peft_model import PeftModel as PeftModel
 from ._peft.status import get_layer_status as get_layer_status
 from ._peft.status import get_model_status as get_model_status

@@ -53,7 +53,7 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _peft: names card tuners status weights wrapper peft_model tasks auto peft_modules alias
+        _peft: names configs card tuners status weights wrapper peft_model tasks auto peft_modules alias
         .: __init__
     """,
     "functional": """

@@ -11,13 +11,14 @@ from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .._config.base import AdapterConfig, config_types, get_peft_config
+from .._config.base import AdapterConfig, config_types
 from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .._config.keys import PREFIX, split_key
 from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._methods.lora.lora import LoraConfig
 from .auto import AUTO_MODELS
+from .configs import get_peft_config
 from .peft_model import PeftModel
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
