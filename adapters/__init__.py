@@ -12,7 +12,11 @@ from ._calibration.statistics import fit_corda as fit_corda
 from ._calibration.statistics import fit_eva as fit_eva
 from ._calibration.statistics import fit_lora_ga as fit_lora_ga
 from ._config.base import AdapterConfig as AdapterConfig
+from ._config.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from ._config.errors import PeftError as PeftError
+from ._config.errors import PeftWarning as PeftWarning
 from ._config.peft_type import PeftType as PeftType
+from ._config.peft_type import TaskType as TaskType
 from ._files.configs import load_config as load_config
 from ._files.configs import save_config as save_config
 from ._files.inspected import AdapterFile as AdapterFile
@@ -73,6 +77,15 @@ from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
 from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+from ._peft.auto import AutoPeftModel as AutoPeftModel
+from ._peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from ._peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from ._peft.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from ._peft.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from ._peft.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from ._peft.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from ._peft.configs import PeftConfig as PeftConfig
+from ._peft.configs import get_peft_config as get_peft_config
 from ._peft.eva import get_eva_state_dict as get_eva_state_dict
 from ._peft.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from ._peft.helpers import rescale_adapter_scale as rescale_adapter_scale

@@ -26,14 +26,17 @@ ALLOWED = {
     "adapters": {"torch", "optree", "safetensors", "torchgraft.functional", "torchgraft.adapters"},
 }
 
-OPTIONAL = {"adapters/_calibration/progress.py": {"tqdm"}}
-"""What a file imports where it is installed, within a function, and goes without else."""
+OPTIONAL = {
+    "adapters/_calibration/progress.py": {"tqdm"},
+    "adapters/_peft/auto.py": {"transformers", "<computed name>"},  # a base model's library, of a list of few
+}
+"""What a file imports within a function, where it is installed."""
 
 ORDER = {
     "adapters": """
-        _files/disk: folder strict_json headers config_file
-        _config: layers given_objects peft_format messages patterns fields matching peft_type target_parameters experts
-            architectures ties targets tokens replaced base token_fields replication keys
+        _files/disk: folder strict_json headers hub config_file
+        _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
+            experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called embedding_grad fused low_rank remade scalings lycoris
         _methods: *
@@ -45,14 +48,14 @@ ORDER = {
         _inplace/layer: reads containers holders leaves weights called_base shell active values scaled names
             tuner_layer parameters
         _inplace: walk switch merging
-        _inplace/states: bare layouts base_state extract state summaries
+        _inplace/states: bare layouts embeddings base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace: inject __init__
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
-        _peft: names hub card tuners status weights ranks hotswap peft_model tasks layer_classes helpers lookups
-            optimizers precision preprocess eva peft_modules alias
+        _peft: names configs card tuners status weights wrapper ranks hotswap peft_model tasks auto layer_classes
+            helpers lookups optimizers precision preprocess eva peft_modules alias
         .: __init__
     """,
     "functional": """

@@ -462,7 +462,11 @@ TABLE = {
     # -- names of the packages ----------------------------------------------------------------------------------
     "name of the front door": (lambda w: torchgraft.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
     "name of the adapters": (lambda w: adapters.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
-    "a name of PEFT's": (lambda w: adapters.PeftConfig, AttributeError, ("here it is AdapterConfig",)),
+    "a name of PEFT's": (
+        lambda w: adapters.prepare_model_for_kbit_training,
+        AttributeError,
+        ("here it is inject_adapter_in_model(config, model), which freezes the base",),
+    ),
 }
 
 

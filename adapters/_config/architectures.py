@@ -109,7 +109,7 @@ def with_targets(config: C, model: nn.Module, modules: Mapping[str, nn.Module] |
     >>> from torchgraft.adapters import LoraConfig
     >>> model = nn.Linear(2, 2)
     >>> model.config = types.SimpleNamespace(model_type="llama")
-    >>> with_targets(LoraConfig(), model).target_modules
+    >>> sorted(with_targets(LoraConfig(), model).target_modules)
     ['q_proj', 'v_proj']
     """
     about: Any = getattr(model, "config", None)

@@ -13,31 +13,32 @@ from torch import nn
 from torchgraft.functional import Method
 from torchgraft.functional.extending import did_you_mean, modules_of
 
-from .._files.disk.config_file import about, read_fields, write_fields
+from .._files.disk.config_file import about, read_fields, read_file, write_fields
 from . import (
     given_objects,  # noqa: F401 - what errors say of PEFT's objects
     layers,  # noqa: F401 - what any config may target
 )
 from .architectures import with_targets
-from .fields import check_attribute, check_call, check_fields, check_given
-from .messages import require
-from .peft_format import PeftFormat
+from .fields import (
+    as_json,
+    check_attribute,
+    check_biases_and_layers,
+    check_call,
+    check_fields,
+    check_given,
+    check_own_fields,
+    check_task,
+    own_type,
+)
+from .peft_format import NoForm, PeftFormat
 from .peft_type import PeftType
 from .replaced import Plan, find_replaced
 from .targets import find_targets
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files these are."""
-
-
-class _NoForm:
-    """Stands where a method has not said how PEFT's layers and files hold its leaves."""
-
-    def __get__(self, config: Any, cls: type) -> Any:
-        raise AttributeError(
-            f"{cls.__name__} has no form, by which files and layers in place hold its leaves; set {cls.__name__}.form ="
-            " PeftFormat(prefix=..., parameters=(...))"
-        )
+AS_SETS = ("target_modules", "exclude_modules", "feedforward_modules")
+"""Fields whose lists become sets."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,7 +47,7 @@ class AdapterConfig:
 
     Attributes:
         target_modules: Modules to adapt: names (a whole name, or its end after a dot), a regular expression for the
-            whole name, or `"all-linear"`.
+            whole name, or `"all-linear"`. A list becomes a set, here and in `exclude_modules`, as in PEFT.
         exclude_modules: Modules to leave out, in the same notation.
         layers_to_transform: Indices of the layers to adapt; `None` or `[]` for all. Whole names ignore it.
         layers_pattern: Names of the module list that holds the layers, where it is not the first numbered one.
@@ -56,20 +57,21 @@ class AdapterConfig:
             modules (any name that ends in `_only`). They are leaves of the tree: `params["layers.0.q"]["bias"]`.
         fan_in_fan_out: Has no effect: how a module stores its weight is seen from the module.
         inference_mode: Whether an injected adapter starts frozen.
-        task_type: PEFT's name of the task, for files.
+        task_type: PEFT's name of the task, see `TaskType`: the class of a `PeftModel`, and for files.
+        peft_type: Name of the method; it may be given, as files have it, but no other than the class's.
         base_model_name_or_path: Where the base model came from, for files.
         revision: Version of the base model, for files.
         auto_mapping: Class of the base model, for files.
-        peft_version: Version of PEFT that wrote the file.
+        peft_version: Version of PEFT that wrote the file; by default the one whose files these are.
         unknown_fields: Fields of a file that mean nothing here; written back as they were.
     """
 
     method: ClassVar[Method]
-    form: ClassVar[PeftFormat] = _NoForm()  # type: ignore[assignment]
+    form: ClassVar[PeftFormat] = NoForm()  # type: ignore[assignment]
     site_fields: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-        | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"}
-        | {"task_type", "unknown_fields"}
+        | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "peft_version"}
+        | {"revision", "task_type", "unknown_fields"}
     )
     """Fields that only choose modules or say where things came from, so that the adapters of a stack may differ."""
     in_memory: ClassVar[frozenset[str]] = frozenset()
@@ -87,10 +89,12 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
+    peft_type: PeftType | str | None = None
     peft_version: str | None = None
     unknown_fields: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
 
     if not TYPE_CHECKING:  # or else type checkers would take any name
 
@@ -100,34 +104,17 @@ class AdapterConfig:
 
         def __setattr__(self, name: str, value: Any) -> None:
             check_attribute(type(self), name)
-            super().__setattr__(name, value)
+            super().__setattr__(name, own_type(type(self), value) if name == "peft_type" else value)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        only = f"{self.method.name.lower()}_only"
-        require(
-            self.bias in ("none", "all") or self.bias.endswith("_only"),
-            self,
-            f"bias is {self.bias!r}, expected 'none', 'all' or {only!r}",
-        )
-        given = self.layers_to_transform is not None
-        require(
-            given or not self.layers_pattern,
-            self,
-            f"layers_pattern is {self.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
-        )
-        require(
-            not (given and isinstance(self.target_modules, str)),
-            self,
-            f"layers_to_transform is {self.layers_to_transform!r}, which applies to names in a list, and "
-            f"target_modules is the string {self.target_modules!r}; give a list, or put the layers into the expression",
-        )
-
-    @property
-    def peft_type(self) -> PeftType | str:
-        """Name of the method, as in files."""
-        name = self.method.name
-        return PeftType(name) if name in PeftType.__members__ else name
+        self.peft_type = None  # becomes the method's
+        self.peft_version = self.peft_version or PEFT_VERSION
+        for name in AS_SETS:
+            if isinstance(value := getattr(self, name, None), list):
+                setattr(self, name, set(value))
+        check_task(self)
+        check_biases_and_layers(self)
 
     def for_model(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Self:
         """Return this config with its targets named as a model has them: PEFT's for its type where none are named.
@@ -179,8 +166,11 @@ class AdapterConfig:
         """Return the fields as `adapter_config.json` has them, `peft_type` and `peft_version` among them.
 
         >>> from torchgraft.adapters import LoraConfig
-        >>> LoraConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
-        ['a', 'b']
+        >>> fields = LoraConfig(target_modules={"b", "a"}).to_dict()
+        >>> fields["target_modules"], fields["peft_type"]
+        (['a', 'b'], 'LORA')
+        >>> LoraConfig(**fields) == LoraConfig(target_modules=["a", "b"])
+        True
         """
         names = [field.name for field in dataclasses.fields(self) if field.name not in self.in_memory]
         fields = {name: as_json(getattr(self, name)) for name in names}
@@ -188,8 +178,6 @@ class AdapterConfig:
         for name in self.form.only_here:
             if fields[name] in (None, [], "none", False):
                 del fields[name]
-        fields["peft_type"] = str(getattr(self.peft_type, "value", self.peft_type))
-        fields["peft_version"] = fields["peft_version"] or PEFT_VERSION
         return {**unknown, **fields}
 
     @classmethod
@@ -229,26 +217,68 @@ class AdapterConfig:
             )
         return found(**{key: given[key] for key in given if key in known}, unknown_fields=unknown)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write `adapter_config.json` into a directory; a file is replaced as a whole or not at all."""
-        write_fields(save_directory, self.to_dict())
+    @classmethod
+    def from_peft_type(cls, **fields: Any) -> Self:
+        """Make the config of the class that `peft_type` names: `from_dict` with fields by name, as PEFT has it.
+
+        >>> AdapterConfig.from_peft_type(peft_type="IA3", target_modules=["k"]).target_modules
+        {'k'}
+        """
+        return cls.from_dict(fields)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], auto_mapping_dict: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Write `adapter_config.json` into a directory; a file is replaced as a whole or not at all.
+
+        Args:
+            save_directory: The directory; made if it is not there.
+            auto_mapping_dict: What the file has as `auto_mapping` in the place of the config's own.
+        """
+        given = {} if auto_mapping_dict is None else {"auto_mapping": dict(auto_mapping_dict)}
+        write_fields(save_directory, self.to_dict() | given)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **_: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **_: Any,
     ) -> Self:
-        """Read `adapter_config.json` from a directory; nothing is ever downloaded.
+        """Read `adapter_config.json` from a directory, or from the Hub's local cache; nothing is ever downloaded.
+
+        Args:
+            pretrained_model_name_or_path: The directory, or the name of a repository that was downloaded before.
+            subfolder: A directory in it.
+            revision: The repository's branch or commit.
+            cache_dir: The Hub's cache.
 
         Raises:
-            FileNotFoundError, ValueError: No such file, or one that is no config; names the file and the field.
+            FileNotFoundError, ValueError: No such file, or one that is no config; names the file and the field. A file
+                without a `peft_type` is read by the class of a method, if it has no unknown fields.
             TypeError: The config of another method than this class's.
         """
-        file, fields = read_fields(pretrained_model_name_or_path, subfolder)
+        typed = hasattr(cls, "method")
+        file, fields = read_fields(pretrained_model_name_or_path, subfolder, revision, cache_dir, needs_type=not typed)
         with about(file):
-            config = AdapterConfig.from_dict(fields)
+            if "peft_type" not in fields:
+                check_own_fields(cls, fields)
+            config = (AdapterConfig if "peft_type" in fields else cls).from_dict(fields)
         if not isinstance(config, cls):
             raise TypeError(f"{cls.__name__}: {pretrained_model_name_or_path} holds a {type(config).__name__}")
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
+        """Read the fields of a config's file, as `from_dict` takes them; PEFT's name, and its result.
+
+        Raises:
+            FileNotFoundError, ValueError: No such file, or one that is no config; names the file.
+        """
+        return read_file(path_json_file)
 
 
 def config_types() -> dict[str, type[AdapterConfig]]:
@@ -264,16 +294,3 @@ def config_types() -> dict[str, type[AdapterConfig]]:
         if "method" in vars(cls):
             found[cls.method.name] = cls
     return found
-
-
-def as_json(value: Any) -> Any:
-    """Return a value as JSON has it; sets become sorted lists, configs within a config become objects."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): as_json(one) for key, one in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [as_json(one) for one in value]
-    return getattr(value, "value", value)

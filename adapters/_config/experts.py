@@ -20,7 +20,7 @@ from torchgraft.functional import AddsProduct
 from torchgraft.functional.extending import describe, is_linear
 
 from .matching import excluded, linear_names, matches
-from .messages import require
+from .messages import require, spelled
 from .target_parameters import parameter_names
 
 C = TypeVar("C", bound=Any)
@@ -65,7 +65,7 @@ def with_new_names(config: C, kind: str | None, modules: Modules, model: nn.Modu
     if config.target_modules is None:
         return dataclasses.replace(config, target_modules=[]) if config.target_parameters else config
     given = config.target_modules
-    names = _old_names(config, new_names, modules, model) if isinstance(given, str) else list(given)
+    names = _old_names(config, new_names, modules, model) if isinstance(given, str) else sorted(given)
     old = {name: one for name in names if (one := _old_name(name, new_names)) is not None}
     if not old:
         return config
@@ -183,8 +183,8 @@ def warn_of_experts(config: Any, found: Collection[str], modules: Modules) -> No
         )
         remedy = f"name them in target_parameters, such as {_leaf(left[0])!r}" if can else "use LoRA for these"
         warnings.warn(
-            f"{type(config).__name__}: target_modules={targets!r} leaves out the experts of this model, whose weights "
-            f"are parameters and no linear layers: {_some(left)}; {remedy}",
+            f"{type(config).__name__}: target_modules={spelled(targets)} leaves out the experts of this model, whose "
+            f"weights are parameters and no linear layers: {_some(left)}; {remedy}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -11,8 +11,9 @@ from typing import Any
 
 from torchgraft.functional.extending import advice_on, closest, did_you_mean, given_type
 
-from .messages import names_of
+from .messages import names_of, require
 from .patterns import check
+from .peft_type import PeftType, TaskType
 
 NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields whose strings are regular expressions for a whole name."""
@@ -78,6 +79,75 @@ def check_attribute(cls: Any, name: str) -> None:
     if name not in cls.__dataclass_fields__ and not name.startswith("_") and not hasattr(cls, name):
         hint = did_you_mean(name, [field.name for field in dataclasses.fields(cls)])
         raise AttributeError(f"{cls.__name__} has no field {name!r}{hint}")
+
+
+def own_type(cls: Any, given: Any) -> PeftType | str:
+    """Return the name of a class's method, and refuse another that is given.
+
+    Raises:
+        ValueError: Another one.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> own_type(LoraConfig, None).value
+    'LORA'
+    """
+    name = cls.method.name
+    if given not in (None, name):
+        raise ValueError(
+            f"{cls.__name__}: peft_type is {getattr(given, 'value', given)!r}, expected {name!r}; "
+            "AdapterConfig.from_dict(fields) makes a config of the class that peft_type names"
+        )
+    return PeftType(name) if name in PeftType.__members__ else name
+
+
+def check_own_fields(cls: Any, fields: Mapping[str, Any]) -> None:
+    """Refuse a file that does not say its method and has what the class has no field for: it is no adapter's."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(fields.keys() - known - {"runtime_config"}):
+        raise ValueError(
+            f"has no peft_type, and {names_of(unknown)}, which {cls.__name__} has no field for; expected the config of "
+            "an adapter, such as LORA"
+        )
+
+
+def check_task(config: Any) -> None:
+    """Refuse a task that PEFT does not know.
+
+    Raises:
+        ValueError: Says which there are.
+    """
+    given, tasks = config.task_type, [*TaskType.__members__]
+    require(
+        given is None or given in tasks,
+        config,
+        f"task_type is {given!r}, expected one of {tasks}, or None{did_you_mean(given, tasks)}",
+    )
+
+
+def check_biases_and_layers(config: Any) -> None:
+    """Refuse an unknown choice of biases, and fields for layers that have no effect.
+
+    Raises:
+        ValueError: Says what to give.
+    """
+    only = f"{config.method.name.lower()}_only"
+    require(
+        config.bias in ("none", "all") or config.bias.endswith("_only"),
+        config,
+        f"bias is {config.bias!r}, expected 'none', 'all' or {only!r}",
+    )
+    given = config.layers_to_transform is not None
+    require(
+        given or not config.layers_pattern,
+        config,
+        f"layers_pattern is {config.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
+    )
+    require(
+        not (given and isinstance(config.target_modules, str)),
+        config,
+        f"layers_to_transform is {config.layers_to_transform!r}, which applies to names in a list, and "
+        f"target_modules is the string {config.target_modules!r}; give a list, or put the layers into the expression",
+    )
 
 
 def check_fields(config: Any) -> None:
@@ -146,3 +216,16 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it; sets become sorted lists, configs within a config become objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(one) for key, one in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [as_json(one) for one in value]
+    return getattr(value, "value", value)

@@ -12,6 +12,15 @@ def require(condition: bool, config: Any, message: str, error: type[ValueError] 
         raise error(f"{type(config).__name__}: {message}")
 
 
+def spelled(names: Any) -> str:
+    """Return names as a message shows them: a set in the order of the alphabet, and all else as it is.
+
+    >>> spelled({"b", "a"}), spelled("a|b")
+    ("['a', 'b']", "'a|b'")
+    """
+    return repr(sorted(names) if isinstance(names, (set, frozenset)) else names)
+
+
 def names_of(keys: Iterable[str], most: int = 4) -> str:
     """Return some of these keys, and how many there are.
 

@@ -1,4 +1,4 @@
-"""PEFT's names of the methods."""
+"""PEFT's names of the methods, and of the tasks."""
 
 from __future__ import annotations
 
@@ -57,3 +57,18 @@ class PeftType(enum.StrEnum):
     VERA = "VERA"
     WAVEFT = "WAVEFT"
     XLORA = "XLORA"
+
+
+class TaskType(enum.StrEnum):
+    """Names of the tasks that a `PeftModel` has a class for, as `task_type` in `adapter_config.json`.
+
+    >>> TaskType.CAUSAL_LM == "CAUSAL_LM"
+    True
+    """
+
+    CAUSAL_LM = "CAUSAL_LM"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+    QUESTION_ANS = "QUESTION_ANS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"

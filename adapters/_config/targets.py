@@ -12,8 +12,10 @@ from torch import nn
 
 from torchgraft.functional.extending import closest, did_you_mean
 
+from .errors import NoMatchingPeftModuleError
 from .experts import warn_of_experts
 from .matching import excluded, linear_names, matches
+from .messages import spelled
 from .target_parameters import find_parameters
 from .ties import embedding_for
 
@@ -34,7 +36,7 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
         model: The model, which may know its output layer (`get_output_embeddings`).
 
     Raises:
-        ValueError: No target given, or nothing matched; says what the model has.
+        ValueError: No target given, or nothing matched (`NoMatchingPeftModuleError`); says what the model has.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
@@ -55,8 +57,8 @@ def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     targets = config.target_modules
     if targets is None or (not isinstance(targets, str) and not targets):
         raise ValueError(
-            f"{type(config).__name__}: target_modules is {targets!r}; name the modules to adapt, as a list of names "
-            f"or a regular expression, or use 'all-linear'. The model has {_sample(modules)}"
+            f"{type(config).__name__}: target_modules is {spelled(targets)}; name the modules to adapt, as a list of "
+            f"names or a regular expression, or use 'all-linear'. The model has {_sample(modules)}"
         )
     names = list(modules)
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -71,10 +73,10 @@ def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     if not isinstance(targets, str):
         _warn_partial_miss(config, names, found)
     if not found:
-        raise ValueError(_nothing(config, matched, modules))
+        raise NoMatchingPeftModuleError(_nothing(config, matched, modules))
     if config.exclude_modules and len(found) == len(matched):
         warnings.warn(
-            f"{type(config).__name__}: exclude_modules={config.exclude_modules!r} excludes none of the targets",
+            f"{type(config).__name__}: exclude_modules={spelled(config.exclude_modules)} excludes none of the targets",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -86,7 +88,7 @@ def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
 
     >>> from torchgraft.adapters import LoraConfig
     >>> exact(LoraConfig(), ["q"], ["q", "k"]).target_modules, exact(LoraConfig(), ["q"], ["q", "a.q"]).target_modules
-    (['q'], 'q')
+    ({'q'}, 'q')
     """
     if parameters := [path for path in paths if path not in modules]:
         config = dataclasses.replace(config, target_parameters=parameters)
@@ -117,11 +119,11 @@ def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[st
 
 
 def _nothing(config: Any, matched: Collection[str], modules: Mapping[str, nn.Module]) -> str:
-    what = f"{type(config).__name__}: target_modules={config.target_modules!r} "
+    what = f"{type(config).__name__}: target_modules={spelled(config.target_modules)} "
     if matched:
         return (
             what
-            + f"matches {len(matched)} modules, and exclude_modules={config.exclude_modules!r} excludes them all"
+            + f"matches {len(matched)} modules, and exclude_modules={spelled(config.exclude_modules)} excludes them all"
             + (f", with modules_to_save={config.modules_to_save!r}" if config.modules_to_save else "")
         )
     if config.layers_to_transform not in (None, []):

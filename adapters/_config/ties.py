@@ -24,6 +24,23 @@ def names_by_tensor(modules: Modules) -> dict[int, list[str]]:
     return found
 
 
+def others_tied_to(path: str, modules: Modules) -> list[str]:
+    """Return other modules that have a module's weight as their own, each under one of its names.
+
+    >>> embed, head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+    >>> head.weight = embed.weight
+    >>> others_tied_to("head", {"embed": embed, "head": head})
+    ['embed']
+    """
+    module = modules[path]
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return []
+    found = {id(one): name for name, one in reversed(list(modules.items())) if one._parameters.get("weight") is weight}
+    found.pop(id(module))
+    return sorted(found.values())
+
+
 def input_embeddings(modules: Modules, model: nn.Module) -> str | None:
     """Return the path of a model's input embeddings: what `get_input_embeddings` says, or else a module `embed_tokens`.
 
@@ -53,13 +70,7 @@ def tied_to(path: str, modules: Modules) -> list[str]:
     >>> tied_to("embed", {"embed": embed, "head": head})
     ['head']
     """
-    module = modules[path]
-    weight = module._parameters.get("weight")
-    if weight is None or not isinstance(module, nn.Embedding):
-        return []
-    found = {id(one): name for name, one in reversed(list(modules.items())) if one._parameters.get("weight") is weight}
-    found.pop(id(module))
-    return sorted(found.values())
+    return others_tied_to(path, modules) if isinstance(modules[path], nn.Embedding) else []
 
 
 def embedding_for(path: str, modules: Modules) -> str:

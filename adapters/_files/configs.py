@@ -21,7 +21,7 @@ def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_config(IA3Config(target_modules=["k"]), folder)
     ...     load_config(folder).target_modules
-    ['k']
+    {'k'}
     """
     check_config(config, "save_config: config", isinstance(config, AdapterConfig))
     config.save_pretrained(path)

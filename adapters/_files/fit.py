@@ -126,6 +126,9 @@ def _wanted(
         leaves[f"{SHARED}{name}"] = SHARED_LEAVES, name
         shapes[SHARED_LEAVES, name] = shape
     tied = {name: (*where, False) for name, where in other_names(replaced).items()}
+    for path, leaf, one in each(replaced):
+        others = one.names[1:] if one.rows is not None else ()  # PEFT writes rows again for each name of the matrix
+        tied |= {replaced_key(other.rpartition(".")[0], leaf): (path, leaf, False) for other in others}
     for path, follow in follows.items():
         tied |= {
             join(config, path, own): (follow.source, leaf, follow.transposed) for own, leaf in follow.leaves.items()
@@ -193,17 +196,20 @@ def _stripped(weights: Weights) -> dict[str, str]:
 
 
 def _is_spare(config: AdapterConfig, name: str, replaced: Plan) -> bool:
-    """Return whether a key is a second one that PEFT writes for a bias of `modules_to_save` where `bias="all"`."""
+    """Return whether a key is a second one that PEFT writes for a trained module: a bias, or resized embeddings."""
     for part in (".original_module.", ".modules_to_save."):
         path, found, _ = name.partition(part)
-        if found and config.bias == "all" and any(one == path or one.startswith(f"{path}.") for one in replaced):
+        more = config.bias == "all" or part == ".modules_to_save."
+        if found and more and any(one == path or one.startswith(f"{path}.") for one in replaced):
             return True
     return False
 
 
 def _base_name(key: str, tensors: Mapping[str, Tensor]) -> str:
     name = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
-    return name if name in tensors else name.replace(".base_layer.", ".")
+    inner = (".token_adapter.base_layer.", ".base_layer.", ".original_module.")  # where PEFT's modules have a base
+    found = (one for one in (name, *(name.replace(part, ".") for part in inner)) if one in tensors)
+    return next(found, name.replace(".base_layer.", "."))
 
 
 def _own_kind(weights: Weights, key: str) -> torch.dtype:

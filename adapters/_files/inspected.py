@@ -18,7 +18,7 @@ from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, SHARED, split_key
 from .._config.matching import matches
-from .._config.messages import names_of
+from .._config.messages import names_of, spelled
 from .._config.tokens import LEAF as TOKENS
 from .disk.config_file import about, parse_fields
 from .disk.folder import PICKLE, WEIGHTS, find_folder, open_pair
@@ -198,7 +198,7 @@ def _odd_targets(config: AdapterConfig, found: _Found) -> Iterator[str]:
         yield str(error)
         return
     if missed:
-        yield f"{names_of(missed)}: not among the config's target_modules, {targets!r}"
+        yield f"{names_of(missed)}: not among the config's target_modules, {spelled(targets)}"
     names = [] if isinstance(targets, str) else sorted(targets)
     if unused := [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]:
         yield f"no tensors for the targets {names_of(unused)}"

@@ -20,7 +20,7 @@ from torchgraft.functional.extending import (
 from .._config.replaced import saved_buffers
 from .._inplace import adapter_names, get_base_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .._inplace.tensors.gathering import fill
-from .._inplace.walk import bare_modules, layers
+from .._inplace.walk import bare_modules, layers, placed_in
 from .fit import Parts, fit, integers_of
 from .stored import Stored, base_of, fixed_leaves, other_base, other_shared
 
@@ -108,12 +108,14 @@ def _embeddings(
     """Tensors of the base to be replaced by the file's: an adapter may bring its embeddings, and nothing else."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
+    if (part := placed_in(output)) is not None:
+        output = part.user_module
     found = []
     names: Iterable[str] = other_base(get_base_model_state_dict(model), parts, tensors) if parts.base else ()
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = modules[path]
-        if not isinstance(module, nn.Embedding) and module is not getattr(output, "base_layer", output):
+        if not isinstance(module, nn.Embedding) and module is not output:
             raise ValueError(
                 f"{stored.weights.file}: {parts.base[name]!r} differs from {name!r} of the model, which no adapter may "
                 "replace; was it made for another model? Load it into the model first if that is what you want"

@@ -17,6 +17,7 @@ from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from .._config.replaced import other_names, saved_buffers
 from .._inplace import get_peft_model_state_dict
+from .._inplace.states.embeddings import Choice
 from .._inplace.states.layouts import config_of, shared_keys, shared_tensors, source_sites
 from .._inplace.tensors.gathering import gathered, groups_of, kept, once
 from .._inplace.walk import is_wrapped, layers, unwrap
@@ -34,6 +35,8 @@ def save_adapter(
     *,
     params: Tree | None = None,
     plain: bool = False,
+    save_embedding_layers: Choice = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an adapter into a directory, as PEFT's `save_pretrained` does.
 
@@ -53,13 +56,17 @@ def save_adapter(
         params: The graft's parameters: the adapter's tree, or `{name: tree}`.
         plain: Write a LoRA that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA as a plain one, see `to_plain`;
             PEFT's `path_initial_model_for_weight_conversion`.
+        save_embedding_layers: Whether the base's input and output embeddings are written too, see
+            `get_peft_model_state_dict`; a graft never writes them.
+        state_dict: The model's state dict, where the tensors are to be taken from there; then each process that calls
+            this writes.
 
     Returns:
         The directory that holds the two files.
 
     Raises:
         ValueError: A name that the target does not have or that leads out of the directory; tensors without values.
-        KeyError, TypeError: Parameters that do not fit the graft.
+        KeyError, TypeError: Parameters that do not fit the graft, or embeddings of the base asked of one.
         OSError: Files that cannot be written; names the file.
 
     >>> import tempfile
@@ -72,10 +79,12 @@ def save_adapter(
     """
     _check_arguments(target, path, adapter_name)
     if isinstance(target, Graft):
+        if save_embedding_layers is True or state_dict is not None:
+            raise TypeError("save_embedding_layers and state_dict go with a model; of a graft, params are written")
         model, config, sites, state = _of_graft(target, adapter_name, params, plain)
     else:
-        model, config, sites, state = _of_model(target, adapter_name, params, plain)
-    groups = groups_of(target, state.values())
+        model, config, sites, state = _of_model(target, adapter_name, params, plain, save_embedding_layers, state_dict)
+    groups = [] if state_dict is not None else groups_of(target, state.values())
     weights = safetensors.torch.save(
         {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
     )
@@ -143,14 +152,23 @@ def _own_tree(graft: Graft, name: str, params: Any) -> Tree:
     return result
 
 
-def _of_model(target: nn.Module, adapter_name: str, params: Tree | None, plain: bool) -> _Saved:
+def _of_model(
+    target: nn.Module,
+    adapter_name: str,
+    params: Tree | None,
+    plain: bool,
+    embeddings: Choice,
+    state_dict: Mapping[str, Tensor] | None,
+) -> _Saved:
     """Return a model, and one of its adapters' config, sites and tensors."""
     if params is not None:
         raise TypeError(
             "params go with a graft; a model's parameters are those injected in it. For a tree: "
             "save_adapter(bind(model, config), path, params=params)"
         )
-    given = get_peft_model_state_dict(target, adapter_name=adapter_name)
+    if plain and state_dict is not None:
+        raise TypeError("plain and state_dict are both given, and a plain LoRA is made of the model's own tensors")
+    given = get_peft_model_state_dict(target, state_dict, adapter_name, save_embedding_layers=embeddings)
     model, prefix = unwrap(target), PREFIX if is_wrapped(target) else ""
     state = {key.removeprefix(prefix): tensor for key, tensor in given.items()}
     config = config_of(model, adapter_name)

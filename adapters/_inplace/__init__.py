@@ -2,13 +2,16 @@
 
 from .beside.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .inject import inject_adapter_in_model as inject_adapter_in_model
+from .injection.restoring import restoring as restoring
 from .layer.tuner_layer import BaseTunerLayer as BaseTunerLayer
 from .merging import merge_adapter as merge_adapter
 from .merging import merge_and_unload as merge_and_unload
 from .merging import unload as unload
 from .merging import unmerge_adapter as unmerge_adapter
+from .states.base_state import IncompatibleKeys as IncompatibleKeys
 from .states.base_state import get_base_model_state_dict as get_base_model_state_dict
 from .states.base_state import set_base_model_state_dict as set_base_model_state_dict
+from .states.embeddings import Choice as Choice
 from .states.extract import extract_config as extract_config
 from .states.extract import extract_graft as extract_graft
 from .states.extract import extract_params as extract_params
@@ -23,3 +26,8 @@ from .switch import disable_adapter_layers as disable_adapter_layers
 from .switch import enable_adapter_layers as enable_adapter_layers
 from .switch import set_adapter as set_adapter
 from .switch import set_requires_grad as set_requires_grad
+from .walk import ModelWrapper as ModelWrapper
+from .walk import adapted_modules as adapted_modules
+from .walk import bare_modules as bare_modules
+from .walk import layers as layers
+from .walk import unwrap as unwrap

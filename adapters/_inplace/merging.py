@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -27,7 +28,8 @@ def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None
 
     Args:
         model: A model with injected adapters.
-        adapter_names: Names of the adapters; by default the active ones. What is merged already stays merged.
+        adapter_names: Names of the adapters; by default the active ones. What is merged already stays merged; a
+            warning where nothing else is.
         safe_merge: Refuse weights that are not finite.
 
     Raises:
@@ -41,7 +43,16 @@ def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None
     >>> model[0].merged_adapters
     ['default']
     """
-    _merge(unwrap(model), adapter_names, safe_merge, False)
+    model = unwrap(model)
+    before = _merged_in(model)
+    _merge(model, adapter_names, safe_merge, False)
+    if before and before == _merged_in(model):
+        warnings.warn(f"adapters {before} are merged already, so nothing is left to do", UserWarning, stacklevel=3)
+
+
+def _merged_in(model: nn.Module) -> list[str]:
+    """Return names of the adapters that are merged."""
+    return list(dict.fromkeys(name for part in parts(model) for name in part.merged_adapters))
 
 
 def _merge(model: nn.Module, chosen: str | list[str] | None, safe: bool, alone: bool) -> None:

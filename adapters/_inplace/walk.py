@@ -94,6 +94,19 @@ def layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return named(model, BaseTunerLayer)
 
 
+def adapted_modules(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return names of the modules that an adapter is on, or has a copy of.
+
+    >>> from torchgraft.adapters import LoraConfig, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    >>> adapted_modules(model, "default")
+    ['0']
+    """
+    found = placed_modules(unwrap(model))
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return [name for name, part in found if isinstance(part, kinds) and adapter_name in part.carried_adapters]
+
+
 def placed_modules(model: nn.Module) -> list[tuple[str, PlacedModule]]:
     """Return what adapters have in the places of a model's modules, each with one of its names, outer ones first."""
     found: dict[int, tuple[str, PlacedModule]] = {}

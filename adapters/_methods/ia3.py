@@ -20,7 +20,7 @@ from torchgraft.functional import Constants, Layer, Method, Rows, Site, TakesCom
 
 from .._config import patterns
 from .._config.base import AdapterConfig
-from .._config.messages import require
+from .._config.messages import require, spelled
 from .._config.peft_format import PeftFormat
 
 
@@ -45,7 +45,7 @@ class IA3Config(AdapterConfig):
     True
     """
 
-    feedforward_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | set[str] | str | None = None
     init_ia3_weights: bool = True
 
     method: ClassVar[Method]
@@ -77,8 +77,8 @@ def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, IA
     missed = [one for one in each if not any(_matches(one, site.path) for site in sites)]
     if missed:
         warnings.warn(
-            f"IA3Config: feedforward_modules {names!r}: {missed} match none of the targeted modules, whose outputs are "
-            "rescaled instead of their inputs",
+            f"IA3Config: feedforward_modules {spelled(names)}: {missed} match none of the targeted modules, whose "
+            "outputs are rescaled instead of their inputs",
             RuntimeWarning,
             stacklevel=2,
         )

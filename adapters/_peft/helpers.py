@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from .._config.base import AdapterConfig
+from .._files.disk.hub import local_folder
 from .._inplace.walk import layers, unwrap
-from .hub import local_folder
 from .peft_model import PeftModel
 
 _SCALED = ("LORA", "ADALORA")

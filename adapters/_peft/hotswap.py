@@ -18,12 +18,12 @@ from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, join
 from .._config.matching import by_pattern
 from .._config.messages import names_of
+from .._files.disk.hub import local_folder
 from .._inplace.states.layouts import layout_of, slots_of
 from .._inplace.tensors.gathering import gathered
 from .._inplace.walk import unwrap
 from .._methods.lora.lora import LoraConfig
 from .._methods.shared.scalings import alpha_at, scaling_of
-from .hub import local_folder
 from .ranks import carriers, check_growth, describe, grow, grown, grown_shape
 from .weights import load_peft_weights
 

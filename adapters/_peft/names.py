@@ -6,18 +6,10 @@ from collections.abc import Iterable
 
 from torchgraft.functional.extending import did_you_mean
 
-_INSTEAD = {
-    "PeftConfig": "AdapterConfig",
-    "get_peft_config": "AdapterConfig.from_dict(fields)",
-}
-
-
 def instead_of(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about a name that is not here.
 
-    >>> instead_of("PeftConfig", []), instead_of("LoRAConfig", ["LoraConfig"])
-    ('; here it is AdapterConfig', "; did you mean 'LoraConfig'?")
+    >>> instead_of("LoRAConfig", ["LoraConfig"])
+    "; did you mean 'LoraConfig'?"
     """
-    if name in _INSTEAD:
-        return f"; here it is {_INSTEAD[name]}"
     return did_you_mean(name, [one for one in known if not one.startswith("_")])

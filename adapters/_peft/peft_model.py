@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +16,16 @@ from torchgraft.functional.extending import check_module
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.replaced import HEADS
+from .._files.disk.hub import local_folder
 from .._files.save import save_adapter
-from .._inplace.states.base_state import IncompatibleKeys
-from .._inplace.walk import ModelWrapper
+from .._inplace import IncompatibleKeys
 from .card import write_card
-from .hub import local_folder
-from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from .tuners import tuner_class
-from .weights import load_peft_weights, load_values, put_adapter
+from .status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
+from .weights import Loading, check_without_effect, load_peft_weights, load_values, put_adapter
+from .wrapper import AdaptedModel
 
 
-class PeftModel(ModelWrapper):
+class PeftModel(AdaptedModel):
     """A model with adapters injected, under PEFT's names: `base_model.model` is the user's model, changed in place.
 
     A thin wrapper: each method is one of the in-place functions, which do the same without it. Attributes that it has
@@ -49,9 +46,6 @@ class PeftModel(ModelWrapper):
     ...     y = model(torch.ones(1, 4))
     """
 
-    base_model: Any
-    heads: ClassVar[tuple[str, ...]] = ()
-    """Names of new heads, which a task's model trains as `modules_to_save`."""
     of_task: ClassVar[dict[str, type[PeftModel]]] = {}
     """The class for each `task_type`."""
 
@@ -61,121 +55,10 @@ class PeftModel(ModelWrapper):
             cls.heads = HEADS.get(task, ())
             PeftModel.of_task[task] = cls
 
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: AdapterConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-    ):
-        super().__init__()
-        config = with_heads(peft_config, model, self.heads)
-        self.base_model = tuner_class(type(config))(model, config, adapter_name, low_cpu_mem_usage)
-        inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
-        _let_inputs_require_grad(model)
-
     @classmethod
-    def around(cls, model: nn.Module, config: AdapterConfig) -> Self:
-        """Wrap a model that has its adapters already; `config` is the first one's."""
-        wrapped = cls.__new__(cls)
-        nn.Module.__init__(wrapped)
-        wrapped.base_model = tuner_class(type(config)).around(model)
-        return wrapped
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
-
-    # -- running ---------------------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with its active adapters.
-
-        Raises:
-            UnsupportedCall: `adapter_names` for the rows of the batch.
-        """
-        _refuse_rows(kwargs)
-        return self.get_base_model()(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own `generate`."""
-        _refuse_rows(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the model without its adapters for a while."""
-        with inplace.disable_adapter(self.get_base_model()):
-            yield
-
-    def get_base_model(self) -> Any:
-        """Return the user's model, with the adapters in it."""
-        return self.base_model.model
-
-    # -- adapters --------------------------------------------------------------------------------------------------
-
-    @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
-        """The config of each adapter, by name."""
-        result: dict[str, AdapterConfig] = self.get_base_model().peft_config
-        return result
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters."""
-        return inplace.active_adapters(self.get_base_model())
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the active adapter; a list where there are several, or none."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def active_peft_config(self) -> AdapterConfig:
-        """The config of the first active adapter."""
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def peft_type(self) -> str:
-        """Name of the first adapter's method."""
-        return next(iter(self.peft_config.values())).method.name
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that adapters train copies of; `None` where there are none."""
-        found = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
-        return found or None
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: AdapterConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add an adapter that is frozen and not active yet; `set_adapter` makes it the active one."""
-        model = self.get_base_model()
-        config = with_heads(peft_config, model, self.heads)
-        inplace.inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, activate=False)
-        inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and trainable unless `inference_mode`; others are frozen."""
-        inplace.set_adapter(self.get_base_model(), adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Freeze or unfreeze adapters, active or not."""
-        inplace.set_requires_grad(self.get_base_model(), adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter."""
-        inplace.delete_adapter(self.get_base_model(), adapter_name)
+    def class_for(cls, config: AdapterConfig) -> type[PeftModel]:
+        """Return the class of a model with an adapter of this config: that of its task, if it has one."""
+        return cls.of_task.get(config.task_type or "", cls)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -188,6 +71,7 @@ class PeftModel(ModelWrapper):
         is_trainable: bool = False,
         config: AdapterConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
@@ -195,11 +79,14 @@ class PeftModel(ModelWrapper):
         subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
+        **without_effect: Any,
     ) -> PeftModel:
         """Put an adapter from a directory, or from the Hub's local cache, into a model, as its active adapter.
 
         The class of the result is that of the config's `task_type`. See `torchgraft.adapters.load_adapter` for what is
-        checked.
+        checked. Unless the adapter is to be trained, the model is in evaluation mode afterwards.
 
         Args:
             model: The model; changed in place.
@@ -208,22 +95,33 @@ class PeftModel(ModelWrapper):
             is_trainable: Whether it is to be trained.
             config: A config to use instead of the directory's.
             autocast_adapter_dtype: Give its parameters float32 where they would have float16 or bfloat16.
+            ephemeral_gpu_offload: Has no effect.
             low_cpu_mem_usage: Has no effect: parameters are never drawn to be overwritten.
-            key_mapping: Regular expressions and what to put in the place of what they match in keys.
+            key_mapping: Regular expressions and what to put in the place of what they match in keys, which they see
+                without `base_model.model.`.
             torch_device: Device of its parameters; by default each layer's own.
             subfolder: The directory's subdirectory.
             revision: The repository's branch or commit.
             cache_dir: The Hub's cache.
+            ignore_mismatched_sizes: Leave out tensors of another shape, with a warning.
+            strict: Whether tensors that are missing, or that nothing has a use for, are an error; if not, a warning.
+            without_effect: `token` and others of PEFT's about downloads and offloading; other names are errors.
+
+        Raises:
+            FileNotFoundError, ValueError, KeyError: As `load_adapter`.
+            TypeError: A model that is a `PeftModel` already; an argument that is none of PEFT's.
         """
         if isinstance(model, PeftModel):
             raise TypeError(f"model is a {type(model).__name__} already; call its load_adapter(path, adapter_name)")
         check_module(model, other=model_id)
-        folder = local_folder(model_id, subfolder, revision, cache_dir)
-        put_adapter(model, folder, adapter_name, is_trainable, torch_device, key_mapping, config)
+        check_without_effect(f"{cls.__name__}.from_pretrained", without_effect)
+        loading = Loading(adapter_name, is_trainable, torch_device, key_mapping, strict, ignore_mismatched_sizes)
+        put_adapter(model, local_folder(model_id, subfolder, revision, cache_dir), loading, config)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
         injected: Any = model
         given = injected.peft_config[adapter_name]
-        return (cls.of_task.get(str(given.task_type), cls) if cls is PeftModel else cls).around(model, given)
+        wrapped = cls.class_for(given).around(model, given)
+        return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
         self,
@@ -232,27 +130,36 @@ class PeftModel(ModelWrapper):
         is_trainable: bool = False,
         torch_device: torch.device | str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
         subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
+        **without_effect: Any,
     ) -> IncompatibleKeys:
         """Load another adapter, which does not become the active one, or new values for one that is there.
 
         Arguments are those of `from_pretrained`.
 
         Returns:
-            `(missing_keys, unexpected_keys)`, both empty: where some are, it is an error.
+            `(missing_keys, unexpected_keys)`, both empty unless `strict` is false.
         """
+        check_without_effect("load_adapter", without_effect)
         model, folder = self.get_base_model(), local_folder(model_id, subfolder, revision, cache_dir)
+        loading = Loading(adapter_name, is_trainable, torch_device, key_mapping, strict, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
-            return load_values(model, load_peft_weights(folder, torch_device, key_mapping), adapter_name, folder)
-        put_adapter(model, folder, adapter_name, is_trainable, torch_device, key_mapping, activate=False)
-        inplace.set_requires_grad(model, adapter_name, is_trainable)
-        inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
-        return IncompatibleKeys([], [])
+            result = load_values(model, load_peft_weights(folder, torch_device, key_mapping), loading, folder)
+        else:
+            result = put_adapter(model, folder, loading, activate=False)
+            inplace.set_requires_grad(model, adapter_name, is_trainable)
+            inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        if not is_trainable:
+            self.eval()
+        return result
 
     def save_pretrained(
         self,
@@ -263,6 +170,7 @@ class PeftModel(ModelWrapper):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
+        **without_effect: Any,
     ) -> None:
         """Write adapters, by default all, with `save_adapter`: "default" into the directory, others into their own.
 
@@ -270,23 +178,21 @@ class PeftModel(ModelWrapper):
             save_directory: The directory; made if it is not there.
             safe_serialization: Has to be true.
             selected_adapters: Names of the adapters.
-            save_embedding_layers: `True` is refused; embeddings that an adapter trains are written anyway.
+            save_embedding_layers: Whether the base's input and output embeddings are written too: `True`, `False`, or
+                `"auto"`, where the adapter is on one or the vocabulary was resized.
             is_main_process: Whether this process writes.
             path_initial_model_for_weight_conversion: If given, adapters that started as PiSSA or alike are written as
                 plain LoRA. The path is not needed, for the base was not changed.
-            state_dict: Has no effect: tensors are the model's own, gathered where they are sharded.
+            state_dict: The state dict of this model, from which the tensors are taken; by default its own are.
+            without_effect: Others of PEFT's, about uploads; other names are errors.
 
         Raises:
-            UnsupportedCall: Pickles, or the base's embeddings, are asked for.
+            UnsupportedCall: Pickles are asked for.
             ValueError: A name that the model does not have.
         """
         if not safe_serialization:
             raise UnsupportedCall("save_pretrained: safe_serialization is False; files are safetensors, never pickles")
-        if save_embedding_layers is True:
-            raise UnsupportedCall(
-                "save_pretrained: save_embedding_layers is True; the base's embeddings are no part of an adapter here: "
-                "train them (modules_to_save, trainable_token_indices), or save the base"
-            )
+        check_without_effect("save_pretrained", without_effect)
         chosen = [selected_adapters] if isinstance(selected_adapters, str) else selected_adapters
         names = list(self.peft_config) if chosen is None else list(chosen)
         if unknown := [name for name in names if name not in self.peft_config]:
@@ -295,20 +201,32 @@ class PeftModel(ModelWrapper):
             return
         plain = path_initial_model_for_weight_conversion is not None
         for name in names:
-            folder = save_adapter(self.get_base_model(), save_directory, name, plain=plain)
-            if name == "default" or len(names) == 1:
-                self.create_or_update_model_card(save_directory if name == "default" else folder)
+            save_adapter(
+                self,
+                save_directory,
+                name,
+                plain=plain,
+                save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
+                state_dict=state_dict,
+            )
+        self.create_or_update_model_card(save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write a `README.md` that says what the adapter is, where there is none."""
+        """Write a `README.md` that says what the adapters are, where there is none."""
         write_card(Path(output_dir), next(iter(self.peft_config.values())), self.get_base_model())
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refuse: nothing is uploaded here, and the model's own method would upload something else."""
+        raise UnsupportedCall(
+            "push_to_hub: nothing is uploaded here; write the adapter by save_pretrained(folder), and upload that: "
+            "hf upload NAME folder"
+        )
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Count the parameters that are trained, and all, the adapters' with the base's."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trained parameters, of all, and their share."""
@@ -322,27 +240,3 @@ class PeftModel(ModelWrapper):
     def get_model_status(self) -> ModelStatus:
         """Describe the model with its adapters."""
         return get_model_status(self)
-
-
-def _let_inputs_require_grad(model: Any) -> None:
-    """Have the embeddings of a transformers' model that checkpoints require gradients, which reentrant ones need."""
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    checkpointing = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)
-    if checkpointing and hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-
-
-def with_heads(config: AdapterConfig, model: nn.Module, heads: Sequence[str]) -> AdapterConfig:
-    """Return a config whose `modules_to_save` has the new heads of a task, if the model has one."""
-    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if not ends.intersection(heads):
-        return config
-    return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*(config.modules_to_save or ()), *heads])))
-
-
-def _refuse_rows(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise UnsupportedCall(
-            "adapter_names are given for the rows of the batch, which layers in place do not do; give each row its "
-            "adapter by graft(route(many, rows), ...), with extract_graft(model) and extract_params(model, name)"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -13,12 +12,15 @@ from torchgraft.functional.extending import SHARED as SHARED_LEAVES
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .._config.base import AdapterConfig, config_types
+from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .._config.keys import PREFIX, split_key
-from .._config.peft_type import PeftType
+from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
 from . import eva, helpers, hotswap, lookups, optimizers, precision, preprocess
+from .auto import AUTO_MODELS
+from .configs import get_peft_config
 from .layer_classes import classes_in_package, layer_classes
 from .lookups import factorization
 from .peft_model import PeftModel
@@ -26,17 +28,6 @@ from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
 from .tuners import BaseTuner, tuner_class
 from .weights import load_peft_weights
-
-
-class TaskType(enum.StrEnum):
-    """PEFT's names of tasks, for `task_type`."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class _Wrappers(type):
@@ -120,6 +111,8 @@ _STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": L
 _TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
 _MODELS = {cls.__name__: cls for cls in _TASKS}
 _TUNER_MODELS: dict[str, type] = {tuner_class(cls).__name__: tuner_class(cls) for cls in _METHODS.values()}
+_AUTO = {cls.__name__: cls for cls in AUTO_MODELS}
+_ERRORS = {"NoMatchingPeftModuleError": NoMatchingPeftModuleError, "PeftError": PeftError}
 _STATUS = {
     "TunerLayerStatus": LayerStatus,
     "TunerModelStatus": ModelStatus,
@@ -198,6 +191,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_CONFIGS,
         **_STARTS,
         **_MODELS,
+        **_AUTO,
+        **_ERRORS,
+        "PeftWarning": PeftWarning,
         **_TUNER_MODELS,
         "get_layer_status": get_layer_status,
         "get_model_status": get_model_status,
@@ -210,15 +206,21 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
         "PeftConfig": AdapterConfig,
         "PeftMixedModel": PeftMixedModel,
+        "get_peft_config": get_peft_config,
         "get_peft_model": get_peft_model,
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
         "load_peft_weights": load_peft_weights,
     },
+    "peft.auto": {**_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": PeftModel.of_task},
     "peft.config": {"PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
     "peft.helpers": _HELPERS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
-    "peft.mapping": {**_TABLES, "inject_adapter_in_model": inplace.inject_adapter_in_model},
+    "peft.mapping": {
+        **_TABLES,
+        "get_peft_config": get_peft_config,
+        "inject_adapter_in_model": inplace.inject_adapter_in_model,
+    },
     "peft.optimizers": _OPTIMIZERS,
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
@@ -232,7 +234,10 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     **_LAYER_MODULES,
     "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
+    "peft.utils.error": _ERRORS,
+    "peft.utils.warning": {"PeftWarning": PeftWarning},
     "peft.utils": {
+        **_ERRORS,
         **_FILES,
         **_STATE,
         **_BASE_STATE,

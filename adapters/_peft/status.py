@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import nn
 
 from .. import _inplace as inplace
-from .._inplace.walk import layers, unwrap
 
 Agreed = bool | Literal["irregular"]
 """What parts have in common, or `"irregular"` where they differ."""
@@ -58,7 +57,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     >>> get_layer_status(model)[0].requires_grad
     {'default': True}
     """
-    found = [_of_layer(path, layer) for path, layer in layers(_injected(model)).items()]
+    found = [_of_layer(path, layer) for path, layer in inplace.layers(_injected(model)).items()]
     if not found:
         raise ValueError("the model has no layers with adapters; inject one first")
     return found
@@ -73,13 +72,13 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     inner: Any = _injected(model)
     rows = get_layer_status(model)
     names = inplace.adapter_names(inner)
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained, count = count_parameters(model)
     return ModelStatus(
         base_model_type=type(inner).__name__,
         adapter_model_type=type(getattr(model, "base_model", None)).__name__ if inner is not model else "None",
         peft_types={name: config.method.name for name, config in inner.peft_config.items()},
-        trainable_params=sum(count for count, trained in counts if trained),
-        total_params=sum(count for count, _ in counts),
+        trainable_params=trained,
+        total_params=count,
         num_adapter_layers=len(rows),
         enabled=_agreed(row.enabled for row in rows),
         active_adapters=_agreed(row.active_adapters for row in rows),
@@ -92,10 +91,27 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     )
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many values the parameters of a model have that are trained, and how many all have.
+
+    Those that bitsandbytes packs in pairs, and those that DeepSpeed has on other processes, count as what they are.
+
+    >>> count_parameters(nn.Linear(2, 3).requires_grad_(False))
+    (0, 9)
+    """
+    trained = count = 0
+    for parameter in model.parameters():
+        size = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
+        size *= 2 if type(parameter).__name__ == "Params4bit" else 1
+        count += size
+        trained += size if parameter.requires_grad else 0
+    return trained, count
+
+
 def _injected(model: nn.Module) -> nn.Module:
     """Return the user's model in a `PeftModel`, or the model itself."""
     get = getattr(model, "get_base_model", None)
-    return get() if callable(get) else unwrap(model)
+    return get() if callable(get) else inplace.unwrap(model)
 
 
 def _of_layer(path: str, layer: Any) -> LayerStatus:

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from typing import Any
 
 from torch import nn
 
 from torchgraft.functional.extending import check_config
 
+from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .peft_model import PeftModel
+from .tuners import BaseTuner, MixedModel
 
 
 class PeftMixedModel(PeftModel):
-    """A `PeftModel` made with `mixed=True`; here any may have adapters of several methods."""
+    """A `PeftModel` made with `mixed=True`, for adapters of several methods, which any may have here.
+
+    >>> from torchgraft.adapters import IA3Config, LoraConfig
+    >>> model = PeftMixedModel(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]), "lora")
+    >>> model.add_adapter("ia3", IA3Config(target_modules=["0"]))
+    >>> model.set_adapter(["lora", "ia3"])
+    >>> model.active_adapters
+    ['lora', 'ia3']
+    """
+
+    @classmethod
+    def class_for(cls, config: AdapterConfig) -> type[PeftModel]:
+        """Return this class, of whatever task the config is."""
+        return cls
+
+    @classmethod
+    def tuner_of(cls, config: AdapterConfig) -> type[BaseTuner]:
+        """Return the class of `base_model`."""
+        return MixedModel
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove one adapter or several; all of them are there, or none is removed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if unknown := sorted(set(names) - set(self.peft_config)):
+            raise ValueError(f"the model has no adapter {unknown[0]!r}; it has {list(self.peft_config)}")
+        for name in names:
+            super().delete_adapter(name)
 
 
 class PeftModelForCausalLM(PeftModel, task="CAUSAL_LM"):
@@ -68,6 +98,29 @@ def get_peft_model(
     if isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__} already; call its add_adapter(name, config)")
     check_config(peft_config, "peft_config", isinstance(peft_config, AdapterConfig))
-    config = peft_config if revision is None else dataclasses.replace(peft_config, revision=revision)
-    cls = PeftMixedModel if mixed else PeftModel.of_task.get(str(config.task_type), PeftModel)
+    cls = PeftMixedModel if mixed else PeftModel.class_for(peft_config)
+    config = dataclasses.replace(peft_config, **_base_fields(peft_config, model, revision))
+    if present := inplace.adapter_names(model):
+        warnings.warn(
+            f"the model has adapters already, {present}, and {adapter_name!r} is added to them; call unload(model) "
+            "first if it was to be the only one",
+            UserWarning,
+            stacklevel=2,
+        )
     return cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _base_fields(config: AdapterConfig, model: nn.Module, revision: str | None) -> dict[str, Any]:
+    """Return what a config says of the base model, as it is; a config of another one is a warning."""
+    name = vars(model).get("name_or_path") or None
+    given = {"base_model_name_or_path": name if isinstance(name, str) else None, "revision": revision}
+    fields = {field: value for field, value in given.items() if value is not None}
+    for field, value in fields.items():
+        if getattr(config, field) not in (None, value):
+            warnings.warn(
+                f"the config's {field} is {getattr(config, field)!r} and the model's {value!r}, which is what files "
+                "will have",
+                UserWarning,
+                stacklevel=3,
+            )
+    return fields

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
-from .._inplace.walk import ModelWrapper
 
 
-class BaseTuner(ModelWrapper):
+class BaseTuner(inplace.ModelWrapper):
     """A model with adapters in it, as `base_model` of a `PeftModel`; attributes it has not are the model's.
 
     Args:
@@ -117,6 +116,10 @@ class BaseTuner(ModelWrapper):
     def unload(self) -> nn.Module:
         """Remove all adapters and return the user's model."""
         return inplace.unload(self.model)
+
+
+class MixedModel(BaseTuner):
+    """A model with adapters of several methods, as `base_model` of a `PeftMixedModel`."""
 
 
 def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchgraft.functional import UnsupportedCall
+from torchgraft.functional.extending import did_you_mean
+
 from .._config.base import AdapterConfig
+from .._config.keys import PREFIX, SHARED
 from .._files.disk.folder import WEIGHTS, find_folder, open_pair
 from .._files.disk.headers import open_weights
+from .._files.disk.hub import local_folder
 from .._files.load import load_adapter
-from .._inplace import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from .._inplace.injection.restoring import restoring
-from .._inplace.states.base_state import IncompatibleKeys
-from .._inplace.walk import unwrap
-from .hub import local_folder
+from .._inplace import (
+    IncompatibleKeys,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    restoring,
+    set_peft_model_state_dict,
+    unwrap,
+)
 
 
 def load_peft_weights(
@@ -36,7 +46,8 @@ def load_peft_weights(
     Args:
         model_id: The directory, or the name of a repository in the Hub's local cache.
         device: Where the tensors go; by default the CPU.
-        key_mapping: Regular expressions and what to put in the place of what they match in keys.
+        key_mapping: Regular expressions and what to put in the place of what they match in keys, which they see
+            without `base_model.model.`; of several the first that matches counts.
         subfolder: The directory's subdirectory.
         revision: The repository's branch or commit.
         cache_dir: The Hub's cache.
@@ -53,15 +64,21 @@ def load_peft_weights(
         tensors = open_weights(handle, file.parent / WEIGHTS).read()
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        renamed = key
-        for pattern, replacement in patterns.items():
-            renamed, count = pattern.subn(replacement, renamed)
-            if count:
-                break
+        renamed = _renamed(key, patterns)
         if renamed in found:
             raise ValueError(f"{model_id}: key_mapping makes two keys one, {renamed!r}, of which {key!r} is the second")
         found[renamed] = tensor if device is None else tensor.to(device)
     return found
+
+
+def _renamed(key: str, patterns: Mapping[re.Pattern[str], str]) -> str:
+    """Return a key as the first pattern that is in it has it; patterns see it without PEFT's prefix."""
+    prefix = next((one for one in (PREFIX, SHARED) if key.startswith(one)), "")
+    for pattern, replacement in patterns.items():
+        renamed, count = pattern.subn(replacement, key.removeprefix(prefix))
+        if count:
+            return prefix + renamed
+    return key
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -71,42 +88,91 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"key_mapping has {pattern!r}, which is no regular expression: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How an adapter is loaded.
+
+    Attributes:
+        name: The adapter's name.
+        is_trainable: Whether it is to be trained.
+        device: Device of its parameters; `None` for each layer's own.
+        key_mapping: What keys are renamed by.
+        strict: Whether tensors that are missing, or that nothing has a use for, are an error.
+        ignore_mismatched_sizes: Whether tensors of another shape are left out.
+    """
+
+    name: str
+    is_trainable: bool
+    device: torch.device | str | None
+    key_mapping: Mapping[str, str] | None
+    strict: bool = True
+    ignore_mismatched_sizes: bool = False
+
+
 def load_values(
-    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, source: str | os.PathLike[str]
+    model: nn.Module, tensors: Mapping[str, Tensor], loading: Loading, source: str | os.PathLike[str]
 ) -> IncompatibleKeys:
     """Load tensors into an adapter of a model; on an error it is what it was.
 
+    Returns:
+        The keys of its tensors that are not among these, and those of these that are not its.
+
     Raises:
-        KeyError: Tensors of the adapter that are not among these, or the reverse.
+        KeyError: There are such, and `loading.strict`.
     """
+    name = loading.name
     before = {
-        key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+        key: tensor.clone()
+        for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()
     }
-    result = set_peft_model_state_dict(model, tensors, adapter_name)
+    result = set_peft_model_state_dict(model, tensors, name, loading.ignore_mismatched_sizes)
     for what, keys in (("lacks", result.missing_keys), ("has what fits nothing,", result.unexpected_keys)):
+        if keys and loading.strict:
+            set_peft_model_state_dict(model, before, name)
+            raise KeyError(
+                f"{source}: for adapter {name!r} it {what} {sorted(keys)[:3]}; is it of this model? strict=False loads "
+                "the rest"
+            )
         if keys:
-            set_peft_model_state_dict(model, before, adapter_name)
-            raise KeyError(f"{source}: for adapter {adapter_name!r} it {what} {sorted(keys)[:3]}; is it of this model?")
+            warnings.warn(f"{source}: for adapter {name!r} it {what} {sorted(keys)}", UserWarning, stacklevel=4)
     return result
 
 
 def put_adapter(
-    model: nn.Module,
-    folder: Path,
-    adapter_name: str,
-    is_trainable: bool,
-    device: torch.device | str | None,
-    key_mapping: Mapping[str, str] | None,
-    config: AdapterConfig | None = None,
-    *,
-    activate: bool = True,
-) -> None:
-    """Inject an adapter with the values of its file; with keys renamed or another config if these are given."""
-    if config is None and not key_mapping:
-        load_adapter(model, folder, adapter_name, is_trainable=is_trainable, device=device, activate=activate)
-        return
-    given = dataclasses.replace(config or AdapterConfig.from_pretrained(folder), inference_mode=not is_trainable)
-    tensors = load_peft_weights(folder, device, key_mapping)
+    model: nn.Module, folder: Path, loading: Loading, config: AdapterConfig | None = None, *, activate: bool = True
+) -> IncompatibleKeys:
+    """Inject an adapter with the values of its file; with keys renamed or another config if these are given.
+
+    Returns:
+        The keys that the file lacks, and those that fit nothing.
+    """
+    name, trained = loading.name, loading.is_trainable
+    if config is None and not loading.key_mapping and loading.strict and not loading.ignore_mismatched_sizes:
+        load_adapter(model, folder, name, is_trainable=trained, device=loading.device, activate=activate)
+        return IncompatibleKeys([], [])
+    given = dataclasses.replace(config or AdapterConfig.from_pretrained(folder), inference_mode=not trained)
+    tensors = load_peft_weights(folder, loading.device, loading.key_mapping)
     with restoring(unwrap(model)):
-        inject_adapter_in_model(given, model, adapter_name, activate=activate)
-        load_values(model, tensors, adapter_name, folder)
+        inject_adapter_in_model(given, model, name, activate=activate)
+        return load_values(model, tensors, loading, folder)
+
+
+WITHOUT_EFFECT = frozenset(
+    {"token", "use_auth_token", "local_files_only", "force_download", "proxies", "etag_timeout", "user_agent"}
+    | {"repo_type", "device_map", "max_memory", "offload_dir", "offload_folder", "offload_index", "push_to_hub"}
+)
+"""Arguments of PEFT's about downloads, uploads and offloading, of which there is nothing to do here."""
+
+
+def check_without_effect(what: str, given: Mapping[str, Any]) -> None:
+    """Refuse arguments that are none of PEFT's, and an upload.
+
+    Raises:
+        TypeError: Another name.
+        UnsupportedCall: `push_to_hub`.
+    """
+    for name in given:
+        if name not in WITHOUT_EFFECT:
+            raise TypeError(f"{what} has no argument {name!r}{did_you_mean(name, WITHOUT_EFFECT)}")
+    if given.get("push_to_hub"):
+        raise UnsupportedCall(f"{what}: push_to_hub is true; nothing is uploaded here: hf upload NAME folder")

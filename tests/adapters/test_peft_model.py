@@ -3,12 +3,16 @@
 import copy
 import io
 import json
+import shlex
+import subprocess
+import sys
 import warnings
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -129,7 +133,10 @@ def test_keys_that_are_mapped_and_a_config_of_ones_own(tmp_path):
     model.save_pretrained(tmp_path)
     tensors = ours.load_peft_weights(tmp_path, key_mapping={r"\.h\.": ".layers."})
     assert all(".layers." in key and ".h." not in key for key in tensors)
-    with pytest.raises(KeyError, match=r"for adapter 'default' it lacks .*; is it of this model"):
+    assert all(
+        ".layers." in key for key in ours.load_peft_weights(tmp_path, key_mapping={r"^transformer\.h": "layers."})
+    )
+    with pytest.raises(KeyError, match=r"for adapter 'default' it lacks .*; is it of this model\? strict=False loads"):
         ours.PeftModel.from_pretrained(causal(), tmp_path, key_mapping={r"\.h\.": ".layers."})
     config = ours.LoraConfig(r=2, target_modules=["c_attn"], lora_alpha=16)
     again = ours.PeftModel.from_pretrained(causal(), tmp_path, config=config)
@@ -248,8 +255,14 @@ def test_what_is_refused(tmp_path):
         model(IDS, adapter_names=["default", "__base__"])
     with pytest.raises(UnsupportedCall, match="safe_serialization is False; files are safetensors"):
         model.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(UnsupportedCall, match="save_embedding_layers is True"):
-        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(UnsupportedCall, match="push_to_hub is true; nothing is uploaded here: hf upload NAME folder"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(UnsupportedCall, match=r"push_to_hub: nothing is uploaded here; write the adapter by save_pre"):
+        model.push_to_hub("who/what")
+    with pytest.raises(TypeError, match=r"save_pretrained has no argument 'tokn'; did you mean 'token'\?"):
+        model.save_pretrained(tmp_path, tokn="x")
+    with pytest.raises(TypeError, match=r"PeftModel.from_pretrained has no argument 'device'"):
+        ours.PeftModel.from_pretrained(causal(), tmp_path, device="cpu")
     with pytest.raises(ValueError, match=r"selected_adapters has 'x'; the model has \['default'\]"):
         model.save_pretrained(tmp_path, selected_adapters=["x"])
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
@@ -273,3 +286,160 @@ def test_a_copy_is_a_model_of_its_own():
     assert torch.equal(logits(other), logits(model))
     other.set_adapter([])
     assert model.active_adapters == ["default"] and other.active_adapters == []
+
+
+def test_what_is_missing_is_a_result_where_it_is_allowed(tmp_path):
+    model = wrapped(ours)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = min(tensors)
+    save_file({"other": tensors.pop(lost), **tensors}, file)
+    with pytest.raises(KeyError, match="c_attn"):
+        ours.PeftModel.from_pretrained(causal(), tmp_path)
+    with pytest.warns(UserWarning, match=r"for adapter 'default' it (lacks|has what fits nothing,) \["):
+        again = ours.PeftModel.from_pretrained(causal(), tmp_path, strict=False)
+    for name in ("default", "new"):
+        with pytest.warns(UserWarning, match="for adapter .* it (lacks|has what fits nothing,)"):
+            result = again.load_adapter(tmp_path, name, strict=False)
+        assert result == ([lost.removeprefix("base_model.model.")], ["other"])
+    mine, theirs = (ours.get_peft_model_state_dict(one) for one in (again, model))
+    assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == [lost]
+
+
+def test_tensors_of_other_shapes_are_left_out_where_it_is_allowed(tmp_path):
+    wrapped(ours).save_pretrained(tmp_path)
+    config = ours.LoraConfig(r=3, target_modules=["c_attn"], init_lora_weights=False)
+    model = ours.get_peft_model(causal(), config)
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes=True"):
+        model.load_adapter(tmp_path, "default")
+    with pytest.warns(UserWarning, match="tensors of another shape were left out"):
+        model.load_adapter(tmp_path, "default", ignore_mismatched_sizes=True)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_state_dict_that_is_given_is_what_is_written(tmp_path):
+    model = wrapped(ours)
+    averaged = {key: tensor * 0.5 for key, tensor in model.state_dict().items()}
+    for library, one in ((ours, model), (peft, wrapped(peft))):
+        one.save_pretrained(tmp_path / library.__name__, state_dict=averaged)
+    mine, theirs = (load_file(tmp_path / one.__name__ / "adapter_model.safetensors") for one in (ours, peft))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_loading_for_use_ends_training(tmp_path):
+    wrapped(ours).save_pretrained(tmp_path)
+    for library in (ours, peft):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for trainable in (False, True):
+                model = library.PeftModel.from_pretrained(causal().train(), tmp_path, is_trainable=trainable)
+                assert model.training == model.get_base_model().transformer.drop.training == trainable
+            model.load_adapter(tmp_path, "second")
+        assert not model.get_base_model().transformer.drop.training
+
+
+@pytest.mark.parametrize("task", [*TASKS, None])
+def test_the_card_has_the_fields_of_pefts(task, tmp_path):
+    cards = []
+    for library in (ours, peft):
+        make, targets = TASKS[task or "CAUSAL_LM"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = make()
+            base.config._name_or_path = base.name_or_path = "who/base"
+            model = library.get_peft_model(base, library.LoraConfig(r=2, task_type=task, **targets))
+        (tmp_path / "peft").mkdir(exist_ok=True)
+        model.create_or_update_model_card(tmp_path / library.__name__)
+        file = tmp_path / library.__name__ / "README.md"
+        cards.append(yaml.safe_load(file.read_text().split("---")[1]))
+    assert cards[0] == cards[1]
+
+
+def test_the_base_is_named_in_the_config_and_another_is_a_warning():
+    for library in (ours, peft):
+        model = nn.Sequential(nn.Linear(2, 2))
+        model.name_or_path = "who/base"
+        config = library.LoraConfig(target_modules=["0"], base_model_name_or_path="other", revision="1")
+        with pytest.warns(UserWarning, match="other|who/base") as found:
+            made = library.get_peft_model(model, config, revision="2")
+        assert len(found) == 2
+        given = made.peft_config["default"]
+        assert (given.base_model_name_or_path, given.revision) == ("who/base", "2")
+
+
+def test_what_is_warned_of_as_in_peft():
+    def twice(library):
+        model = nn.Sequential(nn.Linear(2, 2))
+        for name in ("a", "b"):
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            model = library.inject_adapter_in_model(library.LoraConfig(target_modules=["0"]), model, name)
+        library.get_peft_model(model, library.LoraConfig(target_modules=["0"]), "c")
+
+    def merged(library):
+        model = wrapped(library)
+        model.merge_adapter(), model.merge_adapter()
+
+    def tied(library):
+        library.get_peft_model(causal(), library.LoraConfig(target_modules=["lm_head"]))
+
+    def other_modules(library):
+        model = causal()
+        state = {f"transformer.h.0.mlp.c_fc.lora_{one}.weight": torch.zeros(2, 8) for one in "AB"}
+        state["transformer.h.0.mlp.c_fc.lora_B.weight"] = torch.zeros(32, 2)
+        library.inject_adapter_in_model(library.LoraConfig(r=2, fan_in_fan_out=True), model, state_dict=state)
+
+    said = {
+        twice: r"the model has adapters already, \['a', 'b'\], and 'c' is added",
+        merged: r"adapters \['default'\] are merged already, so nothing is left to do",
+        tied: r"adapter 'default' is on what is tied: lm_head \(with transformer.wte\).*ensure_weight_tying=True",
+        other_modules: "LoraConfig and state_dict name different modules; state_dict counts",
+    }
+    for program, words in said.items():
+        for library, match in ((ours, words), (peft, "second time|already merged|tied|inconsistency")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                with pytest.warns((UserWarning, RuntimeWarning), match=match):
+                    program(library)
+
+
+def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path):
+    model = wrapped(peft)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin, a pickle, which is never read here") as refused:
+        ours.PeftModel.from_pretrained(causal(), tmp_path)
+    line = str(refused.value).splitlines()[-1]
+    assert line.startswith("python -c ")
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
+    torch.testing.assert_close(logits(ours.PeftModel.from_pretrained(causal(), tmp_path)), logits(model))
+
+
+def test_a_card_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    wrapped(ours).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "base_layer"])
+def test_an_adapter_may_have_any_name(name, tmp_path):
+    model = wrapped(ours, adapter_name=name)
+    model.save_pretrained(tmp_path)
+    again = ours.PeftModel.from_pretrained(causal(), tmp_path / name, name)
+    assert torch.equal(logits(again), logits(model)) and again.active_adapters == [name]
+
+
+def test_switching_while_merged_is_exact():
+    model = wrapped(ours)
+    model.add_adapter("second", ours.LoraConfig(target_modules=["c_attn"]))
+    before = logits(model)
+    model.merge_adapter()
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(causal()))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
+    model.merge_adapter(["second"])
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(logits(model), before)

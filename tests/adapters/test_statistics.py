@@ -138,7 +138,7 @@ def test_modules_without_rank_are_no_targets_any_more():
     fitted = fit_eva(model, given, batches, passes=50, **QUIET)
     graft = bind(model, fitted)
     assert list(graft.sites[""]) in (["1"], ["0", "1"]) and sum(s.constants.r for s in graft.sites[""].values()) == 2
-    assert given.target_modules == ["0", "1"] and given.statistics is None
+    assert given.target_modules == {"0", "1"} and given.statistics is None
 
 
 def test_what_eva_warns_of():

@@ -18,7 +18,7 @@ from torchgraft.adapters import (
     save_adapter,
     set_peft_model_state_dict,
 )
-from torchgraft.adapters._config.base import as_json
+from torchgraft.adapters._config.fields import as_json
 from torchgraft.functional import bind
 
 from .cases import case, close, same

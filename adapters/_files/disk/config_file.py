@@ -10,16 +10,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .folder import WEIGHTS, Folder, as_directory, read_config, write_config
+from .folder import MOST_CONFIG, WEIGHTS, Folder, as_directory, read_config, write_config
+from .hub import local_folder
 from .strict_json import parse_object
 
 
-def read_fields(path: str | os.PathLike[str], subfolder: str | None = None) -> tuple[Path, dict[str, Any]]:
+def read_fields(
+    path: str | os.PathLike[str],
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    needs_type: bool = True,
+) -> tuple[Path, dict[str, Any]]:
     """Read the fields of `adapter_config.json` in a directory.
 
     Args:
-        path: The directory.
+        path: The directory, or the name of a repository in the Hub's local cache.
         subfolder: A directory within it.
+        revision: The repository's branch or commit.
+        cache_dir: The Hub's cache.
+        needs_type: Whether the file has to say of which method it is.
 
     Returns:
         The file, and its fields.
@@ -28,7 +38,8 @@ def read_fields(path: str | os.PathLike[str], subfolder: str | None = None) -> t
         FileNotFoundError: No such file.
         ValueError: A file that is no config, or that leads out of the directory; names the file.
     """
-    root = as_directory(path)
+    as_directory(path)
+    root = local_folder(path, None, revision, cache_dir)
     folder = Folder(root, root / subfolder if subfolder else root)
     if not folder.path.is_dir():
         raise FileNotFoundError(f"{folder.path}: no such directory; nothing is downloaded here, fetch it first")
@@ -37,11 +48,29 @@ def read_fields(path: str | os.PathLike[str], subfolder: str | None = None) -> t
         with contextlib.suppress(FileNotFoundError):
             weights = stack.enter_context(folder.open(WEIGHTS))
         file, data = read_config(folder, weights)
-    return file, parse_fields(file, data)
+    return file, parse_fields(file, data, needs_type)
 
 
-def parse_fields(file: Path, data: bytes) -> dict[str, Any]:
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the fields of a config from its file, by whatever name.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A file that is no config; names the file.
+    """
+    file = Path(path)
+    with Folder(file.parent, file.parent).open(file.name) as handle:
+        data = handle.read(MOST_CONFIG)
+    return parse_fields(file, data, needs_type=False)
+
+
+def parse_fields(file: Path, data: bytes, needs_type: bool = True) -> dict[str, Any]:
     """Parse the bytes of a config.
+
+    Args:
+        file: Where they are from.
+        data: The bytes.
+        needs_type: Whether they have to say of which method it is.
 
     Raises:
         ValueError: Bytes that are no config; names the file.
@@ -50,7 +79,7 @@ def parse_fields(file: Path, data: bytes) -> dict[str, Any]:
     {'peft_type': 'LORA', 'r': 4}
     """
     fields = parse_object(data, file)
-    if "peft_type" not in fields:
+    if needs_type and "peft_type" not in fields:
         raise ValueError(f"{file}: has no peft_type, expected the config of an adapter, such as LORA")
     return fields
 

@@ -41,7 +41,8 @@ def from_keys(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            named = {path for path, _ in with_parts(modules, find_targets(config, modules, model))}
+            meant = config.for_model(model, modules)
+            named = {path for path, _ in with_parts(modules, find_targets(meant, modules, model))}
         except ValueError:
             named = set()
     if named and named != set(paths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -154,10 +155,18 @@ class MergingLayer(LayerLeaves):
         self.refresh()
 
     def _inside_out(self, names: Iterable[str]) -> list[str]:
-        """Return these adapters, the innermost first: the last of those that act on the input."""
-        names = list(names)
-        entries: list[Any] = [self._entries[name] for name in names]
-        return names[::-1] if any(entry.config.form.input_side(entry.site) for entry in entries) else names
+        """Return these adapters, the innermost first.
+
+        Methods are around each other as they were added, as PEFT's layers of several are. Of one method the order is
+        the given one, or the reverse of it for what acts on the input.
+        """
+        names, ordered = list(names), list[str]()
+        for _, run in itertools.groupby(self._entries, key=lambda name: self._entries[name].config.method.name):
+            added = set(run)
+            chosen = [name for name in names if name in added]
+            entries: list[Any] = [self._entries[name] for name in chosen]
+            ordered += chosen[::-1] if any(one.config.form.input_side(one.site) for one in entries) else chosen
+        return ordered
 
     def unmerged_tensors(self, path: str) -> Mapping[str, Tensor]:
         """Return tensors of the module as they are without merged adapters, by name; those that merging changed."""

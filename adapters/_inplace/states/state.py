@@ -16,7 +16,6 @@ from torchgraft.functional.extending import (
     offloading,
     resting,
     submodule,
-    whole,
 )
 
 from ..._config.keys import PREFIX, SHARED
@@ -27,12 +26,17 @@ from ..switch import put_in, take_out
 from ..tensors.gathering import fill, kept, on_gathered
 from ..walk import is_wrapped, layers, parts, unwrap
 from .base_state import IncompatibleKeys
+from .embeddings import BaseEmbedding, Choice, put_base, replaceable, saved_embeddings
 from .layouts import layout_of, shared_keys, shared_tensors, slots_of
 
 
 @on_gathered()
 def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: Choice = "auto",
 ) -> dict[str, Tensor]:
     """Return the tensors of one adapter under PEFT's keys, without the adapter's name in them.
 
@@ -42,6 +46,10 @@ def get_peft_model_state_dict(
         model: A model with injected adapters. Of a `PeftModel` keys begin with `base_model.model.`, as in PEFT.
         state_dict: The model's state dict, where the tensors are to be taken from there (gathered shards).
         adapter_name: Name of the adapter.
+        unwrap_compiled: Has no effect: compiled models are always looked through.
+        save_embedding_layers: Whether the base's input and output embeddings are among the tensors: `True`, `False` or,
+            with a warning, `"auto"`, where the adapter is on one (`embed_tokens`, `lm_head`) or the vocabulary of a
+            transformers' model was resized.
 
     Raises:
         ValueError: A name that the model does not have.
@@ -55,14 +63,17 @@ def get_peft_model_state_dict(
     prefix, model = PREFIX if is_wrapped(model) else "", unwrap(model)
     layout = layout_of(model, adapter_name)
     slots = slots_of(model, layout)
+    saved = saved_embeddings(model, layout, save_embedding_layers)
     if state_dict is None:
+        base = {one.key: kept(one.tensor) for one in saved}
         state = {key: kept(_values(model, slot.key, slot.tensor)) for key, slot in slots.items()}
     else:
         given = {bare_name(key).removeprefix(prefix): tensor for key, tensor in state_dict.items()}
         state = {key: _given(given, slot, model).detach() for key, slot in slots.items()}
+        base = {one.key: _given(given, Slot(one.key, one.own), model).detach() for one in saved}
     state = layout.config.form.pack(layout.config, state)
     shared = shared_keys(model, adapter_name) if prefix else ()
-    named = {key if key in shared else f"{prefix}{key}": tensor for key, tensor in state.items()}
+    named = {key if key in shared else f"{prefix}{key}": tensor for key, tensor in (base | state).items()}
     return named | shared_tensors(model, layout.config, adapter_name)
 
 
@@ -116,8 +127,10 @@ def set_peft_model_state_dict(
     model = unwrap(model)
     layout = layout_of(model, adapter_name)
     slots, constants = slots_of(model, layout), shared_tensors(model, layout.config, adapter_name)
+    bases = {one.key: one for one in replaceable(model, layout)}
     given = layout.config.form.unpack(layout.config, _named_as_in_files(peft_model_state_dict))
-    expected = {key: slot.tensor for key, slot in slots.items()} | constants | _base_tensors(model, adapter_name)
+    expected = {key: one.tensor for key, one in bases.items()} | {key: slot.tensor for key, slot in slots.items()}
+    expected |= constants
     _check_numbers(given, expected, adapter_name)
     wrong = _misshapen(given, expected)
     if wrong and not ignore_mismatched_sizes:
@@ -131,7 +144,7 @@ def set_peft_model_state_dict(
     merged = [(part, list(part.merged_adapters)) for part in parts(model)]
     take_out(part for part, _ in merged)
     fitting = {key: given[key] for key in expected if key in given and key not in wrong}
-    _load(model, layout, slots, fitting, low_cpu_mem_usage)
+    _load(model, layout, slots, bases, fitting, low_cpu_mem_usage)
     put_in(merged)
     missing = [key for key in (*slots, *constants) if key not in given]
     return IncompatibleKeys(missing, [key for key in given if key not in expected])
@@ -176,30 +189,26 @@ def _misshapen(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
 
 
 def _load(
-    model: nn.Module, layout: Layout, slots: Mapping[str, Slot], values: Mapping[str, Tensor], assign: bool
+    model: nn.Module,
+    layout: Layout,
+    slots: Mapping[str, Slot],
+    bases: Mapping[str, BaseEmbedding],
+    values: Mapping[str, Tensor],
+    assign: bool,
 ) -> None:
     """Load values, by their keys in files, into a model of which nothing is merged."""
-    bases = {layer.place_in_model(path, layout.carriers): _like(layer) for path, layer in layers(model).items()}
+    likes = {layer.place_in_model(path, layout.carriers): _like(layer) for path, layer in layers(model).items()}
     shared = {f"{SHARED}{name}": name for name in layout.config.form.shared}
     for key, value in values.items():
         slot = slots.get(key)
         if slot is None and key in shared:
             _put_shared(model, layout.adapter, shared[key], value)
         elif slot is None:
-            _put_base(model, key, value)
+            put_base(bases[key], value)
         elif slot.put is None:
-            _put(model, slot.key, value, assign, bases)
+            _put(model, slot.key, value, assign, likes)
         else:
             slot.put(value)
-
-
-def _base_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return tensors of the base that PEFT's files may hold beside an adapter: those of targeted embeddings."""
-    return {
-        f"{path}.base_layer.{layer.entries[adapter_name].site.weight_names[0]}": _like(layer)
-        for path, layer in layers(model).items()
-        if adapter_name in layer.entries and layer.entries[adapter_name].site.kind == "embedding"
-    }
 
 
 def _like(layer: BaseTunerLayer) -> Tensor:
@@ -207,7 +216,7 @@ def _like(layer: BaseTunerLayer) -> Tensor:
     return next(iter(layer.entries.values())).site.like(layer.get_base_layer())
 
 
-def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping[str, Tensor]) -> None:
+def _put(model: nn.Module, key: str, value: Tensor, assign: bool, likes: Mapping[str, Tensor]) -> None:
     """Copy into a tensor of the model, or take its place with the device and dtype of the base."""
     path, _, name = key.rpartition(".")
     owner = submodule(model, path)
@@ -216,7 +225,7 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool, bases: Mapping
     if offloaded or is_sharded(old) or not (assign or old.is_meta):
         fill(owner, name, value)
         return
-    base = next((bases[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in bases), None)
+    base = next((likes[at] for at in (path.rsplit(".", n)[0] for n in (1, 2)) if at in likes), None)
     like = old if base is None else base
     numbers = all(one.is_floating_point() or one.is_complex() for one in (like, old))
     new = value.detach().to(like.device, like.dtype if numbers else old.dtype)
@@ -231,14 +240,3 @@ def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -
     constants = {name: value.detach()}  # one tensor, which the layers go on sharing
     for layer in mine:
         layer.set_constants(adapter_name, constants)
-
-
-def _put_base(model: nn.Module, key: str, value: Tensor) -> None:
-    path, _, name = key.rpartition(".")
-    owner = submodule(model, path)
-    weight = whole(resting(owner, name))
-    if not torch.equal(weight, whole(value).to(weight.device, weight.dtype)):
-        warnings.warn(
-            f"{key} of the base was replaced by the one that came with the adapter", UserWarning, stacklevel=4
-        )
-        fill(owner, name, value)

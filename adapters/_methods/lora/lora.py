@@ -107,6 +107,8 @@ class LoraConfig(LoraFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.lora_dropout < 1, self, f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA" and "Gaussian" too
         kind = kind_of(self.init_lora_weights)
         require(
             self.init_lora_weights in (True, False, "gaussian") or kind is not None,

@@ -1,0 +1,211 @@
+"""A model with adapters under PEFT's names: running it, and which adapters are there, active and trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from torchgraft.functional import UnsupportedCall
+
+from .. import _inplace as inplace
+from .._config.base import AdapterConfig
+from .._config.ties import others_tied_to
+from .tuners import BaseTuner, tuner_class
+
+
+class AdaptedModel(inplace.ModelWrapper):
+    """What a `PeftModel` is apart from its files: a thin wrapper, each of whose methods is an in-place function.
+
+    Args:
+        model: The model.
+        peft_config: The first adapter's config; it is copied.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Give its parameters float32 where they would have float16 or bfloat16.
+        low_cpu_mem_usage: Make its parameters on the meta device.
+    """
+
+    base_model: Any
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Names of new heads, which a task's model trains as `modules_to_save`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
+        super().__init__()
+        self.training = model.training
+        config = with_heads(peft_config, model, self.heads)
+        self.base_model = self.tuner_of(config)(model, config, adapter_name, low_cpu_mem_usage)
+        inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        warn_of_ties(model, adapter_name)
+        _let_inputs_require_grad(model)
+
+    @classmethod
+    def around(cls, model: nn.Module, config: AdapterConfig) -> Self:
+        """Wrap a model that has its adapters already; `config` is the first one's."""
+        wrapped = cls.__new__(cls)
+        nn.Module.__init__(wrapped)
+        wrapped.training = model.training
+        wrapped.base_model = cls.tuner_of(config).around(model)
+        _let_inputs_require_grad(model)
+        return wrapped
+
+    @classmethod
+    def tuner_of(cls, config: AdapterConfig) -> type[BaseTuner]:
+        """Return the class of `base_model`."""
+        return tuner_class(type(config))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with its active adapters.
+
+        Raises:
+            UnsupportedCall: `adapter_names` for the rows of the batch.
+        """
+        _refuse_rows(kwargs)
+        return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's own `generate`."""
+        _refuse_rows(kwargs)
+        return self.get_base_model().generate(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the model without its adapters for a while."""
+        with inplace.disable_adapter(self.get_base_model()):
+            yield
+
+    def get_base_model(self) -> Any:
+        """Return the user's model, with the adapters in it."""
+        return self.base_model.model
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """The config of each adapter, by name."""
+        result: dict[str, AdapterConfig] = self.get_base_model().peft_config
+        return result
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return inplace.active_adapters(self.get_base_model())
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list where there are several, or none."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """The config of the first active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter takes part in calls."""
+        return any(not layer.disable_adapters and layer.active_adapters for layer in inplace.layers(self).values())
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The model's `dtype`, if it has one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def peft_type(self) -> str:
+        """Name of the first adapter's method."""
+        return next(iter(self.peft_config.values())).method.name
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train copies of; `None` where there are none."""
+        found = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return found or None
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter that is frozen and not active yet; `set_adapter` makes it the active one."""
+        model = self.get_base_model()
+        config = with_heads(peft_config, model, self.heads)
+        inplace.inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, activate=False)
+        inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        warn_of_ties(model, adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, and trainable unless `inference_mode`; others are frozen."""
+        inplace.set_adapter(self.get_base_model(), adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters, active or not."""
+        inplace.set_requires_grad(self.get_base_model(), adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        inplace.delete_adapter(self.get_base_model(), adapter_name)
+
+
+def _let_inputs_require_grad(model: Any) -> None:
+    """Have the embeddings of a transformers' model that checkpoints require gradients, which reentrant ones need."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    checkpointing = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)
+    if checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+
+
+def warn_of_ties(model: nn.Module, adapter_name: str) -> None:
+    """Name the modules of an adapter whose weight is another module's too, which the adapter does not change."""
+    configs: Any = getattr(inplace.unwrap(model), "peft_config", {})
+    if getattr(configs[adapter_name], "ensure_weight_tying", False):
+        return
+    modules = inplace.bare_modules(model)
+    found = {path: others_tied_to(path, modules) for path in inplace.adapted_modules(model, adapter_name)}
+    tied = [f"{path} (with {', '.join(others)})" for path, others in found.items() if others]
+    if tied:
+        warnings.warn(
+            f"adapter {adapter_name!r} is on what is tied: {'; '.join(tied)}, and does not change the other; a layer "
+            "of these cannot be merged. Set ensure_weight_tying=True (LoRA) to adapt both, or untie them",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def with_heads(config: AdapterConfig, model: nn.Module, heads: Sequence[str]) -> AdapterConfig:
+    """Return a config whose `modules_to_save` has the new heads of a task, if the model has one."""
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if not ends.intersection(heads):
+        return config
+    return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*(config.modules_to_save or ()), *heads])))
+
+
+def _refuse_rows(kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise UnsupportedCall(
+            "adapter_names are given for the rows of the batch, which layers in place do not do; give each row its "
+            "adapter by graft(route(many, rows), ...), with extract_graft(model) and extract_params(model, name)"
+        )
