@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torchgraft.functional.extending import did_you_mean
 
+
 def instead_of(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about a name that is not here.
 
