@@ -65,11 +65,11 @@ def prepare_model_for_compiled_hotswap(
     found = {name: at for name, at in found.items() if at}
     if not found:
         raise ValueError("the model has no LoRA adapter; inject or load the first one before, then compile")
-    for name, at in found.items() if target_rank is not None else ():
-        check_growth(name, at, dict.fromkeys(at, target_rank), most=True)
+    ranks = {name: {} if target_rank is None else dict.fromkeys(at, target_rank) for name, at in found.items()}
     for name, at in found.items():
-        if target_rank is not None:
-            grow(name, at, dict.fromkeys(at, target_rank))
+        check_growth(name, at, ranks[name], most=True)
+    for name, at in found.items():
+        grow(name, at, ranks[name])
         for layer in at.values():
             layer.make_adjustable(name)
 
@@ -223,8 +223,8 @@ class _Swap:
     def _rank(self, path: str, own: Mapping[str, Tensor]) -> int:
         """Return the rank of a layer's new tensors, which has to be the config's."""
         site = self.at[path].entries[self.name].site
-        rank = next(len(tensor) for leaf, tensor in own.items() if leaf.endswith("_A")) // max(site.experts, 1)
-        planned = self.config.r
+        rank: int = next(len(tensor) for leaf, tensor in own.items() if leaf.endswith("_A")) // max(site.experts, 1)
+        planned: int = self.config.r
         for one in filter(None, (site.within, site.path)):
             planned = by_pattern(self.config.rank_pattern, one, planned)
         if rank != planned:

@@ -1,11 +1,13 @@
 """The alias itself: what is found under PEFT's name, for how long, and what comes back."""
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
 import subprocess
 import sys
 import threading
+import types
 
 import peft
 import pytest
@@ -18,7 +20,17 @@ from torchgraft.adapters._peft.absent import Absent
 from torchgraft.adapters._peft.peft_modules import MODULES
 from torchgraft.functional import UnsupportedCall
 
-REAL = {name: importlib.import_module(name) for name in MODULES}
+
+def real(name):
+    """A module of PEFT's; that of CorDA takes its dataclass from attrs, which nothing else here needs."""
+    sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
+    module = importlib.import_module(name)
+    if isinstance(sys.modules["attr"], types.SimpleNamespace):
+        del sys.modules["attr"]
+    return module
+
+
+REAL = {name: real(name) for name in MODULES}
 
 
 def real_modules():

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:save_embedding_layers. an embedding is one of target_modules:UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkp:FutureWarning"),
 ]
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}

@@ -29,6 +29,12 @@ PICKLE = "adapter_model.bin"
 MOST_CONFIG = 64 * 2**20
 """Bytes that a config may have."""
 
+_CONVERSION = (
+    'python -c "import torch, safetensors.torch as s; t = torch.load({0!s!r}, weights_only=True); s.save_file('
+    "{{k: v.clone(memory_format=torch.contiguous_format) for k, v in t.items()}}, {1!s!r}, {{'format': 'pt'}})\""
+)
+"""The line that makes weights of a pickle, which torch reads as tensors alone."""
+
 _PENDING = re.compile(r"\.adapter_config\.([0-9a-f]{64})\.json")
 """A config whose weights have this digest; see `write_pair`."""
 
@@ -175,7 +181,7 @@ def _no_weights(folder: Folder) -> str:
     if folder.has(PICKLE):
         return (
             f"{folder.path / WEIGHTS}: is missing; there is only {PICKLE}, a pickle, which is never read here for it "
-            "can run code. If you trust it, load it with PEFT and call save_pretrained(path, safe_serialization=True)"
+            f"can run code. This converts it:\n{_CONVERSION.format(folder.path / PICKLE, folder.path / WEIGHTS)}"
         )
     return f"{folder.path / WEIGHTS}: is missing"
 
