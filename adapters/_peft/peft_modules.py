@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from torchgraft.functional.extending import did_you_mean
+
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .._config.base import AdapterConfig, config_types
@@ -227,9 +229,13 @@ def missing(name: str) -> str:
     """Return what to say when somebody asks for a name that is not here."""
     module, _, attribute = name.rpartition(".")
     nested = {other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")}
-    here = [other for other, value in MODULES.get(module, {}).items() if not isinstance(value, Absent)]
-    offered = sorted({*here, *(other for other in nested if "." not in other)})
+    names = {**MODULES.get(module, {}), **dict.fromkeys(other for other in nested if "." not in other)}
+    offered = sorted(other for other, value in names.items() if not isinstance(value, Absent))
+    hint = did_you_mean(attribute, names)
+    if not hint:
+        listed = len(offered) < 40  # no one reads more
+        hint = f"; it offers {', '.join(offered) or 'nothing'}." if listed else f"; dir({module}) has its names."
     return (
-        f"torchgraft stands in for peft here (as_peft()) and has no {attribute!r} in {module}; it offers "
-        f"{', '.join(offered) or 'nothing there'}. Leave as_peft() to have PEFT's own"
+        f"torchgraft stands in for peft here (as_peft()) and has no {attribute!r} in {module}{hint} Leave as_peft() to "
+        "have PEFT's own"
     )

@@ -130,16 +130,16 @@ def test_an_error_inside_ends_the_alias():
 
 
 @pytest.mark.parametrize(
-    ("statement", "error"),
+    ("statement", "error", "words"),
     [
-        ("import peft.tuners.lora.arrow", ImportError),
-        ("from peft import PrefixTuning", ImportError),
-        ("from peft.utils.other import bloom_model_postprocess_past_key_value", ImportError),
-        ("import peft; peft.tuners.PrefixTuning", AttributeError),
+        ("import peft.tuners.lora.arrow", ImportError, r"no 'arrow' in peft.tuners.lora; it offers .*LoraModel"),
+        ("from peft import nothing_like_it", ImportError, r"no 'nothing_like_it' in peft; dir\(peft\) has its names\."),
+        ("from peft import LoRAConfig", ImportError, r"no 'LoRAConfig' in peft; did you mean 'LoraConfig'\?"),
+        ("import peft; peft.functional.set_adapte", AttributeError, r"did you mean 'set_adapter'\?"),
     ],
 )
-def test_names_that_are_not_here(statement, error):
-    with as_peft(), pytest.raises(error, match=r"torchgraft stands in for peft here .* it offers .*Wrapper|LoraConfig"):
+def test_names_that_are_not_here(statement, error, words):
+    with as_peft(), pytest.raises(error, match=rf"torchgraft stands in for peft here .*{words}.* Leave as_peft\(\)"):
         exec(statement)
 
 
