@@ -42,7 +42,7 @@ test: lint
 test-quick: $(VENV)/.test
 	$(PYTEST) -m 'not full and not slow'
 
-test-full: $(VENV)/.test
+test-full: $(VENV)/.clients
 	$(PYTEST) -m full $(if $(MINUTES),--minutes=$(MINUTES) -rs)
 
 lint: $(VENV)/.test
@@ -63,14 +63,16 @@ clean:
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
+# laplace-torch asks for a torchvision that it does not use, and one of another build than torch's breaks transformers.
 # The links show mypy the folders under their import names, which it cannot learn from an editable install.
-$(VENV)/.demo $(VENV)/.bench $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python'; exit 1; }
 	@echo 'Installing into $(VENV); the first time takes minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) --editable '.[$*]'
+	$(if $(filter clients,$*),$(INSTALL) --no-deps laplace-torch)
 	mkdir -p $(VENV)/types/torchgraft
 	ln -sfn ../../../torchgraft/__init__.py $(VENV)/types/torchgraft/__init__.py
 	ln -sfn ../../../functional $(VENV)/types/torchgraft/functional

@@ -53,11 +53,11 @@ ORDER = {
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _files: configs packed fit stored save into_graft into_model load inspected stacks
-        _calibration: progress observing statistics
+        _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
         _bank: layout state optimizers muon kind resident arguments batch slots record resting files bank
-        _peft: names absent card tuners status weights ranks hotswap wrapper peft_model tasks auto layer_classes helpers
-            lookups optimizers precision renamed_keys peft_modules alias
+        _peft: names absent configs card tuners status weights wrapper ranks hotswap peft_model tasks auto layer_classes
+            helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
         .: __init__
     """,
     "functional": """

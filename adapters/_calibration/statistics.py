@@ -7,7 +7,6 @@ is: no hook is set, no flag is changed, no gradient is left.
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Graft, UnsupportedConfig
+from torchgraft.functional import UnsupportedConfig
 from torchgraft.functional.extending import Site, modules_of, weights_of, with_weights
 
 from .._config.messages import names_of, require
-from .._config.targets import exact
 from .._methods.lora.lora import LoraConfig
-from .._methods.shared.scalings import alpha_at
 from .initial import Statistics
 from .initial.configs import EvaConfig
 from .initial.corda import covariance, oriented
 from .initial.eva import Directions, shares
 from .observing import Forward, check_reached, first, looked_at, loss_of, run, same_inputs, wide
 from .progress import shown
+from .redistributed import redistributed
 
 Rows = Callable[[Tensor, Any, EvaConfig], Tensor]
 """`(input, batch, config) -> "rows in"`: what counts of the input of a module."""
@@ -96,6 +94,28 @@ def fit_eva(
     >>> fitted.statistics
     Statistics('eva', 1 modules)
     """
+
+    def at(path: str, x: Tensor, batch: Any, how: EvaConfig) -> Tensor:
+        return rows(x, batch, how)
+
+    sites, parts = eva_directions(model, config, batches, forward, at, passes, progress)
+    how: Any = config.eva_config
+    return redistributed(config, sites, modules_of(model), how, parts)
+
+
+def eva_directions(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Iterable[Any],
+    forward: Forward,
+    rows: Callable[[str, Tensor, Any, EvaConfig], Tensor],
+    passes: int,
+    progress: bool,
+) -> tuple[Mapping[str, Site], dict[str, Tensor]]:
+    """Return the sites of a config, and the directions that EVA finds for each, `"rank in"`, by path.
+
+    The arguments are those of `fit_eva`, but that `rows` gets the path of the module first.
+    """
     graft, sites = looked_at(model, config, "eva")
     how = config.eva_config
     assert isinstance(how, EvaConfig)
@@ -114,7 +134,7 @@ def fit_eva(
 
         def see(path: str, x: Tensor, batch: Any = batch, missing: set[str] = missing) -> None:
             if path in missing:
-                found[path].update(wide(rows(x, batch, how)))
+                found[path].update(wide(rows(path, x, batch, how)))
 
         with graft.looking(see) as base:
             forward(base, batch)
@@ -122,7 +142,16 @@ def fit_eva(
             ranks = _ranks(sites, found, leaders, counts)
     ranks = _ranks(sites, found, leaders, counts)
     _warn_of_unfound(found, ranks, how)
-    return _redistributed(graft, config, how, ranks, {path: found[leaders.get(path, path)] for path in ranks})
+    return graft.sites[""], {
+        path: _components(found[leaders.get(path, path)], rank, how) for path, rank in ranks.items()
+    }
+
+
+def _components(directions: Directions, rank: int, how: EvaConfig) -> Tensor:
+    """Return the first directions, `"rank in"`, of an input."""
+    assert directions.components is not None
+    scale = directions.values[:rank, None].sqrt() if how.whiten else 1
+    return (directions.components[:rank] / scale).clone()
 
 
 def _ranks(
@@ -159,36 +188,6 @@ def _warn_of_unfound(found: Mapping[str, Directions], ranks: Mapping[str, int], 
         )
 
 
-def _redistributed(
-    graft: Graft, config: LoraConfig, how: EvaConfig, ranks: Mapping[str, int], found: Mapping[str, Directions]
-) -> LoraConfig:
-    """Return the config with these ranks, and with what was found."""
-    rank_pattern, alpha_pattern, sites, kept = {}, {}, {}, []
-    for path, site in graft.sites[""].items():
-        old, alpha = site.constants.r, alpha_at(config, site)
-        rank = ranks.get(path, old)
-        if not rank:
-            continue
-        kept.append(path)
-        alpha *= rank / old if how.adjust_scaling_factors else 1
-        if rank != config.r:
-            rank_pattern[f"^{re.escape(path)}"] = rank
-        if alpha != config.lora_alpha:
-            alpha_pattern[f"^{re.escape(path)}"] = alpha
-        if path in found:
-            one = found[path]
-            assert one.components is not None
-            scale = one.values[:rank, None].sqrt() if how.whiten else 1
-            sites[path] = {"components": (one.components[:rank] / scale).clone()}
-    names = [name for name, _ in graft.model.named_modules(remove_duplicate=False)]
-    return dataclasses.replace(
-        exact(config, kept, names),
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        statistics=Statistics("eva", sites),
-    )
-
-
 def fit_corda(
     model: nn.Module,
     config: LoraConfig,
@@ -222,6 +221,13 @@ def fit_corda(
     """
     graft, sites = looked_at(model, config, "corda")
     how: Any = config.corda_config
+    for name in ("cache_file", "covariance_file"):
+        require(
+            getattr(how, name) is None,
+            config,
+            f"corda_config.{name} is {getattr(how, name)!r}, and fit_corda neither reads nor writes files; leave it "
+            "out, the returned config has it all, or call preprocess_corda",
+        )
     one, rest = first(batches, 1)
     leaders = same_inputs(graft, forward, one)
     sums: dict[str, Tensor] = {}

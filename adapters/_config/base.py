@@ -22,6 +22,7 @@ from .architectures import with_targets
 from .fields import (
     as_json,
     check_attribute,
+    check_biases_and_layers,
     check_call,
     check_fields,
     check_given,
@@ -29,8 +30,7 @@ from .fields import (
     check_task,
     own_type,
 )
-from .messages import require
-from .peft_format import PeftFormat
+from .peft_format import NoForm, PeftFormat
 from .peft_type import PeftType
 from .replaced import Plan, find_replaced
 from .targets import find_targets
@@ -39,16 +39,6 @@ PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files these are."""
 AS_SETS = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields whose lists become sets."""
-
-
-class _NoForm:
-    """Stands where a method has not said how PEFT's layers and files hold its leaves."""
-
-    def __get__(self, config: Any, cls: type) -> Any:
-        raise AttributeError(
-            f"{cls.__name__} has no form, by which files and layers in place hold its leaves; set {cls.__name__}.form ="
-            " PeftFormat(prefix=..., parameters=(...))"
-        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -77,7 +67,7 @@ class AdapterConfig:
     """
 
     method: ClassVar[Method]
-    form: ClassVar[PeftFormat] = _NoForm()  # type: ignore[assignment]
+    form: ClassVar[PeftFormat] = NoForm()  # type: ignore[assignment]
     site_fields: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "peft_version"}
@@ -124,24 +114,7 @@ class AdapterConfig:
             if isinstance(value := getattr(self, name, None), list):
                 setattr(self, name, set(value))
         check_task(self)
-        only = f"{self.method.name.lower()}_only"
-        require(
-            self.bias in ("none", "all") or self.bias.endswith("_only"),
-            self,
-            f"bias is {self.bias!r}, expected 'none', 'all' or {only!r}",
-        )
-        given = self.layers_to_transform is not None
-        require(
-            given or not self.layers_pattern,
-            self,
-            f"layers_pattern is {self.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
-        )
-        require(
-            not (given and isinstance(self.target_modules, str)),
-            self,
-            f"layers_to_transform is {self.layers_to_transform!r}, which applies to names in a list, and "
-            f"target_modules is the string {self.target_modules!r}; give a list, or put the layers into the expression",
-        )
+        check_biases_and_layers(self)
 
     def for_model(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Self:
         """Return this config with its targets named as a model has them: PEFT's for its type where none are named.
@@ -306,23 +279,6 @@ class AdapterConfig:
             FileNotFoundError, ValueError: No such file, or one that is no config; names the file.
         """
         return read_file(path_json_file)
-
-
-PeftConfig = AdapterConfig
-"""PEFT's name of what all configs share."""
-
-
-def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
-    """Make a config of its fields: PEFT's name of `AdapterConfig.from_dict`.
-
-    Raises:
-        ValueError, TypeError: As `AdapterConfig.from_dict`.
-
-    >>> from torchgraft.adapters import LoraConfig
-    >>> get_peft_config({"peft_type": "LORA", "r": 4}).r
-    4
-    """
-    return AdapterConfig.from_dict(config_dict)
 
 
 def config_types() -> dict[str, type[AdapterConfig]]:

@@ -124,6 +124,32 @@ def check_task(config: Any) -> None:
     )
 
 
+def check_biases_and_layers(config: Any) -> None:
+    """Refuse an unknown choice of biases, and fields for layers that have no effect.
+
+    Raises:
+        ValueError: Says what to give.
+    """
+    only = f"{config.method.name.lower()}_only"
+    require(
+        config.bias in ("none", "all") or config.bias.endswith("_only"),
+        config,
+        f"bias is {config.bias!r}, expected 'none', 'all' or {only!r}",
+    )
+    given = config.layers_to_transform is not None
+    require(
+        given or not config.layers_pattern,
+        config,
+        f"layers_pattern is {config.layers_pattern!r} without layers_to_transform, so it has no effect; give both",
+    )
+    require(
+        not (given and isinstance(config.target_modules, str)),
+        config,
+        f"layers_to_transform is {config.layers_to_transform!r}, which applies to names in a list, and "
+        f"target_modules is the string {config.target_modules!r}; give a list, or put the layers into the expression",
+    )
+
+
 def check_fields(config: Any) -> None:
     """Hold a config's values against the types of its fields, and its regular expressions against `re`.
 

@@ -189,3 +189,13 @@ class PeftFormat:
         """
         attribute, parameter = self.place(leaf)
         return attribute if parameter is None or leaf in self.bare_modules else f"{attribute}.{parameter}"
+
+
+class NoForm:
+    """Stands where a method has not said how PEFT's layers and files hold its leaves."""
+
+    def __get__(self, config: Any, cls: type) -> Any:
+        raise AttributeError(
+            f"{cls.__name__} has no form, by which files and layers in place hold its leaves; set {cls.__name__}.form ="
+            " PeftFormat(prefix=..., parameters=(...))"
+        )

@@ -28,8 +28,8 @@ def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None
 
     Args:
         model: A model with injected adapters.
-        adapter_names: Names of the adapters; by default the active ones. What is merged already stays merged, with a
-            warning.
+        adapter_names: Names of the adapters; by default the active ones. What is merged already stays merged; a
+            warning where nothing else is.
         safe_merge: Refuse weights that are not finite.
 
     Raises:
@@ -46,10 +46,8 @@ def merge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None
     model = unwrap(model)
     before = _merged_in(model)
     _merge(model, adapter_names, safe_merge, False)
-    if before:
-        more = [name for name in _merged_in(model) if name not in before]
-        what = f"; {more} are merged beside them" if more else ", so nothing is left to do"
-        warnings.warn(f"adapters {before} are merged already{what}", UserWarning, stacklevel=3)
+    if before and before == _merged_in(model):
+        warnings.warn(f"adapters {before} are merged already, so nothing is left to do", UserWarning, stacklevel=3)
 
 
 def _merged_in(model: nn.Module) -> list[str]:

@@ -32,7 +32,8 @@ def as_peft(version: str = VERSION) -> Alias:
     to who imported them, and when: a model that got its adapters from torchgraft keeps torchgraft's layers, and code
     that holds real PEFT's classes goes on with these. So work on a model either inside or outside; a model of real PEFT
     that is used inside, or the reverse, is not recognised. Libraries that look for `peft` once, when they are imported
-    (diffusers), have to be imported inside.
+    (diffusers, trl), have to be imported inside. Names of methods that torchgraft does not have (`PrefixTuningConfig`)
+    are there for those that import them, and using one is an error.
 
     Two limits are transformers' own. Its files have no place for what all layers share (VeRA's projections), which are
     drawn from the config's seed again. And its `enable_adapters` does not reach `modules_to_save`, which

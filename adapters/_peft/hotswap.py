@@ -65,11 +65,11 @@ def prepare_model_for_compiled_hotswap(
     found = {name: at for name, at in found.items() if at}
     if not found:
         raise ValueError("the model has no LoRA adapter; inject or load the first one before, then compile")
-    for name, at in found.items() if target_rank is not None else ():
-        check_growth(name, at, dict.fromkeys(at, target_rank), most=True)
+    ranks = {name: {} if target_rank is None else dict.fromkeys(at, target_rank) for name, at in found.items()}
     for name, at in found.items():
-        if target_rank is not None:
-            grow(name, at, dict.fromkeys(at, target_rank))
+        check_growth(name, at, ranks[name], most=True)
+    for name, at in found.items():
+        grow(name, at, ranks[name])
         for layer in at.values():
             layer.make_adjustable(name)
 
@@ -150,7 +150,7 @@ def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterCon
 
     >>> check_hotswap_configs_compatible(LoraConfig(r=2), LoraConfig(r=4))
     """
-    _check_configs(config0, config1, "0")
+    _check_configs(config0, config1, "one adapter")
 
 
 class _Swap:
@@ -169,7 +169,7 @@ class _Swap:
         self.given, self.name, self.config = model, name, config
         self.model = unwrap(model)
         self.layout = layout_of(self.model, name)
-        _check_configs(self.layout.config, config, name)
+        _check_configs(self.layout.config, config, f"adapter {name!r}")
         self.slots = slots_of(self.model, self.layout)
         self.at = carriers(self.model, name)
         if merged := [path for path, layer in self.at.items() if name in layer.merged_adapters]:
@@ -223,8 +223,8 @@ class _Swap:
     def _rank(self, path: str, own: Mapping[str, Tensor]) -> int:
         """Return the rank of a layer's new tensors, which has to be the config's."""
         site = self.at[path].entries[self.name].site
-        rank = next(len(tensor) for leaf, tensor in own.items() if leaf.endswith("_A")) // max(site.experts, 1)
-        planned = self.config.r
+        rank: int = next(len(tensor) for leaf, tensor in own.items() if leaf.endswith("_A")) // max(site.experts, 1)
+        planned: int = self.config.r
         for one in filter(None, (site.within, site.path)):
             planned = by_pattern(self.config.rank_pattern, one, planned)
         if rank != planned:
@@ -261,7 +261,7 @@ def _check_compiled(model: nn.Module, check: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _check_configs(old: Any, new: Any, name: str) -> None:
+def _check_configs(old: Any, new: Any, whose: str) -> None:
     """Refuse adapters that cannot be swapped.
 
     Raises:
@@ -279,6 +279,6 @@ def _check_configs(old: Any, new: Any, name: str) -> None:
     for field in _SAME:
         if getattr(old, field) != getattr(new, field):
             raise ValueError(
-                f"adapter {name!r} has {field}={getattr(old, field)!r}, and the new one {getattr(new, field)!r}, and "
+                f"{whose} has {field}={getattr(old, field)!r}, and the new one {getattr(new, field)!r}, and "
                 "layers run differently with these; give both the same"
             )

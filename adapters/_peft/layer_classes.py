@@ -10,7 +10,7 @@ from torch import nn
 from .._config.base import AdapterConfig
 from .._inplace import BaseTunerLayer, inject_adapter_in_model
 
-_WHOLE = {
+_WHOLE: dict[str, Any] = {
     "modules_to_save": None,
     "bias": "none",
     "exclude_modules": None,
@@ -96,12 +96,12 @@ class LayerClass(type):
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         made: Any = holder.layer
-        if not isinstance(made, cls):
+        if not cls.__instancecheck__(made):
             raise TypeError(
                 f"{cls.__name__}: base_layer is a {type(base_layer).__name__}, for which PEFT's class is "
                 f"{made.entries[adapter_name].config.form.layer_name(made.entries[adapter_name].site)}"
             )
-        return made
+        return cast(BaseTunerLayer, made)
 
 
 def _for_layer(cls: LayerClass, config: AdapterConfig, fields: dict[str, Any]) -> AdapterConfig:

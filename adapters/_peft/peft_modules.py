@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from torchgraft.functional.extending import did_you_mean
+
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .._config.base import AdapterConfig, config_types, get_peft_config
+from .._config.base import AdapterConfig, config_types
 from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
-from . import helpers, hotswap, lookups, optimizers, precision
+from . import eva, helpers, hotswap, lookups, optimizers, precision, preprocess
 from .absent import Absent, absent_names
 from .auto import AUTO_MODELS
+from .configs import get_peft_config
 from .layer_classes import classes_in_package, layer_classes
 from .lookups import factorization
 from .peft_model import PeftModel
@@ -92,6 +95,11 @@ _BASE_STATE = {
     "get_base_model_state_dict": inplace.get_base_model_state_dict,
     "set_base_model_state_dict": inplace.set_base_model_state_dict,
 }
+_DATA = {
+    "get_eva_state_dict": eva.get_eva_state_dict,
+    "initialize_lora_eva_weights": eva.initialize_lora_eva_weights,
+    "preprocess_loraga": preprocess.preprocess_loraga,
+}
 _OPTIMIZERS = {
     "create_lorafa_optimizer": optimizers.create_lorafa_optimizer,
     "create_loraplus_optimizer": optimizers.create_loraplus_optimizer,
@@ -143,6 +151,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_TYPES,
         **_STATE,
         **_BASE_STATE,
+        **_DATA,
         "cast_mixed_precision_params": precision.cast_mixed_precision_params,
         "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
@@ -166,13 +175,18 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.optimizers": _OPTIMIZERS,
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
-    "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS},
+    "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS, **_DATA},
     **_TUNERS,
-    "peft.tuners.lora": {**_LORA, **_STARTS},
+    "peft.tuners.lora": {**_LORA, **_STARTS, **_DATA},
+    "peft.tuners.lora.corda": {"preprocess_corda": preprocess.preprocess_corda},
+    "peft.tuners.lora.eva": {name: one for name, one in _DATA.items() if "eva" in name},
+    "peft.tuners.lora.loraga": {"preprocess_loraga": preprocess.preprocess_loraga},
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     **_LAYER_MODULES,
     "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
     "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
+    "peft.utils.error": _ERRORS,
+    "peft.utils.warning": {"PeftWarning": PeftWarning},
     "peft.utils": {
         **_ERRORS,
         **_FILES,
@@ -183,8 +197,6 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_UTILS,
         "load_peft_weights": load_peft_weights,
     },
-    "peft.utils.error": _ERRORS,
-    "peft.utils.warning": {"PeftWarning": PeftWarning},
     "peft.utils.hotswap": _HOTSWAP,
     "peft.utils.other": {**_FILES, **_WRAPPERS, **_UTILS, "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy},
     "peft.utils.peft_types": _TYPES,
@@ -217,9 +229,13 @@ def missing(name: str) -> str:
     """Return what to say when somebody asks for a name that is not here."""
     module, _, attribute = name.rpartition(".")
     nested = {other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")}
-    here = [other for other, value in MODULES.get(module, {}).items() if not isinstance(value, Absent)]
-    offered = sorted({*here, *(other for other in nested if "." not in other)})
+    names = {**MODULES.get(module, {}), **dict.fromkeys(other for other in nested if "." not in other)}
+    offered = sorted(other for other, value in names.items() if not isinstance(value, Absent))
+    hint = did_you_mean(attribute, names)
+    if not hint:
+        listed = len(offered) < 40  # no one reads more
+        hint = f"; it offers {', '.join(offered) or 'nothing'}." if listed else f"; dir({module}) has its names."
     return (
-        f"torchgraft stands in for peft here (as_peft()) and has no {attribute!r} in {module}; it offers "
-        f"{', '.join(offered) or 'nothing there'}. Leave as_peft() to have PEFT's own"
+        f"torchgraft stands in for peft here (as_peft()) and has no {attribute!r} in {module}{hint} Leave as_peft() to "
+        "have PEFT's own"
     )

@@ -54,6 +54,7 @@ class AdaptedModel(inplace.ModelWrapper):
         nn.Module.__init__(wrapped)
         wrapped.training = model.training
         wrapped.base_model = cls.tuner_of(config).around(model)
+        _let_inputs_require_grad(model)
         return wrapped
 
     @classmethod

@@ -368,7 +368,8 @@ def test_a_head_that_was_not_targeted_may_come_along(llama, tmp_path):
 def test_where_the_model_came_from_is_written(llama, tmp_path):
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), copy.deepcopy(llama))
     model.name_or_path = "somebody/llama"
-    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="somebody/llama, the base model, is not on this machine"):
+        save_adapter(model, tmp_path)
     fields = fields_of(tmp_path)
     assert fields["base_model_name_or_path"] == "somebody/llama" and fields["auto_mapping"] is None
     assert model.peft_config["default"].base_model_name_or_path is None

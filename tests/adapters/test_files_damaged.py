@@ -121,7 +121,7 @@ WRONG = {
     "a pickle": (
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
         FileNotFoundError,
-        "is missing; there is only adapter_model.bin, a pickle, which is never read here.*safe_serialization=True",
+        "is missing; there is only adapter_model.bin, a pickle, which is never read here for it can run code. This",
     ),
     "nothing": (
         lambda f: [(f / name).unlink() for name in (CONFIG, WEIGHTS)],

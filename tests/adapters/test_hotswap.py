@@ -187,6 +187,8 @@ def test_adapters_that_do_not_go_together(tmp_path):
     for seed, (fields, error, match) in enumerate(cases, start=10):
         folder = saved(tmp_path, seed=seed, **fields)
         unchanged(model, lambda folder=folder: ours.hotswap_adapter(model, folder, "default"), error, match)
+        with pytest.raises(ValueError, match=f"one adapter {match}"):
+            ours.check_hotswap_configs_compatible(model.peft_config["default"], LoraConfig(**fields))
     state = {"0.lora_A.default.weight": torch.zeros(2, 6), "1.lora_A.default.weight": torch.zeros(2, 6)}
 
     def swap(state, config=None):

@@ -348,7 +348,6 @@ def test_weights_without_values():
         ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "EvaConfig: rho is 0.5, expected a number of at"),
         ({"init_lora_weights": "eva", "eva_config": {"roh": 2}}, "eva_config is {'roh': 2}, expected a EvaConfig,"),
         ({"init_lora_weights": "corda", "corda_config": {"corda_method": "x"}}, "corda_method is 'x', expected 'ipm'"),
-        ({"init_lora_weights": "corda", "corda_config": {"cache_file": "a"}}, "cache_file is 'a', expected None: such"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, "loftq_bits is 2, expected 4 or 8"),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"scale": 1}}, "LoraGAConfig: scale is 1, expected one of"),
         ({"statistics": Statistics("eva", {})}, "init_lora_weights is True, and statistics are for 'eva'"),

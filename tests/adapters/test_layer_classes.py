@@ -13,6 +13,7 @@ from torch import nn
 from torchgraft import adapters
 from torchgraft.adapters import as_peft, inject_adapter_in_model
 from torchgraft.adapters._config.base import config_types
+from torchgraft.functional import UnsupportedConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*have no effect")
 REAL = {name: importlib.import_module(f"peft.tuners.{name.lower()}.layer") for name in config_types()}
@@ -135,6 +136,11 @@ def test_a_layer_takes_one_more_adapter_and_leaves_the_base_as_trained_as_it_was
     assert (base.weight.requires_grad, base.bias.requires_grad) == (True, False)
     table = OURS["LORA"].ParamWrapper(nn.Linear(4, 4), "a", parameter_name="weight", config=adapters.LoraConfig(r=2))
     assert repr(table).startswith("lora.ParamWrapper(") and isinstance(table, OURS["LORA"].ParamWrapper)
+
+
+def test_custom_layers_are_registered_otherwise():
+    with pytest.raises(UnsupportedConfig, match=r"got layers for LSTM, .* register_layer\(cls, 'linear'"):
+        adapters.LoraConfig()._register_custom_module({nn.LSTM: OURS["LORA"].Linear})
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------

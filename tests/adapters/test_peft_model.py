@@ -3,6 +3,9 @@
 import copy
 import io
 import json
+import shlex
+import subprocess
+import sys
 import warnings
 
 import peft
@@ -357,7 +360,7 @@ def test_the_base_is_named_in_the_config_and_another_is_a_warning():
         model = nn.Sequential(nn.Linear(2, 2))
         model.name_or_path = "who/base"
         config = library.LoraConfig(target_modules=["0"], base_model_name_or_path="other", revision="1")
-        with pytest.warns(UserWarning, match="other|who/base") as found:
+        with pytest.warns(UserWarning, match="config") as found:
             made = library.get_peft_model(model, config, revision="2")
         assert len(found) == 2
         given = made.peft_config["default"]
@@ -376,11 +379,6 @@ def test_what_is_warned_of_as_in_peft():
         model = wrapped(library)
         model.merge_adapter(), model.merge_adapter()
 
-    def merged_beside(library):
-        model = wrapped(library)
-        model.add_adapter("b", library.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-        model.merge_adapter(), model.merge_adapter(["b"])
-
     def tied(library):
         library.get_peft_model(causal(), library.LoraConfig(target_modules=["lm_head"]))
 
@@ -393,13 +391,53 @@ def test_what_is_warned_of_as_in_peft():
     said = {
         twice: r"the model has adapters already, \['a', 'b'\], and 'c' is added",
         merged: r"adapters \['default'\] are merged already, so nothing is left to do",
-        merged_beside: r"adapters \['default'\] are merged already; \['b'\] are merged beside them",
         tied: r"adapter 'default' is on what is tied: lm_head \(with transformer.wte\).*ensure_weight_tying=True",
         other_modules: "LoraConfig and state_dict name different modules; state_dict counts",
     }
     for program, words in said.items():
-        for library, match in ((ours, words), (peft, "second time|already merged|were merged|tied|inconsistency")):
+        for library, match in ((ours, words), (peft, "second time|already merged|tied|inconsistency")):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 with pytest.warns((UserWarning, RuntimeWarning), match=match):
                     program(library)
+
+
+def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path):
+    model = wrapped(peft)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin, a pickle, which is never read here") as refused:
+        ours.PeftModel.from_pretrained(causal(), tmp_path)
+    line = str(refused.value).splitlines()[-1]
+    assert line.startswith("python -c ")
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
+    torch.testing.assert_close(logits(ours.PeftModel.from_pretrained(causal(), tmp_path)), logits(model))
+
+
+def test_a_card_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    wrapped(ours).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "base_layer"])
+def test_an_adapter_may_have_any_name(name, tmp_path):
+    model = wrapped(ours, adapter_name=name)
+    model.save_pretrained(tmp_path)
+    again = ours.PeftModel.from_pretrained(causal(), tmp_path / name, name)
+    assert torch.equal(logits(again), logits(model)) and again.active_adapters == [name]
+
+
+def test_switching_while_merged_is_exact():
+    model = wrapped(ours)
+    model.add_adapter("second", ours.LoraConfig(target_modules=["c_attn"]))
+    before = logits(model)
+    model.merge_adapter()
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(causal()))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
+    model.merge_adapter(["second"])
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(logits(model), before)

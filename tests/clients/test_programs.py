@@ -53,4 +53,4 @@ def test_the_program_runs_and_records_what_it_records_on_real_peft(recorded, pro
 
 
 def test_each_program_is_run():
-    assert {file.stem for file in PROGRAMS.glob("*.py")} == {*PACKAGES, "side"}
+    assert {file.stem for file in PROGRAMS.glob("*.py")} == {*PACKAGES, "side", "without_peft"}

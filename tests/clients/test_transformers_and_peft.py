@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -95,19 +96,10 @@ def test_the_projections_of_vera_come_from_its_seed(llama, tmp_path):
 
 
 WITHOUT_PEFT = """
-import importlib.metadata, sys
-from importlib.machinery import PathFinder
+import sys
+from without_peft import hide_peft
 
-class WithoutPeft(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] == "peft" else super().find_spec(name, path, target)
-
-    @classmethod
-    def find_distributions(cls, context=importlib.metadata.DistributionFinder.Context()):
-        return (one for one in super().find_distributions(context) if one.metadata["Name"] != "peft")
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutPeft
+hide_peft()
 
 import torch, transformers, transformers.trainer_utils
 from transformers.utils.import_utils import is_peft_available
@@ -134,7 +126,8 @@ except ModuleNotFoundError:
 
 
 def test_works_where_peft_is_not_installed_and_transformers_has_noticed():
-    run = subprocess.run([sys.executable, "-c", WITHOUT_PEFT], capture_output=True, text=True)
+    programs = Path(__file__).parent / "programs"
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PEFT], cwd=programs, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["fine"]
 

@@ -47,8 +47,9 @@ class CordaConfig:
     """What CorDA adapts.
 
     Attributes:
-        cache_file: PEFT's pickle of decompositions; has to be `None`, the config keeps them.
-        covariance_file: PEFT's pickle of covariances; has to be `None`.
+        cache_file: A file for the decompositions, which `preprocess_corda` writes, or reads where it is there;
+            safetensors, where PEFT has a pickle.
+        covariance_file: The same for the covariances.
         corda_method: `"ipm"` adapts what the data uses most, `"kpm"` what it uses least.
         verbose: Has no effect; a progress bar is an argument of `fit_corda`.
         use_float16_for_covariance: Sum up covariances in half precision.
@@ -67,9 +68,6 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         _check(self, "corda_method", self.corda_method in ("ipm", "kpm"), "'ipm' or 'kpm'")
-        for name in ("cache_file", "covariance_file"):
-            what = "None: such files are pickles, and fit_corda keeps what they hold in the config it returns"
-            _check(self, name, getattr(self, name) is None, what)
 
 
 @dataclasses.dataclass(frozen=True)

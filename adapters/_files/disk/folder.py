@@ -175,9 +175,18 @@ def _no_weights(folder: Folder) -> str:
     if folder.has(PICKLE):
         return (
             f"{folder.path / WEIGHTS}: is missing; there is only {PICKLE}, a pickle, which is never read here for it "
-            "can run code. If you trust it, load it with PEFT and call save_pretrained(path, safe_serialization=True)"
+            f"can run code. This converts it:\n{_conversion(folder.path)}"
         )
     return f"{folder.path / WEIGHTS}: is missing"
+
+
+def _conversion(path: Path) -> str:
+    """Return the line that makes weights of a pickle, which torch reads as tensors alone."""
+    tensors = "{k: v.clone(memory_format=torch.contiguous_format) for k, v in t.items()}"
+    return (
+        f'python -c "import torch, safetensors.torch as s; t = torch.load({str(path / PICKLE)!r}, weights_only=True); '
+        f"s.save_file({tensors}, {str(path / WEIGHTS)!r}, {{'format': 'pt'}})\""
+    )
 
 
 def _is(path: Path, handle: BufferedReader) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torchgraft.functional import UnsupportedConfig
@@ -39,6 +40,19 @@ class LoraFields(ReplicationFields):
     use_bdlora: dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
+
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """Refuse PEFT's classes of layers for modules of a user's; a type of layer is registered instead.
+
+        Raises:
+            UnsupportedConfig: Always; says what to write.
+        """
+        names = ", ".join(cls.__name__ for cls in mapping)
+        raise UnsupportedConfig(
+            f"{type(self).__name__}: _register_custom_module got layers for {names}, and layers are not made by "
+            "classes of their own here; say what such modules compute, register_layer(cls, 'linear', weight=..., "
+            "bias=...) of torchgraft.functional, and target them"
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
