@@ -39,7 +39,7 @@ ORDER = {
         _methods: *
         _methods/lora: constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
-        _inplace: root switched placed
+        _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens
         _inplace/layer: reads containers holders leaves weights called_base shell active values tuner_layer parameters

@@ -105,6 +105,19 @@ def test_numbers_are_pefts(task):
             assert torch.equal(one, two)
 
 
+def test_encoders_and_decoders_generate_each_alone():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    three(model, ("q", "wo"))
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    given = adapter_rows(model, NAMES).generate(IDS, **options)
+    each = alone(model, NAMES, lambda i: model.generate(IDS[i : i + 1], **options))
+    width = max(given.shape[1], *(ids.shape[1] for ids in each))
+    padded = [nn.functional.pad(ids, (0, width - ids.shape[1])) for ids in (given, *each)]
+    assert torch.equal(padded[0], torch.cat(padded[1:]))
+
+
 def test_generating_is_each_alone():
     model = three(llama())
     options = {"max_new_tokens": 6, "do_sample": False}
@@ -257,6 +270,12 @@ def test_the_model_stays_as_it_is_and_is_let_go():
     assert flags == [p.requires_grad for p in model.parameters()] and ours.active_adapters(model) == ["a", "b"]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(adapter_rows(other, NAMES)(x), y)
+    del before, y
+    removed = weakref.ref(model[0].lora_A["a"].weight)
+    ours.delete_adapter(model, "a")
+    gc.collect()
+    assert removed() is None
+    adapter_rows(model, ["b", "c"] * 2 + ["b"])(x)
     gone = weakref.ref(model)
     del model, other
     gc.collect()

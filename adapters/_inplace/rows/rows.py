@@ -183,11 +183,12 @@ def _check_state(parts: Iterable[Placed]) -> bool:
 def _write_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Have what a forward wrote to buffers of its own in those of the model, as a call of the model does."""
     for name, own in model.named_buffers():
-        new = buffers[name]
-        if new.shape != own.shape:
+        new = buffers.get(name)
+        if new is None or new.shape != own.shape:
+            shape = "removed" if new is None else tuple(new.shape)
             raise UnsupportedCall(
-                f"{name}: the forward gave this buffer shape {tuple(new.shape)} instead of {tuple(own.shape)}, which "
-                "rows with adapters of their own cannot keep; call set_adapter(model, name) and the model"
+                f"{name}: this buffer of shape {tuple(own.shape)} is {shape} after the forward, which rows with "
+                "adapters of their own cannot keep; call set_adapter(model, name) and the model"
             )
-        if not own.equal(new):
+        if not (own.is_meta or own.equal(new)):
             own.copy_(new)
