@@ -331,13 +331,19 @@ def test_dropout_is_each_adapters_own_and_leaves_the_base_rows():
     equal_alone(model.eval(), NAMES, x)
 
 
-def test_hooks_on_modules_without_adapters_run_and_autocast_counts():
+def test_hooks_run_on_modules_and_on_layers_and_autocast_counts():
     model, seen = three(small().float(), ("0", "2")), []
+    handle = model[0].register_forward_hook(lambda module, args, y: y + 1)
+    model[2].register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
     model[1].register_forward_hook(lambda module, args, y: seen.append(y.dtype) or y * 2)
     x = torch.randn(5, 4)
     given = adapter_rows(model, NAMES)(x)
     assert seen
     torch.testing.assert_close(given, torch.cat(alone(model, NAMES, lambda i: model(x[i : i + 1]))))
+    handle.remove()
+    torch.testing.assert_close(
+        adapter_rows(model, NAMES)(x), torch.cat(alone(model, NAMES, lambda i: model(x[i : i + 1])))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         given = adapter_rows(model, NAMES)(x)
         expected = torch.cat(alone(model, NAMES, lambda i: model(x[i : i + 1])))
@@ -398,7 +404,7 @@ def test_states_that_rows_cannot_have_are_errors():
 
 
 def attach(model):
-    yield "hook", model[0].register_forward_hook(lambda *_: None).remove
+    yield "hook", model[0].register_full_backward_hook(lambda *_: None).remove
     yield "hook", model[0].base_layer.register_forward_hook(lambda *_: None).remove
     yield "hook", model[0].lora_A["b"].register_forward_pre_hook(lambda *_: None).remove
     yield "hook", model[2].lora_B["a"].register_full_backward_hook(lambda *_: None).remove
@@ -419,6 +425,16 @@ def test_what_is_attached_to_adapters_is_an_error_before_and_after_a_call():
             remove()
             if called:
                 adapter_rows(model, NAMES)(x)
+
+
+def test_hooks_on_adapted_parameters_are_an_error():
+    model, x = small(), torch.randn(2, 4).double()
+    for name in "ab":
+        inject_adapter_in_model(LoraConfig(r=2, target_parameters=["0.weight"], **FIELDS), model, name)
+    equal_alone(model, ["b", "a"], x)
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedCall, match="0.weight: a hook is attached"):
+        adapter_rows(model, ["b", "a"])(x)
 
 
 def test_parameters_without_values_and_rows_that_meet_are_errors():

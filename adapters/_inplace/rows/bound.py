@@ -20,7 +20,7 @@ from ..states.extract import bind_extracted, check_bare, live_params
 from ..states.layouts import config_of
 from ..switch import adapter_names
 from ..walk import layers, named, parts, placed_modules
-from .attached import check_buffers, check_held, check_unattached
+from .attached import carry_hooks, check_buffers, check_held, check_unattached
 from .copied import Contents, copied_constants
 from .stacking import Stacking
 
@@ -80,6 +80,7 @@ class BoundRows:
         self.parameters = {id(parameter) for parameter in model.parameters()}
         self._copies = [(path, part) for path, part in named(model, ModulesToSaveWrapper).items() if _has_buffers(part)]
         base = bare_copy(model)
+        carry_hooks(model, base)
         held = [*model.parameters(), *model.buffers(), *_biases(model)]
         self.refused: dict[str, tuple[type[Exception], str]] = {}
         self._groups: dict[str, Group] = {}

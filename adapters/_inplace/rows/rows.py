@@ -107,10 +107,11 @@ def adapter_rows(
     In training mode too: gradients reach the parameters that require them, `set_requires_grad(model, names)`. While
     all adapters are disabled, every row has the base.
 
-    It is `route` on the model beneath the adapters, with its proof of where rows are (`functional/ROWS.md`) and its
-    speed. Modules run as copies that share the model's tensors, and hooks on modules without adapters see these;
-    what the forward writes to buffers is written to the model's. What is bound is kept while the model stays as it
-    is; parameters may be written to.
+    It is `route` on the model beneath the adapters, with its proof of where rows are (`functional/ROWS.md`); each call
+    stacks the parameters of the adapters that its rows have. Modules run as copies that share the model's tensors, and
+    hooks see these; hooks within an adapted layer are an error. What the forward writes to buffers is written to the
+    model's. The model is bound at the first call, and again when something of it has changed; parameters may be
+    written to.
 
     Args:
         model: A model with injected adapters.
