@@ -62,7 +62,7 @@ ORDER = {
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding joined stacking stacked padded members
-        _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
+        _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs row_groups
             parameters skeleton swaps
         _routing: route owners
         _execution: traced pool fill bound_model watched constant token_rows trial run entered views

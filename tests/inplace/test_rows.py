@@ -5,6 +5,7 @@ import copy
 import gc
 import pickle
 import threading
+import types
 import weakref
 
 import peft
@@ -257,6 +258,29 @@ def test_what_changes_is_followed():
     rows(x).sum().backward()
     optimizer.step()
     equal_alone(model, list(rows.names), x)
+
+
+class Configured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.tail, self.config = nn.Linear(4, 4), nn.Linear(4, 4), types.SimpleNamespace(scale=1.0)
+        self.after = [self.tail]
+
+    def forward(self, x):
+        return self.after[0](self.q(x)) * self.config.scale
+
+
+def test_what_is_written_to_a_models_config_counts():
+    model = Configured()
+    for name in "ab":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["q"], **FIELDS), model, name)
+    model, x, names = model.double(), torch.randn(3, 4).double(), ["b", "__base__", "a"]
+    equal_alone(model, names, x)
+    model.config.scale = 3.0
+    equal_alone(model, names, x)
+    graft = ours.extract_graft(model, "a")
+    model.config.scale = 2.0
+    torch.testing.assert_close(graft(ours.extract_params(model, "a"), x), (set_adapter(model, "a"), model(x))[1])
 
 
 def test_the_model_stays_as_it_is_and_is_let_go():
