@@ -67,6 +67,7 @@ from ._skeleton.context import CallContext as CallContext
 from ._skeleton.parameters import ParameterRuntime as ParameterRuntime
 from ._skeleton.parameters import names_grouped as names_grouped
 from ._skeleton.parameters import parametrised_class as parametrised_class
+from ._skeleton.reach import Reach as Reach
 from ._skeleton.runtime import SiteRuntime as SiteRuntime
 from ._skeleton.runtime import adapted_class as adapted_class
 from ._skeleton.runtime import inner_class as inner_class

@@ -42,7 +42,7 @@ ORDER = {
         _methods: *
         _methods/lora: constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
-        _inplace: root switched placed
+        _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens
         _inplace/layer: reads containers holders leaves weights called_base shell active values scaled names
@@ -68,7 +68,7 @@ ORDER = {
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around noise base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding joined stacking stacked padded members
-        _skeleton: context marking saving recorded references sharded attention runtime row_outputs entries row_weights
+        _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries row_weights
             followed row_groups parameters skeleton swaps
         _routing: route owners
         _execution: call traced pool fill bound_model watched constant token_rows trial run entered views

@@ -11,6 +11,7 @@ from torchgraft.functional.extending import child_of_wrapper, is_unit
 
 from . import root
 from .beside.biases import ATTRIBUTE, biases_of
+from .bound_states import forget
 from .placed import Owners
 from .switch import adapter_names as names_in
 from .switch import check_known, in_order_of_merging, names_given, take_out
@@ -154,6 +155,7 @@ def _strip(model: nn.Module) -> None:
     vars(model).pop("peft_config", None)
     vars(model).pop(ATTRIBUTE, None)
     root.detach(model)
+    forget(model)
 
 
 def _check_names(model: nn.Module, names: str | list[str] | None) -> list[str] | None:

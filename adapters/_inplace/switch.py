@@ -12,6 +12,7 @@ from torch import nn
 from torchgraft.functional.extending import did_you_mean
 
 from .beside.biases import biases_of
+from .bound_states import forget
 from .layer.tuner_layer import BaseTunerLayer
 from .placed import Placed
 from .tensors.gathering import gathered, on_gathered
@@ -236,6 +237,7 @@ def delete_adapter(
     for part in chosen:
         part.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
+    forget(model)
     now = next((layer.active_adapters for layer in found), [])
     return list(now) or None
 

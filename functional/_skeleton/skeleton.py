@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import types
 import weakref
 from collections import deque
@@ -24,20 +23,13 @@ from .._tensors.placement import copied_hooks, offloading
 from .._tensors.wrappers import bare_name, check_flat
 from .context import CallContext
 from .parameters import ParameterRuntime, adapt_parameters, names_grouped
+from .reach import ATOMIC, Reach, is_filled
 from .recorded import Recorded, slots_of
 from .runtime import adapt, load_below
 from .sharded import attributes_of, hooks_of_unit, unsharded_type
 
 Place = tuple[Any, Any]
 """Where a tensor hangs: a mutable container and the key in it."""
-
-
-_ATOMIC = (
-    type(None), bool, int, float, complex, str, bytes, type, range, slice,
-    types.ModuleType, types.BuiltinFunctionType, types.CodeType,
-    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator,
-    torch.fx.Graph, torch.fx.Node,
-)  # fmt: skip
 
 
 _CONTAINERS = (list, dict, set, deque)
@@ -84,10 +76,9 @@ class Skeleton:
         self.context = context or CallContext()
         self._adapters, self._paths = adapters, paths
         self._modules = {id(module): name for name, module in model.named_modules()}
-        self._tensors = {id(tensor) for tensor in _tensors(model)}
         self._memo: dict[int, Any] = {}
         self._keep: list[Any] = []
-        self._apart: dict[int, Any] = {}
+        self._reach = Reach(model)
         self._where = "the model"
         self.places: dict[int, list[Place]] = {}
         self.frozen: set[int] = set()
@@ -115,7 +106,7 @@ class Skeleton:
         self.filled: Iterable[int] = ()
         self.swaps: list[Any] = []
         self.remember()
-        del self._memo, self._keep, self._apart
+        del self._memo, self._keep, self._reach
 
     def remember(self) -> None:
         """Record the skeleton as it is now: the state that a call begins with."""
@@ -191,7 +182,7 @@ class Skeleton:
     # -- copying ---------------------------------------------------------------------------------------------
 
     def _copy(self, x: Any) -> Any:
-        if isinstance(x, _ATOMIC):
+        if isinstance(x, ATOMIC):
             return x
         if id(x) in self._memo:
             return self._memo[id(x)]
@@ -205,7 +196,7 @@ class Skeleton:
             return self._container(x)
         if isinstance(x, (tuple, frozenset)):
             return self._tuple(x)
-        if not self._holds(x):
+        if not self._reach.holds(x):
             return x
         if isinstance(x, types.MethodType):
             owner = self._copy(x.__self__)
@@ -328,7 +319,7 @@ class Skeleton:
         new = types.FunctionType(x.__code__, x.__globals__, x.__name__, None, cells or None)
         self._remember(x, new)
         for cell, old in zip(cells, x.__closure__ or (), strict=True):
-            if _filled(old):
+            if is_filled(old):
                 cell.cell_contents = self._copy(old.cell_contents)
         new.__defaults__ = self._copy(x.__defaults__)
         new.__kwdefaults__ = self._copy(x.__kwdefaults__)
@@ -348,55 +339,6 @@ class Skeleton:
             object.__setattr__(new, key, self._copy(value))
         return new
 
-    # -- does an object lead to the model? --------------------------------------------------------------------
-
-    def _holds(self, x: Any) -> bool:
-        """Return whether a module or tensor of the model can be reached from `x`."""
-        seen: dict[int, Any] = {}
-        stack = [x]
-        while stack:
-            item = stack.pop()
-            if isinstance(item, _ATOMIC) or id(item) in seen or id(item) in self._apart:
-                continue
-            if id(item) in self._modules or id(item) in self._tensors:
-                return True
-            seen[id(item)] = item
-            if not isinstance(item, (nn.Module, Tensor)):
-                stack.extend(_parts(item))
-        self._apart.update(seen)
-        return False
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for registry in (module._parameters, module._buffers):
-            yield from (tensor for tensor in registry.values() if tensor is not None)
-
-
-def _parts(x: Any) -> Iterator[Any]:
-    if isinstance(x, dict):
-        yield from x
-        yield from x.values()
-    elif isinstance(x, (list, tuple, set, frozenset, deque)):
-        yield from x
-    elif isinstance(x, types.MethodType):
-        yield x.__self__
-        yield x.__func__
-    elif isinstance(x, types.FunctionType):
-        yield from (cell.cell_contents for cell in x.__closure__ or () if _filled(cell))
-        yield x.__defaults__
-        yield x.__kwdefaults__
-        yield vars(x)
-    elif isinstance(x, functools.partial):
-        yield x.func
-        yield x.args
-        yield x.keywords
-        yield vars(x)
-    elif isinstance(x, weakref.ReferenceType):
-        yield x()
-    else:
-        yield from gc.get_referents(x)
-
 
 def _target(proxy: Any) -> Any:
     """Return what a weak proxy stands for: the owner of its methods."""
@@ -406,14 +348,6 @@ def _target(proxy: Any) -> Any:
 def _attributes(x: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(x, "__dict__", {}).items()
     yield from ((name, getattr(x, name)) for name in slots_of(x) if hasattr(x, name))
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - reading an empty cell is the only way to learn that it is empty
-    except ValueError:
-        return False
-    return True
 
 
 def _at(container: Any, key: Any) -> Any:

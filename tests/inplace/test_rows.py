@@ -5,6 +5,7 @@ import copy
 import gc
 import pickle
 import threading
+import types
 import weakref
 
 import peft
@@ -103,6 +104,19 @@ def test_numbers_are_pefts(task):
         for beams in (1, 3):
             one, two = (m.generate(input_ids=IDS, adapter_names=NAMES, num_beams=beams, **options) for m in models)
             assert torch.equal(one, two)
+
+
+def test_encoders_and_decoders_generate_each_alone():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    three(model, ("q", "wo"))
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    given = adapter_rows(model, NAMES).generate(IDS, **options)
+    each = alone(model, NAMES, lambda i: model.generate(IDS[i : i + 1], **options))
+    width = max(given.shape[1], *(ids.shape[1] for ids in each))
+    padded = [nn.functional.pad(ids, (0, width - ids.shape[1])) for ids in (given, *each)]
+    assert torch.equal(padded[0], torch.cat(padded[1:]))
 
 
 def test_generating_is_each_alone():
@@ -246,6 +260,29 @@ def test_what_changes_is_followed():
     equal_alone(model, list(rows.names), x)
 
 
+class Configured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.tail, self.config = nn.Linear(4, 4), nn.Linear(4, 4), types.SimpleNamespace(scale=1.0)
+        self.after = [self.tail]
+
+    def forward(self, x):
+        return self.after[0](self.q(x)) * self.config.scale
+
+
+def test_what_is_written_to_a_models_config_counts():
+    model = Configured()
+    for name in "ab":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["q"], **FIELDS), model, name)
+    model, x, names = model.double(), torch.randn(3, 4).double(), ["b", "__base__", "a"]
+    equal_alone(model, names, x)
+    model.config.scale = 3.0
+    equal_alone(model, names, x)
+    graft = ours.extract_graft(model, "a")
+    model.config.scale = 2.0
+    torch.testing.assert_close(graft(ours.extract_params(model, "a"), x), (set_adapter(model, "a"), model(x))[1])
+
+
 def test_the_model_stays_as_it_is_and_is_let_go():
     model = three(small(), ("0", "2"))
     set_adapter(model, ["a", "b"])
@@ -257,6 +294,12 @@ def test_the_model_stays_as_it_is_and_is_let_go():
     assert flags == [p.requires_grad for p in model.parameters()] and ours.active_adapters(model) == ["a", "b"]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(adapter_rows(other, NAMES)(x), y)
+    del before, y
+    removed = weakref.ref(model[0].lora_A["a"].weight)
+    ours.delete_adapter(model, "a")
+    gc.collect()
+    assert removed() is None
+    adapter_rows(model, ["b", "c"] * 2 + ["b"])(x)
     gone = weakref.ref(model)
     del model, other
     gc.collect()
@@ -312,13 +355,19 @@ def test_dropout_is_each_adapters_own_and_leaves_the_base_rows():
     equal_alone(model.eval(), NAMES, x)
 
 
-def test_hooks_on_modules_without_adapters_run_and_autocast_counts():
+def test_hooks_run_on_modules_and_on_layers_and_autocast_counts():
     model, seen = three(small().float(), ("0", "2")), []
+    handle = model[0].register_forward_hook(lambda module, args, y: y + 1)
+    model[2].register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
     model[1].register_forward_hook(lambda module, args, y: seen.append(y.dtype) or y * 2)
     x = torch.randn(5, 4)
     given = adapter_rows(model, NAMES)(x)
     assert seen
     torch.testing.assert_close(given, torch.cat(alone(model, NAMES, lambda i: model(x[i : i + 1]))))
+    handle.remove()
+    torch.testing.assert_close(
+        adapter_rows(model, NAMES)(x), torch.cat(alone(model, NAMES, lambda i: model(x[i : i + 1])))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         given = adapter_rows(model, NAMES)(x)
         expected = torch.cat(alone(model, NAMES, lambda i: model(x[i : i + 1])))
@@ -379,7 +428,7 @@ def test_states_that_rows_cannot_have_are_errors():
 
 
 def attach(model):
-    yield "hook", model[0].register_forward_hook(lambda *_: None).remove
+    yield "hook", model[0].register_full_backward_hook(lambda *_: None).remove
     yield "hook", model[0].base_layer.register_forward_hook(lambda *_: None).remove
     yield "hook", model[0].lora_A["b"].register_forward_pre_hook(lambda *_: None).remove
     yield "hook", model[2].lora_B["a"].register_full_backward_hook(lambda *_: None).remove
@@ -400,6 +449,16 @@ def test_what_is_attached_to_adapters_is_an_error_before_and_after_a_call():
             remove()
             if called:
                 adapter_rows(model, NAMES)(x)
+
+
+def test_hooks_on_adapted_parameters_are_an_error():
+    model, x = small(), torch.randn(2, 4).double()
+    for name in "ab":
+        inject_adapter_in_model(LoraConfig(r=2, target_parameters=["0.weight"], **FIELDS), model, name)
+    equal_alone(model, ["b", "a"], x)
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedCall, match="0.weight: a hook is attached"):
+        adapter_rows(model, ["b", "a"])(x)
 
 
 def test_parameters_without_values_and_rows_that_meet_are_errors():

@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchgraft.functional import UnsupportedCall
-from torchgraft.functional.extending import Tree
+from torchgraft.functional.extending import Tree, is_unit, modules_of
 
 from ..layer.holders import Holders, Watch
+from ..layer.parameters import ParameterLayer
 from ..walk import layers, placed_modules
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def carry_hooks(model: nn.Module, base: nn.Module) -> None:
+    """Have the modules of a bare copy run the forward hooks of the layers around the model's.
+
+    Args:
+        model: A model with injected adapters.
+        base: Its bare copy.
+    """
+    modules = modules_of(base)
+    for path, part in _alone(placed_modules(model)):
+        if any(vars(part)[name] for name in _FORWARD):
+            vars(modules[path]).update({name: copy.copy(vars(part)[name]) for name in _FORWARD})
+
+
+def _alone(placed: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the parts that are the only ones around a module, with no sharding of their own."""
+    around = Counter(id(part.user_module) for _, part in placed)
+    return [
+        (path, part)
+        for path, part in placed
+        if around[id(part.user_module)] == 1 and not isinstance(part, ParameterLayer) and not is_unit(part)
+    ]
 
 
 def check_unattached(model: nn.Module) -> None:
     """Refuse hooks and the like on parts of adapters: a call by rows computes with their tensors, and calls no part.
 
+    Forward hooks on a layer itself are for `carry_hooks`, where it is the only one around its module.
+
     Raises:
         UnsupportedCall: Something is attached; names the layer.
     """
-    for path, part in placed_modules(model):
+    placed = placed_modules(model)
+    carried = {id(part) for _, part in _alone(placed)}
+    for path, part in placed:
         own = [*part.own_modules()]
         for module in (*own, part.user_module):
-            hooked = any(vars(module)[name] for name in _HOOKS)
+            names = _BACKWARD if id(module) in carried else (*_FORWARD, *_BACKWARD)
+            hooked = any(vars(module)[name] for name in names)
             if hooked or (module in own and "forward" in vars(module)):
                 raise UnsupportedCall(
                     f"{path}: a {'hook' if hooked else 'forward of its own'} is attached to the "

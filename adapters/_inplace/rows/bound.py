@@ -8,27 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgraft.functional import Binding, Graft, Routed, route
 from torchgraft.functional.extending import JoinedBinding, StackedBinding, Tree, Watch
 
 from ..beside.biases import biases_of
 from ..beside.modules_to_save import ModulesToSaveWrapper
+from ..bound_states import keep, kept
 from ..states.bare import bare_copy
 from ..states.extract import bind_extracted, check_bare, live_params
 from ..states.layouts import config_of
 from ..switch import adapter_names
 from ..walk import layers, named, parts, placed_modules
-from .attached import check_buffers, check_held, check_unattached
+from .attached import carry_hooks, check_buffers, check_held, check_unattached
 from .copied import Contents, copied_constants
 from .stacking import Stacking
 
 _RECENT = 4
 """States of a model that are kept, such as those in training and in evaluation mode."""
-
-_BOUND: Any = WeakIdKeyDictionary()
-"""What was bound last, the latest first, by model."""
 
 _LOCK = threading.Lock()
 
@@ -70,6 +67,7 @@ class BoundRows:
     Attributes:
         graft: The graft of all that can be bound, by group.
         names: Names of the adapters.
+        parameters: Identities of the model's parameters.
         parts: All that they have in the model.
         refused: Why some cannot be bound, by adapter.
     """
@@ -79,8 +77,10 @@ class BoundRows:
         check_unattached(model)
         self._watch = _Watch(model)
         self.parts, self.names = parts(model), {*adapter_names(model)}
+        self.parameters = {id(parameter) for parameter in model.parameters()}
         self._copies = [(path, part) for path, part in named(model, ModulesToSaveWrapper).items() if _has_buffers(part)]
         base = bare_copy(model)
+        carry_hooks(model, base)
         held = [*model.parameters(), *model.buffers(), *_biases(model)]
         self.refused: dict[str, tuple[type[Exception], str]] = {}
         self._groups: dict[str, Group] = {}
@@ -130,15 +130,23 @@ class BoundRows:
 
 def bound_rows(model: nn.Module) -> BoundRows:
     """Return a model's adapters as they are now, bound for calls by rows; bound anew where something has changed."""
-    with _LOCK:
-        recent: tuple[BoundRows, ...] = _BOUND.get(model, ())
-        for bound in recent:
-            if bound.same():
-                return bound
-        with torch.inference_mode(False):  # calls that are differentiated use it too
-            bound = BoundRows(model)
-        _BOUND[model] = (bound, *recent)[:_RECENT]
+    bound = _known(model)
+    if bound is not None:
         return bound
+    with _LOCK:
+        bound = _known(model)
+        if bound is None:
+            with torch.inference_mode(False):  # calls that are differentiated use it too
+                bound = BoundRows(model)
+            tensors = {id(tensor) for tensor in model.parameters()}
+            others = [other for other in kept(model) if other.parameters <= tensors]  # else it cannot come back
+            keep(model, (bound, *others)[:_RECENT])
+        return bound
+
+
+def _known(model: nn.Module) -> BoundRows | None:
+    states: tuple[BoundRows, ...] = kept(model)
+    return next((bound for bound in states if bound.same()), None)
 
 
 class _Watch:

@@ -107,10 +107,11 @@ def adapter_rows(
     In training mode too: gradients reach the parameters that require them, `set_requires_grad(model, names)`. While
     all adapters are disabled, every row has the base.
 
-    It is `route` on the model beneath the adapters, with its proof of where rows are (`functional/ROWS.md`) and its
-    speed. Modules run as copies that share the model's tensors, and hooks on modules without adapters see these;
-    what the forward writes to buffers is written to the model's. What is bound is kept while the model stays as it
-    is; parameters may be written to.
+    It is `route` on the model beneath the adapters, with its proof of where rows are (`functional/ROWS.md`); each call
+    stacks the parameters of the adapters that its rows have. Modules run as copies that share the model's tensors, and
+    hooks see these; hooks within an adapted layer are an error. What the forward writes to buffers is written to the
+    model's. The model is bound at the first call, and again when something of it has changed; parameters may be
+    written to.
 
     Args:
         model: A model with injected adapters.
@@ -183,11 +184,12 @@ def _check_state(parts: Iterable[Placed]) -> bool:
 def _write_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Have what a forward wrote to buffers of its own in those of the model, as a call of the model does."""
     for name, own in model.named_buffers():
-        new = buffers[name]
-        if new.shape != own.shape:
+        new = buffers.get(name)
+        if new is None or new.shape != own.shape:
+            shape = "removed" if new is None else tuple(new.shape)
             raise UnsupportedCall(
-                f"{name}: the forward gave this buffer shape {tuple(new.shape)} instead of {tuple(own.shape)}, which "
-                "rows with adapters of their own cannot keep; call set_adapter(model, name) and the model"
+                f"{name}: this buffer of shape {tuple(own.shape)} is {shape} after the forward, which rows with "
+                "adapters of their own cannot keep; call set_adapter(model, name) and the model"
             )
-        if not own.equal(new):
+        if not (own.is_meta or own.equal(new)):
             own.copy_(new)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from torchgraft.functional.extending import (
+    Reach,
     adopt_unit,
     attributes_of,
     copied_hooks,
@@ -20,9 +21,13 @@ from torchgraft.functional.extending import (
 from ..beside.biases import ATTRIBUTE, biases_of
 from ..walk import placed_in, placed_modules
 
+_INTERNAL = frozenset(vars(nn.Module()))
+
 
 def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     """Return a copy of a model's structure without adapters, which shares every parameter and buffer with it.
+
+    What hangs in its modules and leads to none of them (`model.config`) is shared too: what is written there counts.
 
     Args:
         model: A model with injected adapters.
@@ -30,8 +35,11 @@ def bare_copy(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     units = _empty_units(model, memo)
+    reach = Reach(model)
     for module in model.modules():
         memo.update(copied_hooks(module))
+        attributes = (value for name, value in vars(module).items() if name not in _INTERNAL)
+        memo.update((id(value), value) for value in attributes if id(value) not in memo and not reach.holds(value))
     for _, part in reversed(placed_modules(model)):  # those within others first
         memo[id(part)] = _gathering(part, copy.deepcopy(part.copied_module(adapter_name or ""), memo))
     for module in reversed([module for module in model.modules() if "_fsdp_wrapped_module" in module._modules]):
