@@ -50,7 +50,9 @@ def run(
     if torch.compiler.is_dynamo_compiling():
         return _traced(bound, active, base, args, kwargs, return_buffers)
     pool = bound.pool()
-    finder = finder_of(bound, pool, active, base, args, kwargs, Entered("", modes_of(pool)))
+    finder = None
+    if any(isinstance(tree, Routed) for tree in active.values()):
+        finder = finder_of(bound, pool, active, base, args, kwargs, Entered("", modes_of(pool)))
     lease = pool.lease()
     try:
         lease.skeleton.context.finder = finder
