@@ -232,7 +232,29 @@ class Graft:
         if not isinstance(training, bool):
             raise TypeError(f"in_mode: training is {training!r}, expected True for training mode, False for evaluation")
         graft = copy.copy(self)
-        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training)
+        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training, self.bound.unchanging)
+        return graft
+
+    def unchanging(self) -> Self:
+        """Return this graft for a model that stays as it is, whose calls do not look for changes first.
+
+        It is a promise: nobody replaces, moves or resizes a tensor of the model, exchanges a module, adds or removes a
+        hook, or sets a mode or another attribute, and its forward writes to no attribute of its modules. Values may
+        change, in any way: calls read the model's own tensors. A change makes calls wrong, and what notices are just
+        a look at the whole model's mode in each call, and one at what the forward wrote in calls 1, 2, 4, 8 and so on.
+
+        Raises:
+            RuntimeError: In calls, where one of these looks sees that the promise is broken.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> graft = bind(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
+        >>> fixed, params, x = graft.unchanging(), graft.init(), torch.ones(2, 4)
+        >>> torch.equal(fixed(params, x), graft(params, x))
+        True
+        """
+        graft = copy.copy(self)
+        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, self.bound.training, unchanging=True)
         return graft
 
     if not TYPE_CHECKING:  # or else type checkers would take any name

@@ -26,12 +26,20 @@ class BoundModel:
         binding: The binding.
         allow_unreached: Whether a forward may run past a site.
         training: The mode that the whole model runs in; `None` for its own.
+        unchanging: Whether the user promised that nothing in the model changes.
         pools: Skeletons of the states that the model was in, the last one first.
         compiled: Those that compiled calls run through.
     """
 
-    def __init__(self, binding: Binding, allow_unreached: bool = False, training: bool | None = None):
+    def __init__(
+        self,
+        binding: Binding,
+        allow_unreached: bool = False,
+        training: bool | None = None,
+        unchanging: bool = False,
+    ):
         self.binding, self.allow_unreached, self.training = binding, allow_unreached, training
+        self.unchanging, self._mode = unchanging, binding.model.training
         self.pools: list[Pool] = []
         self.compiled = Traced()
         plans = (*binding.sites.values(), *binding.replaced.values())
@@ -40,12 +48,24 @@ class BoundModel:
 
     def pool(self) -> Pool:
         """Return the skeletons that fit the model as it is now."""
+        if self.unchanging and self.pools:
+            self._check_mode()
+            return self.pools[0]
         for pool in self.pools:
             if pool.watch.same():
                 return pool
-        pool = Pool(self.build)
+        pool = Pool(self.build, self.unchanging)
         self.pools = [pool, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
         return pool
+
+    def _check_mode(self) -> None:
+        if self.training is None and self.binding.model.training is not self._mode:
+            modes = ("training" if mode else "evaluation" for mode in (self._mode, self.binding.model.training))
+            before, after = modes
+            raise RuntimeError(
+                f"unchanging: the model was in {before} mode then and is in {after} mode now; call unchanging() again, "
+                f"or graft.in_mode(training={self._mode}) before it"
+            )
 
     def build(self, context: CallContext | None = None) -> Skeleton:
         """Make a skeleton of the model as it is now.

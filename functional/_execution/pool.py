@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .._locating.layout import Record
 from .._skeleton.context import CallContext
+from .._skeleton.recorded import is_single
 from .._skeleton.skeleton import Skeleton
 from .._tensors.placement import is_sharded, local_part
 from .traced import TracedContext
@@ -22,7 +23,17 @@ _HELD = 64
 """Skeletons of calls that are over and that a pool looks after; more of them are left to those who hold them."""
 
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_REGISTRIES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_BORDER = (object(),)
+"""Stands between the contents of two dicts, so that nothing goes from one to the other unseen."""
 
 
 class Watch:
@@ -31,6 +42,9 @@ class Watch:
     It compares object identities of everything a module refers to and the storages of all tensors, so that
     `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
 
+    After a forward nothing of this is in the processor's near caches, and fetching it is most of the time it takes. So
+    there is one pass, in C, over each dict.
+
     Args:
         modules: The modules.
         others: Other dicts whose values are to stay.
@@ -38,12 +52,12 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Mapping[str, Any]] = ()):
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        registries = [*(vars(module)[name] for module in modules for name in _REGISTRIES), *others]
-        self._empty = [registry for registry in registries if not registry]
-        self._views = [vars(module).values() for module in modules]
-        self._views += [registry.values() for registry in registries if registry]
-        self._state = list(chain.from_iterable(self._views))
-        tensors = {id(t): t for view in self._views for t in view if isinstance(t, Tensor)}
+        dicts = [one for m in modules for one in (vars(m), *(vars(m)[name] for name in _REGISTRIES))]
+        dicts += others
+        self._dicts = [item for one in dicts for item in (one, _BORDER)]
+        self._state = gc.get_referents(*self._dicts)
+        self._single = [index for index, item in enumerate(self._state) if is_single(item)]
+        tensors = {id(t): t for one in dicts for t in one.values() if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
         self._sharded = [t for t in tensors.values() if is_sharded(t)]
@@ -58,11 +72,8 @@ class Watch:
     def same(self) -> bool:
         """Return whether nothing has changed."""
         try:
-            return (
-                not any(self._empty)  # truth is cheaper to ask for than values
-                and list(chain.from_iterable(self._views)) == self._state
-                and self.same_tensors()
-            )
+            state, now = self._state, gc.get_referents(*self._dicts)
+            return now == state and all(now[i] is state[i] for i in self._single) and self.same_tensors()
         except Exception:
             return False
 
@@ -100,9 +111,11 @@ class Pool:
         alike: The same for kinds that differ in numbers alone.
         given: Where they are in samples of the user's own, whatever numbers are among the arguments.
         known: The same by what can be told of a kind under `torch.compile`.
+        unchanging: Whether the user promised that no forward changes the skeletons: it is looked after now and then.
     """
 
-    def __init__(self, build: Callable[..., Skeleton]):
+    def __init__(self, build: Callable[..., Skeleton], unchanging: bool = False):
+        self.unchanging, self._calls = unchanging, 0
         self.seen: dict[Any, Record] = {}
         self.alike: dict[Any, dict[Any, Record]] = {}
         self.given: dict[Any, Record] = {}
@@ -125,11 +138,17 @@ class Pool:
 
     def take_back(self, skeleton: Skeleton) -> None:
         """Free a skeleton whose call is over, now or when nobody refers to it any more."""
-        counts = skeleton.end()
+        self._calls += 1
+        counts = skeleton.end(self.unchanging and self._calls & (self._calls - 1) != 0)  # not calls 1, 2, 4, 8, ...
         if counts is None:
             self._free.append(skeleton)
         else:
             self._held.append((skeleton, counts))
+        if self.unchanging and skeleton.wrote:
+            raise RuntimeError(
+                f"unchanging: the forward of this {type(skeleton.root).__name__} writes to attributes of its modules, "
+                "which one call would leave to the next; the graft that unchanging() was called on undoes it: call that"
+            )
 
     def sweep(self) -> None:
         """Free the skeletons that nobody refers to any more."""

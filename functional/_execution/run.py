@@ -49,7 +49,9 @@ def with_base(params: Any) -> tuple[Mapping[str, Tensor], Any]:
 def run(bound: BoundModel, call: Call) -> Any:
     """Run one call in a leased skeleton."""
     pool = bound.pool()
-    finder = finder_of(bound, pool, call, Entered("", modes_of(pool)))
+    finder = None
+    if any(isinstance(tree, Routed) for tree in call.active.values()):
+        finder = finder_of(bound, pool, call, Entered("", modes_of(pool)))
     lease = pool.lease()
     try:
         lease.skeleton.context.finder = finder

@@ -67,7 +67,7 @@ class Recorded:
         self._slots = [(x, name, getattr(x, name, _MISSING)) for x in self._objects for name in slots_of(x)]
         self._cells = [(cell, _content(cell)) for x in self._objects for cell in getattr(x, "__closure__", None) or ()]
         # An equal tensor of one element may be another one, with a graph or a batch axis of its own.
-        single = [values for values in map(_values, self._full) if any(map(_is_single, values))]
+        single = [values for values in map(_values, self._full) if any(map(is_single, values))]
         self._single = [(values, list(values)) for values in single]
         self.own: list[int] = []
 
@@ -157,7 +157,8 @@ def _values(container: Any) -> Any:
     return container.values() if isinstance(container, dict) else container
 
 
-def _is_single(x: Any) -> bool:
+def is_single(x: Any) -> bool:
+    """Return whether an object is a tensor of one element, to which another one may be equal."""
     return isinstance(x, Tensor) and all(size == 1 for size in x.shape)
 
 

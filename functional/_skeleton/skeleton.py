@@ -60,6 +60,7 @@ class Skeleton:
         modules: The model's modules, those that it keeps in plain containers too, each with its copy.
         children: The registries of the model's modules, each with the submodules that are in it.
         filled: The tensors that the call in progress has replaced, by id.
+        wrote: Whether the forward of the last call wrote to the skeleton.
         offloaded: The tensors of the model, by id, that hooks of accelerate load where they are called.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
         swaps: Where the tensors hang that adapters replace.
@@ -104,6 +105,7 @@ class Skeleton:
         held = {id(container): container for places in self.places.values() for container, _ in places}
         self.containers = (getattr(self.context, "state", {}), *held.values())
         self.filled: Iterable[int] = ()
+        self.wrote = False
         self.swaps: list[Any] = []
         self.remember()
         del self._memo, self._keep, self._reach
@@ -112,8 +114,11 @@ class Skeleton:
         """Record the skeleton as it is now: the state that a call begins with."""
         self.recorded = Recorded(self._copies)
 
-    def end(self) -> list[int] | None:
+    def end(self, trusted: bool = False) -> list[int] | None:
         """End a call: undo whatever it and the model's forward wrote to the skeleton.
+
+        Args:
+            trusted: Whether the forward is known to have written nothing.
 
         Returns:
             `None`; or, if somebody outside still refers to a part of the skeleton and may run it again, the reference
@@ -122,7 +127,7 @@ class Skeleton:
         recorded = self.recorded
         left = [(*place, _at(*place)) for key in self.filled for place in self.places[key]]
         self._put_back()
-        changed = recorded.changed()
+        self.wrote = changed = not trusted and recorded.changed()
         counts = recorded.own_counts() if changed else recorded.own
         if recorded.counts() != counts:
             for container, name, tensor in left:
