@@ -1,6 +1,7 @@
 """The promise of a bank: whatever comes, goes and shares batches, each adapter is what it would be alone."""
 
 import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ rows = st.lists(st.one_of(names, names, names, st.none()), min_size=2, max_size=
 kinds = st.tuples(st.integers(1, 4), st.integers(0, 2), st.sampled_from([*OPTIMIZERS]))
 adds = st.tuples(st.just("add"), names, kinds)
 batches = st.tuples(st.just("batch"), rows, st.lists(names, max_size=1))
-steps = st.tuples(st.just("step"), st.lists(st.sampled_from(HYPER), min_size=8, max_size=8), st.integers(0, 255))
+steps = st.tuples(
+    st.just("step"),
+    st.lists(st.sampled_from(HYPER), min_size=8, max_size=8),
+    st.one_of(st.just(255), st.integers(0, 255)),
+)
 others = st.tuples(st.sampled_from(["remove", "save", "load", "prefetch"]), names)
 starts = st.lists(kinds, min_size=2, max_size=8)
 events = st.lists(st.one_of(batches, batches, steps, steps, adds, others), min_size=10, max_size=60)
@@ -63,6 +68,7 @@ class Twice:
         make, cls, defaults = OPTIMIZERS[optimizer]
         seed, config = len(self.alone) + 17, lora(r, targets, self.dropout)
         self.alone[name] = Alone(self.base, config, (cls, defaults), seed)
+        self.alone[name].functional = make(**defaults) if optimizer == "torchopt" else None
         generator = torch.Generator().manual_seed(seed)
         self.bank.add(name, config, generator=generator, optimizer=make(**defaults))
 
@@ -107,7 +113,8 @@ class Twice:
     def load(self, name: str) -> None:
         if name in self.saved:
             self.remove(name)
-            self.bank.load(self.folder / "saved" / name, name)
+            own = self.saved[name].functional  # files do not name it
+            self.bank.load(self.folder / "saved" / name, name, optimizer=own)
             self.alone[name] = self.saved[name].copy()
 
     def prefetch(self, name: str) -> None:
@@ -152,3 +159,25 @@ def test_each_adapter_is_what_it_would_be_alone(
         getattr(twice, event)(*arguments)
         twice.check()
     hypothesis.event(f"steps of one adapter, at most: {max([0, *(one.steps for one in twice.alone.values())])}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_lives_are_what_they_would_be_alone(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    slots, resting = [(8, None), (4, "memory"), (5, tmp_path / "resting"), (8, None)][seed]
+    twice = Twice(tmp_path, bool(seed % 2), [0.0, 0.2][seed // 2], slots, resting)
+
+    def kind() -> tuple[int, int, str]:
+        return draw.randint(1, 4), draw.randint(0, 2), draw.choice([*OPTIMIZERS])
+
+    for name in NAMES[:6]:
+        twice.add(name, kind())
+    for _ in range(25):
+        for _ in range(draw.randint(1, 2)):
+            several = draw.sample(NAMES, min(slots, draw.randint(2, 6)))
+            twice.batch(draw.choices([*several, None], k=9), draw.sample(NAMES, 1) if draw.random() < 0.1 else [])
+        twice.step([draw.choice(HYPER) for _ in NAMES], draw.getrandbits(8) | draw.getrandbits(8))
+        event = draw.choice(["add", "remove", "save", "load", "prefetch", "save", "load"])
+        getattr(twice, event)(draw.choice(NAMES), *([kind()] if event == "add" else []))
+        twice.check()
+    assert max(alone.steps for alone in twice.alone.values()) >= 8
