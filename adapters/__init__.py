@@ -5,6 +5,7 @@ import typing as _typing
 from torchgraft.functional import __version__ as __version__
 
 from ._bank.bank import Bank as Bank
+from ._bank.functional_optimizer import functional_optimizer as functional_optimizer
 from ._bank.muon import muon as muon
 from ._bank.optimizers import adamw as adamw
 from ._bank.optimizers import sgd as sgd

@@ -55,7 +55,8 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
-        _bank: layout state optimizers muon kind resident arguments batch slots record resting files bank
+        _bank: layout state optimizers functional_optimizer muon kind resident arguments batch slots record resting files
+            bank
         _peft: names absent configs card tuners status weights wrapper ranks hotswap peft_model tasks auto layer_classes
             helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
         .: __init__
@@ -68,8 +69,8 @@ ORDER = {
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around noise base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding joined stacking stacked padded members
-        _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries row_weights
-            followed row_groups parameters skeleton swaps
+        _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries
+            row_weights followed row_groups parameters skeleton swaps
         _routing: route owners
         _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
         .: _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__

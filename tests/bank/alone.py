@@ -40,6 +40,8 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 class Alone:
     """One adapter without any bank."""
 
+    functional: Any = None
+
     def __init__(self, base: nn.Module, config: LoraConfig, optimizer: tuple[Any, dict[str, Any]], seed: int):
         self.config, self.graft = config, bind(base, config)
         self.generator = torch.Generator().manual_seed(seed)
@@ -47,6 +49,7 @@ class Alone:
         self.leaves = [leaf.requires_grad_() for tree in self.params.values() for leaf in tree.values()]
         cls, defaults = optimizer
         self.defaults, self.optimizer = defaults, cls(self.leaves, **defaults)
+        self.initial = {name: value for name, value in self.optimizer.param_groups[0].items() if name != "params"}
         self.steps, self.tokens, self.pending = 0, 0.0, False
 
     def copy(self) -> "Alone":
@@ -84,7 +87,7 @@ class Alone:
         if fine:
             if most is not None:
                 torch.nn.utils.clip_grad_norm_(self.leaves, most)
-            self.optimizer.param_groups[0].update({**self.defaults, **hyper})
+            self.optimizer.param_groups[0].update({**self.initial, **hyper})
             self.optimizer.step()
             self.steps += 1
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,15 +1,19 @@
 """The promise of a bank: whatever comes, goes and shares batches, each adapter is what it would be alone."""
 
+import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+import torchopt
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from torchgraft.adapters import Bank, adamw, muon, sgd
+from torchgraft.adapters import Bank, adamw, functional_optimizer, muon, sgd
 from torchgraft.functional import bind
 
 from .alone import Alone, distance, lora, model
@@ -19,16 +23,29 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
     "adamw": (adamw, torch.optim.AdamW, {"lr": 1e-2}),
     "muon": (muon, torch.optim.Muon, {"lr": 1e-2}),
     "sgd": (sgd, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.25}),
-}
+    "torchopt": (
+        functools.partial(functional_optimizer, torchopt.sgd),
+        torch.optim.SGD,
+        {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0},
+    ),
+}  # fmt: skip
 HYPER: list[dict[str, Any]] = [{}, {"lr": 3e-3}, {"weight_decay": 0.1}, {"max_norm": 0.5, "lr": 0.1}]
 
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking a history takes minutes
+
 names = st.sampled_from(NAMES)
-rows = st.lists(st.one_of(st.none(), names), min_size=1, max_size=7)
-adds = st.tuples(st.just("add"), names, st.integers(1, 4), st.integers(0, 2), st.sampled_from([*OPTIMIZERS]))
-batches = st.tuples(st.just("batch"), rows, st.lists(names, max_size=2))
-steps = st.tuples(st.just("step"), st.dictionaries(names, st.sampled_from(HYPER), min_size=1))
+rows = st.lists(st.one_of(names, names, names, st.none()), min_size=2, max_size=9)
+kinds = st.tuples(st.integers(1, 4), st.integers(0, 2), st.sampled_from([*OPTIMIZERS]))
+adds = st.tuples(st.just("add"), names, kinds)
+batches = st.tuples(st.just("batch"), rows, st.lists(names, max_size=1))
+steps = st.tuples(
+    st.just("step"),
+    st.lists(st.sampled_from(HYPER), min_size=8, max_size=8),
+    st.one_of(st.just(255), st.integers(0, 255)),
+)
 others = st.tuples(st.sampled_from(["remove", "save", "load", "prefetch"]), names)
-events = st.lists(st.one_of(adds, adds, batches, batches, batches, steps, steps, others), min_size=6, max_size=40)
+starts = st.lists(kinds, min_size=2, max_size=8)
+events = st.lists(st.one_of(batches, batches, steps, steps, adds, others), min_size=10, max_size=60)
 
 
 class Twice:
@@ -42,7 +59,8 @@ class Twice:
         self.source = torch.Generator().manual_seed(1)
         self.before: dict[str, Any] = {}
 
-    def add(self, name: str, r: int, targets: int, optimizer: str) -> None:
+    def add(self, name: str, kind: tuple[int, int, str]) -> None:
+        r, targets, optimizer = kind
         if name in self.alone:
             with pytest.raises(ValueError, match="is taken"):
                 self.bank.add(name, lora(r))
@@ -50,6 +68,7 @@ class Twice:
         make, cls, defaults = OPTIMIZERS[optimizer]
         seed, config = len(self.alone) + 17, lora(r, targets, self.dropout)
         self.alone[name] = Alone(self.base, config, (cls, defaults), seed)
+        self.alone[name].functional = make(**defaults) if optimizer == "torchopt" else None
         generator = torch.Generator().manual_seed(seed)
         self.bank.add(name, config, generator=generator, optimizer=make(**defaults))
 
@@ -59,7 +78,7 @@ class Twice:
             return
         if len({*given} - {None}) > len(self.bank._slots):
             with pytest.raises(RuntimeError, match="slots are taken"):
-                self.bank.rows(given).__enter__()
+                self.bank.rows(given, tokens=[1.0] * len(given) if self.by_tokens else None).__enter__()
             return
         x = torch.randn(len(given), 5, generator=self.source, dtype=torch.float64)
         tokens = torch.randint(1, 5, (len(given),), generator=self.source).double()
@@ -70,12 +89,13 @@ class Twice:
             mine = torch.tensor([one == name for one in given])
             self.alone[name].backward(x[mine], weights[mine], float(tokens[mine].sum()))
 
-    def step(self, hyper: dict[str, dict[str, Any]]) -> None:
-        hyper = {name: values for name, values in hyper.items() if name in self.alone and self.alone[name].pending}
+    def step(self, values: list[dict[str, Any]], chosen: int) -> None:
+        pending = [name for i, name in enumerate(NAMES) if chosen >> i & 1 and name in self.alone]
+        hyper = {name: values[NAMES.index(name)] for name in pending if self.alone[name].pending}
         others = {name: self.numbers(name) for name in self.alone if name not in hyper}
         report = self.bank.step(hyper)
-        for name, values in hyper.items():
-            assert (not report[name].skipped) == self.alone[name].step(values, self.by_tokens)
+        for name, own in hyper.items():
+            assert (not report[name].skipped) == self.alone[name].step(own, self.by_tokens)
             assert report[name].steps == self.alone[name].steps
         for name, before in others.items():
             assert all(map(torch.equal, self.numbers(name), before)), "a step reached another adapter"
@@ -93,7 +113,8 @@ class Twice:
     def load(self, name: str) -> None:
         if name in self.saved:
             self.remove(name)
-            self.bank.load(self.folder / "saved" / name, name)
+            own = self.saved[name].functional  # files do not name it
+            self.bank.load(self.folder / "saved" / name, name, optimizer=own)
             self.alone[name] = self.saved[name].copy()
 
     def prefetch(self, name: str) -> None:
@@ -117,10 +138,13 @@ class Twice:
             assert self.bank.steps(name) == alone.steps
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events, st.booleans(), st.sampled_from([0.0, 0.3]), st.sampled_from([(8, None), (2, "memory"), (3, "disk")]))
+@settings(max_examples=40, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    starts, events, st.booleans(), st.sampled_from([0.0, 0.3]), st.sampled_from([(8, None), (2, "memory"), (3, "disk")])
+)
 def test_each_adapter_is_what_it_would_be_alone(
     tmp_path_factory: pytest.TempPathFactory,
+    start: list[tuple[int, int, str]],
     happened: list[tuple[Any, ...]],
     by_tokens: bool,
     dropout: float,
@@ -129,6 +153,31 @@ def test_each_adapter_is_what_it_would_be_alone(
     folder = tmp_path_factory.mktemp("bank")
     slots, resting = room
     twice = Twice(folder, by_tokens, dropout, slots, folder / "resting" if resting == "disk" else resting)
+    for name, kind in zip(NAMES, start, strict=False):
+        twice.add(name, kind)
     for event, *arguments in happened:
         getattr(twice, event)(*arguments)
         twice.check()
+    hypothesis.event(f"steps of one adapter, at most: {max([0, *(one.steps for one in twice.alone.values())])}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_lives_are_what_they_would_be_alone(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    slots, resting = [(8, None), (4, "memory"), (5, tmp_path / "resting"), (8, None)][seed]
+    twice = Twice(tmp_path, bool(seed % 2), [0.0, 0.2][seed // 2], slots, resting)
+
+    def kind() -> tuple[int, int, str]:
+        return draw.randint(1, 4), draw.randint(0, 2), draw.choice([*OPTIMIZERS])
+
+    for name in NAMES[:6]:
+        twice.add(name, kind())
+    for _ in range(25):
+        for _ in range(draw.randint(1, 2)):
+            several = draw.sample(NAMES, min(slots, draw.randint(2, 6)))
+            twice.batch(draw.choices([*several, None], k=9), draw.sample(NAMES, 1) if draw.random() < 0.1 else [])
+        twice.step([draw.choice(HYPER) for _ in NAMES], draw.getrandbits(8) | draw.getrandbits(8))
+        event = draw.choice(["add", "remove", "save", "load", "prefetch", "save", "load"])
+        getattr(twice, event)(draw.choice(NAMES), *([kind()] if event == "add" else []))
+        twice.check()
+    assert max(alone.steps for alone in twice.alone.values()) >= 8
