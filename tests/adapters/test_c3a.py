@@ -17,6 +17,7 @@ from torchgraft.adapters import (
     set_adapter,
     set_peft_model_state_dict,
 )
+from torchgraft.adapters._methods import c3a
 from torchgraft.functional import bind, merge, route, stack, value_and_grad
 
 ON_FIRST = {"target_modules": ["0"]}
@@ -64,6 +65,24 @@ def test_outputs_and_merged_weights_are_the_equation(name):
     rows = torch.tensor([0, -1, 0])
     routed = graft(route(stack([params]), rows), x)
     torch.testing.assert_close(routed, torch.where((rows < 0).view(3, *(1,) * (y.ndim - 1)), model(x), y))
+
+
+@pytest.mark.parametrize("speed", [0, 1000], ids=["by spectra", "as a weight"])
+@pytest.mark.parametrize("name", ["one block", "odd blocks", "many blocks", "blocks of one"])
+def test_both_ways_have_the_equations_gradients(name, speed, monkeypatch):
+    monkeypatch.setattr(c3a, "_TRANSFORM", speed)
+    layer, b = LAYERS[name]
+    model = made(layer).requires_grad_(False)
+    graft = bind(model, C3AConfig(block_size=b, **ON_FIRST))
+    kernel = randomised(graft.init())["0"]["c3a_kernel"].double().requires_grad_()
+    x = torch.randn(2, 3, model[0].in_features, dtype=torch.float64, requires_grad=True)
+    expected = nn.functional.linear(x, model[0].weight + entries(kernel, model[0].weight), model[0].bias)
+    y = graft({"0": {"c3a_kernel": kernel}}, x)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    for mine, theirs in zip(*(torch.autograd.grad(out, (x, kernel), g) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.autograd.gradgradcheck(lambda x, kernel: graft({"0": {"c3a_kernel": kernel}}, x), (x, kernel))
 
 
 @pytest.mark.parametrize("b", [64, 16])

@@ -18,7 +18,6 @@ from .fused import is_eager
 Make = Callable[..., Tensor]
 """`(weight, *factors) -> weight`, all of one dtype; of torch's functions, so that autograd goes through it."""
 
-
 Pull = Callable[..., tuple[Tensor, ...]]
 """`(g, x, weight, *factors) -> gradients of the factors`, for `g`, `"tokens out"`, and `x`, `"tokens in"`."""
 
@@ -70,8 +69,8 @@ class _Linear(torch.autograd.Function):
         else:
             if for_x:
                 made = ctx.make(weight.to(x.dtype), *factors)
-            grads = [None, *(ctx.pull(flat, rows, weight, *factors) if any(for_factors) else for_factors)]
-            grads = [grad if need else None for grad, need in zip(grads, [False, *for_factors], strict=True)]
+            given = ctx.pull(flat, rows, weight, *factors) if any(for_factors) else for_factors
+            grads = [None, *(grad if need else None for grad, need in zip(given, for_factors, strict=True))]
         gx = (flat @ made).view(x.shape) if made is not None and for_x else None
         return None, None, gx, grads[0], flat.sum(0) if for_bias else None, *grads[1:]
 
