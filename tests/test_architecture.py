@@ -61,8 +61,8 @@ ORDER = {
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding stacking stacked padded members
-        _skeleton: context marking saving recorded references sharded attention runtime row_outputs row_groups
-            parameters skeleton swaps
+        _skeleton: context marking saving recorded references sharded attention runtime row_outputs entries row_weights
+            followed row_groups parameters skeleton swaps
         _routing: route owners
         _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
         .: _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__

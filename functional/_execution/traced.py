@@ -56,7 +56,7 @@ def _kept(name: str) -> property:
     return property(get, put)
 
 
-for _name in ("apart", "finder", "kept", "reached", "see", "trees"):
+for _name in ("apart", "finder", "kept", "reached", "see", "trees", "weights"):
     setattr(TracedContext, _name, _kept(_name))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,11 @@ class RoutedLayer(Weighted):
             return torch.empty_like(y).index_copy(0, order, y)
         y = base(x)
         return y.index_copy(0, order, torch.cat(parts)) if parts else y
+
+    def each(self, run: Callable[[SiteAdapter, Leaves], Any]) -> Any:
+        """Return what a function makes of each adapter of the stack, along a leading axis."""
+        constants = {name: c.values for name, c in _varying(self.entry).items()}
+        return torch.vmap(lambda leaves, own: run(self.entry.with_constants(own), leaves))(self.leaves, constants)
 
     def single(self) -> tuple[SiteAdapter, Leaves, Tensor | None]:
         """Return the adapter of the one row, its leaves, and whether it is there at all, `None` for yes.

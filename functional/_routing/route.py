@@ -151,7 +151,8 @@ def route(
     layers that work token by token, linear ones and embeddings. Where the tokens are is found out and proved as well,
     by what reaches each site when some of them change (`functional/ROWS.md`); a model that reorders, drops or adds
     tokens on the way is an error.
-    A module with adapted parameters (`target_parameters`, experts) runs once for each adapter that rows have, on these.
+    A module with adapted parameters (`target_parameters`, experts) runs once for each adapter that rows have, on these;
+    experts that run as a grouped product run once for all rows.
 
     Values of `rows` are looked at in each call, outside of `torch.compile` (rows on a GPU are waited for), to choose
     the fastest way: equal runs of one adapter are one batched product. `rows=None` says so without looking.

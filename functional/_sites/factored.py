@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .tensors import add_scaled, widen
 
-_FACTS = frozenset((
+FACTS = frozenset((
     "device", "dtype", "element_size", "dim", "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_meta",
     "itemsize", "layout", "ndim", "numel", "shape", "size", "stride",
 ))  # fmt: skip
@@ -164,7 +164,7 @@ class Factored:
     # -- everything else -------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FACTS:
+        if name in FACTS:
             return getattr(self.weight, name)
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
@@ -190,9 +190,7 @@ class Factored:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        product = _PRODUCTS.get(func)
-        if product is None and isinstance(func, torch._ops.OpOverloadPacket):
-            product = _OPERATORS.get(func.__name__)
+        product = product_of(func)
         if product is not None:
             y = product(func, *args, **kwargs)
             if y is not NotImplemented:
@@ -211,13 +209,13 @@ def _operator(name: str) -> Callable[..., Any]:
     return operate
 
 
-_OPERATIONS = (
+OPERATIONS = (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "mod", "neg", "abs", "eq", "ne",
     "lt", "le", "gt", "ge", "and", "or", "xor", "invert", "bool", "float", "int", "complex",
 )  # fmt: skip
 
 
-for _name in _OPERATIONS:
+for _name in OPERATIONS:
     setattr(Factored, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -330,12 +328,12 @@ def _grouped(func: Any, a: Any, b: Any, offs: Any = None, **options: Any) -> Any
         return NotImplemented
     y = func(a, b.weight, offs=offs, **options)
     for left, right, scaling in b.terms:
-        left, right = _for_kernel(left.to(a.dtype), right.to(a.dtype))
+        left, right = for_kernel(left.to(a.dtype), right.to(a.dtype))
         y = add_scaled(y, func(func(a, left, offs=offs), right, offs=offs), scaling)
     return y
 
 
-def _for_kernel(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def for_kernel(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Give matrices strides of whole 16 bytes, as grouped kernels want them, by a rank that is padded with zeros."""
     missing = -left.shape[-1] % (16 // left.itemsize)
     if missing:
@@ -387,6 +385,18 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 
 _OPERATORS = {"grouped_mm_fallback": _grouped}
 """By name: transformers' own operator for where torch's kernel is missing."""
+
+
+def product_of(func: Any) -> Callable[..., Any] | None:
+    """Return the way to multiply by a factored weight in the place of a function of torch's."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return _OPERATORS.get(func.__name__)
+    return _PRODUCTS.get(func)
+
+
+def is_grouped(func: Any) -> bool:
+    """Return whether a function multiplies rows that are sorted by expert."""
+    return product_of(func) is _grouped
 
 
 _METHODS = {name: getattr(torch, name) for name in ("matmul", "mm", "bmm", "mv", "addmm", "baddbmm")}

@@ -24,7 +24,14 @@ def _pieces(site: Site) -> str | None:
 PARAMETER = add_kind(Kind("parameter", _call, features=0, routing=Routing(by_module=True), is_parameter=True))
 
 EXPERTS = add_kind(
-    Kind("experts", _call, features=0, routing=Routing(by_module=True), is_parameter=True, pieces=_pieces)
+    Kind(
+        "experts",
+        _call,
+        features=0,
+        routing=Routing(by_module=True, by_entry=True),
+        is_parameter=True,
+        pieces=_pieces,
+    )
 )
 
 

@@ -59,11 +59,13 @@ class Routing:
             routed.
         by_adapter: Whether tokens of many groups are computed one adapter at a time, also by methods that route.
         by_module: Whether rows are cut from what the site's module gets and gives, as the site itself is not called.
+        by_entry: Whether that module runs once for all rows where each entry of its products can be followed.
     """
 
     by_token: bool = False
     by_adapter: bool = False
     by_module: bool = False
+    by_entry: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

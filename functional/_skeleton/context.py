@@ -20,9 +20,10 @@ class CallContext:
         reached: Collects the paths of the sites that ran.
         apart: Names of adapters that a look is to keep apart by rows, also in runs without them.
         kept: The tensors, by identity of the model's, that a routed stack replaces row by row.
+        weights: What adapted parameters are read as where each row has its own, by their paths; `None` elsewhere.
     """
 
-    __slots__ = ("__weakref__", "apart", "finder", "kept", "reached", "see", "trees")
+    __slots__ = ("__weakref__", "apart", "finder", "kept", "reached", "see", "trees", "weights")
 
     def __init__(self) -> None:
         self.trees: Mapping[str, Any] | None = None
@@ -31,6 +32,7 @@ class CallContext:
         self.reached: set[str] | None = None
         self.apart: Collection[str] = ()
         self.kept: dict[int, Tensor] | None = None
+        self.weights: Mapping[str, Any] | None = None
 
     def active(self, path: str) -> Mapping[str, Any]:
         """Return the active trees by adapter name, for the site at a path.
@@ -47,5 +49,5 @@ class CallContext:
 
     def clear(self) -> None:
         """End the call."""
-        self.trees = self.reached = self.finder = self.kept = None
+        self.trees = self.reached = self.finder = self.kept = self.weights = None
         self.apart = ()

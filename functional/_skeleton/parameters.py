@@ -22,8 +22,10 @@ from .._tensors.placement import is_sharded, spread, whole
 from .._unsupported import UnsupportedCall
 from . import saving
 from .context import CallContext
+from .entries import Entries
 from .row_groups import run_in_groups
 from .row_outputs import cannot_route
+from .row_weights import RowTerm, RowWeight
 
 Selected = tuple[SiteAdapter, Leaves, Tensor | None]
 """An adapter's part at a site, its leaves, and whether it is there at all (`None` for yes)."""
@@ -49,6 +51,7 @@ class ParameterRuntime:
         context: What the call in progress says.
         entries: Adapters by name, the innermost first.
         grouped: Whether the code of its module's class names torch's grouped product.
+        followed: Whether each entry was followed through its module so far, see `followed.run_followed`.
     """
 
     path: str
@@ -56,15 +59,18 @@ class ParameterRuntime:
     context: CallContext
     entries: Mapping[str, SiteAdapter]
     grouped: bool = False
+    followed: bool = True
 
     def read(self, module: nn.Module) -> Any:
         """Return the adapted weight that the module's forward gets."""
         weight: Any = module._parameters.get(self.leaf)
         if weight is None:  # FSDP exchanges it for a part of a flat one
             weight = vars(module)[self.leaf]
-        chosen = self._selected()
         if self.context.reached is not None:
             self.context.reached.add(self.path)
+        if self.context.weights is not None and self.path in self.context.weights:
+            return self.context.weights[self.path]
+        chosen = self._selected()
         if not chosen:
             return weight
         if is_sharded(weight):
@@ -72,12 +78,35 @@ class ParameterRuntime:
             return spread(adapted, weight.device_mesh, weight.placements)
         return adapted_weight(weight, chosen, torch.compiler.is_compiling() and self._hidden(module, weight))
 
-    def _selected(self) -> list[Selected]:
-        """Return the adapters that are active, the innermost first."""
+    def by_rows(self, module: nn.Module, size: int, entries: Entries) -> Any:
+        """Return the adapted weight where each of `size` rows has its own; `None` where there is no way to.
+
+        Args:
+            module: The parameter's module.
+            size: Number of rows.
+            entries: Knows whose the entries of tensors are.
+        """
+        weight, adapters = module._parameters.get(self.leaf), list(self.entries.values())
+        by_entry = all(a.site.routing.by_entry and a.config.method.ability(AddsProduct) is not None for a in adapters)
+        if weight is None or is_sharded(weight) or not by_entry:
+            return None
+        layers: list[RoutedLayer] = []
+        chosen = self._selected(layers)
+        shared = adapted_weight(weight, chosen) if chosen else weight
+        for layer in layers:
+            check_leaves(self.path, layer.leaves, weight)
+        return RowWeight(shared, [_row_term(layer, size) for layer in layers], entries) if layers else shared
+
+    def _selected(self, by_row: list[RoutedLayer] | None = None) -> list[Selected]:
+        """Return the adapters that are active, the innermost first; those of rows go to a list of their own."""
         layer = compose(None, self.entries, self.context.active(self.path), self.context.finder)
         selected: list[Selected] = []
         while layer is not None:
             if isinstance(layer, RoutedLayer):
+                if layer.rows.size > 1 and by_row is not None:
+                    by_row.append(layer)
+                    layer = layer.base
+                    continue
                 if layer.rows.size > 1:
                     raise UnsupportedCall(cannot_route(self.path, "is read outside of the forward of its module"))
                 if layer.rows.values != [-1]:
@@ -125,6 +154,24 @@ def _term(adapter: SiteAdapter, leaves: Leaves, on: Tensor | None) -> Term:
     if on is not None:
         scaling = torch.where(on, scaling, 0.0)
     return Term(down.mT, up.mT, scaling) if adapter.site.transposed else Term(up, down, scaling)
+
+
+def _row_term(layer: RoutedLayer, size: int) -> RowTerm:
+    """Return the products of all adapters of a stack; scalings that differ between them are multiplied in."""
+    factor: list[float] = []
+
+    def product(adapter: SiteAdapter, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        left, right, scaling = _term(adapter, leaves, None)
+        if isinstance(scaling, Tensor):
+            return left * scaling, right
+        factor.append(scaling)
+        return left, right
+
+    rows = layer.rows
+    left, right = layer.each(product)
+    index = torch.arange(rows.count, device=left.device) if rows.index is None else rows.index
+    base = any(adapter < 0 for adapter in rows.values or ())
+    return RowTerm(left, right, factor[0] if factor else 1.0, index.repeat_interleave(size // rows.size), base)
 
 
 def names_grouped(cls: type) -> bool:

@@ -2,7 +2,8 @@
 
 A parameter is read, not called, so its reader cannot tell whose row it is multiplied with. Its module can: where the
 rows are in what it gets and gives is looked at and proved, as for the input of a layer. Then each run is one with a
-single adapter, in which the parameter is what it is without routing.
+single adapter, in which the parameter is what it is without routing. Experts in a grouped product run once for
+all rows (`followed`).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from .._locating.layout import SHARED, Layout
 from .._method import SiteAdapter, is_per_row
 from .._sites.site import Site
 from .._unsupported import UnsupportedCall
-from .context import CallContext
+from .followed import Runtime as FollowedRuntime
+from .followed import run_followed
 from .row_outputs import WITHOUT_ROWS, Part, RowOutputs, behind, cannot_route
 
 
-class Runtime(Protocol):
-    """What an adapted parameter knows: the call in progress, and its adapters by name."""
+class Runtime(FollowedRuntime, Protocol):
+    """What an adapted parameter knows: its adapters by name too."""
 
-    context: CallContext
     entries: Mapping[str, SiteAdapter]
 
 
@@ -56,7 +57,7 @@ def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ..
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_packed)
         path = next(iter(first.entries.values())).site.path
         _show(see, path, leaves)
-        y = RowGroups(first, stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
+        y = RowGroups((first, *others), stacks, forward, leaves, spec).run() if stacks else forward(*args, **kwargs)
         _show(see, behind(path), pytree.tree_leaves(y))
         return y
     finally:
@@ -82,15 +83,18 @@ class RowGroups:
     """One run of a module in groups of rows that have the same adapters.
 
     Args:
-        runtime: The facts of one of its parameters, in whose name rows are found.
+        runtimes: The facts of its parameters; rows are found in the name of the first.
         stacks: The routed stacks of the call.
         forward: The forward of the module's class, bound.
         leaves: The leaves of its arguments.
         spec: Their structure, as `tree_unflatten` wants it.
     """
 
-    def __init__(self, runtime: Runtime, stacks: Mapping[str, Any], forward: Any, leaves: list[Any], spec: Any):
-        self.runtime, self.context, self.stacks, self.forward = runtime, runtime.context, stacks, forward
+    def __init__(
+        self, runtimes: Sequence[Runtime], stacks: Mapping[str, Any], forward: Any, leaves: list[Any], spec: Any
+    ):
+        self.runtimes, self.runtime, self.stacks, self.forward = runtimes, (runtime := runtimes[0]), stacks, forward
+        self.context = runtime.context
         self.site: Site = next(iter(runtime.entries.values())).site
         self.leaves, self.spec = leaves, spec
         self.size = max(tree.rows.size for tree in stacks.values())
@@ -113,6 +117,8 @@ class RowGroups:
         before = self._writes()
         if rows is None:
             y = self._row_by_row()
+        elif (once := self._once()) is not None:
+            return once[0]
         else:
             y = self.outputs.joined([self._part(adapters, own) for adapters, own in rows.items()])
         if self._writes() != before:
@@ -205,6 +211,18 @@ class RowGroups:
         every = self.outputs.by_rows(self._under(self._trees(adapters), self._only(set(rows))), self.size)
         index = torch.tensor(rows)
         return rows, [x.index_select(0, index.to(x.device)) if isinstance(x, Tensor) else x for x in every]
+
+    def _once(self) -> tuple[Any] | None:
+        """Return the outputs of one run for all rows, where that is possible."""
+        known = []
+        for x, layout in zip(self.leaves, self.layouts, strict=True):
+            if layout is not None and layout.axis == 0:
+                rows, parts = torch.arange(self.size, device=x.device), len(x) // self.size
+                known.append((x, rows.repeat(parts) if layout.minor else rows.repeat_interleave(parts)))
+        module = self.forward.__self__
+        return run_followed(
+            self.runtimes, module, known, self.size, lambda: self._under(self.context.trees or {}, self.leaves)
+        )
 
     def _row_by_row(self) -> Any:
         """Return the outputs where nobody can read which adapter a row has: each row is run by itself."""
