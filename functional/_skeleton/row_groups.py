@@ -2,7 +2,8 @@
 
 A parameter is read, not called, so its reader cannot tell whose row it is multiplied with. Its module can: where the
 rows are in what it gets and gives is looked at and proved, as for the input of a layer. Then each run is one with a
-single adapter, in which the parameter is what it is without routing. Experts in a grouped product run once (`followed`).
+single adapter, in which the parameter is what it is without routing. Experts in a grouped product run once for
+all rows (`followed`).
 """
 
 from __future__ import annotations
