@@ -265,3 +265,21 @@ def test_traces_with_gradients_on(config, tmp_path):
         assert "PythonOp" not in str(graph) and "_Linear" not in str(graph)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.trace(graft.view(params), (x,))(x), expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_an_input_is_kept_only_for_a_matrix_that_is_trained(p):
+    x, weight, bias, a, b = tensors(4, 3)
+    for tensor in (weight, bias, a):
+        tensor.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused.linear(x, weight, bias, a, b, 0.5, p)
+    assert all(t.data_ptr() != x.data_ptr() and (t.dtype == torch.uint8 or t.shape != x.shape) for t in kept)
+
+    def step(x, b):
+        torch.manual_seed(0)
+        return fused.linear(x, weight, bias, a, b, 0.5, p)
+
+    assert torch.autograd.gradcheck(step, (x, b))
+    assert torch.autograd.gradgradcheck(step, (x, b))
