@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -85,7 +85,7 @@ def plan(config: IA3Config, sites: list[Site], weights: Weights) -> dict[str, IA
     return {site.path: IA3Constants(_matches(names, site.path)) for site in sites}
 
 
-def _matches(names: list[str] | str, path: str) -> bool:
+def _matches(names: Collection[str], path: str) -> bool:
     if isinstance(names, str):
         return patterns.fullmatch(names, path, "IA3Config: feedforward_modules")
     return path in names or any(path.endswith(f".{name}") for name in names)

@@ -105,8 +105,8 @@ class AutoPeftModel:
             is_trainable,
             config,
             autocast_adapter_dtype,
-            low_cpu_mem_usage,
-            key_mapping,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
             torch_device=torch_device,
         )
 
@@ -158,7 +158,7 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     auto_class, model_class = "AutoModel", PeftModelForFeatureExtraction
 
 
-AUTO_MODELS = (AutoPeftModel, *AutoPeftModel.__subclasses__())
+AUTO_MODELS: tuple[type[AutoPeftModel], ...] = (AutoPeftModel, *AutoPeftModel.__subclasses__())
 """The classes, one for each task."""
 
 

@@ -76,6 +76,8 @@ def test_the_base_and_the_adapter_come_back_as_with_peft(task, tmp_path):
     again = getattr(ours, name).from_pretrained(tmp_path / "adapter", "mine", is_trainable=True, dtype=torch.float64)
     assert again.active_adapters == ["mine"] and again.base_model_torch_dtype == torch.float64
     assert [name for name, one in again.named_parameters() if one.requires_grad]
+    with pytest.raises(KeyError, match="lacks"):
+        getattr(ours, name).from_pretrained(tmp_path / "adapter", key_mapping={"lora_A": "lora_Z"})
 
 
 @pytest.mark.parametrize("tokens", [20, 24])

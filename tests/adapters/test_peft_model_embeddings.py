@@ -25,6 +25,7 @@ SPARE = "modules_to_save.weight"
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`:UserWarning",
+    "ignore:adapter 'default' is on what is tied:UserWarning",
     "ignore:Model has `tie_word_embeddings=True`:UserWarning",
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
 )

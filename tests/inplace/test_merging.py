@@ -157,7 +157,10 @@ def fold(module, entry, leaves):
 
 
 TestCalls = Calls.TestCase
-TestCalls.pytestmark = [pytest.mark.slow]
+TestCalls.pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:adapters .* are merged already:UserWarning"),
+]
 TestCalls.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
 
 

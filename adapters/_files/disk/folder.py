@@ -29,12 +29,6 @@ PICKLE = "adapter_model.bin"
 MOST_CONFIG = 64 * 2**20
 """Bytes that a config may have."""
 
-_CONVERSION = (
-    'python -c "import torch, safetensors.torch as s; t = torch.load({0!s!r}, weights_only=True); s.save_file('
-    "{{k: v.clone(memory_format=torch.contiguous_format) for k, v in t.items()}}, {1!s!r}, {{'format': 'pt'}})\""
-)
-"""The line that makes weights of a pickle, which torch reads as tensors alone."""
-
 _PENDING = re.compile(r"\.adapter_config\.([0-9a-f]{64})\.json")
 """A config whose weights have this digest; see `write_pair`."""
 
@@ -181,9 +175,18 @@ def _no_weights(folder: Folder) -> str:
     if folder.has(PICKLE):
         return (
             f"{folder.path / WEIGHTS}: is missing; there is only {PICKLE}, a pickle, which is never read here for it "
-            f"can run code. This converts it:\n{_CONVERSION.format(folder.path / PICKLE, folder.path / WEIGHTS)}"
+            f"can run code. This converts it:\n{_conversion(folder.path)}"
         )
     return f"{folder.path / WEIGHTS}: is missing"
+
+
+def _conversion(path: Path) -> str:
+    """Return the line that makes weights of a pickle, which torch reads as tensors alone."""
+    tensors = "{k: v.clone(memory_format=torch.contiguous_format) for k, v in t.items()}"
+    return (
+        f'python -c "import torch, safetensors.torch as s; t = torch.load({str(path / PICKLE)!r}, weights_only=True); '
+        f"s.save_file({tensors}, {str(path / WEIGHTS)!r}, {{'format': 'pt'}})\""
+    )
 
 
 def _is(path: Path, handle: BufferedReader) -> bool:

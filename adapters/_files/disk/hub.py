@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FILE = "adapter_config.json"
 
 
 def local_folder(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import resting, whole
+from torchgraft.functional.extending import resting, unwrapped, whole
 
 from ..._config.base import AdapterConfig
 from ..._config.matching import matches
@@ -36,7 +36,7 @@ class BaseEmbedding:
         key: Its key in files.
         module: The user's module.
         leaf: Its name there.
-        tensor: Its values, without what is merged.
+        tensor: The tensor, as it is without what is merged.
         adapted: Whether the adapter is on the module.
     """
 
@@ -49,9 +49,14 @@ class BaseEmbedding:
     @property
     def own(self) -> Tensor:
         """The tensor that the module has."""
-        tensor = self.module._parameters[self.leaf]
-        assert tensor is not None
-        return tensor
+        result: Tensor = getattr(self.module, self.leaf)
+        return result
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor with its values, also where the module is offloaded."""
+        result: Tensor = resting(self.module, self.leaf) if self.tensor.is_meta else self.tensor
+        return result
 
 
 def base_embeddings(model: nn.Module, layout: Layout) -> Iterator[BaseEmbedding]:
@@ -63,18 +68,25 @@ def base_embeddings(model: nn.Module, layout: Layout) -> Iterator[BaseEmbedding]
     """
     modules = bare_modules(model)
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        part = placed_in(found := get() if callable(get) else None)
+        part = placed_in(found := _embedding(model, name))
         bare = found if part is None else part.user_module
         path = next((path for path, module in modules.items() if module is bare), None)
         if bare is None or path is None:
             continue
         adapted = part is not None and layout.adapter in part.carried_adapters
         place = f"{path}.{_within(part)}" if part is not None and adapted else path
-        for leaf in bare._parameters:
-            if bare._parameters[leaf] is not None:
-                tensor = layout.unmerged.get(f"{path}.{leaf}", resting(bare, leaf))
-                yield BaseEmbedding(f"{place}.{leaf}", bare, leaf, tensor, adapted)
+        for leaf, own in bare._parameters.items():
+            if own is not None:
+                yield BaseEmbedding(f"{place}.{leaf}", bare, leaf, layout.unmerged.get(f"{path}.{leaf}", own), adapted)
+
+
+def _embedding(model: nn.Module, name: str) -> Any:
+    """Return what a model's method of this name gives; `None` of models that have none."""
+    get = getattr(model, name, None)
+    try:
+        return unwrapped(get()) if callable(get) else None
+    except (AttributeError, NotImplementedError):  # of transformers' classes that leave it to others
+        return None
 
 
 def replaceable(model: nn.Module, layout: Layout) -> Iterator[BaseEmbedding]:

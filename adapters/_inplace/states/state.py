@@ -65,7 +65,7 @@ def get_peft_model_state_dict(
     slots = slots_of(model, layout)
     saved = saved_embeddings(model, layout, save_embedding_layers)
     if state_dict is None:
-        base = {one.key: kept(one.tensor) for one in saved}
+        base = {one.key: kept(one.values) for one in saved}
         state = {key: kept(_values(model, slot.key, slot.tensor)) for key, slot in slots.items()}
     else:
         given = {bare_name(key).removeprefix(prefix): tensor for key, tensor in state_dict.items()}
