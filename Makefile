@@ -72,7 +72,7 @@ $(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproje
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) --editable '.[$*]'
-	$(if $(filter clients,$*),$(INSTALL) --no-deps backpack-for-pytorch laplace-torch)
+	$(if $(filter clients,$*),$(INSTALL) --no-deps backpack-for-pytorch curvlinops-for-pytorch laplace-torch)
 	mkdir -p $(VENV)/types/torchgraft
 	ln -sfn ../../../torchgraft/__init__.py $(VENV)/types/torchgraft/__init__.py
 	ln -sfn ../../../functional $(VENV)/types/torchgraft/functional
