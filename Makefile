@@ -63,7 +63,7 @@ clean:
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
-# laplace-torch asks for a torchvision that it does not use, and one of another build than torch's breaks transformers.
+# Those without their requirements ask for a torchvision they can do without; one of another build breaks transformers.
 # The links show mypy the folders under their import names, which it cannot learn from an editable install.
 $(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -72,7 +72,7 @@ $(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproje
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) --editable '.[$*]'
-	$(if $(filter clients,$*),$(INSTALL) --no-deps laplace-torch)
+	$(if $(filter clients,$*),$(INSTALL) --no-deps backpack-for-pytorch curvlinops-for-pytorch laplace-torch)
 	mkdir -p $(VENV)/types/torchgraft
 	ln -sfn ../../../torchgraft/__init__.py $(VENV)/types/torchgraft/__init__.py
 	ln -sfn ../../../functional $(VENV)/types/torchgraft/functional

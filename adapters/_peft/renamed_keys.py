@@ -51,6 +51,7 @@ def _adapter_keys(renaming: Any, adapter_name: str, configs: list[Any]) -> Any:
 def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
     """Return the key in a model of a key in a file.
 
+    >>> from torchgraft.adapters import LoraConfig
     >>> insert_name("base_model.model.layers.0.lora_A.weight", "style", [LoraConfig])
     'layers.0.lora_A.style.weight'
     >>> insert_name("base_model.model.classifier.weight", "style", [LoraConfig])
