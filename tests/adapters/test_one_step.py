@@ -1,0 +1,207 @@
+"""Sites whose calls are one step, decided beforehand: the bits of `apply`, and every change after the decision."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from torchgraft.adapters import LoraConfig, inject_adapter_in_model, set_adapter
+from torchgraft.functional import bind, route, stack
+from torchgraft.functional.extending import SiteRuntime
+
+FIELDS = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+
+
+def sequential(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4, bias=bias))
+
+
+def step_at(model, config):
+    graft = bind(model, config)
+    view = graft.view(graft.init())
+    return vars(view[0])["_runtime"].step
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.lists(st.integers(0, 3), min_size=0, max_size=3),
+    layout=st.sampled_from(["rows", "transposed", "sliced", "expanded"]),
+    bias=st.booleans(),
+    trained=st.booleans(),
+    grad=st.booleans(),
+    p=st.sampled_from([0.0, 0.5]),
+    dtypes=st.sampled_from([("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")]),
+)
+def test_the_step_gives_the_bits_of_apply(batch, layout, bias, trained, grad, p, dtypes):
+    base, own = (getattr(torch, name) for name in dtypes)
+    model = sequential(bias).to(base).requires_grad_(trained)
+    graft = bind(model, LoraConfig(**FIELDS, lora_dropout=p))
+    params = graft.init(torch.Generator().manual_seed(0), dtype=own)
+    leaves = [leaf.requires_grad_(grad) for leaf in params["0"].values()]
+    x = torch.randn(*batch, 3).to(base)
+    if layout == "transposed" and len(batch) > 1:
+        x = x.transpose(0, 1)
+    elif layout == "sliced":
+        x = torch.cat([x, x], -1)[..., :3]
+    elif layout == "expanded":
+        x = x.expand(2, *x.shape)
+    assert step_at(model, graft.configs[""]) is not None
+
+    def run():
+        torch.manual_seed(1)
+        y = graft(params, x)
+        return [y.detach(), *(torch.autograd.grad(y.double().square().sum(), leaves) if grad else ())]
+
+    found = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiteRuntime, "decide", lambda runtime: None)
+        graft = bind(model, graft.configs[""])
+        expected = run()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq", "lora_alpha": 2},
+    ],
+    ids=lambda fields: "-".join(map(str, fields)),
+)
+def test_sites_that_are_more_than_a_product_take_apply(fields):
+    assert step_at(sequential(), LoraConfig(**{**FIELDS, **fields})) is None
+
+
+def test_several_adapters_and_rows_of_many_are_each_right():
+    model, x = sequential().double(), torch.randn(3, 3, dtype=torch.float64)
+    graft = bind(model, {name: LoraConfig(**FIELDS) for name in "ab"})
+    params = graft.init()
+    products = {name: 4 * x @ (tree["0"]["lora_B"] @ tree["0"]["lora_A"]).mT for name, tree in params.items()}
+    torch.testing.assert_close(graft(params, x), model(x) + products["a"] + products["b"])
+    torch.testing.assert_close(graft({"b": params["b"]}, x), model(x) + products["b"])
+    one = bind(model, LoraConfig(**FIELDS))
+    many = stack([params["a"], params["b"]])
+    rows = torch.stack([products["b"][0], products["a"][1], torch.zeros(4).double()])
+    torch.testing.assert_close(one(route(many, torch.tensor([1, 0, -1])), x), model(x) + rows)
+
+
+def scaled(layer):
+    layer.scaling["default"] = 3.0
+    return lambda base, product: base + 3 / 4 * product
+
+
+def hooked_base(layer):
+    layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    return lambda base, product: base + 1 + product
+
+
+def hooked_factor(layer):
+    layer.lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
+    return lambda base, product: base + 2 * product
+
+
+def own_forward(layer):
+    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], 4, dtype=x.dtype)
+    return lambda base, product: product
+
+
+def replaced_base(layer):
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    nn.init.zeros_(layer.base_layer.weight)
+    nn.init.zeros_(layer.base_layer.bias)
+    return lambda base, product: product
+
+
+def replaced_weight(layer):
+    layer.base_layer.weight = nn.Parameter(torch.zeros_like(layer.base_layer.weight))
+    return lambda base, product: layer.base_layer.bias + product
+
+
+def replaced_factor(layer):
+    layer.lora_B["default"].weight = nn.Parameter(2 * layer.lora_B["default"].weight.detach())
+    return lambda base, product: base + 2 * product
+
+
+def written_factor(layer):
+    layer.lora_B["default"].weight.data.mul_(2)
+    return lambda base, product: base + 2 * product
+
+
+def parametrised_factor(layer):
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled())
+    return lambda base, product: base + 2 * product
+
+
+def biased_factor(layer):
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    return lambda base, product: base + product + 4
+
+
+def another_class(layer):
+    class Negated(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    layer.base_layer.__class__ = Negated
+    layer.refresh()
+    return lambda base, product: -(base + product)
+
+
+def nothing_active(layer):
+    layer.enable_adapters(False)
+    return lambda base, product: base
+
+
+def merged(layer):
+    layer.merge()
+    return lambda base, product: base + product
+
+
+CHANGES = [
+    scaled, hooked_base, hooked_factor, own_forward, replaced_base, replaced_weight, replaced_factor, written_factor,
+    parametrised_factor, biased_factor, another_class, nothing_active, merged,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_after_the_decision_is_in_the_next_call(change):
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    model = inject_adapter_in_model(LoraConfig(**FIELDS), sequential().double())
+    layer = model[0]
+    base = layer.base_layer(x)
+    product = 4 * x @ (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).mT
+    torch.testing.assert_close(model(x), base + product)
+    assert layer._live.step is not None
+    expected = change(layer)(base, product)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_another_adapter_another_dtype_and_dropout_after_the_decision():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    model = inject_adapter_in_model(LoraConfig(**FIELDS, lora_dropout=0.5), sequential().double().eval())
+    inject_adapter_in_model(LoraConfig(**FIELDS), model, "other")
+    layer = model[0]
+    for name in ("default", "other", "default"):
+        set_adapter(model, name)
+        product = 4 * x @ (layer.lora_B[name].weight @ layer.lora_A[name].weight).mT
+        torch.testing.assert_close(model(x), layer.base_layer(x) + product)
+    model.train()
+    torch.manual_seed(0)
+    y = model(x)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    product = 4 * dropped @ (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).mT
+    torch.testing.assert_close(y, layer.base_layer(x) + product)
+    model.eval().float()
+    assert model(x.float()).dtype == torch.float32
