@@ -267,8 +267,9 @@ class Bank:
             residents = [self._resident(name, "step") for name in given]
             values = [checked_hyper(one, own) for one, own in zip(residents, given.values(), strict=True)]
             report: dict[str, Stepped] = {}
-            for start in range(0, len(residents), len(self._slots)):
-                part = residents[start : start + len(self._slots)]
+            size = self._slots.stepped_at_once
+            for start in range(0, len(residents), size):
+                part = residents[start : start + size]
                 self._bring(part, "step")
                 for one, (own, most), norm, tokens in zip(part, values[start:], *self._slots.norms(part), strict=False):
                     report[one.name] = self._slots.step(one, own, most, norm, tokens)
@@ -427,6 +428,7 @@ class Bank:
             for resident in residents:
                 resident.in_batches -= 1
             if gradients is not None:
-                accumulate(self.state, [one.place for one in residents], gradients, counts)
+                fresh = {one.place for one in residents if not one.pending}
+                accumulate(self.state, [one.place for one in residents], gradients, counts, fresh)
                 for resident in residents:
                     resident.pending, resident.by_tokens = True, counts is not None
