@@ -135,7 +135,12 @@ class Slots:
         return self.layout.views(self.state.parameters[resident.place], resident.kind.shapes)
 
     def gather(
-        self, present: Sequence[Resident], given: Sequence[str | None], packed: int | None, grad: bool
+        self,
+        present: Sequence[Resident],
+        given: Sequence[str | None],
+        packed: int | None,
+        grad: bool,
+        state: State | None = None,
     ) -> tuple[Routed, Gathered]:
         """Return the stack of the adapters that rows have, over the rows, and its leaves.
 
@@ -144,11 +149,14 @@ class Slots:
             given: The name of each row's, or of each token's.
             packed: How many tokens a row has, if they have adapters of their own.
             grad: Whether to differentiate.
+            state: The numbers, where they are not the slots' own.
         """
         cut = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
         cut = {path: {**leaves, **cut.get(path, {})} for path, leaves in self._shapes.items()}
         places = [resident.place for resident in present]
-        gathered = gather(self.state, places, self.layout, self.kinds.layouts, cut, grad=grad)
+        gathered = gather(
+            self.state if state is None else state, places, self.layout, self.kinds.layouts, cut, grad=grad
+        )
         index = {resident.name: i for i, resident in enumerate(present)}
         values = [-1 if name is None else index[name] for name in given]
         noise = [resident.generator for resident in present] if _draws(present[0].kind) else None
