@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Graft
-from torchgraft.functional.extending import Tree, did_you_mean
+from torchgraft.functional.extending import Tree
 
 from .._config.base import AdapterConfig
 from .arguments import check_slots, checked_hyper, flat, hyper_by_name, leaf_like, stacked, token_counts
 from .batch import Batch
 from .files import load_resident, save_resident
+from .isolation import check_isolated
 from .optimizers import RowOptimizer, adamw
 from .resident import Resident, Stepped, own_generator
 from .resting import Resting
+from .roster import Roster
 from .slots import Slots
 from .state import State, accumulate
 
@@ -34,8 +35,8 @@ class Bank:
     have to be each row's own, normalised by what belongs to the same adapter: a mean over a batch, an auxiliary loss
     over its rows or negatives from it would join adapters, which no library can see.
 
-    Every method may be called by several threads; they take turns at one lock, `bank.lock`, which nothing holds while
-    the model runs.
+    Every method may be called by several threads; they take turns at one lock, `bank.lock`, which only `check` holds
+    while the model runs.
 
     Args:
         graft: `bind(model, config)` with the largest config that a slot can hold, or of several, `bind(model, [...])`.
@@ -44,6 +45,8 @@ class Bank:
         resting: Where adapters rest that have no slot, so that there can be more of them than slots: `"memory"`, or a
             directory, a `pathlib.Path`. The one that was named least lately gives way to one that is named. By default
             there are no more adapters than slots.
+        random_base: Accept a model that draws random numbers in training, which depend on who shares a batch; otherwise
+            that is an error.
         dtype: Dtype of the parameters, as for `Graft.init`.
         device: Device of the parameters.
 
@@ -75,6 +78,7 @@ class Bank:
         *,
         optimizer: RowOptimizer | None = None,
         resting: str | os.PathLike[str] | None = None,
+        random_base: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
@@ -84,16 +88,15 @@ class Bank:
         self._slots = Slots(self.graft, slots, leaf_like(graft, dtype, device))
         self._optimizer.check(self._slots.layout)
         self._slots.make_room(self._optimizer)
-        self._resting = None if resting is None else Resting(resting)
-        self._residents: dict[str, Resident] = {}
-        self._clock = itertools.count(1)
+        self._random_base = random_base
+        self._roster = Roster(self._slots, None if resting is None else Resting(resting))
         self.lock = threading.RLock()
 
     @property
     def names(self) -> list[str]:
         """The names of all adapters, in the order in which they were added."""
         with self.lock:
-            return [*self._residents]
+            return [*self._roster.residents]
 
     @property
     def state(self) -> State:
@@ -101,10 +104,10 @@ class Bank:
         return self._slots.state
 
     def __contains__(self, name: object) -> bool:
-        return name in self._residents
+        return name in self._roster.residents
 
     def __len__(self) -> int:
-        return len(self._residents)
+        return len(self._roster.residents)
 
     def add(
         self,
@@ -138,7 +141,7 @@ class Bank:
         torch.Size([1, 4])
         """
         with self.lock:
-            self._check_new(name, "add")
+            self._roster.check_new(name, "add")
             try:
                 kind = self._slots.kinds.of(config)
             except (TypeError, ValueError) as error:
@@ -149,10 +152,10 @@ class Bank:
                 params = kind.graft.init(generator, dtype=self.state.parameters.dtype, device=self._slots.device)
             kind.check(params)
             resident.generator = own_generator(generator, self._slots.device)
-            self._free_slots(1, [], "add")
+            self._roster.free_slots(1, [], "add")
             self._slots.make_room(resident.optimizer)
             self._slots.begin(resident, params)
-            self._keep(resident)
+            self._roster.keep(resident)
 
     def remove(self, name: str) -> None:
         """Remove an adapter; its slot is free again, and nothing else changes.
@@ -162,16 +165,12 @@ class Bank:
             RuntimeError: Its rows are in a batch that is not over.
         """
         with self.lock:
-            resident = self._resident(name, "remove")
+            resident = self._roster.get(name, "remove")
             if resident.in_batches:
                 raise RuntimeError(
                     f"remove: rows of {name!r} are in a batch that is not over; leave the block of bank.rows first"
                 )
-            if resident.slot is not None:
-                self._slots.leave(resident)
-            if self._resting is not None:
-                self._resting.drop(resident)
-            del self._residents[name]
+            self._roster.drop(resident)
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[Any], *, tokens: Sequence[float] | Tensor | None = None) -> Iterator[Batch]:
@@ -203,13 +202,13 @@ class Bank:
         """
         given, packed = flat(names)
         with self.lock:
-            named = self._named(given, "rows")
+            named = self._roster.named(given, "rows")
             counts = token_counts(given, packed, tokens, named)
-            present = self._present(named, "rows")
+            present = self._roster.present(named, "rows")
             stack, gathered = self._slots.gather(present, given, packed, bool(named) and torch.is_grad_enabled())
             for resident in present:
                 resident.in_batches += 1
-        batch = Batch(self.graft, stack, gathered)
+        batch = Batch(self.graft, stack, gathered, self._random_base)
         gradients = None
         try:
             yield batch
@@ -231,7 +230,7 @@ class Bank:
         """
         given, packed = flat(names)
         with self.lock:
-            present = self._present(self._named(given, "view"), "view")
+            present = self._roster.present(self._roster.named(given, "view"), "view")
             return self.graft.view(self._slots.gather(present, given, packed, False)[0])
 
     def step(self, hyper: Mapping[str, Mapping[str, Any] | None] | Sequence[str]) -> dict[str, Stepped]:
@@ -264,15 +263,82 @@ class Bank:
         """
         given = hyper_by_name(hyper)
         with self.lock, torch.no_grad():
-            residents = [self._resident(name, "step") for name in given]
+            residents = [self._roster.get(name, "step") for name in given]
             values = [checked_hyper(one, own) for one, own in zip(residents, given.values(), strict=True)]
             report: dict[str, Stepped] = {}
-            for start in range(0, len(residents), len(self._slots)):
-                part = residents[start : start + len(self._slots)]
-                self._bring(part, "step")
+            size = self._slots.stepped_at_once
+            for start in range(0, len(residents), size):
+                part = residents[start : start + size]
+                self._roster.bring(part, "step")
                 for one, (own, most), norm, tokens in zip(part, values[start:], *self._slots.norms(part), strict=False):
                     report[one.name] = self._slots.step(one, own, most, norm, tokens)
             return report
+
+    def check(self, names: Sequence[Any], compute: Callable[[Batch], Tensor]) -> None:
+        """Prove for one batch that no adapter depends on another: each is changed in turn, and the others stay.
+
+        What depends on how many rows there are, as a mean over the batch does, is not seen. The bank stays as it is.
+
+        Args:
+            names: As for `rows`.
+            compute: `adapted -> loss`, a scalar, as it is computed within a block of `rows`.
+
+        Raises:
+            ValueError: Adapters whose gradients change with the parameters of another; names them.
+
+        >>> from torchgraft.adapters import Bank, LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        >>> bank = Bank(bind(nn.Linear(4, 3), config), slots=2)
+        >>> bank.add("poems", config)
+        >>> bank.add("code", config)
+        >>> bank.check(["poems", "code"], lambda adapted: adapted(torch.ones(2, 4)).square().sum())
+        >>> bank.check(["poems", "code"], lambda adapted: adapted(torch.ones(2, 4)).sum().square())
+        Traceback (most recent call last):
+        ValueError: check: the gradients of 'code' change with the parameters of 'poems'; something joins their rows: \\
+negatives, statistics or an auxiliary term of the whole batch, or attention across packed documents. Each row's loss \\
+has to be its own
+        """
+        given, packed = flat(names)
+        with self.lock:
+            present = self._roster.present(self._roster.named(given, "check"), "check")
+            check_isolated(self.graft, self._slots, present, given, packed, compute)
+
+    def forward_backward(
+        self,
+        loss: Callable[[Batch, Any], Tensor],
+        batch: Any,
+        names: Sequence[Any],
+        *,
+        tokens: Sequence[float] | Tensor | None = None,
+        check: bool = False,
+    ) -> Tensor:
+        """Add the gradients of one batch, in the manner of training services.
+
+        Args:
+            loss: `(adapted, batch) -> losses`, one for each row, or their sum.
+            batch: What it gets.
+            names: As for `rows`.
+            tokens: As for `rows`.
+            check: Prove first that the adapters do not depend on each other, as `check` does.
+
+        Returns:
+            The losses, without gradients.
+
+        >>> from torchgraft.adapters import Bank, LoraConfig
+        >>> from torchgraft.functional import bind
+        >>> bank = Bank(bind(nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear")), slots=2)
+        >>> bank.add("poems", LoraConfig(r=4, target_modules="all-linear"))
+        >>> loss = lambda adapted, x: adapted(x).square().sum(-1)
+        >>> bank.forward_backward(loss, torch.ones(2, 4), ["poems", "poems"], check=True).shape
+        torch.Size([2])
+        """
+        if check:
+            self.check(names, lambda adapted: loss(adapted, batch).sum())
+        with self.rows(names, tokens=tokens) as adapted:
+            losses = loss(adapted, batch)
+            losses.sum().backward()
+        return losses.detach()
 
     def save(self, name: str, path: str | os.PathLike[str]) -> Path:
         """Write an adapter into a directory: PEFT's two files, and beside them the optimizer's state and all else.
@@ -299,8 +365,8 @@ class Bank:
         (['poems', 'verses'], True)
         """
         with self.lock:
-            resident = self._resident(name, "save")
-            self._bring([resident], "save")
+            resident = self._roster.get(name, "save")
+            self._roster.bring([resident], "save")
             tree, numbers = self._slots.own_tree(resident), self._slots.lift(resident)
             return save_resident(path, resident, tree, numbers)
 
@@ -318,13 +384,13 @@ class Bank:
             TypeError, ValueError: As `load_adapter` and `add` do; the state of another optimizer.
         """
         with self.lock:
-            self._check_new(name, "load")
+            self._roster.check_new(name, "load")
             resident, params, numbers = load_resident(path, name, self._slots, self._optimizer, optimizer)
-            self._free_slots(1, [], "load")
+            self._roster.free_slots(1, [], "load")
             self._slots.make_room(resident.optimizer)
             self._slots.begin(resident, params)
             self._slots.write(resident, numbers)
-            self._keep(resident)
+            self._roster.keep(resident)
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Bring adapters that rest into slots, ahead of the batch that needs them; another thread may do it.
@@ -334,7 +400,7 @@ class Bank:
             RuntimeError: More adapters than slots.
         """
         with self.lock:
-            self._bring(self._named(names, "prefetch"), "prefetch")
+            self._roster.bring(self._roster.named(names, "prefetch"), "prefetch")
 
     def steps(self, name: str) -> int:
         """Return how many steps an adapter has taken.
@@ -342,7 +408,7 @@ class Bank:
         Raises:
             KeyError: No such adapter.
         """
-        return self._resident(name, "steps").steps
+        return self._roster.get(name, "steps").steps
 
     def config(self, name: str) -> AdapterConfig:
         """Return an adapter's config.
@@ -350,7 +416,7 @@ class Bank:
         Raises:
             KeyError: No such adapter.
         """
-        return self._resident(name, "config").kind.config
+        return self._roster.get(name, "config").kind.config
 
     def tensors(self, name: str) -> Tree:
         """Return a copy of an adapter's parameters, in its own shapes: `{path: {leaf: tensor}}`.
@@ -359,67 +425,10 @@ class Bank:
             KeyError: No such adapter.
         """
         with self.lock:
-            resident = self._resident(name, "tensors")
-            self._bring([resident], "tensors")
+            resident = self._roster.get(name, "tensors")
+            self._roster.bring([resident], "tensors")
             tree = self._slots.own_tree(resident)
             return {path: {leaf: value.clone() for leaf, value in leaves.items()} for path, leaves in tree.items()}
-
-    def _resident(self, name: Any, what: str) -> Resident:
-        if isinstance(name, str) and name in self._residents:
-            return self._residents[name]
-        raise KeyError(
-            f"{what}: no adapter has the name {name!r:.60}{did_you_mean(str(name), self._residents)}; bank.add adds one"
-        )
-
-    def _named(self, given: Sequence[Any], what: str) -> list[Resident]:
-        """Return the adapters that are named, each once."""
-        return [self._resident(name, what) for name in dict.fromkeys(given) if name is not None]
-
-    def _present(self, named: list[Resident], what: str) -> list[Resident]:
-        """Bring the adapters of some rows into slots; any one where all rows have the base alone."""
-        if not self._residents:
-            raise ValueError(f"{what}: the bank has no adapters; the base alone is the model itself")
-        present = named or [next(iter(self._residents.values()))]
-        self._bring(present, what)
-        return present
-
-    def _check_new(self, name: Any, what: str) -> None:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{what}: name is {name!r:.60}, expected a string that is not empty")
-        if name in self._residents:
-            raise ValueError(f"{what}: the name {name!r} is taken; remove that adapter first, or choose another name")
-
-    def _keep(self, resident: Resident) -> None:
-        resident.used = next(self._clock)
-        self._residents[resident.name] = resident
-
-    def _bring(self, residents: Sequence[Resident], what: str) -> None:
-        """Have adapters in slots; those named least lately rest for them."""
-        away = [resident for resident in residents if resident.slot is None]
-        self._free_slots(len(away), residents, what)
-        for resident in residents:
-            resident.used = next(self._clock)
-        for resident in away:
-            assert self._resting is not None
-            self._slots.put(resident, self._resting.read(resident))
-
-    def _free_slots(self, count: int, needed: Sequence[Resident], what: str) -> None:
-        """Have slots free, if some can be made so; nothing changes otherwise."""
-        missing = count - len(self._slots.free)
-        if missing <= 0:
-            return
-        idle = [one for one in self._residents.values() if one.slot is not None and not one.in_batches]
-        idle = sorted((one for one in idle if one not in needed), key=lambda one: one.used)
-        if self._resting is None or len(idle) < missing:
-            why = "" if self._resting is None else f", {len(self._slots) - len(idle)} of them in use"
-            hint = ", or give resting= for more adapters than slots" if self._resting is None else ""
-            raise RuntimeError(
-                f"{what}: all {len(self._slots)} slots are taken{why}; remove an adapter first, make the bank with "
-                f"more slots{hint}"
-            )
-        for resident in idle[:missing]:
-            self._resting.write(resident, self._slots.lift(resident))
-            self._slots.leave(resident)
 
     def _leave(self, residents: list[Resident], gradients: Tensor | None, counts: list[float] | None) -> None:
         """End a batch: count its gradients, and let go of its adapters."""
@@ -427,6 +436,7 @@ class Bank:
             for resident in residents:
                 resident.in_batches -= 1
             if gradients is not None:
-                accumulate(self.state, [one.place for one in residents], gradients, counts)
+                fresh = {one.place for one in residents if not one.pending}
+                accumulate(self.state, [one.place for one in residents], gradients, counts, fresh)
                 for resident in residents:
                     resident.pending, resident.by_tokens = True, counts is not None

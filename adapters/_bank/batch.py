@@ -32,10 +32,12 @@ class Batch:
         graft: The stack that the bank's slots are places of.
         stack: The adapters that are present, over the rows.
         gathered: Their leaves.
+        random_base: Whether the model may draw random numbers.
     """
 
-    def __init__(self, graft: StackedGraft, stack: Routed, gathered: Gathered):
+    def __init__(self, graft: StackedGraft, stack: Routed, gathered: Gathered, random_base: bool = True):
         self._graft, self._rows = graft, gathered.rows
+        self._watched = not random_base and gathered.rows.requires_grad
         self._stack: Routed | None = stack
         if gathered.rows.requires_grad:
             gathered.rows.register_hook(self._check_open)
@@ -44,10 +46,20 @@ class Batch:
         """Run the model; row `i` has the adapter that is named for it.
 
         Raises:
-            RuntimeError: The block is over.
+            RuntimeError: The block is over; the model draws random numbers.
             ValueError: A batch of another number of rows, or one whose rows cannot be followed.
         """
-        return self._graft(self._open(), *args, **kwargs)
+        if not self._watched or torch.compiler.is_compiling():
+            return self._graft(self._open(), *args, **kwargs)
+        before = _generator_state(self._rows)
+        y = self._graft(self._open(), *args, **kwargs)
+        if not torch.equal(before, _generator_state(self._rows)):
+            raise RuntimeError(
+                "the model draws random numbers in training (dropout, stochastic depth) from a generator that all rows "
+                "share, so that an adapter would depend on who is in its batch; set the model's own dropout to 0, or "
+                "declare it: Bank(..., random_base=True). If another thread draws, declare that too"
+            )
+        return y
 
     def view(self) -> nn.Module:
         """Return a module like the model with the adapters in, for other methods than its forward.
@@ -75,6 +87,11 @@ class Batch:
             raise RuntimeError(
                 "backward: the block of bank.rows is over, and its gradients are counted; call backward within it"
             )
+
+
+def _generator_state(like: Tensor) -> Tensor:
+    """Return the state of torch's generator on the device of a tensor."""
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
 
 
 def stack_of(gathered: Gathered, rows: Rows, sites: Sequence[str], present: Sequence[frozenset[str]]) -> GatheredStack:

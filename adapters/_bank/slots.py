@@ -56,6 +56,14 @@ class Slots:
         """The device of all numbers."""
         return self.state.parameters.device
 
+    @property
+    def stepped_at_once(self) -> int:
+        """How many adapters' norms are taken before the first of them is stepped.
+
+        On a CPU one, whose gradient is in the cache then; elsewhere all, for each look at a norm waits for the device.
+        """
+        return 1 if self.device.type == "cpu" else len(self)
+
     def make_room(self, optimizer: RowOptimizer) -> None:
         """Make the buffers of an optimizer's moments, once."""
         for name, fresh in optimizer.buffers(self.state.parameters[0], self.layout).items():
@@ -127,7 +135,12 @@ class Slots:
         return self.layout.views(self.state.parameters[resident.place], resident.kind.shapes)
 
     def gather(
-        self, present: Sequence[Resident], given: Sequence[str | None], packed: int | None, grad: bool
+        self,
+        present: Sequence[Resident],
+        given: Sequence[str | None],
+        packed: int | None,
+        grad: bool,
+        state: State | None = None,
     ) -> tuple[Routed, Gathered]:
         """Return the stack of the adapters that rows have, over the rows, and its leaves.
 
@@ -136,11 +149,14 @@ class Slots:
             given: The name of each row's, or of each token's.
             packed: How many tokens a row has, if they have adapters of their own.
             grad: Whether to differentiate.
+            state: The numbers, where they are not the slots' own.
         """
         cut = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
         cut = {path: {**leaves, **cut.get(path, {})} for path, leaves in self._shapes.items()}
         places = [resident.place for resident in present]
-        gathered = gather(self.state, places, self.layout, self.kinds.layouts, cut, grad=grad)
+        gathered = gather(
+            self.state if state is None else state, places, self.layout, self.kinds.layouts, cut, grad=grad
+        )
         index = {resident.name: i for i, resident in enumerate(present)}
         values = [-1 if name is None else index[name] for name in given]
         noise = [resident.generator for resident in present] if _draws(present[0].kind) else None
@@ -149,13 +165,18 @@ class Slots:
         return stack_of(gathered, rows, sites, [resident.kind.present for resident in present]), gathered
 
     def norms(self, residents: Sequence[Resident]) -> tuple[list[float], list[float]]:
-        """Return the norm of each adapter's gradients, and how many tokens they are of; waits for the device once."""
+        """Return the norm of each adapter's gradients, and how many tokens they are of."""
         if not residents:
             return [], []
-        norms = [torch.linalg.vector_norm(self.state.sums[one.place], dtype=torch.float64) for one in residents]
-        tokens = [self.state.tokens[one.place] for one in residents]
-        values: list[float] = torch.stack([*norms, *tokens]).tolist()
-        return values[: len(residents)], values[len(residents) :]
+        sums = [self.state.sums[one.place] for one in residents]
+        squares = torch.stack([torch.dot(row, row) for row in sums]).tolist()
+        norms = [
+            math.sqrt(square) if math.isfinite(square) else float(torch.linalg.vector_norm(row, dtype=torch.float64))
+            for square, row in zip(squares, sums, strict=True)  # squares may have been too large for the dtype
+        ]
+        counted = any(one.by_tokens for one in residents)
+        tokens = self.state.tokens.tolist() if counted else [0.0] * len(self)
+        return norms, [tokens[one.place] for one in residents]
 
     def step(
         self, resident: Resident, hyper: Mapping[str, Any], most: float | None, norm: float, tokens: float
@@ -182,21 +203,18 @@ class Slots:
             if factor != 1:
                 self.state.sums[slot].mul_(factor)
             self._update(resident, hyper)
-        self.state.sums[slot].zero_()
         self.state.tokens[slot] = 0
         resident.pending = False
         return Stepped(resident.steps, norm, skipped)
 
     def _update(self, resident: Resident, hyper: Mapping[str, Any]) -> None:
-        slot, state = resident.place, self.state
-        state.steps[slot] += 1
+        slot, state, prefix = resident.place, self.state, _key(resident.optimizer, "")
         resident.steps += 1
-        prefix = _key(resident.optimizer, "")
         row = Row(
             state.parameters[slot],
             state.sums[slot],
             {name.removeprefix(prefix): state.moments[name][slot] for name in self._moments(resident)},
-            state.steps[slot],
+            state.steps[slot].add_(1),
             resident.steps == 1,
             self.layout,
             resident.kind.shapes,

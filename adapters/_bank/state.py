@@ -6,7 +6,7 @@ pure step is a step on a copy, `State.clone`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class State(NamedTuple):
 
     Attributes:
         parameters: `"slots P"`.
-        sums: Gradients added up since the last step, `"slots P"`.
+        sums: Gradients added up since the last step, `"slots P"`; of an adapter without any, what was there last.
         moments: Buffers of the optimizers by name, `"slots ..."`.
         steps: Steps taken, `"slots"`, float32 as fused kernels want it.
         tokens: Tokens that gradients in `sums` are of, `"slots"`, float64.
@@ -136,7 +136,9 @@ class _Views(torch.autograd.Function):
         return rows, None, None
 
 
-def accumulate(state: State, slots: Sequence[int], gradients: Tensor, tokens: Sequence[float] | None) -> State:
+def accumulate(
+    state: State, slots: Sequence[int], gradients: Tensor, tokens: Sequence[float] | None, fresh: Collection[int] = ()
+) -> State:
     """Add gradients to the sums of some slots, and the tokens that they are of to the counts.
 
     Args:
@@ -144,6 +146,7 @@ def accumulate(state: State, slots: Sequence[int], gradients: Tensor, tokens: Se
         slots: The slots, each once.
         gradients: `"n P"`.
         tokens: One count for each; `None` where losses are normalised already.
+        fresh: The slots whose sums begin with these gradients, whatever was there.
 
     >>> state = State.empty(3, 2, torch.float32, torch.device("cpu"))
     >>> accumulate(state, [2], torch.ones(1, 2), [4.0]).sums[2], state.tokens
@@ -151,7 +154,10 @@ def accumulate(state: State, slots: Sequence[int], gradients: Tensor, tokens: Se
     """
     with torch.no_grad():
         for slot, gradient in zip(slots, gradients, strict=True):
-            state.sums[slot].add_(gradient)
+            if slot in fresh:
+                state.sums[slot].copy_(gradient)
+            else:
+                state.sums[slot].add_(gradient)
         if tokens is not None:
             index = torch.tensor(slots, device=state.tokens.device)
             state.tokens.index_add_(0, index, torch.tensor(tokens, dtype=torch.float64, device=state.tokens.device))

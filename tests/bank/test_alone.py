@@ -122,7 +122,7 @@ class Twice:
             self.bank.prefetch([name])
 
     def numbers(self, name: str) -> list[torch.Tensor]:
-        resident, resting = self.bank._residents[name], self.bank._resting
+        resident, resting = self.bank._roster.get(name, ""), self.bank._roster._resting
         if resident.slot is not None:
             numbers = self.bank._slots.lift(resident)
         elif resting._folder is None:

@@ -32,11 +32,11 @@ while True:
     count += 1
     for name in "ab":  # every number of an adapter says how often this went round
         bank.prefetch([name])
-        slot = bank._residents[name].place
+        slot = bank._roster.get(name, "").place
         for buffer in bank.state.buffers().values():
             if buffer is not bank.state.sums:
                 buffer[slot].fill_(count)
-        bank._residents[name].steps = count
+        bank._roster.get(name, "").steps = count
         bank.save(name, f"{sys.argv[1]}/{name}")
     if count == 2:
         print("going", flush=True)
@@ -45,7 +45,7 @@ while True:
 
 def numbers(bank: Bank, name: str) -> set[float]:
     values = [leaf for leaves in bank.tensors(name).values() for leaf in leaves.values()]
-    values += [value for key, value in bank._slots.lift(bank._residents[name]).items() if key != "sums"]
+    values += [value for key, value in bank._slots.lift(bank._roster.get(name, "")).items() if key != "sums"]
     return {float(bank.steps(name)), *(float(one) for value in values for one in value.unique())}
 
 

@@ -1,0 +1,219 @@
+"""A bank in use: kinds of adapters, many of them, threads, and what joins adapters."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchgraft import adapters
+from torchgraft.adapters import Bank, LoraConfig, load_adapter, sgd
+from torchgraft.functional import bind, trainable
+
+from .alone import Alone, distance, lora, model
+
+ALL = {"target_modules": ["0", "2"]}
+METHODS: dict[str, list[Any]] = {
+    "ranks and alphas": [LoraConfig(r=1, lora_alpha=3, **ALL), LoraConfig(r=4, use_rslora=True, **ALL)],
+    "dora": [LoraConfig(r=r, use_dora=True, **ALL) for r in (2, 4)],
+    "starts": [LoraConfig(r=4, init_lora_weights=start, **ALL) for start in ("pissa", True, "olora")],
+    "patterns": [LoraConfig(r=4, **ALL), LoraConfig(r=2, rank_pattern={"0": 1}, alpha_pattern={"2": 9}, **ALL)],
+    "saved modules": [LoraConfig(r=r, target_modules=["0"], modules_to_save=["2"]) for r in (2, 4)],
+    "biases": [LoraConfig(r=r, bias="all", **ALL) for r in (2, 4)],
+    "ia3": [adapters.IA3Config(target_modules=["0", "2"], feedforward_modules=[]), adapters.IA3Config(target_modules=["2"], feedforward_modules=[])],
+    "vera": [adapters.VeraConfig(r=r, **ALL) for r in (2, 4)],
+    "loha": [adapters.LoHaConfig(r=r, alpha=3, **ALL) for r in (2, 4)],
+    "oft": [adapters.OFTConfig(r=1, oft_block_size=0, target_modules=["0"]), adapters.OFTConfig(r=1, oft_block_size=0, target_modules=["0"])],
+    "c3a": [adapters.C3AConfig(block_size=1, target_modules=["0"])] * 2,
+    "vblora": [adapters.VBLoRAConfig(r=2, vector_length=1, num_vectors=4, topk=2, **ALL)] * 2,
+}  # fmt: skip
+
+
+def most(configs: list[Any]) -> Any:
+    """The graft of configs whose places hold all of them: of the largest, or of all."""
+    return bind(model(), configs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_method_that_stacks_is_in_a_bank_what_it_is_alone(name: str, tmp_path: Path) -> None:
+    configs = METHODS[name]
+    bank = Bank(most(configs), slots=len(configs), optimizer=sgd(lr=0.05, momentum=0.5))
+    given = [*map(str, range(len(configs))), "0", "1"]
+    x = torch.randn(len(given), 5, dtype=torch.float64)
+    runs = {}
+    for i, config in enumerate(configs):
+        graft = bind(bank.graft.model, config)
+        params = trainable(graft.init(torch.Generator().manual_seed(i)))
+        bank.add(str(i), config, params=params)
+        leaves = [leaf for leaves in params.values() for leaf in leaves.values()]
+        runs[str(i)] = graft, params, torch.optim.SGD(leaves, lr=0.05, momentum=0.5)
+    for _ in range(3):
+        with bank.rows(given) as adapted:
+            adapted(x).square().sum().backward()
+        bank.step([*runs])
+        for one, (graft, params, optimizer) in runs.items():
+            optimizer.zero_grad()
+            graft(params, x[torch.tensor([name == one for name in given])]).square().sum().backward()
+            optimizer.step()
+    for one, (graft, params, _) in runs.items():
+        for path, leaves in bank.tensors(one).items():
+            for leaf, value in leaves.items():
+                torch.testing.assert_close(value, params[path][leaf].detach(), rtol=1e-9, atol=1e-10)
+        loaded = load_adapter(graft, bank.save(one, tmp_path / one), dtype=torch.float64)
+        assert all(torch.equal(loaded[p][n], t) for p, leaves in bank.tensors(one).items() for n, t in leaves.items())
+
+
+def test_adapters_of_several_ranks_are_cut_to_the_largest_that_is_there() -> None:
+    bank = Bank(bind(model(), lora(32)), slots=3)
+    for r in (1, 4, 32):
+        bank.add(f"r{r}", lora(r))
+    for given, r in ((["r1"], 1), (["r1", "r4", "r1"], 4), (["r1", "r32"], 32)):
+        with bank.rows(given) as adapted:
+            assert adapted._stack is not None
+            assert adapted._stack.tree["0"]["lora_A"].shape == (len({*given}), r, 5)
+
+
+def test_tokens_of_packed_rows_have_adapters_of_their_own() -> None:
+    base = model()
+    bank = Bank(bind(base, lora(2)), slots=2, optimizer=sgd(lr=0.1))
+    alone = {name: Alone(base, lora(2), (torch.optim.SGD, {"lr": 0.1}), seed) for seed, name in enumerate("ab")}
+    for seed, name in enumerate("ab"):
+        bank.add(name, lora(2), generator=torch.Generator().manual_seed(seed))
+    given = [["a", "a", "b"], ["b", None, "a"]]
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    with bank.rows(given) as adapted:
+        adapted(x).square().sum().backward()
+    bank.step(["a", "b"])
+    for name, own in alone.items():
+        mine = torch.tensor([[one == name for one in row] for row in given])
+        own.backward(x[mine], torch.ones(int(mine.sum()), dtype=torch.float64), 1)
+        own.step({}, False)
+        assert distance(bank, name, own) < 1e-12
+
+
+def test_a_view_keeps_what_the_adapters_were() -> None:
+    bank = Bank(bind(model(), lora(2)), slots=2)
+    for name in "ab":
+        bank.add(name, lora(2))
+    x = torch.randn(3, 5, dtype=torch.float64)
+    view = bank.view(["b", None, "a"])
+    expected = torch.stack([bind(bank.graft.model, lora(2))(bank.tensors(n), x[i]) for i, n in ((0, "b"), (2, "a"))])
+    bank.remove("a")
+    bank.add("c", lora(1))
+    torch.testing.assert_close(view(x)[[0, 2]], expected)
+
+
+def test_what_joins_adapters_is_found() -> None:
+    bank = Bank(bind(model(), lora(2)), slots=3)
+    for name, r in (("poems", 1), ("code", 2), ("verse", 2)):
+        bank.add(name, lora(r))
+    x, given = torch.randn(4, 5, dtype=torch.float64), ["poems", "code", None, "poems"]
+    before = {name: buffer.clone() for name, buffer in bank.state.buffers().items()}
+    bank.check(given, lambda adapted: adapted(x).square().sum())
+    bank.forward_backward(lambda adapted, x: adapted(x).sum(-1), x, given, check=True)
+    bank.step(["poems"])
+    with pytest.raises(ValueError, match="check: the gradients of 'code' change with the parameters of 'poems'"):
+        bank.check(given, lambda adapted: torch.logsumexp(adapted(x).sum(-1), 0))
+    with pytest.raises(ValueError, match="gradients of 'code' change"):
+        bank.forward_backward(lambda adapted, x: adapted(x) / adapted(x).std(0), x, given, check=True)
+    assert torch.equal(bank.state.parameters[1:], before["parameters"][1:])
+
+
+def test_a_base_that_draws_is_an_error_unless_declared() -> None:
+    base = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+    config = LoraConfig(r=2, target_modules=["0", "2"])
+    bank = Bank(bind(base, config), slots=1)
+    bank.add("a", config)
+    with pytest.raises(RuntimeError, match="the model draws random numbers in training.*random_base=True"):
+        bank.forward_backward(lambda adapted, x: adapted(x), torch.randn(2, 5), ["a", "a"])
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        bank.step(["a"])
+    base.eval()
+    bank.forward_backward(lambda adapted, x: adapted(x), torch.randn(2, 5), ["a", "a"])
+    declared = Bank(bind(base.train(), config), slots=1, random_base=True)
+    declared.add("a", config)
+    declared.forward_backward(lambda adapted, x: adapted(x), torch.randn(2, 5), ["a", "a"])
+
+
+def test_comings_and_goings_leave_nothing_behind() -> None:
+    bank = Bank(bind(model(), lora(4)), slots=3)
+    pointers = {name: buffer.data_ptr() for name, buffer in bank.state.buffers().items()}
+    trees = {(r, t): bind(bank.graft.model, lora(r, t)).init() for r in range(1, 5) for t in range(3)}
+    bank.add("always", lora(2))
+    sizes = []
+    for i in range(10_000):
+        r, t = 1 + i % 4, i % 3
+        bank.add(f"{i}", lora(r, t), params=trees[r, t])
+        if i % 1000 == 500:
+            with bank.rows([f"{i}", "always"]) as adapted:
+                adapted(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
+            bank.step([f"{i}"])
+            sizes.append((len(bank._slots.kinds._known), len(bank._slots.free), len(bank.state.moments), len(bank)))
+        bank.remove(f"{i}")
+    assert len({*sizes}) == 1
+    assert pointers == {name: buffer.data_ptr() for name, buffer in bank.state.buffers().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_four_thousand_adapters_take_turns_in_sixty_four_slots(where: str, tmp_path: Path) -> None:
+    count = 4096 if where == "memory" else 512
+    bank = Bank(bind(model(), lora(4)), slots=64, resting=where if where == "memory" else tmp_path, optimizer=sgd(lr=1))
+    params = bind(bank.graft.model, lora(2)).init()
+    x = torch.randn(64, 5, dtype=torch.float64)
+    for i in range(count):
+        bank.add(str(i), lora(2), params=params)
+    for start in range(0, count, 64):
+        given = [str((start + i) * 31 % count) for i in range(64)]
+        with bank.rows(given) as adapted:
+            (adapted(x) * torch.arange(start, start + 64).view(-1, 1)).sum().backward()
+        bank.step({name: {"lr": 1e-3} for name in given})
+    assert {bank.steps(str(i)) for i in range(count)} == {1}
+    graft = bind(bank.graft.model, lora(2))
+    for position in (0, 1, count - 65, count - 1):
+        own = trainable(params)
+        (graft(own, x[position % 64 : position % 64 + 1]) * position).sum().backward()
+        for path, leaves in bank.tensors(str(position * 31 % count)).items():
+            for name, value in leaves.items():
+                leaf = own[path][name]
+                assert leaf.grad is not None
+                torch.testing.assert_close(value, (leaf - 1e-3 * leaf.grad).detach())
+
+
+def test_threads_share_a_bank() -> None:
+    base = model()
+    bank = Bank(bind(base, lora(2)), slots=3, resting="memory", optimizer=sgd(lr=0.1))
+    names, failed = [f"{i}{j}" for i in range(3) for j in range(2)], []
+    alone = {name: Alone(base, lora(2), (torch.optim.SGD, {"lr": 0.1}), i) for i, name in enumerate(names)}
+    for i, name in enumerate(names):
+        bank.add(name, lora(2), generator=torch.Generator().manual_seed(i))
+    x = torch.randn(8, 2, 5, dtype=torch.float64)
+
+    def train(name: str) -> None:
+        try:
+            for one in x:
+                while True:
+                    try:
+                        bank.forward_backward(lambda adapted, x: adapted(x).square().sum(-1), one, [name] * 2)
+                        break
+                    except RuntimeError as error:  # three slots, and three others are in batches
+                        if "in use" not in str(error):
+                            raise
+                bank.step([name])
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not failed
+    assert not any(thread.is_alive() for thread in threads)
+    for name in names:
+        for one in x:
+            alone[name].backward(one, torch.ones(2, dtype=torch.float64), 1)
+            alone[name].step({}, False)
+        assert distance(bank, name, alone[name]) < 1e-10
