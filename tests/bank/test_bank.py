@@ -22,10 +22,10 @@ METHODS: dict[str, list[Any]] = {
     "patterns": [LoraConfig(r=4, **ALL), LoraConfig(r=2, rank_pattern={"0": 1}, alpha_pattern={"2": 9}, **ALL)],
     "saved modules": [LoraConfig(r=r, target_modules=["0"], modules_to_save=["2"]) for r in (2, 4)],
     "biases": [LoraConfig(r=r, bias="all", **ALL) for r in (2, 4)],
-    "ia3": [adapters.IA3Config(target_modules=["0", "2"], feedforward_modules=[]), adapters.IA3Config(target_modules=["2"], feedforward_modules=[])],
+    "ia3": [adapters.IA3Config(target_modules=names, feedforward_modules=[]) for names in (["0", "2"], ["2"])],
     "vera": [adapters.VeraConfig(r=r, **ALL) for r in (2, 4)],
     "loha": [adapters.LoHaConfig(r=r, alpha=3, **ALL) for r in (2, 4)],
-    "oft": [adapters.OFTConfig(r=1, oft_block_size=0, target_modules=["0"]), adapters.OFTConfig(r=1, oft_block_size=0, target_modules=["0"])],
+    "oft": [adapters.OFTConfig(r=1, oft_block_size=0, target_modules=["0"])] * 2,
     "c3a": [adapters.C3AConfig(block_size=1, target_modules=["0"])] * 2,
     "vblora": [adapters.VBLoRAConfig(r=2, vector_length=1, num_vectors=4, topk=2, **ALL)] * 2,
 }  # fmt: skip
