@@ -463,9 +463,9 @@ TABLE = {
     "name of the front door": (lambda w: torchgraft.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
     "name of the adapters": (lambda w: adapters.LoRAConfig, AttributeError, ("did you mean 'LoraConfig'?",)),
     "a name of PEFT's": (
-        lambda w: adapters.prepare_model_for_kbit_training,
+        lambda w: adapters.prepare_model_for_kbit_trainig,
         AttributeError,
-        ("here it is inject_adapter_in_model(config, model), which freezes the base",),
+        ("did you mean 'prepare_model_for_kbit_training'?",),
     ),
 }
 

@@ -57,7 +57,7 @@ def prepare_model_for_compiled_hotswap(
     >>> model = inplace.inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 3)))
     >>> prepare_model_for_compiled_hotswap(model, target_rank=5)
     >>> tuple(model[0].lora_A["default"].weight.shape), model[0].scaling["default"]
-    ((5, 4), tensor(4.))
+    ((5, 4), tensor(4., dtype=torch.float64))
     """
     _check_compiled(model, check_compiled)
     inner = unwrap(model)

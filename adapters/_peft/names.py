@@ -1,4 +1,4 @@
-"""Names of PEFT's that are none of torchgraft's, and what stands for them."""
+"""What to say of a name that is not here."""
 
 from __future__ import annotations
 

@@ -169,6 +169,17 @@ def test_an_adjustable_factor_stays_one_tensor_also_in_copies():
     torch.testing.assert_close(model(x), expected(x), rtol=1e-6, atol=1e-6)
 
 
+def test_an_adjustable_factor_follows_a_base_that_moves():
+    model = inject(net(), "LORA")
+    model.first.make_adjustable("default")
+    before = model.first.scaling["default"]
+    assert float(before) == 8 / 3  # to the bit, so that files say what they said
+    model.first.base_layer.to("meta")  # stands for another device: forwards have a copy of the factor there
+    model.first.set_scale("default", 3)
+    assert model.first.scaling["default"] is model.first.adjustable["default"] is not before
+    assert (float(model.first.scaling["default"]), float(before)) == (8, 8 / 3)
+
+
 def test_the_base_weight_is_written_in_place_and_not_beneath_a_merge():
     model, x = randomise(inject(net(), "LORA")), inputs()
     layer = model.first

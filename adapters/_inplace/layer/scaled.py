@@ -76,21 +76,35 @@ class ScaledLayer(MergingLayer):
         """
         factor = self.adjustable.get(adapter)
         if factor is not None and factor is self.scaling_of(adapter):
+            if factor.device != self._beside(adapter):  # what forwards have is a copy, which would keep the old value
+                self._hold_factor(adapter, value)
+                return
             self.check_unwritten()
             with torch.no_grad():
                 factor.fill_(value)
             if self.merged:
                 self.remerge(self.merged_adapters)
             return
+        self._replace_factor(adapter, value)
+
+    def _replace_factor(self, adapter: str, value: Any) -> None:
         entry: Any = self._entries[adapter]
         self.set_constants(adapter, entry.config.form.values["scaling"].set(entry.config, entry.site, value))
 
     def make_adjustable(self, adapter: str) -> None:
         """Keep an adapter's factor in a tensor, beside the base, that is written in place from now on."""
-        weight = self._entries[adapter].site.like(self.get_base_layer())
-        factor = torch.tensor(float(self.scaling_of(adapter)), device=weight.device)
-        self.write_scaling(adapter, factor)
+        self._hold_factor(adapter, self.scaling_of(adapter))
+
+    def _hold_factor(self, adapter: str, value: Any) -> None:
+        device = self._beside(adapter)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # a tensor of one entry widens nothing
+        factor = torch.tensor(float(value), device="cpu" if device.type == "meta" else device, dtype=dtype)
+        self._replace_factor(adapter, factor)
         self.adjustable[adapter] = factor
+
+    def _beside(self, adapter: str) -> torch.device:
+        """Return the device of the base's weight."""
+        return self._entries[adapter].site.like(self.get_base_layer()).device
 
     def drop(self, name: str) -> None:
         """Take an adapter off this layer, its factor too."""
