@@ -51,7 +51,7 @@ class Watch:
         dicts = [one for m in modules for one in (vars(m), *(vars(m)[name] for name in _REGISTRIES))]
         self._dicts = [item for one in dicts for item in (one, _BORDER)]
         self._state = gc.get_referents(*self._dicts)
-        self._single = [index for index, item in enumerate(self._state) if is_single(item)]
+        self._single = [index for index, item in enumerate(self._state) if isinstance(item, Tensor) and is_single(item)]
         tensors = {id(t): t for one in dicts for t in one.values() if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
