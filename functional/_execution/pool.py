@@ -106,7 +106,7 @@ class Pool:
         alike: The same for kinds that differ in numbers alone.
         given: Where they are in samples of the user's own, whatever numbers are among the arguments.
         known: The same by what can be told of a kind under `torch.compile`.
-        unchanging: Whether the user promised that no forward changes the skeletons: it is looked after now and then.
+        unchanging: Whether the user promised that no forward writes to the skeletons; some calls look whether one did.
     """
 
     def __init__(self, build: Callable[..., Skeleton], unchanging: bool = False):
