@@ -141,10 +141,12 @@ def calls(model: Any, ids: Tensor) -> tuple[Cases, int]:
     graft = bind(model, LoraConfig(**{**FIELDS, "target_modules": LINEARS[:4]}))
     params = lively(graft.init())
     view: Any = graft.view(params)
+    unchanging = graft.unchanging()
     state = {name: p.detach() for name, p in model.named_parameters()}
     cases = {
         "torchgraft, view": lambda: view(ids),
         "torchgraft, functional": lambda: graft(params, ids),
+        "torchgraft, unchanging": lambda: unchanging(params, ids),
         "base": lambda: model(ids),
         "torch.func.functional_call of the base": lambda: torch.func.functional_call(model, state, (ids,)),
     }

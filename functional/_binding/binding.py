@@ -214,7 +214,8 @@ class Binding:
             check_unchanged(path, site, modules)
             device = site.like(modules[site.owner]).device
             if device.type != "meta":  # where constants would lose their values
-                site = dataclasses.replace(site, constants=_to(site.constants, device, moved))
+                constants = _to(site.constants, device, moved)
+                site = site if constants is site.constants else dataclasses.replace(site, constants=constants)
             site_adapters[path] = SiteAdapter(self.configs[name], site)
         for path, tied in self.tied[name].items():
             site_adapters[path] = tied_adapter(

@@ -93,7 +93,7 @@ def plan_sites(
                 f"{path}: the weight is complex, {site.like(module).dtype}, and {what} is made for real ones; adapt it "
                 "with plain LoRA, or leave it out of target_modules"
             )
-        sites[path] = dataclasses.replace(site, within=within)
+        sites[path] = site if within is None else dataclasses.replace(site, within=within)
     if constants is None:
         constants = method.plan(config, list(sites.values()), weights_of(sites, modules, base))
     sites = {path: dataclasses.replace(site, constants=constants[path]) for path, site in sites.items()}
@@ -166,10 +166,8 @@ def check_unchanged(path: str, site: Site, modules: Mapping[str, nn.Module]) -> 
     if module is None:
         raise ValueError(f"{path}: the module was removed from the model after bind; bind the model again")
     now = describe_parameter(path, module, leaf) if leaf else describe(path, module)
-    if (
-        now is None
-        or dataclasses.replace(now, constants=site.constants, within=site.within, shared=site.shared) != site
-    ):
+    planned = {"constants": site.constants, "within": site.within, "shared": site.shared}
+    if now is None or vars(now) | planned != vars(site):
         raise ValueError(
             f"{path}: the module was replaced after bind by {module}, and parameters made for the old one "
             f"({site.kind} {site.in_features} -> {site.out_features}) do not fit; bind the model again"

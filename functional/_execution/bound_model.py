@@ -60,8 +60,7 @@ class BoundModel:
 
     def _check_mode(self) -> None:
         if self.training is None and self.binding.model.training is not self._mode:
-            modes = ("training" if mode else "evaluation" for mode in (self._mode, self.binding.model.training))
-            before, after = modes
+            before, after = ("training", "evaluation") if self._mode else ("evaluation", "training")
             raise RuntimeError(
                 f"unchanging: the model was in {before} mode then and is in {after} mode now; call unchanging() again, "
                 f"or graft.in_mode(training={self._mode}) before it"

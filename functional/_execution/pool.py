@@ -56,7 +56,7 @@ class Watch:
         dicts += others
         self._dicts = [item for one in dicts for item in (one, _BORDER)]
         self._state = gc.get_referents(*self._dicts)
-        self._single = [index for index, item in enumerate(self._state) if is_single(item)]
+        self._single = [index for index, item in enumerate(self._state) if isinstance(item, Tensor) and is_single(item)]
         tensors = {id(t): t for one in dicts for t in one.values() if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
@@ -111,7 +111,7 @@ class Pool:
         alike: The same for kinds that differ in numbers alone.
         given: Where they are in samples of the user's own, whatever numbers are among the arguments.
         known: The same by what can be told of a kind under `torch.compile`.
-        unchanging: Whether the user promised that no forward changes the skeletons: it is looked after now and then.
+        unchanging: Whether the user promised that no forward writes to the skeletons; some calls look whether one did.
     """
 
     def __init__(self, build: Callable[..., Skeleton], unchanging: bool = False):

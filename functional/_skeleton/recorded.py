@@ -67,7 +67,9 @@ class Recorded:
         self._slots = [(x, name, getattr(x, name, _MISSING)) for x in self._objects for name in slots_of(x)]
         self._cells = [(cell, _content(cell)) for x in self._objects for cell in getattr(x, "__closure__", None) or ()]
         # An equal tensor of one element may be another one, with a graph or a batch axis of its own.
-        single = [values for values in map(_values, self._full) if any(map(is_single, values))]
+        single = [
+            values for values in map(_values, self._full) if any(is_single(x) for x in values if isinstance(x, Tensor))
+        ]
         self._single = [(values, list(values)) for values in single]
         self.own: list[int] = []
 

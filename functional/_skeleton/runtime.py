@@ -248,10 +248,16 @@ def adapt(
     """
     inner = object.__new__(inner_class(cls, forward_class))
     object.__setattr__(inner, "__dict__", shell.__dict__)
-    argument = next(iter(list(inspect.signature(forward_class.forward).parameters)[1:]), "input")
+    argument = _first_argument(forward_class.forward)
     shell.__class__ = adapted_class(cls, forward_class, next(iter(adapters.values())).site)
     shell.__dict__["_runtime"] = runtime = SiteRuntime(path, context, adapters, inner, argument, cls, forward_class)
     runtime.decide()
+
+
+@functools.lru_cache(maxsize=256)
+def _first_argument(forward: Any) -> str:
+    """Return the name of the first argument of a forward, after the module."""
+    return next(iter(list(inspect.signature(forward).parameters)[1:]), "input")
 
 
 def load_below(shell: Any) -> None:
