@@ -50,7 +50,8 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing statistics
         _optim: lora_plus lora_fa
-        _bank: layout state optimizers functional_optimizer muon kind resident arguments batch slots isolation record resting roster files bank
+        _bank: layout state optimizers functional_optimizer muon kind resident arguments batch slots isolation record
+            resting roster files bank
         _peft: names hub card tuners status weights peft_model tasks peft_modules alias
         .: __init__
     """,

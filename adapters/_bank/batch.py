@@ -23,6 +23,12 @@ class GatheredStack(Routed):
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         pass
 
+    def now(self) -> Routed:
+        """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""
+        if not torch.compiler.is_compiling():
+            return self
+        return self._with(self.tree, Rows(self.rows.index, self.rows.count, None, self.rows.tokens, self.rows.noise))
+
 
 class Batch:
     """The model with an adapter for each row of a batch, as `with bank.rows(names) as adapted` gives it.

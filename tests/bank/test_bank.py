@@ -1,5 +1,6 @@
 """A bank in use: kinds of adapters, many of them, threads, and what joins adapters."""
 
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from torchgraft import adapters
 from torchgraft.adapters import Bank, LoraConfig, load_adapter, sgd
@@ -67,12 +69,46 @@ def test_any_method_that_stacks_is_in_a_bank_what_it_is_alone(name: str, tmp_pat
 
 def test_adapters_of_several_ranks_are_cut_to_the_largest_that_is_there() -> None:
     bank = Bank(bind(model(), lora(32)), slots=3)
-    for r in (1, 4, 32):
+    for r in (1, 3, 32):
         bank.add(f"r{r}", lora(r))
-    for given, r in ((["r1"], 1), (["r1", "r4", "r1"], 4), (["r1", "r32"], 32)):
+    for given, r in ((["r1"], 1), (["r1", "r3", "r1"], 4), (["r1", "r32"], 32)):
         with bank.rows(given) as adapted:
             assert adapted._stack is not None
             assert adapted._stack.tree["0"]["lora_A"].shape == (len({*given}), r, 5)
+
+
+@pytest.mark.slow
+def test_compiled_calls_meet_other_mixes_and_adapters_without_compiling_anew() -> None:
+    bank = Bank(bind(model(), lora(8)), slots=8)
+    compiled = CompileCounter()
+    f = torch.compile(lambda adapted, x: adapted(x), backend=compiled, fullgraph=True)
+    draw = random.Random(0)
+    for i in range(8):
+        bank.add(str(i), lora(1 + i))
+
+    def compare(batch: int, several: int) -> None:
+        present = draw.sample(bank.names, several)
+        given = [*present, *draw.choices(present, k=batch - several)]
+        x = torch.randn(batch, 5, dtype=torch.float64)
+        found = []
+        for call in (lambda adapted: adapted(x), lambda adapted: f(adapted, x)):
+            with bank.rows(given) as adapted:
+                y = call(adapted)
+                y.square().sum().backward()
+                gradients = adapted.gradients()
+                assert gradients is not None
+                found.append((y.detach(), gradients))
+        torch.testing.assert_close(*found)
+
+    for several in (4, 3, 2, 5, 8):
+        for batch in (8, 12):
+            compare(batch, several)
+    seen = compiled.frame_count
+    for i in range(20):
+        bank.remove(bank.names[0])
+        bank.add(f"new {i}", lora(draw.randint(1, 8), draw.randint(0, 2)))
+        compare(draw.choice([8, 9, 12]), draw.randint(2, 8))
+    assert compiled.frame_count <= seen + 1, "ranks up to 1, 2, 4 and 8 are all that there is to compile for"
 
 
 def test_tokens_of_packed_rows_have_adapters_of_their_own() -> None:
