@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
+    from .adapters import Bank as Bank
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import GraloraConfig as GraloraConfig
@@ -92,7 +93,7 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig", "IA3Config",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig", "IA3Config",
     "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig",
     "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
     "load_stack", "save_adapter", "save_stack", "summary",

@@ -295,9 +295,7 @@ class Bank:
         >>> bank.check(["poems", "code"], lambda adapted: adapted(torch.ones(2, 4)).square().sum())
         >>> bank.check(["poems", "code"], lambda adapted: adapted(torch.ones(2, 4)).sum().square())
         Traceback (most recent call last):
-        ValueError: check: the gradients of 'code' change with the parameters of 'poems'; something joins their rows: \\
-negatives, statistics or an auxiliary term of the whole batch, or attention across packed documents. Each row's loss \\
-has to be its own
+        ValueError: check: the gradients of 'code' change with the parameters of 'poems'; ...
         """
         given, packed = flat(names)
         with self.lock:

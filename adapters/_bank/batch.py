@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgraft.functional import Places, Routed, Rows, StackedGraft
 from torchgraft.functional.extending import Tree
@@ -21,6 +22,12 @@ class GatheredStack(Routed):
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         pass
+
+    def now(self) -> Routed:
+        """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""
+        if not torch.compiler.is_compiling():
+            return self
+        return self._with(self.tree, Rows(self.rows.index, self.rows.count, None, self.rows.tokens, self.rows.noise))
 
 
 class Batch:
@@ -53,13 +60,24 @@ class Batch:
             return self._graft(self._open(), *args, **kwargs)
         before = _generator_state(self._rows)
         y = self._graft(self._open(), *args, **kwargs)
-        if not torch.equal(before, _generator_state(self._rows)):
+        if not torch.equal(before, _generator_state(self._rows)) and self._draws(args, kwargs):
             raise RuntimeError(
                 "the model draws random numbers in training (dropout, stochastic depth) from a generator that all rows "
                 "share, so that an adapter would depend on who is in its batch; set the model's own dropout to 0, or "
-                "declare it: Bank(..., random_base=True). If another thread draws, declare that too"
+                "declare it: Bank(..., random_base=True)"
             )
         return y
+
+    def _draws(self, args: Any, kwargs: Any) -> bool:
+        """Return whether it is the call that moved torch's generator, and not another thread."""
+        stack = self._open()
+        noise = [(generator, generator.get_state()) for generator in stack.rows.noise or ()]
+        with torch.no_grad(), SeesDraws() as seen:
+            self._graft(stack, *args, **kwargs)
+        for generator, state in noise:
+            generator.set_state(state)
+        drawn: bool = seen.drawn
+        return drawn
 
     def view(self) -> nn.Module:
         """Return a module like the model with the adapters in, for other methods than its forward.
@@ -87,6 +105,22 @@ class Batch:
             raise RuntimeError(
                 "backward: the block of bank.rows is over, and its gradients are counted; call backward within it"
             )
+
+
+class SeesDraws(TorchDispatchMode):
+    """See whether anything draws from torch's generator in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            names = [argument.name for argument in func._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.drawn = self.drawn or given.get("dropout_p", 1) != 0
+        return func(*args, **kwargs)
 
 
 def _generator_state(like: Tensor) -> Tensor:

@@ -89,6 +89,27 @@ class Layout:
                 leaf.copy_(tree[path][name].detach())
 
 
+def rounded(shapes: Shapes, most: Shapes) -> Shapes:
+    """Return shapes of all leaves that there can be, their lengths rounded up to powers of two that fit.
+
+    So compiled calls meet few shapes, whatever the ranks of adapters are.
+
+    >>> rounded({"0": {"a": (3, 5)}}, {"0": {"a": (8, 5)}, "1": {"a": (8, 2)}})
+    {'0': {'a': (4, 5)}, '1': {'a': (8, 2)}}
+    """
+    result = {}
+    for path, leaves in most.items():
+        given = shapes.get(path, {})
+        result[path] = {
+            name: tuple(
+                min(full, 1 << (length - 1).bit_length())
+                for length, full in zip(given.get(name, room), room, strict=True)
+            )
+            for name, room in leaves.items()
+        }
+    return result
+
+
 def largest(shapes: list[Shapes]) -> Shapes:
     """Return the shapes that hold each of these.
 

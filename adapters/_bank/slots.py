@@ -15,7 +15,7 @@ from torchgraft.functional.extending import Tree, rows_of
 
 from .batch import stack_of
 from .kind import Kind, Kinds
-from .layout import Layout, largest
+from .layout import Layout, largest, rounded
 from .optimizers import Row, RowOptimizer
 from .resident import Resident, Stepped
 from .state import Gathered, State, clear, gather
@@ -151,8 +151,8 @@ class Slots:
             grad: Whether to differentiate.
             state: The numbers, where they are not the slots' own.
         """
-        cut = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
-        cut = {path: {**leaves, **cut.get(path, {})} for path, leaves in self._shapes.items()}
+        own = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
+        cut = rounded(own, self._shapes)
         places = [resident.place for resident in present]
         gathered = gather(
             self.state if state is None else state, places, self.layout, self.kinds.layouts, cut, grad=grad
