@@ -162,7 +162,8 @@ def check_padding(stacked: Tree, shapes: Shapes, own: Sequence[Shapes]) -> None:
                 continue
             padding = torch.ones_like(leaf, dtype=torch.bool)
             for i, part in enumerate(parts):
-                padding[(i, *map(slice, part))] = False
+                own_part: Any = (i, *map(slice, part))
+                padding[own_part] = False
             found = (padding & (leaf != 0)).flatten(1).any(1).tolist()
             if True in found:
                 i = found.index(True)
