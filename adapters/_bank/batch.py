@@ -26,10 +26,7 @@ class GatheredStack(Routed):
         """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""
         if not torch.compiler.is_compiling():
             return self
-        assert self.places is not None
-        places = Places(self.places.constants, self.places.present)
-        rows = Rows(self.rows.index, self.rows.count, None, self.rows.tokens, self.rows.noise)
-        return GatheredStack(self.tree, rows, self.members, self.declared, self.check_all, None, places)
+        return self._with(self.tree, Rows(self.rows.index, self.rows.count, None, self.rows.tokens, self.rows.noise))
 
 
 class Batch:
