@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgraft.functional import Places, Routed, Rows, StackedGraft
-from torchgraft.functional.extending import Tree
 
 from .state import Gathered
 
@@ -142,14 +141,5 @@ def stack_of(gathered: Gathered, rows: Rows, sites: Sequence[str], present: Sequ
         for path, values in tree.items():
             constants[path].update(values)
     known = {path: tuple(path in own for own in present) for path in sites}
-    return GatheredStack(gathered.tree, rows, places=Places(constants, _masks(known, gathered.tree), known))
-
-
-def _masks(known: Mapping[str, tuple[bool, ...]], tree: Tree) -> dict[str, Tensor]:
-    """Return which adapters have each site as tensors; one for all sites that agree."""
-    leaf = next(leaf for leaves in tree.values() for leaf in leaves.values())
-    made: dict[tuple[bool, ...], Tensor] = {}
-    for values in known.values():
-        if values not in made:
-            made[values] = leaf.new_tensor(values).bool()
-    return {path: made[values] for path, values in known.items()}
+    masks = torch.tensor([*known.values()], device=gathered.rows.device).unbind()
+    return GatheredStack(gathered.tree, rows, places=Places(constants, dict(zip(sites, masks, strict=True)), known))

@@ -90,24 +90,32 @@ class Layout:
 
 
 def rounded(shapes: Shapes, most: Shapes) -> Shapes:
-    """Return shapes of all leaves that there can be, their lengths rounded up to powers of two that fit.
+    """Return shapes of all leaves that there can be, lengths that are not the most cut to one power of two of it.
 
     So compiled calls meet few shapes, whatever the ranks of adapters are.
 
-    >>> rounded({"0": {"a": (3, 5)}}, {"0": {"a": (8, 5)}, "1": {"a": (8, 2)}})
-    {'0': {'a': (4, 5)}, '1': {'a': (8, 2)}}
+    >>> rounded({"0": {"a": (3, 5)}}, {"0": {"a": (16, 5)}, "1": {"a": (16, 2)}})
+    {'0': {'a': (4, 5)}, '1': {'a': (16, 2)}}
     """
-    result = {}
-    for path, leaves in most.items():
-        given = shapes.get(path, {})
-        result[path] = {
+    whole = {path: {**leaves, **shapes.get(path, {})} for path, leaves in most.items()}
+    pairs = [
+        (length, full)
+        for path, leaves in whole.items()
+        for name, shape in leaves.items()
+        for length, full in zip(shape, most[path][name], strict=True)
+        if length < full
+    ]
+    halvings = min(((full // length).bit_length() - 1 for length, full in pairs), default=0)
+    return {
+        path: {
             name: tuple(
-                min(full, 1 << (length - 1).bit_length())
-                for length, full in zip(given.get(name, room), room, strict=True)
+                full if length == full else max(length, full >> halvings)
+                for length, full in zip(shape, most[path][name], strict=True)
             )
-            for name, room in leaves.items()
+            for name, shape in leaves.items()
         }
-    return result
+        for path, leaves in whole.items()
+    }
 
 
 def largest(shapes: list[Shapes]) -> Shapes:

@@ -281,9 +281,8 @@ class StackedAdapter(SiteAdapter):
     def along(self, members: Tensor | None, rows: Rows, places: Places | None = None) -> tuple[SiteAdapter, Rows]:
         if places is not None:
             here = {name: PerAdapter(values) for name, values in places.constants[self.site.path].items()}
-            return self.with_constants(here), rows.only(
-                places.present[self.site.path], places.known.get(self.site.path)
-            )
+            known = None if torch.compiler.is_compiling() else places.known.get(self.site.path)
+            return self.with_constants(here), rows.only(places.present[self.site.path], known)
         if members is None:
             return self, rows.only(self.present, self.known)
         constants = {
