@@ -182,9 +182,9 @@ def _correlate(x: Tensor, kernel: Tensor) -> Tensor:
 
 def _dense(kernel: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`C`, in the shape of a weight."""
-    twice = torch.cat([kernel[:, :, 1:], kernel], 2)  # row `t` of a block begins at `b - 1 - t`
-    rotated = twice.unfold(2, kernel.shape[2], 1).flip(2).movedim(-1, 3)  # "m n t j *kernel"
-    return rotated.transpose(1, 2).reshape(shape)
+    m, n, b, *size = kernel.shape
+    rows = kernel.roll(-1, 2).unsqueeze(2).expand(m, n, b + 1, b, *size).reshape(m, n, b, b + 1, *size)
+    return rows[:, :, :, :b].flip(2).transpose(1, 2).reshape(shape)  # row `t` of a block begins at `-t`
 
 
 def _is_few(x: Tensor, site: Site) -> bool:

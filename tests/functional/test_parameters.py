@@ -335,8 +335,8 @@ def test_stacks_of_several_configs():
     torch.manual_seed(0)
     model, x = Gathered(), torch.randn(TOKENS, INNER, dtype=torch.float64)
     graft = bind(model, [LoraConfig(**FIELDS), LoraConfig(**{**FIELDS, "lora_alpha": 7, "target_parameters": ["up"]})])
-    many = optree.tree_map(torch.randn_like, graft.init(dtype=torch.float64))
-    many = graft.stack(graft.unstack(many))
+    trees = graft.unstack(graft.init(dtype=torch.float64))
+    many = graft.stack([optree.tree_map(torch.randn_like, tree) for tree in trees])
     y = vmap(lambda i, params: graft.at(i)(params, x))(torch.arange(2), many)
     for i, tree in enumerate(graft.unstack(many)):
         torch.testing.assert_close(y[i], graft.member(i)(tree, x), **CLOSE)

@@ -304,8 +304,8 @@ def test_rows_that_cannot_be_found_are_an_error():
     with pytest.raises(ValueError, match=r"no tensor of its inputs has 2 rows.*Give rows one index for each row"):
         graft(route(stack(several(graft)), torch.tensor([0, 1])), torch.randn(3, 4, dtype=torch.float64))
     routed = route(stack(several(graft)), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"0: its input has shape \(8, 4\).*along axis 0, and it is not known"):
-        torch.vmap(lambda x: graft(routed, x))(torch.randn(2, 8, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"0: its input has shape \(2, 4\).*along axis 0.*, and it is not known"):
+        torch.vmap(lambda x: graft(routed, x))(torch.randn(2, 2, 4, dtype=torch.float64))
 
 
 def test_looking_leaves_no_trace():
