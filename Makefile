@@ -9,12 +9,13 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep text test test-quick test-full lint format bench clean
+.PHONY: help demo serve sweep tenants text test test-quick test-full lint format bench clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
 	@echo 'make serve       run examples/serve.py; results in serve-out/'
 	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
+	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
 	@echo 'make text        run examples/text.py; results in text-out/'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make format      let ruff rewrite what it can'
@@ -32,6 +33,9 @@ serve: $(VENV)/.demo
 
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
+
+tenants: $(VENV)/.demo
+	$(BIN)/python examples/tenants.py --out tenants-out
 
 text: $(VENV)/.demo
 	$(BIN)/python examples/text.py --out text-out
@@ -59,7 +63,7 @@ bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out serve-out sweep-out text-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out serve-out sweep-out tenants-out text-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
