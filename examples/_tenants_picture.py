@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from _panels import FAINT, INK, MUTED, PANEL, PAPER, finish
@@ -47,7 +48,7 @@ def draw(
     figure.text(0.03, 0.91, story, color=MUTED, fontsize=16)
     _draw_slots(figure.add_axes((0.03, 0.56, 0.69, 0.28)), tenants, spans, log, colors, slots)
     _draw_speed(figure.add_axes((0.765, 0.56, 0.205, 0.28)), speed)
-    title = "Loss by step: in the bank (wide), alone (dashed)"
+    title = "Loss by step, smoothed: in the bank (wide), alone (dashed)"
     figure.text(0.03, 0.475, title, color=INK, fontsize=16)
     lines = -(-len(tenants) // COLUMNS)
     for i, tenant in enumerate(tenants):
@@ -102,9 +103,17 @@ def _draw_speed(axes: Any, speed: Mapping[str, float]) -> None:
     finish(axes, "Characters per second")
 
 
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those just before it."""
+    width = max(1, len(values) // 10)
+    return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
 def _draw_losses(axes: Any, tenant: Any, own: Sequence[float], alone: Sequence[float], color: Any) -> None:
-    axes.plot(own, color=color, linewidth=3.2, alpha=0.75)
-    axes.plot(alone, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.plot(smooth(own), color=color, linewidth=3.2, alpha=0.75)
+    axes.plot(smooth(alone), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.55 * (high - low))
     axes.set_facecolor(PANEL)
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
