@@ -1,6 +1,7 @@
 """The server, asked by the real client: two train at once, sample, save and resume, each as it would alone."""
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import sys
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from torchgraft.functional import bind
 
 tinker = pytest.importorskip("tinker")
+pytestmark = pytest.mark.filterwarnings(  # the client asks for its configuration over a connection that it leaves open
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning", "ignore:unclosed:ResourceWarning"
+)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ADAM = tinker.AdamParams(learning_rate=5e-3, grad_clip_norm=1.0, weight_decay=0.01)
 
@@ -54,6 +58,7 @@ def served(example, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with serving(example, folder) as (service, address):
         yield service, address, folder
+    gc.collect()  # while warnings are these tests'
 
 
 @pytest.fixture
