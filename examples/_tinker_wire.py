@@ -15,6 +15,8 @@ from tinker import types
 from tinker.proto import tinker_public_pb2 as wire
 from torch import Tensor
 
+LONGEST = 1024
+"""How many symbols a continuation has at most."""
 DTYPES = {wire.DTYPE_FLOAT32: np.float32, wire.DTYPE_INT64: np.int64}
 
 
@@ -99,10 +101,10 @@ def read_sample(request: types.SampleRequest, adapter: str | None) -> Sample:
         raise ValueError(f"num_samples is {request.num_samples}, expected 1 to {ROWS}")
     prompt = _checked(request.prompt.to_ints(), "the prompt", CONTEXT if scores else math.inf).tolist()
     length = CONTEXT if how.max_tokens is None else how.max_tokens
-    if length < 1 or how.temperature < 0 or not 0 < how.top_p <= 1:
+    if not 1 <= length <= LONGEST or not how.temperature >= 0 or not 0 < how.top_p <= 1:
         raise ValueError(
-            f"max_tokens is {length}, temperature {how.temperature:g}, top_p {how.top_p:g}; expected 1 or more, 0 or "
-            "more, and above 0 to 1"
+            f"max_tokens is {length}, temperature {how.temperature:g}, top_p {how.top_p:g}; expected 1 to {LONGEST}, "
+            "0 or more, and above 0 to 1"
         )
     return Sample(
         adapter=adapter,

@@ -170,20 +170,21 @@ class Worker:
 
     def _work(self) -> None:
         while jobs := self._take():
-            gone = [job for job in jobs if job.kind and job.adapter is not None and job.adapter not in self.bank]
-            for job in gone:
-                job.future.set_exception(KeyError(f"{job.adapter!r} is gone: unloaded, or its session is finished"))
-            jobs = [job for job in jobs if job not in gone]
-            if not jobs:
-                continue
-            try:
-                results = self._do(jobs)
-            except Exception as error:  # is told to those who wait, and nobody else notices
-                for job in jobs:
-                    job.future.set_exception(error)
-            else:
-                for job, result in zip(jobs, results, strict=True):
-                    job.future.set_result(result)
+            self._answer(jobs)
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        """Do some jobs, and each by itself if one of them cannot be done: it fails alone."""
+        try:
+            results = self._do(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
+                return
+            for job in jobs:
+                self._answer([job])
+        else:
+            for job, result in zip(jobs, results, strict=True):
+                job.future.set_result(result)
 
     def _take(self) -> list[Job]:
         """Wait for a job, and take all that can be done with it; none if the server closes."""

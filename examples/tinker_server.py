@@ -90,7 +90,7 @@ class Api:
         if name not in self.promises:
             try:
                 job = make()
-            except ValueError as error:  # it is refused where the client waits for it
+            except REFUSED as error:  # it is refused where the client waits for it
                 job = Call(adapter=None, run=dict)
                 job.future.set_exception(error)
             else:
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve until it is interrupted."""
     args = parse(argv)
     service = start(args)
-    print(f'tinker.ServiceClient(base_url="http://{HOST}:{args.port}", api_key="tml-local")')
+    print(f'tinker.ServiceClient(base_url="http://{HOST}:{args.port}", api_key="tml-local")', flush=True)
     try:
         uvicorn.run(Api(service).app(), host=HOST, port=args.port, log_level="warning")
     finally:

@@ -205,6 +205,22 @@ def test_samples(client):
     assert scores[-1] == pytest.approx(greedy.logprobs[0], rel=1e-4)
 
 
+def test_one_that_fails_in_a_batch_fails_alone(example, served, client):
+    """A text that cannot be gone on with, and an adapter that is gone, beside others in one batch."""
+    worker = served[0].worker
+    request = {"prompt": tinker.ModelInput.from_ints([1]), "num_samples": 1}
+    how = [tinker.SamplingParams(max_tokens=3, temperature=0), tinker.SamplingParams(max_tokens=3, temperature=1e-45)]
+    fine, bad = (example.read_sample(tinker.types.SampleRequest(**request, sampling_params=one), None) for one in how)
+    gone = example.read_sample(tinker.types.SampleRequest(**request, sampling_params=how[0]), "nobody")
+    for job in (fine, bad, gone):
+        worker.submit(job)
+    assert len(fine.future.result()[0][0].tokens) == 3
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        bad.future.result()
+    with pytest.raises(KeyError, match="no adapter has the name 'nobody'"):
+        gone.future.result()
+
+
 def test_a_checkpoint_for_sampling_is_sampled_from(client):
     training = client.create_lora_training_client("writer", rank=2, seed=7).result()
     train(training, range(2), 7)
@@ -250,6 +266,8 @@ def test_what_is_not_here_is_refused_in_words(served, client):
     how = tinker.SamplingParams(max_tokens=2)
     topk = sampler.sample(tinker.ModelInput.from_ints([1]), 1, how, topk_sample_logprobs=3)
     assert "topk_sample_logprobs: this server does not answer that" in refused(topk.result)
+    long = sampler.sample(tinker.ModelInput.from_ints([1]), 1, tinker.SamplingParams(max_tokens=10**6))
+    assert "max_tokens is 1000000" in refused(long.result)
     training = client.create_lora_training_client("writer", rank=2, seed=0).result()
     training.save_state("here").result()
     assert "is there already" in refused(training.save_state("here").result)
