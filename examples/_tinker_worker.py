@@ -139,7 +139,7 @@ class Worker:
         bank: The bank over it.
 
     Attributes:
-        log: The adapters in each batch in training.
+        log: The adapters in each of the last batches in training.
     """
 
     def __init__(self, model: nn.Module, bank: Bank):
@@ -147,7 +147,7 @@ class Worker:
         self.waiting: deque[Job] = deque()
         self.changed = threading.Condition()
         self.open = True
-        self.log: list[list[str | None]] = []
+        self.log: deque[list[str | None]] = deque(maxlen=1000)
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 

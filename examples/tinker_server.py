@@ -12,10 +12,10 @@ one batch, whoever asks for it. The model writes character by character: symbol 
 Answered: create_lora_training_client, forward, forward_backward (also custom losses, which the client differentiates),
 optim_step with AdamParams, save_state, save_weights_for_sampler, save_weights_and_get_sampling_client,
 create_training_client_from_state and ..._with_optimizer, create_sampling_client, sample, compute_logprobs,
-get_server_capabilities. Closing a client removes its adapters. Metadata, tags and telemetry are not kept. Refused, in
-words: bases, ranks, losses, optimizers, inputs and options of samples that are not here, load_state into a model that
-exists, checkpoints that expire, and every other route (lists of runs and checkpoints, copies, publishing). It listens
-on loopback, for there are no accounts: whoever can reach it may use it.
+get_server_capabilities. A client's adapters and snapshots stay until it is closed. Metadata, tags and telemetry are not
+kept. Refused, in words: bases, ranks, losses, optimizers, inputs and options of samples that are not here, load_state
+into a model that exists, checkpoints that expire, and every other route (lists of runs and checkpoints, copies,
+publishing). It listens on loopback, for there are no accounts: whoever can reach it may use it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Api:
         """All routes, for loopback alone."""
         app = FastAPI(title="An example of torchgraft", openapi_url=None)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-        posted = [
+        posted: list[Callable[..., Any]] = [
             *(self.create_session, self.session_heartbeat, self.telemetry, self.create_sampling_session),
             *(self.create_model, self.get_info, self.unload_model, self.forward_backward, self.optim_step),
             *(self.save_weights, self.save_weights_for_sampler, self.load_weights, self.asample, self.retrieve_future),
@@ -76,8 +76,8 @@ class Api:
         routes |= {"client/config": self.client_config, "client/dynamic_config": self.client_dynamic_config}
         for path, route in {**routes, "sessions/{name}/finish": self.finish}.items():
             app.add_api_route(f"/api/v1/{path}", route, methods=["POST"])
-        for path, route in {"get_server_capabilities": self.capabilities, "samplers/{name}": self.get_sampler}.items():
-            app.add_api_route(f"/api/v1/{path}", route, methods=["GET"])
+        app.add_api_route("/api/v1/get_server_capabilities", self.capabilities, methods=["GET"])
+        app.add_api_route("/api/v1/samplers/{name}", self.get_sampler, methods=["GET"])
         app.add_api_route("/{path:path}", self.refuse, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
         return app
 
