@@ -9,13 +9,15 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep text test test-quick test-full lint format bench clean
+.PHONY: help demo serve sweep tenants text tinker test test-quick test-full lint format bench clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
 	@echo 'make serve       run examples/serve.py; results in serve-out/'
 	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
+	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
 	@echo 'make text        run examples/text.py; results in text-out/'
+	@echo 'make tinker      run examples/tinker_server.py, until it is interrupted; checkpoints in tinker-out/'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make format      let ruff rewrite what it can'
 	@echo 'make test-quick  the tests that take no time, while you work'
@@ -33,8 +35,14 @@ serve: $(VENV)/.demo
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
 
+tenants: $(VENV)/.demo
+	$(BIN)/python examples/tenants.py --out tenants-out
+
 text: $(VENV)/.demo
 	$(BIN)/python examples/text.py --out text-out
+
+tinker: $(VENV)/.tinker
+	$(BIN)/python examples/tinker_server.py --out tinker-out
 
 test: lint
 	$(PYTEST) -m 'not full'
@@ -59,13 +67,13 @@ bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out serve-out sweep-out text-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out serve-out sweep-out tenants-out text-out tinker-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
 # Those without their requirements ask for a torchvision they can do without; one of another build breaks transformers.
 # The links show mypy the folders under their import names, which it cannot learn from an editable install.
-$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.tinker $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python'; exit 1; }
 	@echo 'Installing into $(VENV); the first time takes minutes.'

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,26 +24,24 @@ from typing import Any
 
 import optree
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchgraft.adapters import LoraConfig, load_adapter, save_adapter
 from torchgraft.functional import Graft, StackedGraft, Tree, bind, clip_by_norm, route, value_and_grad
 
 try:
+    from _resume import claim, digest, load, save, trained_base
     from _sweep_picture import draw
     from _writer import (
         BITS,
         HOLD_OUT,
         LEARN,
-        Writer,
         bits_per_character,
         draw_rows,
         loss_by_row,
         reference,
         source,
         spread_rows,
-        train_base,
         write,
     )
     from tqdm import tqdm
@@ -200,44 +196,6 @@ def measure(graft: StackedGraft, adapters: Tree, rows: Tensor) -> Tensor:
     return (total / len(rows) * BITS).nan_to_num(nan=math.inf)  # a number that ranks, where training went astray
 
 
-# -- files: every one is written under another name first, so an interrupt leaves the old one or the new one ----------
-
-
-def names(tree: Tree) -> list[str]:
-    return ["/".join(path) for path in optree.tree_paths(tree)]
-
-
-def save(tree: Tree, file: Path) -> None:
-    fresh = file.with_suffix(".new")
-    leaves = [leaf.contiguous() for leaf in optree.tree_leaves(tree)]
-    save_file(dict(zip(names(tree), leaves, strict=True)), fresh)
-    os.replace(fresh, file)
-
-
-def load(like: Tree, file: Path) -> Tree:
-    """Read a tree that was saved; one like it says where its tensors belong."""
-    stored = load_file(file)
-    return optree.tree_unflatten(optree.tree_structure(like), [stored[name] for name in names(like)])
-
-
-def claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Note in the folder what its sweep depends on, or refuse to go on with another one.
-
-    Raises:
-        SystemExit: The folder has a sweep that depends on something else; names what.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    if not file.exists():
-        fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(facts, indent=2))
-        os.replace(fresh, file)
-    old = json.loads(file.read_text())
-    changes = [f"{key} was {old.get(key)!r} and is {facts[key]!r}" for key in facts if old.get(key) != facts[key]]
-    if changes:
-        raise SystemExit(f"{folder} has a sweep with other settings: {'; '.join(changes)}. Give another --out.")
-
-
 # -- the whole story --------------------------------------------------------------------------------------------------
 
 
@@ -304,20 +262,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     (docs, docs_held_out), code = reference(), source(LEARN)
     rows = spread_rows(source(HOLD_OUT), args.rows)
-    digest = hashlib.sha256(b"".join(text.numpy().tobytes() for text in (docs, code, rows))).hexdigest()[:16]
     facts = {key: getattr(args, key) for key in ("adapters", "steps", "base_steps", "dim", "depth", "rows")}
     settings = settings_of(args.adapters)
     grid = hashlib.sha256(repr(settings_of(64)).encode()).hexdigest()[:16]
-    claim(args.out, {**facts, "texts": digest, "grid": grid, "torch": torch.__version__})
+    texts = digest((docs, code, rows))
+    claim(args.out, "a sweep", {**facts, "texts": texts, "grid": grid, "torch": torch.__version__})
 
     # A model, trained and frozen.
-    torch.manual_seed(0)
-    model = Writer(args.dim, args.depth)
-    if not (args.out / "base.safetensors").exists():
-        train_base(model, docs, args.base_steps)
-        save(model.state_dict(), args.out / "base.safetensors")
-    model.load_state_dict(load_file(args.out / "base.safetensors"))
-    model.requires_grad_(False).eval()
+    model = trained_base(args.out / "base.safetensors", docs, args.dim, args.depth, args.base_steps)
 
     # Every setting is an adapter of one stack.
     rates = torch.tensor([setting.rate for setting in settings])

@@ -46,7 +46,7 @@ def run(*command: object, cwd: Path) -> str:
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution and the wheel that was built from it, out of a copy of the tree."""
     tree = tmp_path_factory.mktemp("build") / "tree"
-    unwanted = (".*", "__pycache__", "*.egg-info", "build", "dist", "demo-out", "sweep-out", "text-out", "results")
+    unwanted = (".*", "__pycache__", "*.egg-info", "build", "dist", "*-out", "results")
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*unwanted))
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", cwd=tree)
     return tree / "dist"

@@ -62,14 +62,14 @@ def test_it_ranks_draws_and_saves_the_best(sweep, whole):
         and "times as much" in printed
     )
 
-    model, rows = sweep.Writer(32, 2).eval(), torch.randint(96, (2, 64))
+    model, rows = importlib.import_module("_writer").Writer(32, 2).eval(), torch.randint(96, (2, 64))
     model.load_state_dict(load_file(out / "base.safetensors"))
     chosen = result["graft"].member(best)
     expected = chosen(result["graft"].unstack(result["state"]["adapters"])[best], rows)
     peft = pytest.importorskip("peft")
     theirs = peft.PeftModel.from_pretrained(model, result["folder"])
     torch.testing.assert_close(theirs(rows), expected)
-    ours = sweep.Writer(32, 2).eval()
+    ours = importlib.import_module("_writer").Writer(32, 2).eval()
     ours.load_state_dict(load_file(out / "base.safetensors"))
     torch.testing.assert_close(load_adapter(ours, result["folder"])(rows), expected)
 
