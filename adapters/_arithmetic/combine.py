@@ -48,8 +48,8 @@ def combine(
     - `"svd"`: the nearest to it of a rank. From the factors alone: no change of a weight is formed.
     - `"linear"`: sums of factors, `(sum_i c_i B_i)(sum_i c_i A_i)` with `c_i = sqrt(w_i s_i)`, whose rank stays. It is
       not the sum: it also has the cross terms `c_i c_j B_i A_j` of each pair. A negative weight negates `A_i`.
-    - `"ties"`, `"dare_ties"`, `"dare_linear"`, `"magnitude_prune"`: `"linear"` with factors that are pruned to a density
-      first; with TIES only entries of the elected sign count, divided by their number.
+    - `"ties"`, `"dare_ties"`, `"dare_linear"`, `"magnitude_prune"`: `"linear"` with factors that are pruned to a
+      density first; with TIES only entries of the elected sign count, divided by their number.
     - these with `"_svd"` behind: the changes of the weights themselves are pruned and added, with no cross terms, one
       module after the other, and the sum is cut to a rank.
 

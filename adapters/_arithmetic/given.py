@@ -48,11 +48,11 @@ def check_adapter(adapter: Any, what: str) -> Adapter:
     config, tree = adapter
     if not isinstance(config, AdapterConfig):
         hint = "; a graft has it: graft.configs['']" if hasattr(config, "configs") else ""
-        raise TypeError(f"{what} has {given_type(config)} first, expected the adapter's config{hint}")
+        raise TypeError(f"{what} has an object {given_type(config)} first, expected the adapter's config{hint}")
     nested = isinstance(tree, Mapping) and all(isinstance(leaves, Mapping) for leaves in tree.values())
     if not nested or not all(isinstance(leaf, Tensor) for leaves in tree.values() for leaf in leaves.values()):
         raise TypeError(
-            f"{what} has {given_type(tree)} second, expected one adapter's tree, {{path: {{leaf: tensor}}}}"
+            f"{what} has an object {given_type(tree)} second, expected one adapter's tree, {{path: {{leaf: tensor}}}}"
         )
     return config, sort(tree)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from torchgraft.functional import AddsLeafwise
+
 from .. import _inplace as inplace
 from .._calibration.initial import REMOVING, kind_of
-from .._config.base import AdapterConfig
 from .._config.targets import exact
 from .._methods.lora.to_plain import to_plain
 from .combine import combine
@@ -42,7 +44,7 @@ def add_weighted_adapter(
         adapters: Names of the adapters.
         weights: A number for each, or `{path: numbers}`.
         adapter_name: Name of the new adapter.
-        combination_type: `how` of `combine`; PEFT's default is `"svd"`, `"cat"` is exact.
+        combination_type: `how` of `combine`; PEFT's default is `"svd"`, `"cat"` is exact; IA3 has that.
         svd_rank: `rank` of `combine`.
         svd_clamp: `clamp` of `combine`.
         svd_full_matrices: Has no effect: what more a full decomposition has is cut off again.
@@ -72,15 +74,16 @@ def add_weighted_adapter(
             f"add_weighted_adapter: adapter_name is {adapter_name!r}, which the model has already (it has {known}); "
             "choose another, or call delete_adapter first"
         )
-    truncates = combination_type.endswith("svd")
+    how = _way(model, adapters, combination_type)
+    truncates = how.endswith("svd")
     with torch.no_grad():
         given = [_adapter(model, name) for name in adapters]
         config, params = combine(
             given,
             weights,
-            combination_type,
+            how,
             rank=svd_rank if truncates else None,
-            density=density if any(name in combination_type for name in PRUNING) else None,
+            density=density if any(name in how for name in PRUNING) else None,
             majority_sign=majority_sign_method,
             clamp=svd_clamp if truncates else None,
         )
@@ -90,10 +93,17 @@ def add_weighted_adapter(
     inplace.inject_adapter_in_model(config, model, adapter_name, params=params, activate=False)
 
 
+def _way(model: nn.Module, adapters: Sequence[str], combination_type: str) -> str:
+    """Return how to combine: PEFT's default is for LoRA, and methods that add up leaf by leaf have the exact sum."""
+    configs: Any = getattr(inplace.unwrap(model), "peft_config", {})
+    leafwise = all(configs[name].method.ability(AddsLeafwise) for name in adapters)
+    return "cat" if leafwise and combination_type == "svd" else combination_type
+
+
 def _adapter(model: nn.Module, name: str) -> Adapter:
     """Return an injected adapter as data, made plain where its tree alone does not say what it adds."""
     params = inplace.extract_params(model, name)
-    stored: AdapterConfig = inplace.unwrap(model).peft_config[name]  # type: ignore[assignment,index]
-    if kind_of(getattr(stored, "init_lora_weights", True)) in (*REMOVING, "mica"):
+    configs: Any = inplace.unwrap(model).peft_config
+    if kind_of(getattr(configs[name], "init_lora_weights", True)) in (*REMOVING, "mica"):
         return to_plain(inplace.extract_graft(model, name), params)
     return inplace.extract_config(model, name), params

@@ -48,7 +48,7 @@ def changes(model, one):
     """What an adapter adds to each tensor of the model, by merging."""
     config, params = one
     state = merge(bind(model, config), params)
-    return {name: state[name] - tensor for name, tensor in model.state_dict().items()}
+    return {name: (state[name] - tensor).detach() for name, tensor in model.state_dict().items()}
 
 
 def weighted(model, adapters, weights):
@@ -62,7 +62,9 @@ def weighted(model, adapters, weights):
 def assert_same(actual, expected, atol=1e-10):
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def with_leaves(one, **replaced):

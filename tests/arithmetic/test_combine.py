@@ -1,7 +1,6 @@
 """Weighted sums of adapters: exact where they claim to be, by merging in float64; and what is refused."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 from torchgraft.adapters import C3AConfig, IA3Config, LoHaConfig, LoraConfig, combine, interpolate, negate, soup
-from torchgraft.functional import UnsupportedConfig, bind, functional_call, merge, stack, unstack
+from torchgraft.functional import UnsupportedConfig, bind, stack, unstack
 
 from .oracle import Experts, Layers, adapter, assert_same, changes, lora, weighted
 
@@ -35,7 +34,9 @@ def of_each_kind(base):
 def test_cat_is_the_sum_on_each_kind_of_layer_whatever_ranks_scalings_and_modules():
     base = model()
     adapters, weights = of_each_kind(base), [0.7, -1.3, 2.0]
-    before = [{path: {k: t.clone() for k, t in leaves.items()} for path, leaves in tree.items()} for _, tree in adapters]
+    before = [
+        {path: {k: t.clone() for k, t in leaves.items()} for path, leaves in tree.items()} for _, tree in adapters
+    ]
     config, params = combine(adapters, weights)
     assert_same(changes(base, (config, params)), weighted(base, adapters, weights))
     assert params["down"]["lora_A"].shape[0] == 2 + 3 and params["up"]["lora_A"].shape[0] == 5 + 3 + 1
@@ -85,7 +86,7 @@ def test_experts_are_summed_expert_by_expert(how, options):
     base = model(Experts)
     adapters = [adapter(base, LoraConfig(r=r, lora_alpha=r + 1, target_parameters=["weights"]), r) for r in (2, 3)]
     combined = combine(adapters, [1.5, -0.5], how, **options)
-    assert combined[1]["weights"]["lora_A"].shape == (15, 6 if base.weights.shape[1] == 6 else 5)
+    assert combined[1]["weights"]["lora_A"].shape == (15, 5)
     assert_same(changes(base, combined), weighted(base, adapters, [1.5, -0.5]))
 
 
@@ -223,8 +224,9 @@ def test_what_is_trained_as_a_whole_is_averaged_or_an_error():
     assert_same(changes(base, interpolate(*adapters, share)), weighted(base, adapters, [0.75, 0.25]))
     with pytest.raises(ValueError, match="0 has bias, which is trained as a whole, .* numbers that add up to 1"):
         combine(adapters, [1.0, 1.0])
-    with pytest.raises(ValueError, match="which is trained as a whole"):
-        combine([adapters[0], adapter(base, LoraConfig(target_modules=["0"], bias="lora_only"))], [0.5, 0.5])
+    partly = {path: leaves for path, leaves in adapters[1][1].items() if path != "1"}
+    with pytest.raises(ValueError, match="1 has bias, which is trained as a whole, .* where each adapter has it"):
+        combine([adapters[0], (adapters[1][0], partly)], [0.5, 0.5])
 
 
 # -- transforms ----------------------------------------------------------------------------------------------------
@@ -235,7 +237,9 @@ def small():
     return base, [adapter(base, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]), seed) for seed in range(3)]
 
 
-@pytest.mark.parametrize(("how", "options"), [("cat", {}), ("svd", {"rank": 3}), ("linear", {}), ("ties", {"density": 0.5})])
+@pytest.mark.parametrize(
+    ("how", "options"), [("cat", {}), ("svd", {"rank": 3}), ("linear", {}), ("ties", {"density": 0.5})]
+)
 def test_weights_are_learned_through_combine(how, options):
     base, adapters = small()
     config = combine(adapters, [1.0, 1.0, 1.0], how, **options)[0]
@@ -275,7 +279,7 @@ def test_a_mixture_finds_its_weights_again():
         return loss
 
     optimizer.step(closure)
-    torch.testing.assert_close(weights.detach(), torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64))
+    torch.testing.assert_close(weights.detach(), torch.tensor([0.5, -1.0, 0.25]).double(), atol=1e-5, rtol=0)
 
 
 def test_weights_of_each_module():
@@ -322,7 +326,9 @@ def test_half_precision_is_summed_in_float32_and_rounded_once():
         for config, tree in (adapter(base, LoraConfig(r=2, target_modules=["0"]), seed) for seed in range(3))
     ]
     leaves = combine(adapters, [0.1, 0.2, 0.3])[1]["0"]
-    expected = torch.cat([t["0"]["lora_A"].float() * (4 * w) for (_, t), w in zip(adapters, [0.1, 0.2, 0.3], strict=True)])
+    expected = torch.cat(
+        [t["0"]["lora_A"].float() * (4 * w) for (_, t), w in zip(adapters, [0.1, 0.2, 0.3], strict=True)]
+    )
     assert leaves["lora_A"].dtype == torch.bfloat16 and torch.equal(leaves["lora_A"], expected.bfloat16())
 
 
@@ -358,7 +364,7 @@ def refused(*fields, words, weights=(1.0, 1.0), error=ValueError, **options):
         ({"weights": (1.0,)}, "weights has 1 numbers, expected one for each of the 2 adapters"),
         ({"weights": (1.0, float("nan"))}, "weights has nan, expected finite numbers"),
         ({"weights": {"1": [1.0, 1.0]}, "error": KeyError}, "weights have '1', which no adapter has; they have '0'"),
-        ({"weights": "ab", "error": TypeError}, "weights is a str.*, expected a list of numbers"),
+        ({"weights": "ab", "error": TypeError}, "weights is of type str, expected a list of numbers"),
     ],
 )
 def test_options_and_weights_that_are_refused(case, words):
@@ -383,10 +389,11 @@ def test_adapters_that_are_refused():
         combine([one, other], [1.0, 1.0])
     with pytest.raises(ValueError, match="adapters is empty"):
         combine([], [])
-    with pytest.raises(TypeError, match=re.escape("adapters is a dict")):
+    with pytest.raises(TypeError, match="adapters is of type dict, expected a list of pairs"):
         combine({"a": one}, [1.0])
-    with pytest.raises(TypeError, match=r"adapters\[0\] has .*Graft.* first, expected the adapter's config; a graft has"):
+    with pytest.raises(
+        TypeError, match=r"adapters\[0\] has an object of type Graft first, expected the adapter's config; a graft has"
+    ):
         combine([(bind(base, one[0]), one[1])], [1.0])
     with pytest.raises(TypeError, match=r"adapters\[0\] has .* second, expected one adapter's tree"):
         combine([(one[0], {"a": one[1]})], [1.0])
-    assert functional_call and merge
