@@ -65,7 +65,7 @@ def combine(
             has at a module.
         density: The share of entries that pruning keeps, `0 < density <= 1`.
         majority_sign: `"total"` elects the sign of the sum, `"frequency"` the sign that most have.
-        clamp: A quantile of the entries of the factors that limits them, after a decomposition.
+        clamp: A quantile of the factors' entries and their negatives that limits them, after a decomposition.
         generator: The source of randomness for DARE; by default torch's global one.
 
     Returns:

@@ -36,7 +36,7 @@ class Mixing:
         rank: The rank of the result, for `"svd"` and those that end in it.
         density: The share of entries that is kept, for those that prune.
         majority_sign: `"total"` or `"frequency"`.
-        clamp: The quantile of the factors that limits them, after a decomposition.
+        clamp: The quantile of the factors' entries, and their negatives, that limits them, after a decomposition.
         generator: The source of randomness, for DARE.
     """
 
@@ -79,8 +79,8 @@ class Mixing:
             raise ValueError(f"combine: density is {self.density!r}, and how={self.how!r} prunes nothing; leave it out")
         if self.majority_sign not in SIGNS:
             raise ValueError(f"combine: majority_sign is {self.majority_sign!r}, expected 'total' or 'frequency'")
-        if self.clamp is not None and not (self.truncates and 0 < self.clamp <= 1):
-            raise ValueError(f"combine: clamp is {self.clamp!r}, expected a quantile, 0 < clamp <= 1, with an svd")
+        if self.clamp is not None and not (self.truncates and 0.5 < self.clamp <= 1):
+            raise ValueError(f"combine: clamp is {self.clamp!r}, expected a quantile, 0.5 < clamp <= 1, with an svd")
 
 
 def mix(tensors: Sequence[Tensor], weights: Sequence[Scalar], mixing: Mixing) -> Tensor:

@@ -34,6 +34,13 @@ def truncate_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def clamped(a: Tensor, b: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Limit the entries of both factors to a quantile of all of them, as PEFT's `svd_clamp` does."""
-    limit = torch.quantile(torch.cat([b.flatten(), a.flatten()]), quantile)
+    """Limit the entries of both factors to a quantile of all of them and their negatives.
+
+    PEFT's `svd_clamp` takes that of the entries alone, which depends on the signs that singular vectors happen to have.
+
+    >>> clamped(torch.tensor([[[1.0, -9.0]]]), torch.tensor([[[2.0]]]), 0.8)
+    (tensor([[[ 1., -2.]]]), tensor([[[2.]]]))
+    """
+    entries = torch.cat([b.flatten(), a.flatten()])
+    limit = torch.quantile(torch.cat([entries, -entries]), quantile)
     return a.clamp(-limit, limit), b.clamp(-limit, limit)
