@@ -70,7 +70,8 @@ def combine(
 
     Returns:
         `(config, params)`: a plain LoRA whose scaling factor is one, with a `rank_pattern` where ranks differ. Its
-        targets are those of all adapters: the same fields where they agree, else whole names.
+        targets are those of all adapters: the same fields where they agree, else whole names. Other fields are the
+        first adapter's.
 
     Raises:
         TypeError: Adapters that are no pairs.
@@ -157,6 +158,7 @@ def _factors(path: str, here: Sequence[tuple[Product, Scalar]], mixing: Mixing) 
     all_b = [product.b for product, _ in here]
     scaled = [weight * product.scaling for product, weight in here]
     if mixing.truncates:
+        here[0][0].check_whole(path, f"combine: how is {mixing.how!r}")
         rank = max(a.shape[-2] for a in all_a) if mixing.rank is None else mixing.rank
         if mixing.rank is not None and here[0][0].layout.kind == "groups":
             rank = max(1, rank // len(all_a[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ class Chosen:
         for one in given:
             if isinstance(one, Tensor) and one.ndim == 0:
                 continue
-            if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one):
+            if isinstance(one, bool) or not isinstance(one, Real) or not math.isfinite(one):
                 raise ValueError(f"{name} has {one!r:.60}, expected finite numbers")
-        return list(given)
+        return [one if isinstance(one, Tensor) else float(one) for one in given]
 
     def at(self, path: str) -> list[Scalar]:
         """Return the weight of each adapter at a module.

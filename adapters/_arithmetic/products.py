@@ -36,7 +36,8 @@ class Layout:
 
     Attributes:
         names: The leaves that hold `A` and `B`.
-        kind: `"matrix"`; `"experts"`, whose blocks are in one matrix; `"groups"` of a convolution.
+        kind: `"matrix"`; `"experts"`, whose blocks are in one matrix; `"groups"` of a convolution; `"projections"` of
+            an attention with keys or values of another size, where only the blocks on a product's diagonal count.
         blocks: Number of products.
         inputs: Shape of `A` behind its rank.
         ones: Shape of `B` behind its rank.
@@ -84,6 +85,18 @@ class Product:
     def dense(self) -> Tensor:
         """The change itself, `"blocks out in"`."""
         return self.scaling * (self.b @ self.a)
+
+    def check_whole(self, path: str, what: str) -> None:
+        """Refuse a product of which only a part counts.
+
+        Raises:
+            UnsupportedConfig: Names the path.
+        """
+        if self.layout.kind == "projections":
+            raise UnsupportedConfig(
+                f"{what}: {path} is an attention whose keys or values have a size of their own, of whose product only "
+                "blocks count; how='cat' adds it exactly, else leave it out of the trees"
+            )
 
 
 def products(config: AdapterConfig, tree: Tree, what: str) -> dict[str, Product]:
@@ -139,6 +152,9 @@ def _product(config: LoraConfig, tree: Tree, path: str, names: tuple[str, str], 
     r = rank_at(config, site)
     scaling = scaling_of(config, r, alpha_at(config, site))
     layout = _layout(config, path, names, a, b, r, what)
+    projected = tree.get(f"{path}.out_proj", {}).get("lora_A")
+    if projected is not None and projected.shape[-1] != a.shape[-1]:
+        layout = dataclasses.replace(layout, kind="projections")
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a2, b2 = a.to(wide).flatten(1), b.to(wide).flatten(1)
     if layout.kind == "experts":

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchgraft.functional import UnsupportedConfig
+
 from .combine import combine, combined
 from .given import Chosen, check_adapters
 from .mixing import Mixing, Scalar
@@ -178,7 +180,12 @@ def _rest(inner: Tensor) -> Tensor:
 
 def _products(adapters: Sequence[Adapter], what: str) -> list[dict[str, Product]]:
     given = check_adapters(adapters, what)
-    return [products(config, tree, f"{what}: adapters[{i}]") for i, (config, tree) in enumerate(given)]
+    found = [products(config, tree, f"{what}: adapters[{i}]") for i, (config, tree) in enumerate(given)]
+    for path, product in ((path, product) for one in found for path, product in one.items()):
+        product.check_whole(path, what)
+        if product.a.is_complex():
+            raise UnsupportedConfig(f"{what}: {path} has complex factors, whose angles are not real; compare real ones")
+    return found
 
 
 def _paths(found: Sequence[dict[str, Product]]) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
 
-from torchgraft.adapters import C3AConfig, IA3Config, LoHaConfig, LoraConfig, combine, interpolate, negate, soup
+from torchgraft.adapters import C3AConfig, IA3Config, LoHaConfig, LoraConfig, combine, gram, interpolate, negate, soup
 from torchgraft.functional import UnsupportedConfig, bind, stack, unstack
 
 from .oracle import Experts, Layers, adapter, assert_same, changes, lora, weighted
@@ -98,6 +98,15 @@ def test_grouped_convolutions_are_summed_group_by_group(how, options):
     config, params = combine(adapters, [1.5, -0.5], how, **options)
     each = [bind(base, own)(tree, x) - base(x) for own, tree in adapters]
     torch.testing.assert_close(bind(base, config)(params, x) - base(x), 1.5 * each[0] - 0.5 * each[1])
+
+
+def test_an_attention_with_sizes_of_its_own_is_summed_block_by_block():
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, kdim=3, vdim=5)}).double()
+    adapters = [adapter(base, LoraConfig(r=r, target_modules=["attention"]), r) for r in (1, 2)]
+    assert_same(changes(base, combine(adapters, [1.5, -0.5])), weighted(base, adapters, [1.5, -0.5]))
+    for refused in (lambda: combine(adapters, [1.5, -0.5], "svd"), lambda: gram(adapters)):
+        with pytest.raises(UnsupportedConfig, match="attention is an attention whose keys .* only blocks count"):
+            refused()
 
 
 def test_biases_of_b_are_summed():
