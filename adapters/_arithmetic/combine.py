@@ -80,6 +80,7 @@ def combine(
             configs or each other; names the path.
         KeyError: Weights by path that lack one.
 
+    >>> from torchgraft.adapters import LoraConfig
     >>> from torchgraft.functional import bind
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> configs = [LoraConfig(r=r, target_modules=["0"]) for r in (1, 2)]
