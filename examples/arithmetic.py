@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import digits
+import optree
 import torch
 import torch.nn.functional as F
 from _panels import INK, MUTED, PANEL, PAPER, finish
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from torchgraft.adapters import AdapterConfig, LoraConfig, combine, cosine, negate, soup
-from torchgraft.functional import bind, unstack
+from torchgraft.functional import bind
 
 Pair = tuple[AdapterConfig, dict[str, Any]]
 TASKS = ["mirrored", "inverted", "noisy"]
@@ -44,6 +46,23 @@ def worlds_of(images: Tensor, seed: int) -> dict[str, Tensor]:
         if name in TASKS:
             made[name] = world(images, digits.seeded(seed + index))
     return made | {"mirrored, inverted": both(images)}
+
+
+def train(
+    model: nn.Module, config: LoraConfig, task: str, images: Tensor, labels: Tensor, steps: int, seed: int
+) -> Pair:
+    """Train the adapter of one world."""
+    graft, choose = bind(model, config), digits.seeded(seed)
+    params = graft.init(digits.seeded(seed))
+    leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves(params)]
+    optimizer = torch.optim.AdamW(leaves, lr=5e-3, weight_decay=0)
+    for step in tqdm(range(steps), desc=f"{task:<14}", unit="step"):
+        rows = torch.randint(len(images), (digits.BATCH,), generator=choose)
+        x = digits.DOMAINS[task](images[rows], digits.seeded(seed + 1000 * step))
+        optimizer.zero_grad()
+        F.cross_entropy(graft(params, x), labels[rows]).backward()
+        optimizer.step()
+    return config, optree.tree_map(torch.Tensor.detach, params)
 
 
 def made_of(trained: dict[str, Pair], rank: int) -> dict[str, Pair]:
@@ -130,13 +149,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model = digits.VisionTransformer()
     digits.train_base(model, images, labels, args.base_steps, args.seed)
 
-    # The adapters, as examples/digits.py trains them.
+    # Three adapters, each trained in its own world.
     config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["qkv", "out", "up", "down"])
-    stacked, _ = digits.train_adapters(
-        bind(model, config), images, labels, args.steps, args.seed, lambda adapters: torch.zeros(len(digits.DOMAINS))
-    )
-    trees = dict(zip(digits.DOMAINS, unstack(stacked), strict=True))
-    trained: dict[str, Pair] = {name: (config, trees[name]) for name in TASKS}
+    trained = {name: train(model, config, name, images, labels, args.steps, args.seed) for name in TASKS}
 
     # Arithmetic, and three weights that are learned on 128 digits of the unseen world.
     some = [trained[name] for name in TASKS]
