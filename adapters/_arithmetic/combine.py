@@ -122,6 +122,8 @@ def combined(adapters: Sequence[Adapter], chosen: Chosen, mixing: Mixing, whole:
 
 def _of_products(adapters: Sequence[Adapter], chosen: Chosen, mixing: Mixing) -> Adapter:
     found = [products(config, tree, f"combine: adapters[{i}]") for i, (config, tree) in enumerate(adapters)]
+    if not any(found):
+        raise ValueError("combine: no adapter has factors of LoRA in its tree; give the trees that go with the configs")
     check_alike(adapters, _FREE | adapters[0][0].site_fields, "combine")
     tree, ranks = {}, {}
     for path in sorted(frozenset().union(*found)):

@@ -98,11 +98,8 @@ def mix(tensors: Sequence[Tensor], weights: Sequence[Scalar], mixing: Mixing) ->
     tensor([2.5000, 4.0000])
     """
     how = mixing.elementwise
-    if how in PRUNING and mixing.density != 1:
-        assert mixing.density is not None
-        prune = keep_largest if PRUNING[how] == "magnitude" else keep_at_random
-        generator = () if prune is keep_largest else (mixing.generator,)
-        tensors = [prune(tensor, mixing.density, *generator) for tensor in tensors]  # type: ignore[operator]
+    if how in PRUNING and mixing.density is not None and mixing.density != 1:
+        tensors = [_pruned(tensor, PRUNING[how], mixing.density, mixing.generator) for tensor in tensors]
     stacked = torch.stack(list(tensors))
     factors = torch.stack([torch.as_tensor(w, dtype=stacked.dtype, device=stacked.device) for w in weights])
     factors = factors.view(-1, *(1 for _ in stacked.shape[1:]))
@@ -112,6 +109,10 @@ def mix(tensors: Sequence[Tensor], weights: Sequence[Scalar], mixing: Mixing) ->
     agree = (signed.sign() == elected(signed, mixing.majority_sign)).to(stacked.dtype)
     result: Tensor = (signed * factors.abs() * agree).sum(0) / agree.sum(0).clamp(min=1)
     return result
+
+
+def _pruned(tensor: Tensor, method: str, density: float, generator: torch.Generator | None) -> Tensor:
+    return keep_at_random(tensor, density, generator) if method == "random" else keep_largest(tensor, density)
 
 
 def elected(stacked: Tensor, method: str) -> Tensor:

@@ -396,6 +396,8 @@ def test_adapters_that_are_refused():
     other = adapter(nn.Sequential(nn.Linear(5, 4)).double(), one[0])
     with pytest.raises(ValueError, match="0 has factors of shapes .* of different modules; combine adapters of one"):
         combine([one, other], [1.0, 1.0])
+    with pytest.raises(ValueError, match="no adapter has factors of LoRA in its tree"):
+        combine([(one[0], {})], [1.0])
     with pytest.raises(ValueError, match="adapters is empty"):
         combine([], [])
     with pytest.raises(TypeError, match="adapters is of type dict, expected a list of pairs"):
