@@ -4,6 +4,18 @@ import typing as _typing
 
 from torchgraft.functional import __version__ as __version__
 
+from ._arithmetic.combine import combine as combine
+from ._arithmetic.soups import GreedySoup as GreedySoup
+from ._arithmetic.soups import greedy_soup as greedy_soup
+from ._arithmetic.soups import soup as soup
+from ._arithmetic.vectors import cosine as cosine
+from ._arithmetic.vectors import difference as difference
+from ._arithmetic.vectors import gram as gram
+from ._arithmetic.vectors import interpolate as interpolate
+from ._arithmetic.vectors import negate as negate
+from ._arithmetic.vectors import project_out as project_out
+from ._arithmetic.vectors import subspace_similarity as subspace_similarity
+from ._arithmetic.weighted import add_weighted_adapter as add_weighted_adapter
 from ._bank.bank import Bank as Bank
 from ._bank.functional_optimizer import functional_optimizer as functional_optimizer
 from ._bank.muon import muon as muon

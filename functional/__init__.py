@@ -4,6 +4,7 @@
 under any transform of `torch.func`, `torch.compile` and threads. The model is never changed.
 """
 
+from ._abilities import AddsLeafwise as AddsLeafwise
 from ._abilities import AddsProduct as AddsProduct
 from ._abilities import KeepsDtype as KeepsDtype
 from ._abilities import MergesOver as MergesOver

@@ -55,6 +55,17 @@ class AddsProduct:
 
 
 @dataclasses.dataclass(frozen=True)
+class AddsLeafwise:
+    """A change of the weight that is linear in the leaves, so that adapters of one config add up leaf by leaf.
+
+    Attributes:
+        identity: The number that leaves which change nothing have; the change is linear in the distance from it.
+    """
+
+    identity: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class MergesOver:
     """A dense meaning that depends on the base's own weight, also where other adapters are merged beneath.
 

@@ -52,6 +52,7 @@ ORDER = {
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
+        _arithmetic: products mixing truncated given combine vectors soups weighted
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa

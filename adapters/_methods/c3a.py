@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, Weights
+from torchgraft.functional import AddsLeafwise, Constants, Layer, Method, Rows, Site, Weights
 from torchgraft.functional.extending import add_scaled
 
 from .._config.base import AdapterConfig
@@ -217,6 +217,7 @@ C3AConfig.method = Method(
     constants=C3AConstants,
     routed=routed,
     varying=frozenset({"init_weights"}),
+    abilities=(AddsLeafwise(),),
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, TakesComplex, Weights, widen
+from torchgraft.functional import AddsLeafwise, Constants, Layer, Method, Rows, Site, TakesComplex, Weights, widen
 
 from .._config import patterns
 from .._config.base import AdapterConfig
@@ -165,7 +165,7 @@ IA3Config.method = Method(
     constants=IA3Constants,
     routed=routed,
     varying=frozenset({"feedforward_modules", "init_ia3_weights"}),
-    abilities=(TakesComplex(),),
+    abilities=(TakesComplex(), AddsLeafwise(1.0)),
 )
 
 

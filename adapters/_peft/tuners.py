@@ -8,6 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from .. import _inplace as inplace
+from .._arithmetic.weighted import add_weighted_adapter
 from .._config.base import AdapterConfig
 
 
@@ -90,6 +91,12 @@ class BaseTuner(inplace.ModelWrapper):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         inplace.delete_adapter(self.model, adapter_name)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add the weighted sum of adapters as another one, with the arguments of `torchgraft.adapters`' function."""
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, *args, **kwargs)
 
     def enable_adapter_layers(self) -> None:
         """Switch adapters on."""

@@ -36,13 +36,13 @@ from torchgraft.functional.extending import PARAMETERS
 from ..._calibration.initial import FROM_DATA, NAMES, Statistics, constants, kind_of
 from ..._calibration.initial.configs import CONFIGS, made
 from ..._config.base import AdapterConfig
-from ..._config.matching import by_pattern
 from ..._config.messages import require
 from ..._config.peft_format import PeftFormat, Value
 from ..shared.scalings import (
     alpha_at,
     of_patterns,
     planned_scaling,
+    rank_at,
     ranks_of,
     scaling_of,
     warn_of_unused_patterns,
@@ -169,18 +169,11 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
         )
     planned: dict[str, LoraConstants] = {}
     for site in sites:
-        r, alpha = _rank_at(config, site), alpha_at(config, site)
+        r, alpha = rank_at(config, site), alpha_at(config, site)
         _check_site(config, site, r)
         scaling = scaling_of(config, r, alpha)
         planned[site.path] = LoraConstants(r, alpha, scaling, **constants(config, site, r, scaling, weights))
     return planned
-
-
-def _rank_at(config: LoraConfig, site: Site) -> int:
-    r = config.r
-    for path in filter(None, (site.within, site.path)):
-        r = by_pattern(config.rank_pattern, path, r)
-    return r
 
 
 def _check_site(config: LoraConfig, site: Site, r: int) -> None:

@@ -22,6 +22,7 @@ from ..._config.matching import by_pattern
 from ..._config.messages import require
 
 C = TypeVar("C", bound=Any)
+V = TypeVar("V")
 Sites = Mapping[str, Site]
 
 
@@ -32,13 +33,20 @@ def _numerator(config: Any) -> str:
 
 def alpha_at(config: Any, site: Site) -> float:
     """Return the numerator of the scaling factor that a config means at a site."""
-    return _by_patterns(config.alpha_pattern, getattr(config, _numerator(config)), site)
-
-
-def _by_patterns(patterns: Mapping[str, float], alpha: float, site: Site) -> float:
-    for path in filter(None, (site.within, site.path)):
-        alpha = by_pattern(patterns, path, alpha)
+    alpha: float = _by_patterns(config.alpha_pattern, getattr(config, _numerator(config)), site)
     return alpha
+
+
+def rank_at(config: Any, site: Site) -> int:
+    """Return the rank that a config means at a site."""
+    r: int = _by_patterns(config.rank_pattern, config.r, site)
+    return r
+
+
+def _by_patterns(patterns: Mapping[str, V], value: V, site: Site) -> V:
+    for path in filter(None, (site.within, site.path)):
+        value = by_pattern(patterns, path, value)
+    return value
 
 
 def scaling_of(config: Any, r: int, alpha: float) -> float:

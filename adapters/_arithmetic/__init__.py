@@ -1,0 +1,1 @@
+"""Arithmetic on adapters: sums, pruned and truncated ones, soups, angles and projections."""
