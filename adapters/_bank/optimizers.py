@@ -87,14 +87,14 @@ class Kernel:
         name: What files call it.
         hyper: Hyper-parameters by name, with their defaults.
         moments: Names of its buffers, each of the size of the parameters.
-        step: `(row, hyper) -> None`, one step in place.
+        update: `(row, hyper) -> None`, one step in place.
         refuse: `layout -> None`, an error for leaves that it is not for.
     """
 
     name: str
     hyper: Mapping[str, Any]
     moments: tuple[str, ...]
-    step: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
+    update: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
     refuse: Callable[[Layout], None] = dataclasses.field(default=lambda layout: None, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,9 +116,6 @@ class Kernel:
     def _check_values(self, hyper: Mapping[str, Any], what: str) -> None:
         for name, value in hyper.items():
             check_value(name, value, what)
-
-    def update(self, row: Row, hyper: Mapping[str, Any]) -> None:
-        self.step(row, hyper)
 
 
 def check_known(hyper: Mapping[str, Any], known: Mapping[str, Any], what: str, name: str) -> None:

@@ -58,24 +58,23 @@ def _step(resident: Resident, hyper: Mapping[str, Any], most: float | None, norm
         norm: The norm of the sum of its gradients.
         tokens: What to divide this sum by.
     """
-    row, skipped = resident.row, ""
+    row = resident.row
     assert row is not None
-    if tokens <= 0:
-        skipped, tokens = "its batches have no tokens", 1.0
-    elif not math.isfinite(norm):
-        skipped = "its gradients are not finite"
-    norm /= tokens
     resident.pending = False  # also where the optimizer fails, for the gradient may be divided then
-    if not skipped:
-        factor = 1 / tokens
-        if most is not None:
-            factor *= min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        if factor != 1:
-            row.gradient.mul_(factor)
-        row.first = resident.steps == 0
-        resident.optimizer.update(row, hyper)
-        resident.steps += 1
-    return Stepped(resident.steps, norm, skipped)
+    if tokens <= 0:
+        return Stepped(resident.steps, norm, "its batches have no tokens")
+    norm /= tokens
+    if not math.isfinite(norm):
+        return Stepped(resident.steps, norm, "its gradients are not finite")
+    factor = 1 / tokens
+    if most is not None:
+        factor *= min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+    if factor != 1:
+        row.gradient.mul_(factor)
+    row.first = resident.steps == 0
+    resident.optimizer.update(row, hyper)
+    resident.steps += 1
+    return Stepped(resident.steps, norm)
 
 
 def _norms(residents: Sequence[Resident], sums: Tensor) -> Iterator[float]:
