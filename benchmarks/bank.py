@@ -213,7 +213,7 @@ def main() -> None:
     for count in counts:
         times = measure({BANK: paging(model, slots, count)}, rounds, label=f"{count} adapters", warmup=2)
         lines[BANK].append((count, ratios(times, BANK)[BANK]["median_s"]))
-    claim = "adapters that come and go train in a mixed batch in about the time of a stack that begins and ends together"
+    claim = "adapters that come and go train in a mixed batch in about the time of a stack of the same rows"
     write(
         "bank",
         {
