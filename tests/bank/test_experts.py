@@ -73,7 +73,10 @@ def test_experts_in_a_bank_are_what_they_are_alone() -> None:
 
 def test_experts_of_another_rank_are_refused() -> None:
     bank = Bank(bind(Mixture(), config(3)), slots=3)
-    with pytest.raises(ValueError, match=r"'a' .* \(3, 6\) at 'experts.down'.* the same rank, for experts'"):
+    with pytest.raises(
+        ValueError,
+        match=r"'a' .* \(3, 6\) at 'experts.down'.* the same rank, for a parameter of 3 experts has leaves of all",
+    ):
         bank.add("a", config(1))
     with pytest.raises(ValueError, match="bind it with a config that is as large"):
         bank.add("a", config(4))
