@@ -26,6 +26,7 @@ from .resting import Resting
 from .roster import Roster
 from .slots import Slots
 from .state import State, accumulate
+from .stepping import take_steps
 
 
 class Bank:
@@ -264,15 +265,14 @@ class Bank:
         given = hyper_by_name(hyper)
         with self.lock, torch.no_grad():
             residents = [self._roster.get(name, "step") for name in given]
-            values = [checked_hyper(one, own) for one, own in zip(residents, given.values(), strict=True)]
+            values = {one.name: checked_hyper(one, given[one.name]) for one in residents}
+            here = [one for one in residents if one.slot is not None]
+            parts = [here, *([one] for one in residents if one.slot is None)]  # who rests may need another one's slot
             report: dict[str, Stepped] = {}
-            size = self._slots.stepped_at_once
-            for start in range(0, len(residents), size):
-                part = residents[start : start + size]
+            for part in parts:
                 self._roster.bring(part, "step")
-                for one, (own, most), norm, tokens in zip(part, values[start:], *self._slots.norms(part), strict=False):
-                    report[one.name] = self._slots.step(one, own, most, norm, tokens)
-            return report
+                report |= take_steps(self.state, part, [values[one.name] for one in part])
+            return {name: report[name] for name in given}
 
     def check(self, names: Sequence[Any], compute: Callable[[Batch], Tensor]) -> None:
         """Prove for one batch that no adapter depends on another: each is changed in turn, and the others stay.

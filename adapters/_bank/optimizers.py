@@ -22,27 +22,27 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 """How Muon's learning rate may depend on the shape of a matrix."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Row:
-    """One adapter, as an optimizer steps it.
+    """One adapter in its slot, as an optimizer steps it.
 
     Attributes:
         parameters: `"P"`, written to.
         gradient: `"P"`, divided and clipped; may be written to.
         moments: The optimizer's buffers, by name, written to.
         step: Steps taken with this one, no axes.
-        first: Whether this is the first step.
         layout: Where leaves are in `parameters`, `gradient` and moments of their size.
         own: The shapes of the adapter's own leaves; what is beyond is padding.
+        first: Whether this is the first step.
     """
 
     parameters: Tensor
     gradient: Tensor
     moments: Mapping[str, Tensor]
     step: Tensor
-    first: bool
     layout: Layout
     own: Shapes
+    first: bool = False
 
 
 class RowOptimizer(Protocol):
@@ -87,18 +87,18 @@ class Kernel:
         name: What files call it.
         hyper: Hyper-parameters by name, with their defaults.
         moments: Names of its buffers, each of the size of the parameters.
-        step: `(row, hyper) -> None`, one step in place.
+        update: `(row, hyper) -> None`, one step in place.
         refuse: `layout -> None`, an error for leaves that it is not for.
     """
 
     name: str
     hyper: Mapping[str, Any]
     moments: tuple[str, ...]
-    step: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
+    update: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
     refuse: Callable[[Layout], None] = dataclasses.field(default=lambda layout: None, repr=False)
 
     def __post_init__(self) -> None:
-        self.check_hyper({}, self.name)
+        self._check_values(self.hyper, self.name)
 
     def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {name: torch.zeros_like(row) for name in self.moments}
@@ -108,14 +108,14 @@ class Kernel:
 
     def check_hyper(self, hyper: Mapping[str, Any], what: str) -> None:
         check_known(hyper, self.hyper, what, self.name)
-        for name, value in {**self.hyper, **hyper}.items():
-            check_value(name, value, what)
+        self._check_values(hyper, what)
 
     def with_hyper(self, hyper: Mapping[str, Any]) -> Kernel:
         return dataclasses.replace(self, hyper=hyper)
 
-    def update(self, row: Row, hyper: Mapping[str, Any]) -> None:
-        self.step(row, hyper)
+    def _check_values(self, hyper: Mapping[str, Any], what: str) -> None:
+        for name, value in hyper.items():
+            check_value(name, value, what)
 
 
 def check_known(hyper: Mapping[str, Any], known: Mapping[str, Any], what: str, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .kind import Kind
-from .optimizers import RowOptimizer
+from .optimizers import Row, RowOptimizer
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,6 +21,7 @@ class Resident:
         optimizer: Its optimizer.
         generator: Source of its noise.
         slot: Where its numbers are; `None` while it rests elsewhere.
+        row: These numbers as its optimizer steps them.
         steps: Steps that it has taken.
         pending: Whether it has gradients since its last step.
         by_tokens: Whether these are sums over tokens that are counted.
@@ -33,6 +34,7 @@ class Resident:
     optimizer: RowOptimizer
     generator: torch.Generator
     slot: int | None = None
+    row: Row | None = None
     steps: int = 0
     pending: bool = False
     by_tokens: bool = False

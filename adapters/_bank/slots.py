@@ -1,11 +1,9 @@
-"""The slots of a bank: the numbers of its adapters in rows of one state, put there, lifted, gathered and stepped."""
+"""The slots of a bank: the numbers of its adapters in rows of one state, put there, lifted and gathered."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from .batch import stack_of
 from .kind import Kind, Kinds
 from .layout import Layout, largest, rounded
 from .optimizers import Row, RowOptimizer
-from .resident import Resident, Stepped
+from .resident import Resident
 from .state import Gathered, State, clear, gather
 
 Numbers = dict[str, Tensor]
@@ -55,14 +53,6 @@ class Slots:
     def device(self) -> torch.device:
         """The device of all numbers."""
         return self.state.parameters.device
-
-    @property
-    def stepped_at_once(self) -> int:
-        """How many adapters' norms are taken before the first of them is stepped.
-
-        On a CPU one, whose gradient is in the cache then; elsewhere all, for each look at a norm waits for the device.
-        """
-        return 1 if self.device.type == "cpu" else len(self)
 
     def make_room(self, optimizer: RowOptimizer) -> None:
         """Make the buffers of an optimizer's moments, once."""
@@ -128,7 +118,7 @@ class Slots:
         """Clear an adapter's slot, which is free then."""
         clear(self.state, resident.place)
         self.free.append(resident.place)
-        resident.slot = None
+        resident.slot = resident.row = None
 
     def own_tree(self, resident: Resident) -> Tree:
         """Return an adapter's parameters in its own shapes, as views."""
@@ -164,68 +154,20 @@ class Slots:
         sites = [*self._graft.sites[""]]
         return stack_of(gathered, rows, sites, [resident.kind.present for resident in present]), gathered
 
-    def norms(self, residents: Sequence[Resident]) -> tuple[list[float], list[float]]:
-        """Return the norm of each adapter's gradients, and how many tokens they are of."""
-        if not residents:
-            return [], []
-        sums = [self.state.sums[one.place] for one in residents]
-        squares = torch.stack([torch.dot(row, row) for row in sums]).tolist()
-        norms = [
-            math.sqrt(square) if math.isfinite(square) else float(torch.linalg.vector_norm(row, dtype=torch.float64))
-            for square, row in zip(squares, sums, strict=True)  # squares may have been too large for the dtype
-        ]
-        counted = any(one.by_tokens for one in residents)
-        tokens = self.state.tokens.tolist() if counted else [0.0] * len(self)
-        return norms, [tokens[one.place] for one in residents]
-
-    def step(
-        self, resident: Resident, hyper: Mapping[str, Any], most: float | None, norm: float, tokens: float
-    ) -> Stepped:
-        """Step one adapter, unless its gradients are not finite, and drop them.
-
-        Args:
-            resident: The adapter.
-            hyper: All of its optimizer's hyper-parameters.
-            most: The norm to clip to.
-            norm: The norm of the sum of its gradients.
-            tokens: The tokens that the sum is of.
-        """
-        slot, skipped = resident.place, ""
-        if resident.by_tokens and tokens <= 0:
-            skipped = "its batches have no tokens"
-        elif not math.isfinite(norm):
-            skipped = "its gradients are not finite"
-        factor = 1 / tokens if resident.by_tokens and tokens > 0 else 1.0
-        norm *= factor
-        if not skipped:
-            if most is not None:
-                factor *= min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-            if factor != 1:
-                self.state.sums[slot].mul_(factor)
-            self._update(resident, hyper)
-        self.state.tokens[slot] = 0
-        resident.pending = False
-        return Stepped(resident.steps, norm, skipped)
-
-    def _update(self, resident: Resident, hyper: Mapping[str, Any]) -> None:
-        slot, state, prefix = resident.place, self.state, _key(resident.optimizer, "")
-        resident.steps += 1
-        row = Row(
-            state.parameters[slot],
-            state.sums[slot],
-            {name.removeprefix(prefix): state.moments[name][slot] for name in self._moments(resident)},
-            state.steps[slot].add_(1),
-            resident.steps == 1,
-            self.layout,
-            resident.kind.shapes,
-        )
-        resident.optimizer.update(row, hyper)
-
     def _take(self, resident: Resident) -> int:
         slot = resident.slot = self.free.pop()
         clear(self.state, slot)
         for name, row in resident.kind.constants.items():
             self.state.constants[name][slot].copy_(row)
+        moments = {name.removeprefix(_key(resident.optimizer, "")): name for name in self._moments(resident)}
+        resident.row = Row(
+            self.state.parameters[slot],
+            self.state.sums[slot],
+            {name: self.state.moments[key][slot] for name, key in moments.items()},
+            self.state.steps[slot],
+            self.layout,
+            resident.kind.shapes,
+        )
         return slot
 
     def _moments(self, resident: Resident) -> list[str]:

@@ -257,9 +257,13 @@ class StackedBinding(Binding):
                 room = most.get(leaf, ())
                 fits = len(room) == len(shape) and all(a <= b for a, b in zip(shape, room, strict=True))
                 if not fits or (whole and shape != room):
+                    pieces = site.pieces if fits and site is not None else None
+                    remedy = (
+                        f"give it the same rank, for {pieces}" if pieces else "bind it with a config that is as large"
+                    )
                     raise ValueError(
                         f"places: configs[{place}] has {leaf} of shape {shape} at {path!r}, and this graft was bound "
-                        f"with room for {room or 'none'}; bind it with a config that is as large"
+                        f"with room for {room or 'none'}; {remedy}"
                     )
 
     def adapters(self, name: str) -> dict[str, SiteAdapter]:

@@ -217,4 +217,10 @@ def _can_group(x: Tensor, a: Tensor, b: Tensor) -> bool:
     if torch._C._functorch.maybe_current_level() is not None or not (x.dtype == a.dtype == b.dtype):
         return False
     aligned = all(size * x.itemsize % 16 == 0 for size in (*a.shape[1:], *b.shape[1:]))
-    return aligned and a.is_contiguous() and b.is_contiguous() and (x.is_cpu or x.dtype == torch.bfloat16)
+    return aligned and _is_aligned(a) and _is_aligned(b) and (x.is_cpu or x.dtype == torch.bfloat16)
+
+
+def _is_aligned(matrices: Tensor) -> bool:
+    """Return whether rows of matrices, which may be views of more, begin at whole 16 bytes."""
+    begins = (matrices.storage_offset(), *matrices.stride()[:-1])
+    return matrices.stride(-1) == 1 and all(begin * matrices.itemsize % 16 == 0 for begin in begins)

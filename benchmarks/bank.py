@@ -1,0 +1,233 @@
+"""A bank of adapters that train in mixed batches, against a stack of the same rows and against one after the other.
+
+A Llama with random weights, LoRA of rank 16 on all linear layers, unequally many rows of 32 tokens for each adapter, in
+random order, one step of AdamW for each. Peers in the same rounds: the frozen base on the combined batch (the floor), a
+stack of as many adapters with one optimizer (what a bank should not exceed by more than 0.15), PEFT with `set_adapter`
+and an optimizer for each adapter, and PEFT with a single adapter in the model on each one's rows in turn, which is the
+work of one process per adapter on one machine, without what processes cost beside it. Memory is what the allocator
+recorded on top of what was there before a step. A bank's step is compared with one fused AdamW over as many numbers,
+and a curve shows what it costs that more adapters than slots take turns.
+
+    python benchmarks/bank.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import torch.nn.functional as F
+from _memory import peak_bytes
+from _models import LINEARS, llama, tokens, trained
+from _picture import bars, curves
+from _results import apart, write
+from _rounds import Cases, measure, ratios, table
+from peft.functional import set_adapter
+from torch import Tensor, nn
+
+from torchgraft.adapters import Bank, LoraConfig
+from torchgraft.functional import bind, route, stack
+
+FIELDS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS}
+LENGTH = 32
+BANK, STACK = "torchgraft, bank", "torchgraft, stack"
+
+
+class Setting(NamedTuple):
+    """How many adapters, the rows of each, and the model's size."""
+
+    adapters: int
+    rows: tuple[int, ...]
+    hidden: int
+    layers: int
+
+    def __str__(self) -> str:
+        mix = ", ".join(map(str, self.rows))
+        return f"{self.adapters} adapters, {mix} ... rows each, hidden {self.hidden}, {self.layers} layers"
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return the adapter of each row, `"rows"`, and the tokens, `"rows tokens"`."""
+        counts = torch.tensor([self.rows[i % len(self.rows)] for i in range(self.adapters)])
+        order = torch.randperm(int(counts.sum()), generator=torch.Generator().manual_seed(3))
+        rows = torch.arange(self.adapters).repeat_interleave(counts)[order]
+        return rows, tokens(len(rows), LENGTH)
+
+
+SETTINGS = [Setting(8, (1, 4, 2), 256, 8), Setting(64, (1, 3, 1), 128, 4), Setting(512, (1, 2, 1), 64, 2)]
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """The sum of each row's own mean."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1).sum()
+
+
+def floor(model: Any, ids: Tensor) -> Callable[[], None]:
+    """The frozen base on the combined batch: forward, and backward to the embeddings."""
+
+    def run() -> None:
+        embeddings = model.get_input_embeddings()(ids).requires_grad_()
+        loss_of(model(inputs_embeds=embeddings).logits, ids).backward()
+
+    return run
+
+
+def filled(model: nn.Module, adapters: int, slots: int) -> Bank:
+    """A bank with adapters in it, which rest in memory where they have no slot."""
+    graft = bind(model, LoraConfig(**FIELDS))
+    bank = Bank(graft, slots=slots, resting="memory" if slots < adapters else None)
+    for index in range(adapters):
+        generator = torch.Generator().manual_seed(index)
+        bank.add(str(index), LoraConfig(**FIELDS), generator=generator)
+    return bank
+
+
+def banked(bank: Bank, rows: Tensor, ids: Tensor) -> Callable[[], None]:
+    names = [str(row) for row in rows.tolist()]
+    hyper = {name: {"lr": 1e-5 * (1 + index % 7)} for index, name in enumerate(dict.fromkeys(names))}
+
+    def run() -> None:
+        with bank.rows(names) as adapted:
+            loss_of(adapted(ids).logits, ids).backward()
+        bank.step(hyper)
+
+    return run
+
+
+def stacked(model: nn.Module, rows: Tensor, ids: Tensor, adapters: int) -> Callable[[], None]:
+    graft = bind(model, LoraConfig(**FIELDS))
+    many = stack([graft.init(torch.Generator().manual_seed(index)) for index in range(adapters)])
+    optimizer = torch.optim.AdamW(trained(many), lr=1e-5, fused=True)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(graft(route(many, rows), ids).logits, ids).backward()
+        optimizer.step()
+
+    return run
+
+
+def one_by_one(model: nn.Module, rows: Tensor, ids: Tensor, adapters: int, together: bool) -> Callable[[], None]:
+    """PEFT: each adapter in its turn, all in one model, or with one alone in it."""
+    theirs: Any = copy.deepcopy(model)
+    names = [f"adapter{index}" for index in range(adapters if together else 1)]
+    for name in names:
+        peft.inject_adapter_in_model(peft.LoraConfig(**FIELDS), theirs, name)
+    own: dict[str, list[Tensor]] = {name: [] for name in names}
+    for key, parameter in theirs.named_parameters():
+        for name in {*key.split(".")} & {*names}:
+            own[name].append(parameter)
+    optimizers = {name: torch.optim.AdamW(own[name], lr=1e-5, fused=True) for name in names}
+    parts = [ids[rows == index] for index in range(adapters)]
+
+    def run() -> None:
+        for index, part in enumerate(parts):
+            name = names[index if together else 0]
+            if together:
+                set_adapter(theirs, name)
+            optimizers[name].zero_grad(set_to_none=True)
+            loss_of(theirs(part).logits, part).backward()
+            optimizers[name].step()
+
+    return run
+
+
+def cases(setting: Setting) -> Cases:
+    model, (rows, ids) = llama(setting.hidden, setting.layers), setting.batch()
+    return {
+        "frozen base, combined batch": floor(model, ids),
+        BANK: banked(filled(model, setting.adapters, setting.adapters), rows, ids),
+        STACK: stacked(model, rows, ids, setting.adapters),
+        "PEFT, set_adapter": one_by_one(model, rows, ids, setting.adapters, together=True),
+        "PEFT, one process each": one_by_one(model, rows, ids, setting.adapters, together=False),
+    }
+
+
+def optimizer_steps(adapters: int, numbers: int) -> Cases:
+    """A bank's step, each adapter with its own rate, and one fused call over as many numbers."""
+    side = int((numbers / (2 * 16 * 4)) ** 0.5) or 1
+    model = nn.Sequential(*[nn.Linear(side, side) for _ in range(max(1, numbers // (2 * 16 * side)))])
+    config = LoraConfig(r=16, target_modules="all-linear")
+    bank = Bank(bind(model, config), slots=adapters)
+    for index in range(adapters):
+        bank.add(str(index), config)
+    bank.state.sums.normal_()
+    parameter = torch.randn(bank.state.parameters.numel()).requires_grad_()
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
+    hyper = {name: {"lr": 1e-5 * (1 + index)} for index, name in enumerate(bank.names)}
+
+    def step() -> None:
+        for resident in bank._roster.residents.values():
+            resident.pending = True  # as after a batch, whose time is not of interest here
+        bank.step(hyper)
+
+    return {BANK: step, "one fused AdamW": optimizer.step}
+
+
+def paging(model: nn.Module, slots: int, adapters: int) -> Callable[[], None]:
+    """Batches of as many adapters as there are slots, and always those that were named least lately."""
+    bank, turn = filled(model, adapters, slots), [0]
+    ids = tokens(slots, LENGTH)
+
+    def run() -> None:
+        rows = torch.tensor([(turn[0] + index) % adapters for index in range(slots)])
+        turn[0] += slots
+        banked(bank, rows, ids)()
+
+    return run
+
+
+def main() -> None:
+    """Measure, print, write `results/bank.json` and draw `results/bank.png` and `results/bank_curve.png`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small model and few rounds, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+    if args.quick:
+        apart()
+    rounds = 1 if args.quick else args.rounds
+    torch.set_num_threads(2)
+    found, memory = {}, {}
+    for setting in [Setting(3, (1, 2), 64, 2)] if args.quick else SETTINGS:
+        runs, name = cases(setting), str(setting)
+        few = max(1, rounds // 3) if setting.adapters > 64 else rounds
+        found[name] = ratios(measure(runs, few, label=name, warmup=1), STACK)
+        memory[name] = {case: peak_bytes(runs[case]) for case in [*runs][:3]}
+        print(f"{name}\n{table(found[name], STACK)}\n  bytes on top: {memory[name]}")
+    torch.set_num_threads(1)
+    runs = optimizer_steps(3, 512) if args.quick else optimizer_steps(64, 100_000)
+    steps = ratios(
+        measure(runs, 3 * rounds, label="optimizer steps", warmup=3, clock=time.thread_time), "one fused AdamW"
+    )
+    print(f"a step of 64 adapters, one thread\n{table(steps, 'one fused AdamW')}")
+    torch.set_num_threads(2)
+    lines: dict[str, list[tuple[int, float]]] = {BANK: []}
+    model, slots = llama(64, 2), 2 if args.quick else 64
+    counts = [slots * 2**power for power in range(2 if args.quick else 7)]
+    for count in counts:
+        times = measure({BANK: paging(model, slots, count)}, rounds, label=f"{count} adapters", warmup=2)
+        lines[BANK].append((count, ratios(times, BANK)[BANK]["median_s"]))
+    claim = "adapters that come and go train in a mixed batch in about the time of a stack of the same rows"
+    write(
+        "bank",
+        {
+            "claim": claim,
+            "goals": {"bank_to_stack": 1.15, "step_to_fused_adamw": 1.2},
+            "ratios_to_stack": found,
+            "peak_bytes_on_top": memory,
+            "step_ratios_to_one_fused_adamw": steps,
+            "seconds_by_adapters": lines,
+        },
+    )
+    bars("bank", "A bank of adapters in mixed batches", found, "a stack's of the same rows")
+    curves("bank_curve", f"A step on {slots} slots against the number of adapters", lines, "adapters")
+
+
+if __name__ == "__main__":
+    main()
