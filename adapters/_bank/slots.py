@@ -164,6 +164,19 @@ class Slots:
         sites = [*self._graft.sites[""]]
         return stack_of(gathered, rows, sites, [resident.kind.present for resident in present]), gathered
 
+    def own_sums(self, resident: Resident) -> Tensor:
+        """Return the sum of an adapter's gradients without padding, `"own"`; zeros where it has none."""
+        own = self._pack(self.state.sums, resident.place, resident.kind)
+        return own if resident.pending else torch.zeros_like(own)
+
+    def set_sums(self, resident: Resident, sums: Tensor | None, tokens: float = 0.0) -> None:
+        """Give an adapter a sum of gradients, `"own"`, and the tokens that it is of; or none."""
+        self.state.sums[resident.place].zero_()  # padding may be what a batch left that was not finite
+        self.state.tokens[resident.place] = tokens
+        if sums is not None:
+            self._unpack(self.state.sums, resident.place, resident.kind, sums)
+        resident.pending = sums is not None
+
     def norms(self, residents: Sequence[Resident]) -> tuple[list[float], list[float]]:
         """Return the norm of each adapter's gradients, and how many tokens they are of."""
         if not residents:
