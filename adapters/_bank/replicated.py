@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchgraft.functional import Graft
-from torchgraft.functional.extending import Tree
+from torchgraft.functional.extending import Tree, is_sharded
 
 from .._config.base import AdapterConfig
 from .arguments import checked_hyper, hyper_by_name
@@ -35,8 +35,9 @@ class ReplicatedBank(Bank):
 
     All ranks call `add`, `load`, `save`, `remove`, `step`, `save_checkpoint` and `load_checkpoint`, from one thread, in
     the same order and with the same arguments. Ranks that differ, and one that fails, are errors on all of them, before
-    anything changes. All else is each rank's own; but a sharded base has to be called as often on each, looks at its
-    rows included: call `bank.graft.look(sample)` on all ranks with the same sample before the first batch.
+    anything changes. All else is each rank's own. But a sharded base has to run as often on each rank, backwards through
+    checkpoints too, so it does not look at its rows by itself: call `bank.graft.look(*sample)` first, on all ranks with
+    the same sample.
 
     Args:
         graft: As for `Bank`.
@@ -75,6 +76,8 @@ class ReplicatedBank(Bank):
         if resting is not None and resting != "memory":
             resting = Path(resting) / f"rank{self._ranks.rank}"
         super().__init__(graft, slots, resting=resting, **options)
+        if any(map(is_sharded, self.graft.model.parameters())):
+            self.graft = self.graft.without_looks()
 
     def add(
         self,
