@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .resident import Resident
+from .state import State
 
 
 class Collected(NamedTuple):
@@ -20,6 +21,21 @@ class Collected(NamedTuple):
     pending: bool
     by_tokens: bool
     tokens: float
+
+
+def collected_of(residents: Sequence[Resident], state: State) -> list[Collected]:
+    """Return what this rank has collected; the tokens of adapters that have no slot now are not told."""
+    tokens = state.tokens.tolist()
+    return [Collected(one.pending, one.by_tokens, 0.0 if one.slot is None else tokens[one.slot]) for one in residents]
+
+
+def totals_of(residents: Sequence[Resident], ranks: Sequence[Sequence[Collected]], what: str) -> list[Collected]:
+    """Return what all ranks together have collected for each adapter.
+
+    Raises:
+        ValueError: Some ranks count an adapter's tokens, and others do not.
+    """
+    return [total(one, own, what) for one, own in zip(residents, zip(*ranks, strict=True), strict=True)]
 
 
 def total(resident: Resident, ranks: Sequence[Collected], what: str) -> Collected:

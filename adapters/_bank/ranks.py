@@ -70,12 +70,13 @@ class Ranks:
                 raise RuntimeError(
                     f"{what}: rank {rank} calls {call} meanwhile; all ranks make the same calls in the same order"
                 )
+        first = told[0][2]
         for rank, (_, _, others, _) in enumerate(told):
-            for name, fact in told[0][2].items():
-                if others.get(name) != fact:
+            for name in [*first, *others]:
+                if name not in first or name not in others or first[name] != others[name]:
                     raise ValueError(
-                        f"{what}: ranks differ in {name}: {fact!r:.200} on rank 0, {others.get(name)!r:.200} on rank "
-                        f"{rank}; give all ranks the same"
+                        f"{what}: ranks differ in {name}: {first.get(name)!r:.200} on rank 0, "
+                        f"{others.get(name)!r:.200} on rank {rank}; give all ranks the same"
                     )
         return [private for *_, private in told]
 

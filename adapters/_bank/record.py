@@ -41,6 +41,13 @@ def record_of(resident: Resident) -> str:
     return json.dumps(record, sort_keys=True, default=str)
 
 
+def facts_of(resident: Resident) -> dict[str, Any]:
+    """Return what must be the same on all ranks that have an adapter, by names for errors."""
+    optimizer, config = resident.optimizer, resident.kind.config
+    fields = {f"{type(config).__name__}.{name}": value for name, value in config.to_dict().items()}
+    return {"name": resident.name, "optimizer": (optimizer.name, dict(optimizer.hyper)), **fields}
+
+
 def write_file(file: Path, data: bytes) -> None:
     """Replace a file: whatever happens, it is the old one or the new one.
 

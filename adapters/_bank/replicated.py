@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from .._config.base import AdapterConfig
 from .arguments import checked_hyper, hyper_by_name
 from .bank import Bank
 from .checkpoint import check_new_directory, generator_of, read_checkpoint, tensors_of, write_checkpoint
-from .collected import Collected, check_pending_anywhere, total
+from .collected import Collected, check_pending_anywhere, collected_of, totals_of
 from .optimizers import RowOptimizer
 from .ranks import Ranks
-from .resident import Resident, Stepped
+from .record import facts_of
+from .resident import Resident, Stepped, generator_of_rank
 
 
 class ReplicatedBank(Bank):
@@ -35,8 +35,8 @@ class ReplicatedBank(Bank):
 
     All ranks call `add`, `load`, `save`, `remove`, `step`, `save_checkpoint` and `load_checkpoint`, from one thread, in
     the same order and with the same arguments. Ranks that differ, and one that fails, are errors on all of them, before
-    anything changes. All else is each rank's own. But a sharded base has to run as often on each rank, backwards through
-    checkpoints too, so it does not look at its rows by itself: call `bank.graft.look(*sample)` first, on all ranks with
+    anything changes. All else is each rank's own. But a sharded base has to run as often on each rank, backward through
+    checkpoints too, so it does not look for rows by itself: call `bank.graft.look(*sample)` first, on all ranks with
     the same sample.
 
     Args:
@@ -101,13 +101,13 @@ class ReplicatedBank(Bank):
         def attempt() -> tuple[dict[str, Any], Tensor]:
             Bank.add(self, name, config, params=params, generator=generator, optimizer=optimizer)
             resident = self._roster.get(name, "add")
-            return self._facts(resident), resident.generator.get_state()
+            return facts_of(resident), resident.generator.get_state()
 
         with self.lock:
             states = self._all_or_none("add", attempt)
             resident = self._roster.get(name, "add")
             self._ranks.spread(self.state.parameters[resident.place])
-            self._set_noise(resident, {0: states[0]})
+            resident.generator = generator_of_rank({0: states[0]}, self._ranks.rank, self._slots.device)
 
     def remove(self, name: str) -> None:
         """Remove an adapter on all ranks, as `Bank.remove` does.
@@ -141,13 +141,14 @@ class ReplicatedBank(Bank):
             residents[:] = [self._roster.get(name, "step") for name in given]
             values = {f"hyper-parameters of {r.name!r}": checked_hyper(r, given[r.name]) for r in residents}
             self._roster.bring(residents[start : start + size], "step")
-            return {"adapters": [*given], **values, "steps": [r.steps for r in residents]}, self._collected(residents)
+            facts = {"adapters": [*given], **values, "steps": [r.steps for r in residents]}
+            return facts, collected_of(residents, self.state)
 
         with self.lock, torch.no_grad():
             report: dict[str, Stepped] = {}
             while not start or start < len(residents):
                 collected = self._ranks.agree("step", attempt)
-                totals = _totals(residents, collected, "step")[start:]
+                totals = totals_of(residents, collected, "step")[start:]
                 check_pending_anywhere(residents[start:], totals)
                 part = residents[start : start + size]
                 self._add_up(part, totals[:size], [True] * len(part))
@@ -170,13 +171,13 @@ class ReplicatedBank(Bank):
         def attempt() -> tuple[dict[str, Any], list[Collected]]:
             resident = self._roster.get(name, "save")
             self._roster.bring([resident], "save")
-            return {"name": name}, self._collected([resident])
+            return {"name": name}, collected_of([resident], self.state)
 
         first = self._ranks.rank == 0
         with self.lock, torch.no_grad():
             collected = self._ranks.agree("save", attempt)
             own = [self._roster.get(name, "save")]
-            self._add_up(own, _totals(own, collected, "save"), [first])
+            self._add_up(own, totals_of(own, collected, "save"), [first])
             written = self._ranks.agree("save", lambda: ({}, Bank.save(self, name, path) if first else None))
             assert written[0] is not None
             return written[0]
@@ -195,7 +196,7 @@ class ReplicatedBank(Bank):
         def attempt() -> tuple[dict[str, Any], Tensor]:
             Bank.load(self, path, name, optimizer=optimizer)
             resident = self._roster.get(name, "load")
-            return {**self._facts(resident), "files": self._digest(resident)}, resident.generator.get_state()
+            return {**facts_of(resident), "files": self._slots.digest(resident)}, resident.generator.get_state()
 
         with self.lock:
             states = self._all_or_none("load", attempt)
@@ -224,10 +225,10 @@ class ReplicatedBank(Bank):
 
                 def attempt(part: list[Resident] = part) -> tuple[dict[str, Any], list[Collected]]:
                     self._roster.bring(part, "save_checkpoint")
-                    return {}, self._collected(part)
+                    return {}, collected_of(part, self.state)
 
                 mine = [(start + i) % self._ranks.size == self._ranks.rank for i in range(len(part))]
-                totals = _totals(part, self._ranks.agree("save_checkpoint", attempt), "save_checkpoint")
+                totals = totals_of(part, self._ranks.agree("save_checkpoint", attempt), "save_checkpoint")
                 self._add_up(part, totals, mine)
                 for resident, here in zip(part, mine, strict=True):
                     tensors |= generator_of(resident, self._ranks.rank)
@@ -261,7 +262,7 @@ class ReplicatedBank(Bank):
                 self._slots.make_room(resident.optimizer)
                 self._slots.put(resident, numbers)
                 self._roster.keep(resident)
-                facts[f"the files of {resident.name!r}"] = self._digest(resident)
+                facts[f"the files of {resident.name!r}"] = self._slots.digest(resident)
                 self._arrive(resident, generators)
             return {"adapters": [*facts], **facts}, [*self._roster.residents][-len(facts) :] if facts else []
 
@@ -281,36 +282,9 @@ class ReplicatedBank(Bank):
 
     def _arrive(self, resident: Resident, states: Mapping[int, Tensor]) -> None:
         """Make an adapter that was read from files what it is on this rank."""
-        self._set_noise(resident, states)
+        resident.generator = generator_of_rank(states, self._ranks.rank, self._slots.device)
         if self._ranks.rank:
             self._slots.set_sums(resident, None)
-
-    def _set_noise(self, resident: Resident, states: Mapping[int, Tensor]) -> None:
-        """Have an adapter's generator go on from a rank's state; one that has none begins with a seed of its own."""
-        rank = self._ranks.rank
-        resident.generator.set_state(states.get(rank, states[0]))
-        if rank not in states:
-            seed = torch.empty((), dtype=torch.int64, device=self._slots.device)
-            resident.generator.manual_seed(int(seed.random_(generator=resident.generator)) + rank)
-
-    def _facts(self, resident: Resident) -> dict[str, Any]:
-        optimizer = resident.optimizer
-        return {
-            "name": resident.name,
-            "config": resident.kind.config.to_dict(),
-            "optimizer": (optimizer.name, dict(optimizer.hyper)),
-        }
-
-    def _digest(self, resident: Resident) -> str:
-        numbers = self._slots.lift(resident).items()
-        content = b"".join(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for _, value in numbers)
-        return hashlib.sha256(content).hexdigest()
-
-    def _collected(self, residents: Sequence[Resident]) -> list[Collected]:
-        tokens = self.state.tokens.tolist()
-        return [
-            Collected(one.pending, one.by_tokens, 0.0 if one.slot is None else tokens[one.slot]) for one in residents
-        ]
 
     def _add_up(self, residents: Sequence[Resident], totals: Sequence[Collected], here: Sequence[bool]) -> None:
         """Add up the gradients that ranks have collected.
@@ -327,8 +301,3 @@ class ReplicatedBank(Bank):
         for i, sum_ in zip(some, sums, strict=True):
             self._slots.set_sums(residents[i], sum_ if here[i] else None, totals[i].tokens if here[i] else 0.0)
             residents[i].by_tokens = totals[i].by_tokens
-
-
-def _totals(residents: Sequence[Resident], collected: Sequence[Sequence[Collected]], what: str) -> list[Collected]:
-    """Return what all ranks together have collected for each of some adapters."""
-    return [total(one, ranks, what) for one, ranks in zip(residents, zip(*collected, strict=True), strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,6 +103,13 @@ class Slots:
         """Return the names of the buffers that an adapter has numbers in."""
         moments = {f"moments.{name}" for name in self._moments(resident)}
         return {"parameters", "steps", "tokens", *(["sums"] if resident.pending else []), *moments}
+
+    def digest(self, resident: Resident) -> str:
+        """Return a digest of all of an adapter's numbers."""
+        found = hashlib.sha256()
+        for value in self.lift(resident).values():
+            found.update(value.reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def check(self, resident: Resident, numbers: Numbers) -> None:
         """Refuse numbers that are not all of an adapter's, parameters apart.
