@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import urllib.parse
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +134,9 @@ def _load(path: Path, empty: dict[str, Tensor]) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import FileSystemReader, load
 
     tensors: dict[str, Any] = {key: torch.empty_like(value, device="cpu") for key, value in empty.items()}
-    load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads by itself
+        load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     return tensors
 
 

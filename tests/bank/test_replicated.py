@@ -1,15 +1,18 @@
 """A bank on several ranks comes to the numbers of one process, or says what ranks do differently."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from torchgraft.adapters import LoraConfig, ReplicatedBank
 from torchgraft.functional import bind
 
 HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "distributed.md"
 
 
 def load_cells():
@@ -48,3 +51,17 @@ def test_without_a_group_it_says_what_to_do():
     graft = bind(torch.nn.Linear(4, 3), LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(RuntimeError, match=r"there is no process group; start the program with torchrun .* a Bank"):
         ReplicatedBank(graft)
+
+
+def test_the_page_runs_and_has_the_numbers_of_its_model(capsys):
+    page = PAGE.read_text()
+    program, model = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    try:
+        exec(compile(program, PAGE.name, "exec"), {})
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    exec(compile(model, PAGE.name, "exec"), namespace := {})
+    assert capsys.readouterr().out in page
+    assert namespace["base"] == pytest.approx(70.6e9, rel=1e-3)  # Llama 3 70B
+    assert max(map(len, page.splitlines())) <= 120
