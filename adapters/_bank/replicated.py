@@ -74,7 +74,7 @@ class ReplicatedBank(Bank):
     ):
         self._ranks = Ranks(group)
         if resting is not None and resting != "memory":
-            resting = Path(resting) / f"rank{self._ranks.rank}"
+            resting = Path(resting) / f"rank{dist.get_rank()}"
         super().__init__(graft, slots, resting=resting, **options)
         if any(map(is_sharded, self.graft.model.parameters())):
             self.graft = self.graft.without_looks()
