@@ -347,7 +347,7 @@ def test_a_graft_without_looks_knows_what_it_was_shown_and_runs_the_model_no_mor
     kept, x = graft.without_looks(), torch.randn(4, 6)
     rows = torch.tensor([2, 0, 0, 1])
     with pytest.raises(
-        ValueError, match=r"may not find out by itself.*call graft.look\(\*sample\), with arguments of this"
+        ValueError, match=r"may not find out by itself.*call graft.look\(\*sample\), with arg"
     ):
         kept(route(many, rows), x)
     kept.look(torch.randn(3, 6))
