@@ -54,7 +54,9 @@ class Ranks:
             RuntimeError: Something was raised on another rank, or ranks made different calls.
             ValueError: Ranks differ in a fact.
         """
-        failure, facts, own = None, {}, None
+        failure: Exception | None = None
+        facts: Mapping[str, Any] = {}
+        own: Any = None
         try:
             facts, own = attempt()
         except Exception as error:
@@ -65,7 +67,7 @@ class Ranks:
             raise failure
         for rank, (call, words, _, _) in enumerate(told):
             if words:
-                raise RuntimeError(f"{what}: rank {rank} failed, so nothing changed on any: {words}")
+                raise RuntimeError(f"{what}: rank {rank} failed, so no rank goes on: {words}")
             if call != what:
                 raise RuntimeError(
                     f"{what}: rank {rank} calls {call} meanwhile; all ranks make the same calls in the same order"
@@ -90,7 +92,7 @@ class Ranks:
         """Return sums over the ranks, in one message; the same bits on each.
 
         Args:
-            numbers: Tensors without views of several axes, `"n"` each, of one dtype and of equal lengths on all ranks.
+            numbers: Tensors of one axis and one dtype, on all ranks as many and as long.
         """
         flat = torch.cat([*numbers])
         dist.all_reduce(flat, group=self.group)

@@ -236,7 +236,7 @@ def errors():
     error(ValueError, ["ranks differ in hyper-parameters of 'code'", "0.1", "0.2", "give all ranks the same"],
           lambda: ours.step({"code": {"lr": 0.2 if rank == 1 else 0.1}}))  # fmt: skip
     failing = (TypeError, ["sgd has no hyper-parameter 'rl'"])
-    others = (RuntimeError, ["step: rank 1 failed, so nothing changed on any: TypeError: step: 'code'"])
+    others = (RuntimeError, ["step: rank 1 failed, so no rank goes on: TypeError: step: 'code'"])
     error(*(failing if rank == 1 else others), lambda: ours.step({"code": {"rl" if rank == 1 else "lr": 0.1}}))
     error(RuntimeError, ["step: rank 1 calls remove meanwhile" if rank != 1 else "remove: rank 0 calls step"],
           lambda: ours.remove("code") if rank == 1 else ours.step(["code"]))  # fmt: skip
@@ -245,7 +245,7 @@ def errors():
     error(ValueError, ["add: ranks differ in name: 'a' on rank 0, 'b' on rank 1"],
           lambda: ours.add("b" if rank == 1 else "a", config(2)))  # fmt: skip
     taken = (ValueError, ["add: the name 'code' is taken"])
-    others = (RuntimeError, ["add: rank 1 failed, so nothing changed on any: ValueError: add: the name 'code'"])
+    others = (RuntimeError, ["add: rank 1 failed, so no rank goes on: ValueError: add: the name 'code'"])
     error(*(taken if rank == 1 else others), lambda: ours.add("code" if rank == 1 else "more", config(2)))
     missing = (FileNotFoundError, ["nowhere"])
     others = (RuntimeError, ["load: rank 1 failed"])
