@@ -71,7 +71,8 @@ def write_checkpoint(
     path: Path, names: Sequence[str], tensors: dict[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
     """Write what each rank has of a bank; all ranks call it."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     if dist.get_rank(group) == 0:
         tensors = {**tensors, _NAMES: _as_bytes(json.dumps([*names]))}
@@ -117,7 +118,7 @@ def _read(
 
 def _shapes(path: Path) -> dict[str, Tensor]:
     """Return an empty tensor for each that a checkpoint has."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if not (path / ".metadata").exists():
@@ -131,7 +132,8 @@ def _shapes(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path, empty: dict[str, Tensor]) -> dict[str, Tensor]:
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     tensors: dict[str, Any] = {key: torch.empty_like(value, device="cpu") for key, value in empty.items()}
     with warnings.catch_warnings():

@@ -218,8 +218,13 @@ class ReplicatedBank(Bank):
             ValueError: Ranks have different adapters.
         """
         folder, tensors, names, size = Path(path), dict[str, Tensor](), self.names, len(self._slots)
+
+        def begin() -> tuple[dict[str, Any], None]:
+            check_new_directory(folder)
+            return {"adapters": names}, None
+
         with self.lock, torch.no_grad():
-            self._ranks.agree("save_checkpoint", lambda: ({"adapters": names}, check_new_directory(folder)))
+            self._ranks.agree("save_checkpoint", begin)
             for start in range(0, len(names), size):
                 part = [self._roster.get(name, "save_checkpoint") for name in names[start : start + size]]
 
@@ -267,7 +272,8 @@ class ReplicatedBank(Bank):
             return {"adapters": [*facts], **facts}, [*self._roster.residents][-len(facts) :] if facts else []
 
         with self.lock, torch.no_grad():
-            return self._all_or_none("load_checkpoint", attempt)[0]
+            names: list[str] = self._all_or_none("load_checkpoint", attempt)[0]
+            return names
 
     def _all_or_none(self, what: str, attempt: Callable[[], tuple[dict[str, Any], Any]]) -> list[Any]:
         """Let adapters in on all ranks, or on none."""

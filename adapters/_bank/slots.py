@@ -108,7 +108,7 @@ class Slots:
         """Return a digest of all of an adapter's numbers."""
         found = hashlib.sha256()
         for value in self.lift(resident).values():
-            found.update(value.reshape(-1).view(torch.uint8).numpy())
+            found.update(value.reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
     def check(self, resident: Resident, numbers: Numbers) -> None:
