@@ -7,6 +7,7 @@ tensor of bytes. Nothing but torch's own metadata is pickled.
 from __future__ import annotations
 
 import json
+import os
 import urllib.parse
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,17 +55,18 @@ def generator_of(resident: Resident, rank: int) -> dict[str, Tensor]:
     return {_key(resident.name, f"generator.{rank}"): resident.generator.get_state()}
 
 
-def check_new_directory(path: Path) -> None:
-    """Refuse a directory that has a checkpoint, for writing over it could leave a mixture of both.
+def new_directory(path: str | os.PathLike[str]) -> Path:
+    """Return a directory for a checkpoint, which has none: writing over one could leave a mixture of both.
 
     Raises:
-        FileExistsError: One that has.
+        FileExistsError: It has one.
     """
-    if (path / ".metadata").exists():
+    if (Path(path) / ".metadata").exists():
         raise FileExistsError(
             f"{path}: has a checkpoint, and a crash would leave a mixture of two; save into a new directory, and "
             "remove this one afterwards"
         )
+    return Path(path)
 
 
 def write_checkpoint(

@@ -17,7 +17,7 @@ from torchgraft.functional.extending import Tree, is_sharded
 from .._config.base import AdapterConfig
 from .arguments import checked_hyper, hyper_by_name
 from .bank import Bank
-from .checkpoint import check_new_directory, generator_of, read_checkpoint, tensors_of, write_checkpoint
+from .checkpoint import generator_of, new_directory, read_checkpoint, tensors_of, write_checkpoint
 from .collected import Collected, check_pending_anywhere, collected_of, totals_of
 from .optimizers import RowOptimizer
 from .ranks import Ranks
@@ -167,17 +167,9 @@ class ReplicatedBank(Bank):
             RuntimeError: It failed on another rank.
             ValueError: Ranks give different names.
         """
-
-        def attempt() -> tuple[dict[str, Any], list[Collected]]:
-            resident = self._roster.get(name, "save")
-            self._roster.bring([resident], "save")
-            return {"name": name}, collected_of([resident], self.state)
-
         first = self._ranks.rank == 0
         with self.lock, torch.no_grad():
-            collected = self._ranks.agree("save", attempt)
-            own = [self._roster.get(name, "save")]
-            self._add_up(own, totals_of(own, collected, "save"), [first])
+            self._settle("save", [name], [first])
             written = self._ranks.agree("save", lambda: ({}, Bank.save(self, name, path) if first else None))
             assert written[0] is not None
             return written[0]
@@ -217,28 +209,16 @@ class ReplicatedBank(Bank):
             RuntimeError: It failed on another rank.
             ValueError: Ranks have different adapters.
         """
-        folder, tensors, names, size = Path(path), dict[str, Tensor](), self.names, len(self._slots)
-
-        def begin() -> tuple[dict[str, Any], None]:
-            check_new_directory(folder)
-            return {"adapters": names}, None
-
+        tensors, names, size = dict[str, Tensor](), self.names, len(self._slots)
         with self.lock, torch.no_grad():
-            self._ranks.agree("save_checkpoint", begin)
+            folders = self._ranks.agree("save_checkpoint", lambda: ({"adapters": names}, new_directory(path)))
             for start in range(0, len(names), size):
-                part = [self._roster.get(name, "save_checkpoint") for name in names[start : start + size]]
-
-                def attempt(part: list[Resident] = part) -> tuple[dict[str, Any], list[Collected]]:
-                    self._roster.bring(part, "save_checkpoint")
-                    return {}, collected_of(part, self.state)
-
+                part = names[start : start + size]
                 mine = [(start + i) % self._ranks.size == self._ranks.rank for i in range(len(part))]
-                totals = totals_of(part, self._ranks.agree("save_checkpoint", attempt), "save_checkpoint")
-                self._add_up(part, totals, mine)
-                for resident, here in zip(part, mine, strict=True):
+                for resident, here in zip(self._settle("save_checkpoint", part, mine), mine, strict=True):
                     tensors |= generator_of(resident, self._ranks.rank)
                     tensors |= tensors_of(resident, self._slots.lift(resident)) if here else {}
-            write_checkpoint(folder, names, tensors, self._ranks.group)
+            write_checkpoint(folders[self._ranks.rank], names, tensors, self._ranks.group)
 
     def load_checkpoint(self, path: str | os.PathLike[str], *, optimizer: RowOptimizer | None = None) -> list[str]:
         """Add all adapters of a checkpoint that `save_checkpoint` wrote, on as many ranks or on others.
@@ -291,6 +271,18 @@ class ReplicatedBank(Bank):
         resident.generator = generator_of_rank(states, self._ranks.rank, self._slots.device)
         if self._ranks.rank:
             self._slots.set_sums(resident, None)
+
+    def _settle(self, what: str, names: Sequence[str], here: Sequence[bool]) -> list[Resident]:
+        """Bring adapters into slots, where what all ranks have collected of each is one rank's from now on."""
+        residents: list[Resident] = []
+
+        def attempt() -> tuple[dict[str, Any], list[Collected]]:
+            residents[:] = [self._roster.get(name, what) for name in names]
+            self._roster.bring(residents, what)
+            return {"adapters": [*names]}, collected_of(residents, self.state)
+
+        self._add_up(residents, totals_of(residents, self._ranks.agree(what, attempt), what), here)
+        return residents
 
     def _add_up(self, residents: Sequence[Resident], totals: Sequence[Collected], here: Sequence[bool]) -> None:
         """Add up the gradients that ranks have collected.
