@@ -67,7 +67,7 @@ bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out serve-out sweep-out tenants-out text-out tinker-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out distributed-out serve-out sweep-out tenants-out text-out tinker-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

@@ -21,6 +21,7 @@ from ._bank.functional_optimizer import functional_optimizer as functional_optim
 from ._bank.muon import muon as muon
 from ._bank.optimizers import adamw as adamw
 from ._bank.optimizers import sgd as sgd
+from ._bank.replicated import ReplicatedBank as ReplicatedBank
 from ._bank.resident import Stepped as Stepped
 from ._calibration.initial import CordaConfig as CordaConfig
 from ._calibration.initial import EvaConfig as EvaConfig

@@ -198,6 +198,23 @@ class Graft:
         declared = Declared(batch_dim, tokens_dim, tuple(mixed))
         remember(self.bound, (args, kwargs), rows, declared, None if rearranged is None else other, tokens)
 
+    def without_looks(self) -> Self:
+        """Return this graft for routed calls of kinds that `look` knows; it runs the model for no other reason.
+
+        A model that is sharded over processes has to be called as often in each, also to find out where rows are. With
+        this, all of them call `look`, on the same sample, and a kind of call that it did not show is an error.
+
+        >>> from torchgraft.adapters import LoraConfig
+        >>> from torchgraft.functional import bind, route, stack
+        >>> graft = bind(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"])).without_looks()
+        >>> graft.look(torch.randn(3, 4))
+        >>> graft(route(stack([graft.init(), graft.init()]), torch.tensor([1, 0])), torch.randn(2, 4)).shape
+        torch.Size([2, 3])
+        """
+        graft = copy.copy(self)
+        graft.bound = self.bound.but(may_look=False)
+        return graft
+
     def looking(self, see: Callable[[str, Tensor], None]) -> contextlib.AbstractContextManager[nn.Module]:
         """Run the base alone, in evaluation mode and without autograd, calling `see(path, x)` at each site.
 
@@ -232,7 +249,7 @@ class Graft:
         if not isinstance(training, bool):
             raise TypeError(f"in_mode: training is {training!r}, expected True for training mode, False for evaluation")
         graft = copy.copy(self)
-        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, training, self.bound.unchanging)
+        graft.bound = self.bound.but(training=training)
         return graft
 
     def unchanging(self) -> Self:
@@ -254,7 +271,7 @@ class Graft:
         True
         """
         graft = copy.copy(self)
-        graft.bound = BoundModel(self.binding, self.bound.allow_unreached, self.bound.training, unchanging=True)
+        graft.bound = self.bound.but(unchanging=True)
         return graft
 
     if not TYPE_CHECKING:  # or else type checkers would take any name

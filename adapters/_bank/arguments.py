@@ -117,18 +117,22 @@ def hyper_by_name(hyper: Any) -> dict[str, Mapping[str, Any]]:
     return {name: {} for name in hyper}
 
 
+def check_pending(resident: Resident) -> None:
+    """Refuse to step an adapter that has no gradients."""
+    if not resident.pending:
+        raise RuntimeError(
+            f"step: {resident.name!r} has no gradients since its last step; call backward in a block of bank.rows, and "
+            "leave it"
+        )
+
+
 def checked_hyper(resident: Resident, given: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
     """Return an adapter's hyper-parameters for a step, and the norm to clip its gradient to.
 
     Raises:
-        RuntimeError: It has no gradients.
         TypeError, ValueError: Hyper-parameters that are none, or out of their range.
     """
     what = f"step: {resident.name!r}"
-    if not resident.pending:
-        raise RuntimeError(
-            f"{what} has no gradients since its last step; call backward in a block of bank.rows, and leave it"
-        )
     values = dict(given)
     most = values.pop("max_norm", None)
     if most is not None and not (isinstance(most, (int, float)) and most > 0):

@@ -16,7 +16,7 @@ from torchgraft.functional import Graft
 from torchgraft.functional.extending import Tree
 
 from .._config.base import AdapterConfig
-from .arguments import check_slots, checked_hyper, flat, hyper_by_name, leaf_like, stacked, token_counts
+from .arguments import check_pending, check_slots, checked_hyper, flat, hyper_by_name, leaf_like, stacked, token_counts
 from .batch import Batch
 from .files import load_resident, save_resident
 from .isolation import check_isolated
@@ -166,12 +166,7 @@ class Bank:
             RuntimeError: Its rows are in a batch that is not over.
         """
         with self.lock:
-            resident = self._roster.get(name, "remove")
-            if resident.in_batches:
-                raise RuntimeError(
-                    f"remove: rows of {name!r} are in a batch that is not over; leave the block of bank.rows first"
-                )
-            self._roster.drop(resident)
+            self._roster.drop(self._idle(name))
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[Any], *, tokens: Sequence[float] | Tensor | None = None) -> Iterator[Batch]:
@@ -265,6 +260,8 @@ class Bank:
         given = hyper_by_name(hyper)
         with self.lock, torch.no_grad():
             residents = [self._roster.get(name, "step") for name in given]
+            for resident in residents:
+                check_pending(resident)
             values = {one.name: checked_hyper(one, given[one.name]) for one in residents}
             here = [one for one in residents if one.slot is not None]
             parts = [here, *([one] for one in residents if one.slot is None)]  # who rests may need another one's slot
@@ -427,6 +424,15 @@ class Bank:
             self._roster.bring([resident], "tensors")
             tree = self._slots.own_tree(resident)
             return {path: {leaf: value.clone() for leaf, value in leaves.items()} for path, leaves in tree.items()}
+
+    def _idle(self, name: str) -> Resident:
+        """Return an adapter to remove."""
+        resident = self._roster.get(name, "remove")
+        if resident.in_batches:
+            raise RuntimeError(
+                f"remove: rows of {name!r} are in a batch that is not over; leave the block of bank.rows first"
+            )
+        return resident
 
     def _leave(self, residents: list[Resident], gradients: Tensor | None, counts: list[float] | None) -> None:
         """End a batch: count its gradients, and let go of its adapters."""

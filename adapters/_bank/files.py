@@ -78,13 +78,13 @@ def load_resident(
         return resident, params, {}
     record, numbers, generator = found
     with about(state):
-        _restore(resident, record, generator, default, optimizer)
+        restore(resident, record, generator, default, optimizer)
         resident.optimizer.check(slots.layout)
         slots.check(resident, numbers)
     return resident, params, numbers
 
 
-def _restore(
+def restore(
     resident: Resident,
     record: Mapping[str, Any],
     generator: torch.Tensor,

@@ -10,15 +10,24 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .._files.disk.config_file import about
 from .._files.disk.folder import sync, temporary
 from .resident import Resident
 
 _FORMAT = "bank 1"
 _GENERATOR = "generator"
+_OTHER = "is no adapter's state of a bank, expected one that bank.save wrote"
 
 
 def to_bytes(resident: Resident, numbers: dict[str, Tensor]) -> bytes:
     """Return a safetensors file of an adapter's numbers, with its generator's state and its record."""
+    tensors = {**numbers, _GENERATOR: resident.generator.get_state()}
+    metadata = {"record": record_of(resident)}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def record_of(resident: Resident) -> str:
+    """Return what else a bank knows of an adapter, as JSON."""
     record = {
         "format": _FORMAT,
         "name": resident.name,
@@ -29,9 +38,14 @@ def to_bytes(resident: Resident, numbers: dict[str, Tensor]) -> bytes:
         "pending": resident.pending,
         "by_tokens": resident.by_tokens,
     }
-    tensors = {**numbers, _GENERATOR: resident.generator.get_state()}
-    metadata = {"record": json.dumps(record, sort_keys=True, default=str)}
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    return json.dumps(record, sort_keys=True, default=str)
+
+
+def facts_of(resident: Resident) -> dict[str, Any]:
+    """Return what must be the same on all ranks that have an adapter, by names for errors."""
+    optimizer, config = resident.optimizer, resident.kind.config
+    fields = {f"{type(config).__name__}.{name}": value for name, value in config.to_dict().items()}
+    return {"name": resident.name, "optimizer": (optimizer.name, dict(optimizer.hyper)), **fields}
 
 
 def write_file(file: Path, data: bytes) -> None:
@@ -54,11 +68,24 @@ def read_record(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            record = json.loads((opened.metadata() or {}).get("record", "null"))
+            text = (opened.metadata() or {}).get("record", "null")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: is damaged: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != _FORMAT or _GENERATOR not in tensors:
-        raise ValueError(f"{file}: is no adapter's state of a bank, expected one that bank.save wrote")
-    generator = tensors.pop(_GENERATOR)
-    return record, tensors, generator
+    if _GENERATOR not in tensors:
+        raise ValueError(f"{file}: {_OTHER}")
+    with about(file):
+        record = parse_record(text)
+    return record, tensors, tensors.pop(_GENERATOR)
+
+
+def parse_record(text: str) -> dict[str, Any]:
+    """Return what else a bank knew of an adapter, from JSON.
+
+    Raises:
+        ValueError: Something else.
+    """
+    record = json.loads(text)
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        raise ValueError(_OTHER)
+    return record

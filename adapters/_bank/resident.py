@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .kind import Kind
 from .optimizers import Row, RowOptimizer
@@ -78,3 +80,21 @@ def own_generator(generator: torch.Generator | None, device: torch.device) -> to
         return own
     seed = torch.empty((), dtype=torch.int64, device=None if generator is None else generator.device)
     return own.manual_seed(int(seed.random_(generator=generator)))
+
+
+def generator_of_rank(states: Mapping[int, Tensor], rank: int, device: torch.device) -> torch.Generator:
+    """Make the source of an adapter's noise on one of several ranks.
+
+    It goes on from the rank's own state; where there is none, it begins with a seed that is this rank's alone.
+
+    >>> states = {0: torch.Generator().manual_seed(3).get_state()}
+    >>> made = [generator_of_rank(states, rank, torch.device("cpu")) for rank in (0, 1, 2)]
+    >>> torch.equal(made[0].get_state(), states[0]), len({generator.initial_seed() for generator in made})
+    (True, 3)
+    """
+    own = torch.Generator(device)
+    own.set_state(states.get(rank, states[0]))
+    if rank not in states:
+        seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=own)
+        own.manual_seed(int(seed) + rank)
+    return own

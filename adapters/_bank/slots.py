@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +94,13 @@ class Slots:
         moments = {f"moments.{name}" for name in self._moments(resident)}
         return {"parameters", "steps", "tokens", *(["sums"] if resident.pending else []), *moments}
 
+    def digest(self, resident: Resident) -> str:
+        """Return a digest of all of an adapter's numbers."""
+        found = hashlib.sha256()
+        for value in self.lift(resident).values():
+            found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
     def check(self, resident: Resident, numbers: Numbers) -> None:
         """Refuse numbers that are not all of an adapter's, parameters apart.
 
@@ -153,6 +161,19 @@ class Slots:
         rows = rows_of(values, len(present), self.device, packed, noise)
         sites = [*self._graft.sites[""]]
         return stack_of(gathered, rows, sites, [resident.kind.present for resident in present]), gathered
+
+    def own_sums(self, resident: Resident) -> Tensor:
+        """Return the sum of an adapter's gradients without padding, `"own"`; zeros where it has none."""
+        own = self._pack(self.state.sums, resident.place, resident.kind)
+        return own if resident.pending else torch.zeros_like(own)
+
+    def set_sums(self, resident: Resident, sums: Tensor | None, tokens: float = 0.0) -> None:
+        """Give an adapter a sum of gradients, `"own"`, and the tokens that it is of; or none."""
+        self.state.sums[resident.place].zero_()  # padding may be what a batch left that was not finite
+        self.state.tokens[resident.place] = tokens
+        if sums is not None:
+            self._unpack(self.state.sums, resident.place, resident.kind, sums)
+        resident.pending = sums is not None
 
     def _take(self, resident: Resident) -> int:
         slot = resident.slot = self.free.pop()

@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from torchgraft.functional import AdapterModule, Graft, Routed
-from torchgraft.functional.extending import Site, Tree, modules_of, whole
+from torchgraft.functional.extending import Site, Tree, modules_of, unsharded_type, whole
 
 from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
@@ -224,8 +224,8 @@ def _fields(config: AdapterConfig, model: nn.Module, sites: Mapping[str, Site]) 
         fields["base_model_name_or_path"] = name
     if fields["task_type"] is None:
         fields["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
+            "base_model_class": unsharded_type(model).__name__,
+            "parent_library": unsharded_type(model).__module__,
         }
     if "fan_in_fan_out" in fields:
         fields["fan_in_fan_out"] |= any(site.kind == "linear" and site.transposed for site in sites.values())

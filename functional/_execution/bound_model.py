@@ -27,6 +27,7 @@ class BoundModel:
         allow_unreached: Whether a forward may run past a site.
         training: The mode that the whole model runs in; `None` for its own.
         unchanging: Whether the user promised that nothing in the model changes.
+        may_look: Whether calls find out by themselves where their rows are.
         pools: Skeletons of the states that the model was in, the last one first.
         compiled: Those that compiled calls run through.
     """
@@ -37,9 +38,10 @@ class BoundModel:
         allow_unreached: bool = False,
         training: bool | None = None,
         unchanging: bool = False,
+        may_look: bool = True,
     ):
         self.binding, self.allow_unreached, self.training = binding, allow_unreached, training
-        self.unchanging, self._mode = unchanging, binding.model.training
+        self.unchanging, self.may_look, self._mode = unchanging, may_look, binding.model.training
         self.pools: list[Pool] = []
         self.compiled = Traced()
         plans = (*binding.sites.values(), *binding.replaced.values())
@@ -57,6 +59,11 @@ class BoundModel:
         pool = Pool(self.build, self.unchanging)
         self.pools = [pool, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
         return pool
+
+    def but(self, **changes: bool) -> BoundModel:
+        """Return the same binding, bound otherwise; it knows nothing yet."""
+        options = {name: getattr(self, name) for name in ("allow_unreached", "training", "unchanging", "may_look")}
+        return BoundModel(self.binding, **{**options, **changes})
 
     def _check_mode(self) -> None:
         if self.training is None and self.binding.model.training is not self._mode:

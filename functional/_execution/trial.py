@@ -173,6 +173,12 @@ def finder_of(bound: BoundModel, pool: Pool, call: Call, entered: Entered) -> Fi
     alike = (*key[:-1], torch.is_grad_enabled(), kind_of(inputs, numbers=False))
 
     def again() -> Record:
+        if not bound.may_look:
+            raise ValueError(
+                "the call routes rows, nothing that look has seen was of its kind, and this graft may not find out by "
+                "itself, which would run a model again that processes have to run together: call graft.look(*sample), "
+                "with arguments of this kind whose rows differ, the same in each process, before the first such call"
+            )
         with temporarily_clear_interpreter_stack():
             trial = ModelTrial(bound, pool, active, base, entered)
             full = any(stack.check_all for stack in stacks)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._tensors.placement import whole
+
 _MANY = 2**15
 """Numbers from which a tensor is kept as a few random projections of its features."""
 
@@ -104,6 +106,7 @@ class Recorder:
     def __call__(self, path: str, x: Any) -> None:
         if not isinstance(x, Tensor) or torch._C._functorch.maybe_current_level() is not None:
             return
+        x = whole(x)
         axes = x.ndim - 1 - self.spatial.get(path, 0)
         if len(self._few) == len(self.seen):  # as the first run has it, so that runs can be compared
             self._few.append(x.numel() < _MANY or x.is_nested or x.ndim < 2 or not x.is_floating_point())

@@ -333,6 +333,34 @@ def test_inputs_that_cannot_be_cut_or_copied():
         graft.look(torch.randn(1, 6), None)
 
 
+def test_a_graft_without_looks_knows_what_it_was_shown_and_runs_the_model_no_more_than_asked():
+    runs = []
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 6)
+
+        def forward(self, x, y=None):
+            runs.append(len(x))
+            return self.proj(x) if y is None else self.proj(x) + y
+
+    graft, trees, many = made(Counted())
+    kept, x = graft.without_looks(), torch.randn(4, 6)
+    rows = torch.tensor([2, 0, 0, 1])
+    with pytest.raises(ValueError, match=r"may not find out by itself.*call graft.look\(\*sample\), with arg"):
+        kept(route(many, rows), x)
+    kept.look(torch.randn(3, 6))
+    runs.clear()
+    y = kept(route(many, rows), x)
+    assert runs == [4]
+    torch.testing.assert_close(y, looped(graft, trees, x, rows))
+    with pytest.raises(ValueError, match="nothing that look has seen was of its kind"):
+        kept(route(many, rows), x, torch.randn(4, 6))
+    with pytest.raises(ValueError, match="may not find out by itself"):
+        kept.in_mode(training=True)(route(many, rows), x)
+
+
 def test_base_tensors_of_another_precision_are_looked_with():
     graft, trees, many = made(Around())
     base = {name: tensor.double() for name, tensor in graft.model.state_dict().items()}
