@@ -26,7 +26,8 @@ from .peft_model import PeftModel
 from .renamed_keys import build_peft_weight_mapping
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
-from .tuners import BaseTuner, tuner_class
+from .tuner_classes import MixedModel, tuner_class
+from .tuners import BaseTuner
 from .weights import load_peft_weights
 
 
