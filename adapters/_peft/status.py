@@ -26,6 +26,7 @@ class LayerStatus:
     requires_grad: dict[str, Agreed]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None
 
 
 @dataclasses.dataclass
@@ -44,6 +45,7 @@ class ModelStatus:
     requires_grad: dict[str, Agreed]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | Literal["irregular"] | None
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
@@ -57,7 +59,9 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     >>> get_layer_status(model)[0].requires_grad
     {'default': True}
     """
-    found = [_of_layer(path, layer) for path, layer in inplace.layers(_injected(model)).items()]
+    inner = _injected(model)
+    within = "" if inner is model or not isinstance(model, inplace.ModelWrapper) else "model."
+    found = [_of_layer(f"{within}{path}", layer) for path, layer in inplace.layers(inner).items()]
     if not found:
         raise ValueError("the model has no layers with adapters; inject one first")
     return found
@@ -88,6 +92,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         },
         available_adapters=sorted(names),
         devices={name: sorted({one for row in rows for one in row.devices.get(name, ())}) for name in names},
+        quantization_backend=_agreed(row.quantization_backend for row in rows),
     )
 
 
@@ -126,7 +131,15 @@ def _of_layer(path: str, layer: Any) -> LayerStatus:
         requires_grad={name: _agreed(one.requires_grad for one in found) for name, found in tensors.items()},
         available_adapters=sorted(layer.carried_adapters),
         devices={name: sorted({one.device.type for one in found}) for name, found in tensors.items()},
+        quantization_backend=_packed_by(layer.user_module),
     )
+
+
+def _packed_by(module: nn.Module) -> str | None:
+    """Return PEFT's name of what packs a module's weight, if its type says so."""
+    kind = type(getattr(module, "weight", None))
+    packed = "torchao" if kind.__module__.startswith("torchao.") else None
+    return {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}.get(kind.__name__, packed)
 
 
 def _agreed(values: Iterable[Any]) -> Any:
