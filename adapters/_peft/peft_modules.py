@@ -148,7 +148,7 @@ _NAMES = {
 _TABLES = {
     "PEFT_TYPE_TO_TUNER_MAPPING": {name: tuner_class(cls) for name, cls in _METHODS.items()},
     "PEFT_TYPE_TO_CONFIG_MAPPING": _METHODS,
-    "PEFT_TYPE_TO_PREFIX_MAPPING": {name: cls.form.prefix for name, cls in _METHODS.items()},
+    "PEFT_TYPE_TO_PREFIX_MAPPING": {name: tuner_class(cls).prefix for name, cls in _METHODS.items()},
 }
 
 MODULES: Mapping[str, Mapping[str, Any]] = {
@@ -240,7 +240,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_FILES,
         **_WRAPPERS,
         **_UTILS,
-        **_NAMES,
+        **{name: one for name, one in _NAMES.items() if name != "SEQ_CLS_HEAD_NAMES"},
         "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy,
     },
     "peft.utils.peft_types": _TYPES,

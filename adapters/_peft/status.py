@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _inplace as inplace
 
@@ -120,11 +120,10 @@ def _injected(model: nn.Module) -> nn.Module:
 
 
 def _of_layer(path: str, layer: Any) -> LayerStatus:
-    tensors = {name: [*layer.tensors_of(name)] for name in layer.carried_adapters}
-    methods = {entry.config.method.name for entry in layer.entries.values()}
+    tensors = {name: _trainable_of(layer, name) for name in layer.carried_adapters}
     return LayerStatus(
         name=path,
-        module_type=f"{'/'.join(sorted(methods)).lower()}.{type(layer.user_module).__name__}",
+        module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
         active_adapters=[*layer.active_adapters],
         merged_adapters=[*layer.merged_adapters],
@@ -133,6 +132,13 @@ def _of_layer(path: str, layer: Any) -> LayerStatus:
         devices={name: sorted({one.device.type for one in found}) for name, found in tensors.items()},
         quantization_backend=_packed_by(layer.user_module),
     )
+
+
+def _trainable_of(layer: Any, name: str) -> list[Tensor]:
+    """Return an adapter's tensors but for those that are never trained."""
+    fixed = layer.fixed(name)
+    found = layer.leaves(name) if layer.is_source(name) else {}
+    return [tensor for leaf, tensor in found.items() if leaf not in fixed]
 
 
 def _packed_by(module: nn.Module) -> str | None:

@@ -94,6 +94,8 @@ def _grad(parameter: Tensor, path: str, leaf: str) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
+_PREFIXES = {"VERA": "vera_lambda_"}
+"""What PEFT takes for prefixes of trained parameters, where those of all tensors are shorter."""
 _CLASSES: dict[str, type[BaseTuner]] = {"AdaLoraModel": AdaLoraModel}
 
 
@@ -107,6 +109,7 @@ def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
     name = config.__name__.removesuffix("Config") + "Model"
     if name not in _CLASSES:
         doc = f"A model with adapters of type {config.method.name}."
-        fields = {"__doc__": doc, "__module__": __name__, "prefix": config.form.prefix}
+        prefix = _PREFIXES.get(config.method.name, config.form.prefix)
+        fields = {"__doc__": doc, "__module__": __name__, "prefix": prefix}
         _CLASSES[name] = globals()[name] = type(name, (BaseTuner,), fields)  # where pickles look for it
     return _CLASSES[name]
