@@ -95,7 +95,7 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def targets_by_type(method: str) -> dict[str, list[str] | str]:
-    """Return the targets that a method's configs have by default, by type of model: those of PEFT's tables, or else LoRA's.
+    """Return the targets that configs of a method have by default, by type of model: PEFT's tables, or else LoRA's.
 
     >>> targets_by_type("LORA")["gpt2"], targets_by_type("IA3")["llama"]
     (['c_attn'], ['k_proj', 'v_proj', 'down_proj'])
