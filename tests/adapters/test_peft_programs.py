@@ -330,6 +330,23 @@ def test_a_file_after_the_budget_has_all_triplets_and_computes_the_same_in_both(
     torch.testing.assert_close(outputs(theirs.PeftModel.from_pretrained(seeded(Model), tmp_path)), outputs(model))
 
 
+def test_the_regulariser_is_in_the_loss_of_any_task():
+    class Losing(Model):
+        def forward(self, x):
+            return transformers.modeling_outputs.CausalLMOutput(loss=super().forward(x).mean())
+
+    with as_peft():
+        peft = importlib.import_module("peft")
+        model = wrapped(peft, "AdaLoraConfig", model=seeded(Losing), orth_reg_weight=0.25)
+        norms = []
+        for layer in (model.lin0, model.lin1):
+            for rows in (layer.lora_A["default"], layer.lora_B["default"].T):
+                norms.append(torch.linalg.norm((rows @ rows.T).double() - torch.eye(4)))
+        bare = model.get_base_model()(X).loss
+        torch.testing.assert_close(model(X).loss, bare + 0.25 * torch.stack(norms).mean().float())
+        assert model(X)["loss"] is not None
+
+
 def test_what_a_budget_needs():
     with as_peft():
         peft = importlib.import_module("peft")
