@@ -94,6 +94,17 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """IA3's targets and feed-forward modules."""
 
 
+def targets_by_type(method: str) -> dict[str, list[str] | str]:
+    """Return the targets that configs of a method have by default, by type of model: PEFT's tables, or else LoRA's.
+
+    >>> targets_by_type("LORA")["gpt2"], targets_by_type("IA3")["llama"]
+    (['c_attn'], ['k_proj', 'v_proj', 'down_proj'])
+    """
+    found: dict[str, Any] = {kind: one[0] for kind, one in IA3.items()} if method == "IA3" else dict(TARGETS)
+    found.update(OWN.get(method, {}))
+    return {kind: one if isinstance(one, str) else list(one) for kind, one in found.items()}
+
+
 def with_targets(config: C, model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> C:
     """Return a copy of the config that names its targets as the model has them.
 

@@ -56,7 +56,7 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
 def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
     targets = config.target_modules
     if targets is None or (not isinstance(targets, str) and not targets):
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"{type(config).__name__}: target_modules is {spelled(targets)}; name the modules to adapt, as a list of "
             f"names or a regular expression, or use 'all-linear'. The model has {_sample(modules)}"
         )
@@ -77,7 +77,7 @@ def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     if config.exclude_modules and len(found) == len(matched):
         warnings.warn(
             f"{type(config).__name__}: exclude_modules={spelled(config.exclude_modules)} excludes none of the targets",
-            RuntimeWarning,
+            UserWarning,
             stacklevel=2,
         )
     return found

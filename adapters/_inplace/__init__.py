@@ -17,6 +17,7 @@ from .states.embeddings import Choice as Choice
 from .states.extract import extract_config as extract_config
 from .states.extract import extract_graft as extract_graft
 from .states.extract import extract_params as extract_params
+from .states.extract import live_params as live_params
 from .states.state import get_peft_model_state_dict as get_peft_model_state_dict
 from .states.state import set_peft_model_state_dict as set_peft_model_state_dict
 from .switch import active_adapters as active_adapters

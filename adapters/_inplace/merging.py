@@ -88,14 +88,17 @@ def _merge(model: nn.Module, chosen: str | list[str] | None, safe: bool, alone: 
 
 @on_gathered(writes=True)
 def unmerge_adapter(model: nn.Module, adapter_names: str | list[str] | None = None) -> None:
-    """Take merged adapters, by default all, out of the weights again, bit for bit.
+    """Take merged adapters, by default all, out of the weights again, bit for bit; a warning where none is merged.
 
     Raises:
         ValueError: A name that the model does not have.
         RuntimeError: Something else wrote to the weights while adapters were merged.
     """
     model = unwrap(model)
-    take_out(parts(model), _check_names(model, adapter_names))
+    names = _check_names(model, adapter_names)
+    if not _merged_in(model):
+        warnings.warn("no adapter is merged, so there is nothing to take out", UserWarning, stacklevel=3)
+    take_out(parts(model), names)
 
 
 @on_gathered(writes=True)

@@ -229,6 +229,7 @@ TinyLoraConfig.form = PeftFormat(
     parameters=FIXED,
     shared_leaves=(V,),
     fixed=lambda config, site: FIXED if config.save_projection else FIXED[:2],
+    buffers=FIXED,
     values={
         "r": Value(lambda config, site: len(site.constants.tinylora_A)),
         "u": Value(lambda config, site: config.u),

@@ -10,6 +10,7 @@ from torchgraft.functional.extending import did_you_mean
 
 from .. import _inplace as inplace
 from .._calibration.initial import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .._config.architectures import IA3, targets_by_type
 from .._config.base import AdapterConfig, config_types
 from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .._config.peft_type import PeftType, TaskType
@@ -26,7 +27,8 @@ from .peft_model import PeftModel
 from .renamed_keys import build_peft_weight_mapping
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
-from .tuners import BaseTuner, tuner_class
+from .tuner_classes import MixedModel, tuner_class
+from .tuners import BaseTuner
 from .weights import load_peft_weights
 
 
@@ -45,6 +47,10 @@ _METHODS = config_types()
 """Every method of this package: `adapters/__init__.py` imports them before this module."""
 _CONFIGS = {cls.__name__: cls for cls in _METHODS.values()}
 _LAYERS = {name: layer_classes(cls) for name, cls in _METHODS.items()}
+_CONFIG_MODULES = {f"peft.tuners.{name.lower()}.config": {cls.__name__: cls} for name, cls in _METHODS.items()}
+_MODEL_MODULES = {
+    f"peft.tuners.{name.lower()}.model": {tuner_class(cls).__name__: tuner_class(cls)} for name, cls in _METHODS.items()
+}
 _TUNERS: dict[str, dict[str, Any]] = {
     f"peft.tuners.{name.lower()}": {
         **{one.__name__: one for one in (cls, tuner_class(cls))},
@@ -130,9 +136,19 @@ _FILES = {
     "WEIGHTS_NAME": "adapter_model.bin",
 }
 _ABSENT = absent_names(_METHODS)
+_TARGETS = {
+    **{f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING": targets_by_type(name) for name in _METHODS},
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": {kind: list(one[1]) for kind, one in IA3.items()},
+}
+_NAMES = {
+    "EMBEDDING_LAYER_NAMES": ["embed_tokens", "lm_head"],
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND": "all-linear",
+    "SEQ_CLS_HEAD_NAMES": ["score", "classifier"],
+}
 _TABLES = {
+    "PEFT_TYPE_TO_TUNER_MAPPING": {name: tuner_class(cls) for name, cls in _METHODS.items()},
     "PEFT_TYPE_TO_CONFIG_MAPPING": _METHODS,
-    "PEFT_TYPE_TO_PREFIX_MAPPING": {name: cls.form.prefix for name, cls in _METHODS.items()},
+    "PEFT_TYPE_TO_PREFIX_MAPPING": {name: tuner_class(cls).prefix for name, cls in _METHODS.items()},
 }
 
 MODULES: Mapping[str, Mapping[str, Any]] = {
@@ -154,7 +170,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_DATA,
         "cast_mixed_precision_params": precision.cast_mixed_precision_params,
         "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": PeftModel.of_task,
         "PEFT_TYPE_TO_CONFIG_MAPPING": _TABLES["PEFT_TYPE_TO_CONFIG_MAPPING"],
+        "PEFT_TYPE_TO_TUNER_MAPPING": _TABLES["PEFT_TYPE_TO_TUNER_MAPPING"],
         "PeftConfig": AdapterConfig,
         "PeftMixedModel": PeftMixedModel,
         "get_peft_config": get_peft_config,
@@ -173,10 +191,22 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "inject_adapter_in_model": inplace.inject_adapter_in_model,
     },
     "peft.optimizers": _OPTIMIZERS,
+    "peft.optimizers.lorafa": {"create_lorafa_optimizer": optimizers.create_lorafa_optimizer},
+    "peft.optimizers.loraplus": {"create_loraplus_optimizer": optimizers.create_loraplus_optimizer},
     "peft.mixed_model": {"PeftMixedModel": PeftMixedModel},
     "peft.peft_model": {**_MODELS, **_STATUS},
-    "peft.tuners": {**_ABSENT["peft.tuners"], **_CONFIGS, **_STARTS, **_TUNER_MODELS, **_DATA},
+    "peft.tuners": {
+        **_ABSENT["peft.tuners"],
+        **_CONFIGS,
+        **_STARTS,
+        **_TUNER_MODELS,
+        **_DATA,
+        "MixedModel": MixedModel,
+    },
     **_TUNERS,
+    **_CONFIG_MODULES,
+    **_MODEL_MODULES,
+    "peft.tuners.mixed": {"MixedModel": MixedModel},
     "peft.tuners.lora": {**_LORA, **_STARTS, **_DATA},
     "peft.tuners.lora.corda": {"preprocess_corda": preprocess.preprocess_corda},
     "peft.tuners.lora.eva": {name: one for name, one in _DATA.items() if "eva" in name},
@@ -184,12 +214,19 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
     **_LAYER_MODULES,
     "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
-    "peft.tuners.tuners_utils": {"BaseTuner": BaseTuner, "BaseTunerLayer": BaseTunerLayer},
+    "peft.tuners.tuners_utils": {
+        "BaseTuner": BaseTuner,
+        "BaseTunerLayer": BaseTunerLayer,
+        **{name: _CALLS[name] for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")},
+    },
     "peft.utils.error": _ERRORS,
     "peft.utils.warning": {"PeftWarning": PeftWarning},
     "peft.utils": {
         **_ERRORS,
+        "PeftWarning": PeftWarning,
         **_FILES,
+        **{name: one for name, one in _TARGETS.items() if "HIRA" not in name},  # which PEFT forgot to export
+        "INCLUDE_LINEAR_LAYERS_SHORTHAND": _NAMES["INCLUDE_LINEAR_LAYERS_SHORTHAND"],
         **_STATE,
         **_BASE_STATE,
         **_TYPES,
@@ -197,8 +234,15 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_UTILS,
         "load_peft_weights": load_peft_weights,
     },
+    "peft.utils.constants": {**_FILES, **_TARGETS, **_NAMES},
     "peft.utils.hotswap": _HOTSWAP,
-    "peft.utils.other": {**_FILES, **_WRAPPERS, **_UTILS, "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy},
+    "peft.utils.other": {
+        **_FILES,
+        **_WRAPPERS,
+        **_UTILS,
+        **{name: one for name, one in _NAMES.items() if name != "SEQ_CLS_HEAD_NAMES"},
+        "fsdp_auto_wrap_policy": lookups.fsdp_auto_wrap_policy,
+    },
     "peft.utils.peft_types": _TYPES,
     "peft.utils.save_and_load": {**_STATE, **_BASE_STATE, "load_peft_weights": load_peft_weights},
     "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": build_peft_weight_mapping},

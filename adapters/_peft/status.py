@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _inplace as inplace
 
@@ -26,6 +26,7 @@ class LayerStatus:
     requires_grad: dict[str, Agreed]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None
 
 
 @dataclasses.dataclass
@@ -44,6 +45,7 @@ class ModelStatus:
     requires_grad: dict[str, Agreed]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | Literal["irregular"] | None
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
@@ -57,7 +59,9 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     >>> get_layer_status(model)[0].requires_grad
     {'default': True}
     """
-    found = [_of_layer(path, layer) for path, layer in inplace.layers(_injected(model)).items()]
+    inner = _injected(model)
+    within = "" if inner is model or not isinstance(model, inplace.ModelWrapper) else "model."
+    found = [_of_layer(f"{within}{path}", layer) for path, layer in inplace.layers(inner).items()]
     if not found:
         raise ValueError("the model has no layers with adapters; inject one first")
     return found
@@ -88,6 +92,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         },
         available_adapters=sorted(names),
         devices={name: sorted({one for row in rows for one in row.devices.get(name, ())}) for name in names},
+        quantization_backend=_agreed(row.quantization_backend for row in rows),
     )
 
 
@@ -115,18 +120,32 @@ def _injected(model: nn.Module) -> nn.Module:
 
 
 def _of_layer(path: str, layer: Any) -> LayerStatus:
-    tensors = {name: [*layer.tensors_of(name)] for name in layer.carried_adapters}
-    methods = {entry.config.method.name for entry in layer.entries.values()}
+    tensors = {name: _trainable_of(layer, name) for name in layer.carried_adapters}
     return LayerStatus(
         name=path,
-        module_type=f"{'/'.join(sorted(methods)).lower()}.{type(layer.user_module).__name__}",
+        module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
         active_adapters=[*layer.active_adapters],
         merged_adapters=[*layer.merged_adapters],
         requires_grad={name: _agreed(one.requires_grad for one in found) for name, found in tensors.items()},
         available_adapters=sorted(layer.carried_adapters),
         devices={name: sorted({one.device.type for one in found}) for name, found in tensors.items()},
+        quantization_backend=_packed_by(layer.user_module),
     )
+
+
+def _trainable_of(layer: Any, name: str) -> list[Tensor]:
+    """Return an adapter's tensors but for those that are never trained."""
+    fixed = layer.fixed(name)
+    found = layer.leaves(name) if layer.is_source(name) else {}
+    return [tensor for leaf, tensor in found.items() if leaf not in fixed]
+
+
+def _packed_by(module: nn.Module) -> str | None:
+    """Return PEFT's name of what packs a module's weight, if its type says so."""
+    kind = type(getattr(module, "weight", None))
+    packed = "torchao" if kind.__module__.startswith("torchao.") else None
+    return {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}.get(kind.__name__, packed)
 
 
 def _agreed(values: Iterable[Any]) -> Any:

@@ -13,7 +13,8 @@ from torchgraft.functional.extending import check_config
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .peft_model import PeftModel
-from .tuners import BaseTuner, MixedModel
+from .tuner_classes import MixedModel
+from .tuners import BaseTuner
 
 
 class PeftMixedModel(PeftModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -23,10 +23,13 @@ class BaseTuner(inplace.ModelWrapper):
         state_dict: Keys of an adapter, which say what its targets are.
 
     >>> from torchgraft.adapters import LoraConfig
-    >>> tuner = tuner_class(LoraConfig)(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    >>> type(tuner).__name__, tuner.active_adapters
-    ('LoraModel', ['default'])
+    >>> tuner = BaseTuner(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    >>> tuner.active_adapters, tuner.targeted_module_names
+    (['default'], ['0'])
     """
+
+    prefix: ClassVar[str] = ""
+    """What names of the method's parameters begin with."""
 
     def __init__(
         self,
@@ -55,6 +58,11 @@ class BaseTuner(inplace.ModelWrapper):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Names of the modules and parameters that adapters are on."""
+        return list(inplace.layers(self.model))
 
     def get_base_model(self) -> Any:
         """Return the user's model, with the adapters in it."""
@@ -123,19 +131,3 @@ class BaseTuner(inplace.ModelWrapper):
     def unload(self) -> nn.Module:
         """Remove all adapters and return the user's model."""
         return inplace.unload(self.model)
-
-
-class MixedModel(BaseTuner):
-    """A model with adapters of several methods, as `base_model` of a `PeftMixedModel`."""
-
-
-def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
-    """Return the tuner of a method under PEFT's name: `LoraModel` for `LoraConfig`, always the same class."""
-    name = config.__name__.removesuffix("Config") + "Model"
-    if name not in _CLASSES:
-        fields = {"__doc__": f"A model with adapters of type {config.method.name}.", "__module__": __name__}
-        _CLASSES[name] = globals()[name] = type(name, (BaseTuner,), fields)  # where pickles look for it
-    return _CLASSES[name]
-
-
-_CLASSES: dict[str, type[BaseTuner]] = {}

@@ -12,8 +12,10 @@ from torch import nn
 
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
+from .._config.peft_type import PeftType
 from .._config.ties import others_tied_to
-from .tuners import BaseTuner, tuner_class
+from .tuner_classes import tuner_class
+from .tuners import BaseTuner
 
 
 class AdaptedModel(inplace.ModelWrapper):
@@ -81,9 +83,8 @@ class AdaptedModel(inplace.ModelWrapper):
         return self._by_rows(kwargs.pop("adapter_names", None)).generate(*args, **kwargs)
 
     def _by_rows(self, adapter_names: Sequence[str] | None) -> Any:
-        """Return what is called: the user's model, or one whose rows have adapters of their own."""
-        model = self.get_base_model()
-        return model if adapter_names is None else inplace.adapter_rows(model, adapter_names)
+        """Return what is called: the tuner, or a model whose rows have adapters of their own."""
+        return self.base_model if adapter_names is None else inplace.adapter_rows(self.get_base_model(), adapter_names)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -130,9 +131,9 @@ class AdaptedModel(inplace.ModelWrapper):
         return getattr(self.get_base_model(), "dtype", None)
 
     @property
-    def peft_type(self) -> str:
+    def peft_type(self) -> PeftType:
         """Name of the first adapter's method."""
-        return next(iter(self.peft_config.values())).method.name
+        return PeftType(next(iter(self.peft_config.values())).method.name)
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -178,10 +179,12 @@ def _let_inputs_require_grad(model: Any) -> None:
 def warn_of_ties(model: nn.Module, adapter_name: str) -> None:
     """Name the modules of an adapter whose weight is another module's too, which the adapter does not change."""
     configs: Any = getattr(inplace.unwrap(model), "peft_config", {})
-    if getattr(configs[adapter_name], "ensure_weight_tying", False):
+    config = configs[adapter_name]
+    if getattr(config, "ensure_weight_tying", False) or getattr(config, "layer_replication", None):
         return
     modules = inplace.bare_modules(model)
-    found = {path: others_tied_to(path, modules) for path in inplace.adapted_modules(model, adapter_name)}
+    adapted = [path for path in inplace.adapted_modules(model, adapter_name) if path in modules]  # or parameters
+    found = {path: others_tied_to(path, modules) for path in adapted}
     tied = [f"{path} (with {', '.join(others)})" for path, others in found.items() if others]
     if tied:
         warnings.warn(

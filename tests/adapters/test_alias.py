@@ -81,6 +81,13 @@ def test_every_method_has_its_config_and_its_layer():
             assert offered[config.__name__.replace("Config", "Layer")]
 
 
+def test_targets_by_type_of_model_are_pefts_and_more():
+    for name, table in MODULES["peft.utils.constants"].items():
+        if "MODULES_MAPPING" in name:
+            theirs = getattr(REAL["peft.utils.constants"], name)
+            assert {**table, **theirs} == table, name  # LoRA's where a method's own table has none
+
+
 def test_every_name_is_one_of_pefts():
     for name, offered in MODULES.items():
         assert not [one for one in offered if not hasattr(REAL[name], one)], name

@@ -192,7 +192,7 @@ def test_a_pattern_that_matches_no_target_is_a_warning_that_names_it():
 
 
 def test_an_exclusion_that_excludes_nothing_is_a_warning():
-    with pytest.warns(RuntimeWarning, match=r"exclude_modules=\['up'\] excludes none of the targets"):
+    with pytest.warns(UserWarning, match=r"exclude_modules=\['up'\] excludes none of the targets"):
         bind(Model(), LoraConfig(target_modules=["q_proj"], exclude_modules=["up"]))
 
 

@@ -160,6 +160,7 @@ TestCalls = Calls.TestCase
 TestCalls.pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:adapters .* are merged already:UserWarning"),
+    pytest.mark.filterwarnings("ignore:no adapter is merged:UserWarning"),
 ]
 TestCalls.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
 

@@ -6,6 +6,11 @@ import os
 import re
 from pathlib import Path
 
+
+class NoSuchFolder(FileNotFoundError, ValueError):
+    """No directory of an adapter; a `ValueError` too, for those who catch PEFT's."""
+
+
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -24,7 +29,7 @@ def local_folder(
         cache_dir: Where the Hub's cache is; by default `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
 
     Raises:
-        FileNotFoundError: Neither a directory nor a repository in the cache.
+        NoSuchFolder: Neither a directory nor a repository in the cache.
         ValueError: A subfolder or a revision that leads out of where it should be.
     """
     for what, part in (("subfolder", subfolder), ("revision", revision)):
@@ -40,14 +45,14 @@ def _cached(name: str, revision: str, cache_dir: str | os.PathLike[str] | None) 
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     cache = Path(cache_dir or os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     if not _NAME.fullmatch(name):
-        raise FileNotFoundError(f"{name}: no such directory, and no name of a repository on the Hub, as 'owner/name'")
+        raise NoSuchFolder(f"{name}: no such directory, and no name of a repository on the Hub, as 'owner/name'")
     repository = cache / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
     folder = repository / "snapshots" / commit
     if re.fullmatch(r"[\w.-]+", commit) and folder.is_dir():
         return folder
-    raise FileNotFoundError(
+    raise NoSuchFolder(
         f"{name}: no such directory, and revision {revision!r} is not in the Hub's cache at {cache}; nothing is "
         f"downloaded here, fetch it first: hf download {name}"
     )

@@ -38,6 +38,11 @@ class ModulesToSaveWrapper(Switched, nn.Module):
     other_param_names = ()
 
     @property
+    def active_adapter(self) -> Any:
+        """Name of the active adapter, of which one at a time has a copy here; an empty list without one."""
+        return self._active[0] if self._active else []
+
+    @property
     def carried_adapters(self) -> list[str]:
         """Names of the adapters that have a copy here."""
         return list(self.modules_to_save)

@@ -53,7 +53,24 @@ class LayerLeaves(nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the attributes that hold parameters."""
+        """Names of the attributes that hold parameters that may be trained."""
+        return tuple(name for name in self._leaf_attributes if name not in self._fixed_attributes)
+
+    @property
+    def _fixed_attributes(self) -> tuple[str, ...]:
+        """Names of the attributes that hold leaves that no adapter trains."""
+        places = [(name, entry.config, entry.site) for name, entry in self._entries.items()]
+        held: list[tuple[str, bool]] = [
+            (place[0], leaf in self.fixed(name))
+            for name, config, site in places
+            for leaf, place in config.form.places(site).items()
+        ]
+        trained = {attribute for attribute, fixed in held if not fixed}
+        return tuple(dict.fromkeys(attribute for attribute, fixed in held if fixed and attribute not in trained))
+
+    @property
+    def _leaf_attributes(self) -> tuple[str, ...]:
+        """Names of the attributes that hold leaves."""
         kinds = (nn.ModuleDict, nn.ParameterDict)
         return tuple(
             name
@@ -193,7 +210,7 @@ class LayerLeaves(nn.Module):
 
     def named_leaves(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of all adapters, each with the adapter's name."""
-        for container in map(self._container, self.adapter_layer_names):
+        for container in map(self._container, self._leaf_attributes):
             if isinstance(container, nn.ParameterDict):
                 held_by_name: Any = container._parameters
                 yield from ((name, one) for name, one in held_by_name.items() if name in self._entries)

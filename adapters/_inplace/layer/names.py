@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchgraft.functional import UnsupportedCall
 from torchgraft.functional.extending import resting, whole
 
 from ..tensors.gathering import fill
@@ -42,10 +43,17 @@ class NamedLayer(ScaledLayer):
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        """Names of the attributes that hold other things by adapter: numbers, dropout modules."""
+        """Names of the attributes that hold other things by adapter: numbers, dropout modules, fixed tensors."""
         configs: list[Any] = [entry.config for entry in self._entries.values()]
         names = [name for config in configs for name in (*config.form.values, config.form.dropout) if name]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*names, *self._fixed_attributes]))
+
+    def update_layer(self, *_: Any, **__: Any) -> None:
+        """Refuse: an adapter's parameters are made by an injection."""
+        raise UnsupportedCall(
+            "update_layer: torchgraft's layers get their adapters whole; call inject_adapter_in_model(config, model, "
+            "name), or for a layer by itself Linear(layer, name, config=config) of peft.tuners.lora"
+        )
 
     @property
     def in_features(self) -> int:

@@ -1,0 +1,115 @@
+"""The tuner of each method, under PEFT's name, and what only AdaLoRA's does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchgraft.functional.extending import Tree
+
+from .. import _inplace as inplace
+from .._config.base import AdapterConfig
+from .._methods.adalora.adalora import AdaLoraConfig
+from .._methods.adalora.budget import adalora_state, allocate, orthogonality
+from .tuners import BaseTuner
+
+
+class MixedModel(BaseTuner):
+    """A model with adapters of several methods, as `base_model` of a `PeftMixedModel`."""
+
+
+class AdaLoraModel(BaseTuner):
+    """A model with adapters of type ADALORA: adds their regulariser to its loss, and keeps to their budget.
+
+    >>> from torch import nn
+    >>> config = AdaLoraConfig(init_r=2, target_r=1, total_step=2, target_modules=["0"])
+    >>> tuner = AdaLoraModel(nn.Sequential(nn.Linear(3, 4)), config)
+    >>> for step in range(2):
+    ...     tuner(torch.ones(1, 3)).sum().backward()
+    ...     tuner.update_and_allocate(step)
+    """
+
+    prefix = AdaLoraConfig.form.prefix
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; a `loss` that it returns gets `orthogonality` of the adapters that are trained."""
+        outputs = self.model(*args, **kwargs)
+        if isinstance(loss := getattr(outputs, "loss", None), Tensor):
+            for name in self._trained():
+                loss = loss + orthogonality(self._config(name), inplace.live_params(self.model, name)).to(loss)
+            outputs.loss = loss
+        return outputs
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Apply `allocate` to the adapters that are trained; call it in each step, before gradients are set to zero.
+
+        Args:
+            global_step: Number of the step.
+
+        Raises:
+            ValueError: No adapter is trained; a config without `total_step`; parameters without gradients.
+        """
+        names = self._trained()
+        if not names:
+            raise ValueError(f"no adapter of type ADALORA is trained; the model has {list(self.model.peft_config)}")
+        for name in names:
+            self._allocate(name, global_step)
+
+    def _allocate(self, name: str, step: int) -> None:
+        config, params = self._config(name), inplace.live_params(self.model, name)
+        states: dict[str, tuple[AdaLoraConfig, Tree]] = vars(self).setdefault("_budgets", {})
+        known, state = states.get(name, (None, {}))
+        if known is not config:  # an adapter that is new under this name
+            state = adalora_state(config, params)
+        grads = {path: {leaf: _grad(p, path, leaf) for leaf, p in leaves.items()} for path, leaves in params.items()}
+        with torch.no_grad():
+            masked, state = allocate(config, params, grads, state, step)
+            for path, leaves in params.items():
+                if "lora_E" in leaves:
+                    leaves["lora_E"].copy_(masked[path]["lora_E"])
+        states[name] = config, state
+
+    def _config(self, name: str) -> AdaLoraConfig:
+        config: AdaLoraConfig = self.model.peft_config[name]
+        return config
+
+    def _trained(self) -> list[str]:
+        """Return the active adapters of this method with parameters that require gradients."""
+        active = [name for name in self.active_adapters if isinstance(self._config(name), AdaLoraConfig)]
+        found = inplace.layers(self.model).values()
+        return [
+            name
+            for name in active
+            if any(one.requires_grad for layer in found if name in layer.entries for one in layer.tensors_of(name))
+        ]
+
+
+def _grad(parameter: Tensor, path: str, leaf: str) -> Tensor:
+    if parameter.grad is None and parameter.requires_grad:
+        raise ValueError(
+            f"{path}: {leaf} has no gradient; call update_and_allocate after loss.backward() and before zero_grad()"
+        )
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+_PREFIXES = {"VERA": "vera_lambda_"}
+"""What PEFT takes for prefixes of trained parameters, where those of all tensors are shorter."""
+_CLASSES: dict[str, type[BaseTuner]] = {"AdaLoraModel": AdaLoraModel}
+
+
+def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
+    """Return the tuner of a method under PEFT's name, always the same class.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> tuner_class(LoraConfig).__name__, tuner_class(LoraConfig).prefix
+    ('LoraModel', 'lora_')
+    """
+    name = config.__name__.removesuffix("Config") + "Model"
+    if name not in _CLASSES:
+        doc = f"A model with adapters of type {config.method.name}."
+        prefix = _PREFIXES.get(config.method.name, config.form.prefix)
+        fields = {"__doc__": doc, "__module__": __name__, "prefix": prefix}
+        _CLASSES[name] = globals()[name] = type(name, (BaseTuner,), fields)  # where pickles look for it
+    return _CLASSES[name]
