@@ -228,4 +228,5 @@ def _directions(product: Product, rank: int | None, side: str, path: str) -> Ten
     if not known:
         raise ValueError(f"subspace_similarity: {path} changes nothing in one of the adapters, so has no directions")
     count = known if rank is None else min(rank, known)
-    return p @ v.mT[:, :count] if side == "input" else q @ u[:, :count]
+    directions: Tensor = p @ v.mT[:, :count] if side == "input" else q @ u[:, :count]
+    return directions

@@ -81,7 +81,7 @@ def _norms(residents: Sequence[Resident], sums: Tensor) -> Iterator[float]:
     """Yield the norm of each adapter's gradients."""
     rows = [one.row.gradient for one in residents if one.row is not None]
     if sums.is_cpu:
-        squares = (torch.dot(row, row).item() for row in rows)
+        squares: Iterator[float] = (torch.dot(row, row).item() for row in rows)
     else:
         squares = iter(torch.stack([torch.dot(row, row) for row in rows]).tolist() if rows else [])
     for square, row in zip(squares, rows, strict=True):

@@ -51,9 +51,9 @@ class AdaLoraModel(BaseTuner):
         Raises:
             ValueError: No adapter is trained; a config without `total_step`; parameters without gradients.
         """
-        names = self._trained()
+        names, model = self._trained(), self._model()
         if not names:
-            raise ValueError(f"no adapter of type ADALORA is trained; the model has {list(self.model.peft_config)}")
+            raise ValueError(f"no adapter of type ADALORA is trained; the model has {list(model.peft_config)}")
         for name in names:
             self._allocate(name, global_step)
 
@@ -72,8 +72,11 @@ class AdaLoraModel(BaseTuner):
         states[name] = config, state
 
     def _config(self, name: str) -> AdaLoraConfig:
-        config: AdaLoraConfig = self.model.peft_config[name]
+        config: AdaLoraConfig = self._model().peft_config[name]
         return config
+
+    def _model(self) -> Any:
+        return self.model
 
     def _trained(self) -> list[str]:
         """Return the active adapters of this method with parameters that require gradients."""

@@ -59,7 +59,7 @@ class LayerLeaves(nn.Module):
     @property
     def _fixed_attributes(self) -> tuple[str, ...]:
         """Names of the attributes that hold leaves that no adapter trains."""
-        places = [(name, entry.config, entry.site) for name, entry in self._entries.items()]
+        places: list[tuple[str, Any, Any]] = [(name, entry.config, entry.site) for name, entry in self._entries.items()]
         held: list[tuple[str, bool]] = [
             (place[0], leaf in self.fixed(name))
             for name, config, site in places
