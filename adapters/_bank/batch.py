@@ -110,7 +110,7 @@ class SeesDraws(TorchDispatchMode):
     """See whether anything draws from torch's generator in this thread."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
         self.drawn = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

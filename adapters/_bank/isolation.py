@@ -64,4 +64,4 @@ def _changed(slots: Slots, resident: Resident) -> Tensor:
     index = resident.kind.index(slots.layout, slots.device)
     own = torch.arange(parameters.shape[1], device=slots.device) if index is None else index
     parameters[resident.place, own] += _SIZE * noise.to(parameters)[own]
-    return parameters  # type: ignore[no-any-return]
+    return parameters  # type: ignore[no-any-return,unused-ignore]

@@ -110,7 +110,7 @@ def gather(
         held = {dtype: constants[dtype].views(all_.index_select(0, index)) for dtype, all_ in state.constants.items()}
     if not grad:
         return Gathered(rows, layout.views(rows, cut), held)
-    leaves: Iterator[Tensor] = iter(_Views.apply(rows.requires_grad_(), layout, cut))  # type: ignore[no-untyped-call]
+    leaves: Iterator[Tensor] = iter(_Views.apply(rows.requires_grad_(), layout, cut))  # type: ignore[no-untyped-call,unused-ignore]
     tree = {path: {name: next(leaves) for name in names} for path, names in layout.views(rows, cut).items()}
     return Gathered(rows, tree, held)
 
