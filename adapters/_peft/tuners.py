@@ -30,6 +30,7 @@ class BaseTuner(inplace.ModelWrapper):
 
     prefix: ClassVar[str] = ""
     """What names of the method's parameters begin with."""
+    model: Any
 
     def __init__(
         self,

@@ -59,14 +59,15 @@ class LayerLeaves(nn.Module):
     @property
     def _fixed_attributes(self) -> tuple[str, ...]:
         """Names of the attributes that hold leaves that no adapter trains."""
-        places: list[tuple[str, Any, Any]] = [(name, entry.config, entry.site) for name, entry in self._entries.items()]
-        held: list[tuple[str, bool]] = [
-            (place[0], leaf in self.fixed(name))
-            for name, config, site in places
-            for leaf, place in config.form.places(site).items()
-        ]
-        trained = {attribute for attribute, fixed in held if not fixed}
-        return tuple(dict.fromkeys(attribute for attribute, fixed in held if fixed and attribute not in trained))
+        fixed, trained = dict[str, None](), set[str]()
+        for name, entry in self._entries.items():
+            config: Any = entry.config
+            for leaf, (attribute, _) in config.form.places(entry.site).items():
+                if leaf in self.fixed(name):
+                    fixed[attribute] = None
+                else:
+                    trained.add(attribute)
+        return tuple(attribute for attribute in fixed if attribute not in trained)
 
     @property
     def _leaf_attributes(self) -> tuple[str, ...]:
