@@ -36,6 +36,11 @@ from ._config.errors import PeftError as PeftError
 from ._config.errors import PeftWarning as PeftWarning
 from ._config.peft_type import PeftType as PeftType
 from ._config.peft_type import TaskType as TaskType
+from ._conversion.report import ConversionReport as ConversionReport
+from ._conversion.report import ModuleError as ModuleError
+from ._conversion.shrink import canonical as canonical
+from ._conversion.shrink import shrink as shrink
+from ._conversion.to_lora import to_lora as to_lora
 from ._files.configs import load_config as load_config
 from ._files.configs import save_config as save_config
 from ._files.inspected import AdapterFile as AdapterFile

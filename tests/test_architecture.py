@@ -53,6 +53,7 @@ ORDER = {
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _arithmetic: products mixing truncated given combine vectors soups weighted
+        _conversion: wanted report changes shrink to_lora
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
@@ -74,7 +75,7 @@ ORDER = {
             row_weights followed row_groups parameters skeleton swaps
         _routing: route owners
         _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
-        .: _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__
+        .: _graft _given _call _dense _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.
