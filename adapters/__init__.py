@@ -36,6 +36,7 @@ from ._config.errors import PeftError as PeftError
 from ._config.errors import PeftWarning as PeftWarning
 from ._config.peft_type import PeftType as PeftType
 from ._config.peft_type import TaskType as TaskType
+from ._conversion.extract import extract_lora as extract_lora
 from ._conversion.report import ConversionReport as ConversionReport
 from ._conversion.report import ModuleError as ModuleError
 from ._conversion.shrink import canonical as canonical

@@ -15,8 +15,8 @@ from ._binding.plan import with_parts as with_parts
 from ._binding.replaced import Plan as Plan
 from ._binding.replaced import Replaced as Replaced
 from ._binding.replaced import each as each
-from ._binding.replaced import over as over
 from ._binding.replaced import merged as merged
+from ._binding.replaced import over as over
 from ._binding.replaced import replaced as replaced
 from ._binding.replaced import tensor_at as tensor_at
 from ._binding.stacked import StackedBinding as StackedBinding

@@ -34,7 +34,7 @@ OPTIONAL = {
 
 ORDER = {
     "adapters": """
-        _files/disk: folder strict_json headers hub config_file
+        _files/disk: folder strict_json headers shards hub config_file
         _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
             experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
@@ -53,9 +53,10 @@ ORDER = {
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _arithmetic: products mixing truncated given combine vectors soups weighted
-        _conversion: wanted report changes shrink to_lora
+        _calibration: progress
+        _conversion: wanted report changes shrink to_lora sources extract
         _files: configs packed fit stored save into_graft into_model load inspected stacks
-        _calibration: progress observing redistributed statistics
+        _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa
         _bank: layout state optimizers functional_optimizer muon kind resident stepping arguments batch slots isolation
             record resting roster files bank ranks collected checkpoint replicated

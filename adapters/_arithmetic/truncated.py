@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
 Rank = int | Callable[[Tensor], int]
 """A rank, or a function of the singular values, `"... k"`, that chooses one."""
 

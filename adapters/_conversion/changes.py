@@ -66,7 +66,7 @@ def changes(graft: Graft, active: dict[str, Tree]) -> Iterator[Change]:
         weight, bias = layer.dense()
         moved = bias is not None and (base_bias is None or not torch.equal(bias, base_bias))
         blocks = in_blocks(site, weight - base)
-        yield Change(site, blocks, bias, moved, _floor(in_blocks(site, weight)))
+        yield Change(site, blocks, bias, moved, rounding_floor(in_blocks(site, weight), weight.dtype))
 
 
 def in_blocks(site: Site, weight: Tensor) -> Tensor:
@@ -78,11 +78,21 @@ def in_blocks(site: Site, weight: Tensor) -> Tensor:
     return weight if site.experts else weight.flatten(1).unflatten(0, (site.groups, -1))
 
 
-def _floor(weight: Tensor) -> float:
-    """Bound the singular values of the errors that rounding makes of each entry of a weight."""
-    eps = torch.finfo(weight.dtype).eps
-    rows, columns = weight.shape[-2:]
-    return 2 * eps * float(weight.abs().max()) * float(rows**0.5 + columns**0.5)
+def rounding_floor(weight: Tensor, dtype: torch.dtype) -> float:
+    """Return about the largest singular value of the errors that rounding makes of the entries of a weight.
+
+    Independent errors whose sizes are those of the entries have no more than the largest norm of a row and that of a
+    column together (Bandeira and van Handel, 2016, arXiv:1408.6185).
+
+    Args:
+        weight: `"blocks out in"`.
+        dtype: What it is rounded to.
+
+    >>> rounding_floor(torch.ones(1, 2, 2), torch.float32) < 1e-6
+    True
+    """
+    across = (float(torch.linalg.vector_norm(weight, dim=axis).max()) for axis in (-1, -2))
+    return torch.finfo(dtype).eps * sum(across)
 
 
 def leaves_of(site: Site, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:

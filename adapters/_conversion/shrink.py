@@ -74,7 +74,7 @@ def canonical(config: LoraConfig, params: Tree) -> Adapter:
         params: Its tree.
 
     Returns:
-        `(config, params)` of the same ranks (or the module's own size, where that is less), and a scaling factor of one.
+        `(config, params)` of the same ranks (or the module's own size, where that is less) and a scaling factor of 1.
 
     Raises:
         TypeError, ValueError, UnsupportedConfig: As for `shrink`.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Binding, Graft, UnsupportedConfig
+from torchgraft.functional import Binding, Graft, Site, UnsupportedConfig
 from torchgraft.functional.extending import Tree, active_trees, modules_of, sort
 
 from .._arithmetic.combine import combine
@@ -67,8 +67,8 @@ def to_lora(
 
     Returns:
         `(config, params, report)`: a LoRA for the same model, whose scaling factor is one; a `rank_pattern` where ranks
-        differ. What is trained as a whole (`modules_to_save`, biases, tokens) stays. The report has each module's error,
-        measured on the leaves as they are returned.
+        differ. What is trained as a whole (`modules_to_save`, biases, tokens) stays. The report has the error of each
+        module, measured on the leaves as they are returned.
 
     Raises:
         KeyError, TypeError: A tree that does not fit the graft.
@@ -88,8 +88,8 @@ def to_lora(
     """
     if not isinstance(graft, Graft):
         raise TypeError(
-            f"to_lora: graft is of type {type(graft).__name__}, expected what bind(model, config) returned; adapters in "
-            "place are converted by convert_to_lora(model, rank), and a LoRA is cut to a rank by shrink(config, params)"
+            f"to_lora: graft is of type {type(graft).__name__}, expected what bind(model, config) returned; adapters "
+            "in place are converted by convert_to_lora(model, rank), and shrink(config, params, rank) cuts a LoRA"
         )
     wanted = Wanted(rank, energy)
     wanted.check("to_lora")
@@ -157,7 +157,7 @@ def _of_changes(
     own = dtype or _dtype(active)
     for change in changes(graft, active):
         path = change.site.path
-        leaves, ranks[path], errors[path] = _converted(change, wanted, own)
+        leaves, ranks[path], errors[path] = converted(change.site, change.weight, wanted, own, change.floor)
         tree.setdefault(path, {}).update(leaves)
         if change.moves_bias:
             trained |= _takes_bias(change, biases)
@@ -169,18 +169,29 @@ def _of_changes(
     return config, sort(tree), ConversionReport(errors)
 
 
-def _converted(change: Change, wanted: Wanted, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, ModuleError]:
-    """Return the leaves of a site, their rank, and their error, with the rounding to their dtype."""
-    site = change.site
+def converted(
+    site: Site, change: Tensor, wanted: Wanted, dtype: torch.dtype, floor: float = 0.0
+) -> tuple[dict[str, Tensor], int, ModuleError]:
+    """Return a LoRA's leaves at a site, their rank, and their error, with the rounding to their dtype.
+
+    Args:
+        site: The site.
+        change: The change of its weight, `"blocks out in"`.
+        wanted: How much of it to keep.
+        dtype: Dtype of the leaves.
+        floor: Singular values up to this are rounding errors.
+    """
     if wanted.rank is not None and site.groups > 1:
         wanted = Wanted(max(1, wanted.rank // site.groups))
-    a, b = nearest(change.weight, wanted, change.floor)
-    if not change.weight.is_complex() and dtype.is_complex:
-        dtype = a.dtype
-    a, b = a.to(dtype), b.to(dtype)
-    left = change.weight - b.to(change.weight.dtype) @ a.to(change.weight.dtype)
+    dtype = torch.promote_types(dtype, torch.complex64) if change.is_complex() else dtype
+    a, b = (factor.to(dtype) for factor in nearest(change, wanted, floor))
+    left = change - b.to(change.dtype) @ a.to(change.dtype)
     leaves, rank = leaves_of(site, a, b, dtype)
-    return leaves, rank, ModuleError(rank, float(torch.linalg.vector_norm(change.weight)), float(left.norm()))
+    return (
+        leaves,
+        rank,
+        ModuleError(rank, float(torch.linalg.vector_norm(change)), float(torch.linalg.vector_norm(left))),
+    )
 
 
 def _takes_bias(change: Change, biases: str) -> bool:

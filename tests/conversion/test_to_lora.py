@@ -1,16 +1,12 @@
 """Any method as a LoRA: exact, by merging in float64, where its change has the rank; the nearest, elsewhere."""
 
-import dataclasses
-import warnings
-
 import pytest
 import torch
-from torch import nn
 
 from tests.contract.cases import KINDS, case
 from tests.contract.methods import METHODS
-from torchgraft.adapters import IA3Config, LoHaConfig, LoraConfig, OFTConfig, to_lora
-from torchgraft.functional import UnsupportedConfig, bind, merge, stack, unstack
+from torchgraft.adapters import to_lora
+from torchgraft.functional import UnsupportedConfig, bind, merge
 
 pairs = [(name, site) for name in METHODS for site in KINDS[name]]
 OTHER_BIASES = [("lora with bias", "attention (kdim, vdim)"), ("ia3", "linear (registered)")]
