@@ -37,6 +37,14 @@ from ._config.errors import PeftWarning as PeftWarning
 from ._config.peft_type import PeftType as PeftType
 from ._config.peft_type import TaskType as TaskType
 from ._conversion.extract import extract_lora as extract_lora
+from ._conversion.formats import Formatted as Formatted
+from ._conversion.formats import detect_format as detect_format
+from ._conversion.formats import from_format as from_format
+from ._conversion.formats import to_format as to_format
+from ._conversion.fused import fuse_projections as fuse_projections
+from ._conversion.fused import join_experts as join_experts
+from ._conversion.fused import split_experts as split_experts
+from ._conversion.fused import split_projections as split_projections
 from ._conversion.report import ConversionReport as ConversionReport
 from ._conversion.report import ModuleError as ModuleError
 from ._conversion.shrink import canonical as canonical

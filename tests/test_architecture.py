@@ -54,7 +54,8 @@ ORDER = {
         _inplace: inject __init__
         _arithmetic: products mixing truncated given combine vectors soups weighted
         _calibration: progress
-        _conversion: wanted report changes shrink to_lora sources extract
+        _conversion: wanted report changes shrink to_lora sources extract factors fused adapterhub
+            formats
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa
