@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,10 +74,7 @@ class Layout:
             if kept is None:
                 continue
             leaf = rows[..., offset : offset + math.prod(shape)].view((*lead, *shape))
-            if kept != shape:
-                for axis, length in enumerate(kept, start=len(lead)):
-                    leaf = leaf.narrow(axis, 0, length)
-            tree.setdefault(path, {})[name] = leaf
+            tree.setdefault(path, {})[name] = leaf if kept == shape else cut_to(leaf, kept)
         return tree
 
     def write(self, row: Tensor, tree: Tree) -> None:
@@ -87,6 +84,18 @@ class Layout:
         for path, leaves in self.views(row, own).items():
             for name, leaf in leaves.items():
                 leaf.copy_(tree[path][name].detach())
+
+
+def cut_to(leaf: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the beginning of a leaf along its last axes, as a view.
+
+    >>> cut_to(torch.arange(6).view(1, 2, 3), (1, 2))
+    tensor([[[0, 1]]])
+    """
+    for axis, length in enumerate(shape, start=leaf.ndim - len(shape)):
+        if leaf.shape[axis] != length:
+            leaf = leaf.narrow(axis, 0, length)
+    return leaf
 
 
 def rounded(shapes: Shapes, most: Shapes) -> Shapes:

@@ -79,6 +79,7 @@ class Slots:
         for name, buffer in self.state.buffers().items():
             if name in numbers:
                 self._unpack(buffer, resident.place, resident.kind, numbers[name].to(buffer.device))
+        self._take_norm(resident)
 
     def lift(self, resident: Resident) -> Numbers:
         """Return copies of an adapter's numbers in host memory; the slot stays as it is."""
@@ -173,7 +174,12 @@ class Slots:
         self.state.tokens[resident.place] = tokens
         if sums is not None:
             self._unpack(self.state.sums, resident.place, resident.kind, sums)
+        self._take_norm(resident)
         resident.pending = sums is not None
+
+    def _take_norm(self, resident: Resident) -> None:
+        sums, norms = self.state.sums[resident.place], self.state.norms
+        norms[resident.place] = torch.linalg.vector_norm(sums, dtype=norms.dtype)
 
     def _take(self, resident: Resident) -> int:
         slot = resident.slot = self.free.pop()
