@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchgraft.functional import Places, Routed, Rows, StackedGraft
+from torchgraft.functional import Routed, StackedGraft
 from torchgraft.functional.extending import Tree
 
 from .state import Gathered
-
-
-class GatheredStack(Routed):
-    """A routed stack whose leaves are cut to the largest that is present; who made it knows that they fit."""
-
-    __slots__ = ()
-
-    def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-        pass
-
-    def now(self) -> Routed:
-        """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""
-        if not torch.compiler.is_compiling():
-            return self
-        return self._with(self.tree, Rows(self.rows.index, self.rows.count, None, self.rows.tokens, self.rows.noise))
 
 
 class Batch:
@@ -132,22 +116,3 @@ class SeesDraws(TorchDispatchMode):
 def _generator_state(like: Tensor) -> Tensor:
     """Return the state of torch's generator on the device of a tensor."""
     return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
-
-
-def stack_of(gathered: Gathered, rows: Rows, sites: Sequence[str], present: Sequence[frozenset[str]]) -> GatheredStack:
-    """Make the stack of the adapters that are present, over the rows of a batch.
-
-    Args:
-        gathered: Their leaves and constants.
-        rows: Which of them each row has.
-        sites: The paths of all sites.
-        present: The sites that each of them has.
-    """
-    constants: dict[str, dict[str, Tensor]] = {path: {} for path in sites}
-    for tree in gathered.constants.values():
-        for path, values in tree.items():
-            constants[path].update(values)
-    known = {path: tuple(path in own for own in present) for path in sites}
-    device = None if rows.index is None else rows.index.device
-    masks = torch.tensor([*known.values()], device=device).unbind()
-    return GatheredStack(gathered.tree, rows, places=Places(constants, dict(zip(sites, masks, strict=True)), known))

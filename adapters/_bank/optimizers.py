@@ -151,9 +151,10 @@ def equal_hyper(
     >>> [(rows, hyper["lr"]) for rows, hyper in equal_hyper([1, 2, 3], [{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.1}])]
     [([1, 3], 0.1), ([2], 0.2)]
     """
-    groups: dict[str, tuple[list[Row], Mapping[str, Any]]] = {}
+    groups: dict[Hashable, tuple[list[Row], Mapping[str, Any]]] = {}
     for row, hyper in zip(rows, hypers, strict=True):
-        groups.setdefault(repr(hyper), ([], hyper))[0].append(row)
+        key: Hashable = tuple([tuple(one) if isinstance(one, list) else one for one in hyper.values()])
+        groups.setdefault(key, ([], hyper))[0].append(row)
     yield from groups.values()
 
 

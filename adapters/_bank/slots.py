@@ -12,7 +12,7 @@ from torch import Tensor
 from torchgraft.functional import Routed, StackedGraft
 from torchgraft.functional.extending import Tree, rows_of
 
-from .batch import stack_of
+from .gathered_stack import stack_of
 from .kind import Kind, Kinds
 from .layout import Layout, largest, rounded
 from .optimizers import Row, RowOptimizer
@@ -150,8 +150,8 @@ class Slots:
             grad: Whether to differentiate.
             state: The numbers, where they are not the slots' own.
         """
-        own = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
-        cut = rounded(own, self._shapes)
+        own = largest([resident.kind.shapes for resident in present])
+        cut = rounded(own, self._shapes, self.kinds.least) if self.kinds.cuts else self._shapes
         places = [resident.place for resident in present]
         gathered = gather(
             self.state if state is None else state, places, self.layout, self.kinds.layouts, cut, grad=grad
