@@ -129,7 +129,8 @@ def accumulate(
     Args:
         state: The state; `sums`, `norms` and `tokens` are written to.
         slots: The slots, each once.
-        gradients: Leaves `"n ..."`, which may be cut; zero where there is none.
+        gradients: Leaves `"n ..."`, which may be cut to shapes that hold the leaves of each adapter there; zero where
+            there is none.
         layout: Where leaves are in a row of sums.
         tokens: One count for each; `None` where losses are normalised already.
         fresh: The slots whose sums begin with these gradients, whatever was there.
