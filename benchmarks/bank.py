@@ -156,7 +156,7 @@ def optimizer_steps(adapters: int, numbers: int) -> Cases:
     bank = Bank(bind(model, config), slots=adapters)
     for index in range(adapters):
         bank.add(str(index), config)
-    bank.state.sums.normal_()
+    bank.state.norms.copy_(torch.linalg.vector_norm(bank.state.sums.normal_(), dim=1))  # as batches leave them
     parameter = torch.randn(bank.state.parameters.numel()).requires_grad_()
     parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW([parameter], lr=1e-5, fused=True)

@@ -434,13 +434,13 @@ class Bank:
             )
         return resident
 
-    def _leave(self, residents: list[Resident], gradients: Tensor | None, counts: list[float] | None) -> None:
+    def _leave(self, residents: list[Resident], gradients: Tree | None, counts: list[float] | None) -> None:
         """End a batch: count its gradients, and let go of its adapters."""
         with self.lock:
             for resident in residents:
                 resident.in_batches -= 1
             if gradients is not None:
                 fresh = {one.place for one in residents if not one.pending}
-                accumulate(self.state, [one.place for one in residents], gradients, counts, fresh)
+                accumulate(self.state, [one.place for one in residents], gradients, self._slots.layout, counts, fresh)
                 for resident in residents:
                     resident.pending, resident.by_tokens = True, counts is not None

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchgraft.functional import Places, Routed, Rows, StackedGraft
+from torchgraft.functional import Routed, StackedGraft
+from torchgraft.functional.extending import Tree
 
 from .state import Gathered
-
-
-class GatheredStack(Routed):
-    """A routed stack whose leaves are cut to the largest that is present; who made it knows that they fit."""
-
-    __slots__ = ()
-
-    def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
-        pass
-
-    def now(self) -> Routed:
-        """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""
-        if not torch.compiler.is_compiling():
-            return self
-        return self._with(self.tree, Rows(self.rows.index, self.rows.count, None, self.rows.tokens, self.rows.noise))
 
 
 class Batch:
@@ -42,11 +27,13 @@ class Batch:
     """
 
     def __init__(self, graft: StackedGraft, stack: Routed, gathered: Gathered, random_base: bool = True):
-        self._graft, self._rows = graft, gathered.rows
-        self._watched = not random_base and gathered.rows.requires_grad
+        self._graft, self._tree = graft, gathered.tree
+        self._like = next(leaf for leaves in gathered.tree.values() for leaf in leaves.values())
+        self._watched = not random_base and self._like.requires_grad
         self._stack: Routed | None = stack
-        if gathered.rows.requires_grad:
-            gathered.rows.register_hook(self._check_open)
+        if self._like.requires_grad:
+            for leaf in (leaf for leaves in gathered.tree.values() for leaf in leaves.values()):
+                leaf.register_hook(self._check_open)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; row `i` has the adapter that is named for it.
@@ -57,9 +44,9 @@ class Batch:
         """
         if not self._watched or torch.compiler.is_compiling():
             return self._graft(self._open(), *args, **kwargs)
-        before = _generator_state(self._rows)
+        before = _generator_state(self._like)
         y = self._graft(self._open(), *args, **kwargs)
-        if not torch.equal(before, _generator_state(self._rows)) and self._draws(args, kwargs):
+        if not torch.equal(before, _generator_state(self._like)) and self._draws(args, kwargs):
             raise RuntimeError(
                 "the model draws random numbers in training (dropout, stochastic depth) from a generator that all rows "
                 "share, so that an adapter would depend on who is in its batch; set the model's own dropout to 0, or "
@@ -86,13 +73,17 @@ class Batch:
         """
         return self._graft.view(self._open())
 
-    def gradients(self) -> Tensor | None:
-        """Return the gradients of the block, `"n P"`; `None` where no backward has come."""
-        return self._rows.grad
+    def gradients(self) -> Tree | None:
+        """Return the gradients of the block, leaves `"n ..."`, where there are any; `None` if no backward has come."""
+        found = {
+            path: {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+            for path, leaves in self._tree.items()
+        }
+        return found if any(found.values()) else None
 
     def close(self) -> None:
         """End the block: calls and gradients after it are errors."""
-        self._stack, self._rows = None, torch.empty(0)
+        self._stack, self._tree = None, {}
 
     def _open(self) -> Any:
         if self._stack is None:
@@ -125,21 +116,3 @@ class SeesDraws(TorchDispatchMode):
 def _generator_state(like: Tensor) -> Tensor:
     """Return the state of torch's generator on the device of a tensor."""
     return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
-
-
-def stack_of(gathered: Gathered, rows: Rows, sites: Sequence[str], present: Sequence[frozenset[str]]) -> GatheredStack:
-    """Make the stack of the adapters that are present, over the rows of a batch.
-
-    Args:
-        gathered: Their leaves and constants.
-        rows: Which of them each row has.
-        sites: The paths of all sites.
-        present: The sites that each of them has.
-    """
-    constants: dict[str, dict[str, Tensor]] = {path: {} for path in sites}
-    for tree in gathered.constants.values():
-        for path, values in tree.items():
-            constants[path].update(values)
-    known = {path: tuple(path in own for own in present) for path in sites}
-    masks = torch.tensor([*known.values()], device=gathered.rows.device).unbind()
-    return GatheredStack(gathered.tree, rows, places=Places(constants, dict(zip(sites, masks, strict=True)), known))

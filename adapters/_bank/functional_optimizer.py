@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from torchgraft.functional.extending import Tree, given_type
 
 from .layout import Layout
-from .optimizers import Row, check_known
+from .optimizers import Row, check_known, equal_hyper
+from .together import (
+    Outcome,
+    agree,
+    as_data,
+    called_once,
+    held_by,
+    stacked_leaves,
+    step_of,
+    trees_of,
+    under_vmap,
+    write,
+)
 
 _MOST = 64
 """Optimizers that are kept, one for each set of hyper-parameters."""
@@ -35,6 +46,11 @@ class Functional:
     make: Callable[..., Any] = dataclasses.field(repr=False)
     hyper: Mapping[str, Any]
     _known: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _vectorizes: dict[str, bool] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def family(self) -> Hashable:
+        return self.name, self.make
 
     def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
         leaves: list[Any] = optree.tree_leaves(self.make(**self.hyper).init(layout.views(row.clone())))
@@ -58,55 +74,87 @@ class Functional:
     def with_hyper(self, hyper: Mapping[str, Any]) -> Functional:
         return dataclasses.replace(self, hyper=hyper)
 
-    def update(self, row: Row, hyper: Mapping[str, Any]) -> None:
-        optimizer = self._made(hyper, row.layout, row.parameters)
-        cut = {**row.layout.shapes, **row.own}  # of sites that it has not, zeros, so that states have one structure
-        params, gradients = (row.layout.views(tensor, cut) for tensor in (row.parameters, row.gradient))
-        fresh, structure = optree.tree_flatten(optimizer.init(params))
-        held = [_cut(row.moments[str(i)], leaf) for i, leaf in enumerate(fresh)]
-        state = optree.tree_unflatten(structure, [leaf.clone() for leaf in held])
-        updates, state = _update(optimizer, gradients, state, params)
-        for leaf, new in zip(held, optree.tree_leaves(state), strict=True):
-            leaf.copy_(new)
-        for path, leaves in updates.items():
-            for name, update in leaves.items():
-                if update is not None and path in row.own:
-                    params[path][name].add_(update)
+    def update(self, rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]]) -> None:
+        for alike, theirs in _of_equal_shapes(rows, hypers):
+            equal = [*equal_hyper(alike, theirs)]
+            if self._step_together(alike, theirs):
+                continue
+            if 1 < len(equal) < len(alike):
+                for some, hyper in equal:
+                    self.update(some, [hyper] * len(some))
+            else:
+                for row, hyper in zip(alike, theirs, strict=True):
+                    write([row], optree.tree_map(lambda one: one[None], self._alone(row, hyper)))
+
+    def _step_together(self, rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]]) -> bool:
+        """Step rows of equal shapes at once, and return whether that can be done.
+
+        The first time it is held against steps of one row each.
+        """
+        if len(rows) == 1:
+            return False
+        names = {name for name in hypers[0] if any(hyper[name] != hypers[0][name] for hyper in hypers)}
+        fixed = {n: value for n, value in hypers[0].items() if n not in names and type(value) is not float}
+        key = repr((sorted(names), sorted(fixed.items())))
+        stepped: Any = None
+        if self._vectorizes.get(key, True):
+            with contextlib.suppress(Exception):  # what is wrong with the optimizer itself, steps of one row show
+                stepped = self._under_vmap(rows, hypers, names)
+        if stepped is not None and key not in self._vectorizes:
+            alone = [self._alone(row, hyper) for row, hyper in zip(rows, hypers, strict=True)]
+            stepped = stepped if agree(stepped, stacked_leaves(alone), rows[0].parameters.dtype) else None
+        self._vectorizes[key] = stepped is not None
+        if stepped is not None:
+            write(rows, stepped)
+        return stepped is not None
+
+    def _alone(self, row: Row, hyper: Mapping[str, Any]) -> Outcome:
+        optimizer, (params, gradients) = self._made(hyper, row.layout, row.parameters), trees_of(row)
+        return step_of(optimizer, params, gradients, held_by(row, optimizer.init(params)))
+
+    def _under_vmap(self, rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]], names: Collection[str]) -> Outcome:
+        params, gradients = stacked_leaves([trees_of(row) for row in rows])
+        made = self._made(hypers[0], rows[0].layout, rows[0].parameters)
+        fresh = made.init(trees_of(rows[0])[0])
+        held = stacked_leaves([held_by(row, fresh) for row in rows])
+        fixed = {name: value for name, value in hypers[0].items() if name not in names}
+        data = {name: as_data(name, [hyper[name] for hyper in hypers], rows[0].parameters.device) for name in names}
+
+        def step(params: Tree, gradients: Tree, held: list[Tensor], data: dict[str, Any]) -> Outcome:
+            optimizer = called_once(self.make(**fixed, **data), params) if data else made
+            return step_of(optimizer, params, gradients, held)
+
+        return under_vmap(step, params, gradients, held, data)
 
     def _made(self, hyper: Mapping[str, Any], layout: Layout, like: Tensor) -> Any:
-        """Return the optimizer with some hyper-parameters.
-
-        Some remember outside of their state whether they were ever called (torchopt's momentum), which has to say
-        nothing of an adapter: so each is called once before.
-        """
+        """Return the optimizer with some hyper-parameters."""
         key = repr(sorted(hyper.items()))
         if key not in self._known:
-            made, zeros = self.make(**hyper), layout.views(torch.zeros_like(like))
-            _update(made, zeros, made.init(zeros), zeros)
-            self._known[key] = made
+            self._known[key] = called_once(self.make(**hyper), layout.views(like))
             if len(self._known) > _MOST:
                 del self._known[next(iter(self._known))]
         return self._known[key]
 
 
-def _update(optimizer: Any, gradients: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
-    options = {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
-    updates, state = optimizer.update(gradients, state, params=params, **options)
-    return updates, state
-
-
-def _cut(held: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a padded tensor that an adapter's own has."""
-    for axis, length in enumerate(like.shape):
-        held = held.narrow(axis, 0, length)
-    return held
+def _of_equal_shapes(
+    rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[list[Row], list[Mapping[str, Any]]]]:
+    """Yield the rows whose own leaves have equal shapes, and their hyper-parameters."""
+    left = [*zip(rows, hypers, strict=True)]
+    while left:
+        own = left[0][0].own
+        alike = [row.own is own or row.own == own for row, _ in left]
+        group = [pair for pair, same in zip(left, alike, strict=True) if same]
+        left = [pair for pair, same in zip(left, alike, strict=True) if not same]
+        yield [row for row, _ in group], [hyper for _, hyper in group]
 
 
 def functional_optimizer(make: Callable[..., Any], *, name: str = "", **hyper: Any) -> Functional:
     """Make an optimizer for the rows of a bank of a functional one: `functional_optimizer(torchopt.adam, lr=1e-3)`.
 
-    It steps each adapter's own tree, without padding. Its state has to be a tree of tensors that `init` makes in one
-    structure whatever the hyper-parameters are.
+    It steps each adapter's own tree, without padding; those of equal shapes at once, under `torch.vmap` and with the
+    hyper-parameters in which they differ as tensors, where this gives what a step of each gives. Its state has to be a
+    tree of tensors that `init` makes in one structure whatever the hyper-parameters are.
 
     Args:
         make: `(**hyper) -> optimizer`, with `init(params) -> state` and `update(gradients, state, params=...) ->

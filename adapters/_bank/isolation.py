@@ -41,8 +41,9 @@ def check_isolated(
                 compute(batch).backward()
         for resident, generator_state in zip(present, before, strict=True):
             resident.generator.set_state(generator_state)
-        found = batch.gradients()
-        return torch.zeros_like(gathered.rows) if found is None else found
+        leaves = [leaf for own in gathered.tree.values() for leaf in own.values()]
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return torch.cat([gradient.flatten(1) for gradient in found], 1)
 
     alone = gradients(None)
     tolerance = 1e4 * torch.finfo(alone.dtype).eps

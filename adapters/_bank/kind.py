@@ -13,7 +13,7 @@ from torchgraft.functional import Binding, Graft, StackedGraft
 from torchgraft.functional.extending import Tree, check_tree
 
 from .._config.base import AdapterConfig
-from .layout import Layout, Shapes
+from .layout import Layout, Shapes, smallest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,11 +65,13 @@ class Kinds:
 
     Attributes:
         layouts: Where constants are in rows of theirs, by dtype.
+        least: The smallest shapes of leaves in any kind so far.
     """
 
     def __init__(self, graft: StackedGraft, most: int = 256):
         self._graft, self._most = graft, most
         self._known: dict[str, Kind] = {}
+        self.least: Shapes = {}
         bound = graft.places()
         shapes: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
         for path, constants in bound.constants.items():
@@ -108,7 +110,9 @@ class Kinds:
             layout.write(row, {p: {n: places.constants[p][n][0] for n in ns} for p, ns in layout.shapes.items()})
             rows[name] = row
         present = frozenset(path for path, here in places.known.items() if here[0])
-        return Kind(config, graft, rows, present)
+        kind = Kind(config, graft, rows, present)
+        self.least = smallest([self.least, kind.shapes])
+        return kind
 
 
 def _key(config: AdapterConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,10 +74,7 @@ class Layout:
             if kept is None:
                 continue
             leaf = rows[..., offset : offset + math.prod(shape)].view((*lead, *shape))
-            if kept != shape:
-                for axis, length in enumerate(kept, start=len(lead)):
-                    leaf = leaf.narrow(axis, 0, length)
-            tree.setdefault(path, {})[name] = leaf
+            tree.setdefault(path, {})[name] = leaf if kept == shape else cut_to(leaf, kept)
         return tree
 
     def write(self, row: Tensor, tree: Tree) -> None:
@@ -89,36 +86,62 @@ class Layout:
                 leaf.copy_(tree[path][name].detach())
 
 
-def rounded(shapes: Shapes, most: Shapes) -> Shapes:
+def cut_to(leaf: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the beginning of a leaf along its last axes, as a view.
+
+    >>> cut_to(torch.arange(6).view(1, 2, 3), (1, 2))
+    tensor([[[0, 1]]])
+    """
+    for axis, length in enumerate(shape, start=leaf.ndim - len(shape)):
+        if leaf.shape[axis] != length:
+            leaf = leaf.narrow(axis, 0, length)
+    return leaf
+
+
+def rounded(shapes: Shapes, most: Shapes, least: Shapes) -> Shapes:
     """Return shapes of all leaves that there can be, lengths that are not the most cut to one power of two of it.
 
-    So compiled calls meet few shapes, whatever the ranks of adapters are.
+    So compiled calls meet few shapes, whatever the ranks and sites of adapters are.
 
-    >>> rounded({"0": {"a": (3, 5)}}, {"0": {"a": (16, 5)}, "1": {"a": (16, 2)}})
-    {'0': {'a': (4, 5)}, '1': {'a': (16, 2)}}
+    Args:
+        shapes: What has to fit.
+        most: The largest shapes, of all leaves.
+        least: The smallest that were ever seen: an axis that is shorter here is one that differs between adapters.
+
+    >>> most = {"0": {"a": (16, 5)}, "1": {"a": (16, 2)}}
+    >>> rounded({"0": {"a": (3, 5)}}, most, {"0": {"a": (3, 5)}, "1": {"a": (8, 2)}})
+    {'0': {'a': (4, 5)}, '1': {'a': (4, 2)}}
     """
-    whole = {path: {**leaves, **shapes.get(path, {})} for path, leaves in most.items()}
     pairs = [
         (length, full)
-        for path, leaves in whole.items()
+        for path, leaves in shapes.items()
         for name, shape in leaves.items()
         for length, full in zip(shape, most[path][name], strict=True)
         if length < full
     ]
     halvings = min(((full // length).bit_length() - 1 for length, full in pairs), default=0)
-    return {
-        path: {
-            name: tuple(
-                full if length == full else max(length, full >> halvings)
-                for length, full in zip(shape, most[path][name], strict=True)
-            )
-            for name, shape in leaves.items()
-        }
-        for path, leaves in whole.items()
-    }
+
+    def cut(path: str, name: str, full: Shape) -> Shape:
+        own = shapes.get(path, {}).get(name)
+        if own is None:  # nobody here has it
+            seen = least.get(path, {}).get(name, full)
+            own = tuple(min(short, 1) if short < long else long for short, long in zip(seen, full, strict=True))
+        axes = zip(own, full, strict=True)
+        return tuple(long if short == long else max(short, long >> halvings) for short, long in axes)
+
+    return {path: {name: cut(path, name, full) for name, full in leaves.items()} for path, leaves in most.items()}
 
 
-def largest(shapes: list[Shapes]) -> Shapes:
+def smallest(shapes: Sequence[Shapes]) -> Shapes:
+    """Return the smallest length of each axis of the leaves in these.
+
+    >>> smallest([{"0": {"a": (2, 1)}}, {"0": {"a": (1, 3)}, "1": {"a": (1, 1)}}])
+    {'0': {'a': (1, 1)}, '1': {'a': (1, 1)}}
+    """
+    return _extreme(shapes, min)
+
+
+def largest(shapes: Sequence[Shapes]) -> Shapes:
     """Return the shapes that hold each of these.
 
     >>> largest([{"0": {"a": (2, 1)}}, {"0": {"a": (1, 3)}, "1": {"a": (1, 1)}}])
@@ -126,10 +149,14 @@ def largest(shapes: list[Shapes]) -> Shapes:
     """
     if all(one is shapes[0] for one in shapes):
         return shapes[0]
+    return _extreme(shapes, max)
+
+
+def _extreme(shapes: Sequence[Shapes], choose: Callable[[Iterable[int]], int]) -> Shapes:
     result: dict[str, dict[str, Shape]] = {}
     for one in shapes:
         for path, leaves in one.items():
             known = result.setdefault(path, {})
             for name, shape in leaves.items():
-                known[name] = tuple(map(max, zip(known.get(name, shape), shape, strict=True)))
+                known[name] = tuple(map(choose, zip(known.get(name, shape), shape, strict=True)))
     return result

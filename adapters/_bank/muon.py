@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,9 +67,14 @@ def _refuse(layout: Layout) -> None:
             )
 
 
-def _step(row: Row, hyper: Mapping[str, Any]) -> None:
+def _step(rows: Sequence[Row], hyper: Mapping[str, Any]) -> None:
+    for row in rows:
+        _step_row(row, hyper)
+
+
+def _step_row(row: Row, hyper: Mapping[str, Any]) -> None:
     lr, momentum = hyper["lr"], hyper["momentum"]
-    trees = [row.layout.views(t, row.own) for t in (row.parameters, row.gradient, row.moments["momentum_buffer"])]
+    trees = [row.layout.views(t, row.own) for t in (row.parameters, row.scaled(), row.moments["momentum_buffer"])]
     for path, leaves in trees[0].items():
         for name, weight in leaves.items():
             gradient, velocity = trees[1][path][name], trees[2][path][name]

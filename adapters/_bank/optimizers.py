@@ -1,14 +1,14 @@
 """Optimizers as operations on rows: each row of a bank is stepped by itself, with hyper-parameters of its own.
 
-A row is one tensor to a fused kernel, so a step of many adapters costs what one fused call over as many numbers does,
-and the rows that are not stepped are not touched.
+A row is one tensor to a fused kernel, and rows whose hyper-parameters are equal are one list, so a step of many
+adapters costs what one fused call over as many numbers does, and the rows that are not stepped are not touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,9 @@ from .layout import Layout, Shapes
 ADJUSTMENTS = ("original", "match_rms_adamw")
 """How Muon's learning rate may depend on the shape of a matrix."""
 
+_LEAST = 1e-30
+"""Factors from here to its inverse are numbers in float32."""
+
 
 @dataclasses.dataclass(eq=False)
 class Row:
@@ -28,12 +31,13 @@ class Row:
 
     Attributes:
         parameters: `"P"`, written to.
-        gradient: `"P"`, divided and clipped; may be written to.
+        gradient: `"P"`, of which `factor` times is stepped with; may be written to.
         moments: The optimizer's buffers, by name, written to.
         step: Steps taken with this one, no axes.
         layout: Where leaves are in `parameters`, `gradient` and moments of their size.
         own: The shapes of the adapter's own leaves; what is beyond is padding.
         first: Whether this is the first step.
+        factor: What divides the gradient by tokens and clips it.
     """
 
     parameters: Tensor
@@ -43,6 +47,14 @@ class Row:
     layout: Layout
     own: Shapes
     first: bool = False
+    factor: float = 1.0
+
+    def scaled(self) -> Tensor:
+        """Return the gradient, multiplied in place."""
+        if self.factor != 1:
+            self.gradient.mul_(self.factor)
+            self.factor = 1.0
+        return self.gradient
 
 
 class RowOptimizer(Protocol):
@@ -56,6 +68,11 @@ class RowOptimizer(Protocol):
     @property
     def hyper(self) -> Mapping[str, Any]:
         """Hyper-parameters by name, with their defaults."""
+        ...
+
+    @property
+    def family(self) -> Hashable:
+        """What is equal for optimizers that differ in their hyper-parameters only."""
         ...
 
     def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -74,31 +91,35 @@ class RowOptimizer(Protocol):
         """Return the same optimizer with other defaults."""
         ...
 
-    def update(self, row: Row, hyper: Mapping[str, Any]) -> None:
-        """Take one step of one row."""
+    def update(self, rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]]) -> None:
+        """Take one step of each of some rows, with hyper-parameters of its own."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An optimizer that is a function of one row.
+    """An optimizer that is a function of rows.
 
     Attributes:
         name: What files call it.
         hyper: Hyper-parameters by name, with their defaults.
         moments: Names of its buffers, each of the size of the parameters.
-        update: `(row, hyper) -> None`, one step in place.
+        step: `(rows, hyper) -> None`, one step in place of rows whose hyper-parameters are equal.
         refuse: `layout -> None`, an error for leaves that it is not for.
     """
 
     name: str
     hyper: Mapping[str, Any]
     moments: tuple[str, ...]
-    update: Callable[[Row, Mapping[str, Any]], None] = dataclasses.field(repr=False)
+    step: Callable[[Sequence[Row], Mapping[str, Any]], None] = dataclasses.field(repr=False)
     refuse: Callable[[Layout], None] = dataclasses.field(default=lambda layout: None, repr=False)
 
     def __post_init__(self) -> None:
         self._check_values(self.hyper, self.name)
+
+    @property
+    def family(self) -> Hashable:
+        return self.name, self.step
 
     def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {name: torch.zeros_like(row) for name in self.moments}
@@ -113,9 +134,28 @@ class Kernel:
     def with_hyper(self, hyper: Mapping[str, Any]) -> Kernel:
         return dataclasses.replace(self, hyper=hyper)
 
+    def update(self, rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]]) -> None:
+        for alike, hyper in equal_hyper(rows, hypers):
+            self.step(alike, hyper)
+
     def _check_values(self, hyper: Mapping[str, Any], what: str) -> None:
         for name, value in hyper.items():
             check_value(name, value, what)
+
+
+def equal_hyper(
+    rows: Sequence[Row], hypers: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[list[Row], Mapping[str, Any]]]:
+    """Yield the rows whose hyper-parameters are equal, and these.
+
+    >>> [(rows, hyper["lr"]) for rows, hyper in equal_hyper([1, 2, 3], [{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.1}])]
+    [([1, 3], 0.1), ([2], 0.2)]
+    """
+    groups: dict[Hashable, tuple[list[Row], Mapping[str, Any]]] = {}
+    for row, hyper in zip(rows, hypers, strict=True):
+        key: Hashable = tuple([tuple(one) if isinstance(one, list) else one for one in hyper.values()])
+        groups.setdefault(key, ([], hyper))[0].append(row)
+    yield from groups.values()
 
 
 def check_known(hyper: Mapping[str, Any], known: Mapping[str, Any], what: str, name: str) -> None:
@@ -183,23 +223,39 @@ def adamw(
     return Kernel("adamw", hyper, ("exp_avg", "exp_avg_sq"), _adamw)
 
 
-def _adamw(row: Row, hyper: Mapping[str, Any]) -> None:
+def _adamw(rows: Sequence[Row], hyper: Mapping[str, Any]) -> None:
     beta1, beta2 = hyper["betas"]
-    torch._fused_adamw_(
-        [row.parameters],
-        [row.gradient],
-        [row.moments["exp_avg"]],
-        [row.moments["exp_avg_sq"]],
-        [],
-        [row.step],
-        lr=hyper["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=hyper["weight_decay"],
-        eps=hyper["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
+    for alike, scale in _equally_scaled(rows):
+        torch._fused_adamw_(
+            [row.parameters for row in alike],
+            [row.gradient for row in alike],
+            [row.moments["exp_avg"] for row in alike],
+            [row.moments["exp_avg_sq"] for row in alike],
+            [],
+            [row.step for row in alike],
+            lr=hyper["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=hyper["weight_decay"],
+            eps=hyper["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=scale,
+        )
+
+
+def _equally_scaled(rows: Sequence[Row]) -> Iterator[tuple[list[Row], Tensor | None]]:
+    """Yield rows whose gradients have one factor, and what a fused kernel is to divide these by.
+
+    The kernels divide in float32, and where they read the gradient anyway; other rows are multiplied before.
+    """
+    groups: dict[float, list[Row]] = {}
+    for row in rows:
+        if row.gradient.dtype == torch.float64 or not _LEAST < row.factor < 1 / _LEAST:
+            row.scaled()
+        groups.setdefault(row.factor, []).append(row)
+    for factor, alike in groups.items():
+        yield alike, None if factor == 1 else torch.full((), 1 / factor, device=alike[0].gradient.device)
 
 
 def sgd(
@@ -234,18 +290,25 @@ def sgd(
     return Kernel("sgd", hyper, ("momentum_buffer",), _sgd)
 
 
-def _sgd(row: Row, hyper: Mapping[str, Any]) -> None:
-    velocity = row.moments["momentum_buffer"]
-    first = row.first or bool(hyper["dampening"] and not velocity.any())  # momentum may begin at a later step
-    torch._fused_sgd_(
-        [row.parameters],
-        [row.gradient],
-        [velocity] if hyper["momentum"] else [],
-        lr=hyper["lr"],
-        weight_decay=hyper["weight_decay"],
-        momentum=hyper["momentum"],
-        dampening=hyper["dampening"],
-        nesterov=hyper["nesterov"],
-        maximize=False,
-        is_first_step=first,
-    )
+def _sgd(rows: Sequence[Row], hyper: Mapping[str, Any]) -> None:
+    for first in (True, False):
+        starting = [row for row in rows if _has_no_velocity(row, hyper) == first]
+        for alike, scale in _equally_scaled(starting):
+            torch._fused_sgd_(
+                [row.parameters for row in alike],
+                [row.gradient for row in alike],
+                [row.moments["momentum_buffer"] for row in alike] if hyper["momentum"] else [],
+                lr=hyper["lr"],
+                weight_decay=hyper["weight_decay"],
+                momentum=hyper["momentum"],
+                dampening=hyper["dampening"],
+                nesterov=hyper["nesterov"],
+                maximize=False,
+                is_first_step=first,
+                grad_scale=scale,
+            )
+
+
+def _has_no_velocity(row: Row, hyper: Mapping[str, Any]) -> bool:
+    """Return whether a row's velocity begins with this step, which may be a later one than its first."""
+    return row.first or bool(hyper["dampening"] and not row.moments["momentum_buffer"].any())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchgraft.functional import Routed, StackedGraft
 from torchgraft.functional.extending import Tree, rows_of
 
-from .batch import stack_of
+from .gathered_stack import stack_of
 from .kind import Kind, Kinds
 from .layout import Layout, largest, rounded
 from .optimizers import Row, RowOptimizer
@@ -79,6 +79,7 @@ class Slots:
         for name, buffer in self.state.buffers().items():
             if name in numbers:
                 self._unpack(buffer, resident.place, resident.kind, numbers[name].to(buffer.device))
+        self._take_norm(resident)
 
     def lift(self, resident: Resident) -> Numbers:
         """Return copies of an adapter's numbers in host memory; the slot stays as it is."""
@@ -149,8 +150,8 @@ class Slots:
             grad: Whether to differentiate.
             state: The numbers, where they are not the slots' own.
         """
-        own = largest([resident.kind.shapes for resident in present]) if self.kinds.cuts else self._shapes
-        cut = rounded(own, self._shapes)
+        own = largest([resident.kind.shapes for resident in present])
+        cut = rounded(own, self._shapes, self.kinds.least) if self.kinds.cuts else self._shapes
         places = [resident.place for resident in present]
         gathered = gather(
             self.state if state is None else state, places, self.layout, self.kinds.layouts, cut, grad=grad
@@ -173,7 +174,12 @@ class Slots:
         self.state.tokens[resident.place] = tokens
         if sums is not None:
             self._unpack(self.state.sums, resident.place, resident.kind, sums)
+        self._take_norm(resident)
         resident.pending = sums is not None
+
+    def _take_norm(self, resident: Resident) -> None:
+        sums, norms = self.state.sums[resident.place], self.state.norms
+        norms[resident.place] = torch.linalg.vector_norm(sums, dtype=norms.dtype)
 
     def _take(self, resident: Resident) -> int:
         slot = resident.slot = self.free.pop()

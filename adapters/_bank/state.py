@@ -6,16 +6,15 @@ pure step is a step on a copy, `State.clone`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchgraft.functional.extending import Tree
 
-from .layout import Layout, Shapes
+from .layout import Layout, Shapes, cut_to
 
 
 class State(NamedTuple):
@@ -24,6 +23,8 @@ class State(NamedTuple):
     Attributes:
         parameters: `"slots P"`.
         sums: Gradients added up since the last step, `"slots P"`; of an adapter without any, what was there last.
+        norms: Norms of these sums, `"slots"`. What writes to `sums` writes its norm here too, or one that is not
+            finite: a step then takes it anew.
         moments: Buffers of the optimizers by name, `"slots ..."`.
         steps: Steps taken, `"slots"`, float32 as fused kernels want it.
         tokens: Tokens that gradients in `sums` are of, `"slots"`, float64.
@@ -32,6 +33,7 @@ class State(NamedTuple):
 
     parameters: Tensor
     sums: Tensor
+    norms: Tensor
     moments: dict[str, Tensor]
     steps: Tensor
     tokens: Tensor
@@ -47,6 +49,7 @@ class State(NamedTuple):
         return cls(
             torch.zeros(slots, size, dtype=dtype, device=device),
             torch.zeros(slots, size, dtype=dtype, device=device),
+            torch.zeros(slots, dtype=torch.promote_types(dtype, torch.float32), device=device),
             {},
             torch.zeros(slots, device=device),
             torch.zeros(slots, dtype=torch.float64, device=device),
@@ -54,7 +57,7 @@ class State(NamedTuple):
         )
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return every tensor that has a row for each slot, by name; constants are not among them."""
+        """Return the tensors that are an adapter's own, a row for each slot, by name: not norms, nor constants."""
         moments = {f"moments.{name}": buffer for name, buffer in self.moments.items()}
         return {
             "parameters": self.parameters, "sums": self.sums, "steps": self.steps, "tokens": self.tokens, **moments
@@ -64,21 +67,18 @@ class State(NamedTuple):
         """Return a copy that shares no memory."""
         moments = {name: buffer.clone() for name, buffer in self.moments.items()}
         constants = {name: buffer.clone() for name, buffer in self.constants.items()}
-        return State(
-            self.parameters.clone(), self.sums.clone(), moments, self.steps.clone(), self.tokens.clone(), constants
-        )
+        parameters, sums, norms = self.parameters.clone(), self.sums.clone(), self.norms.clone()
+        return State(parameters, sums, norms, moments, self.steps.clone(), self.tokens.clone(), constants)
 
 
 class Gathered(NamedTuple):
     """The parameters of some slots, to differentiate.
 
     Attributes:
-        rows: A copy of them, `"n P"`; a leaf, whose `.grad` a backward fills.
-        tree: The stacked tree of its views, leaves `"n ..."`.
+        tree: A copy of them as a stack, leaves `"n ..."`, whose `.grad` a backward fills.
         constants: Trees of constants, by dtype, leaves `"n ..."`.
     """
 
-    rows: Tensor
     tree: Tree
     constants: Mapping[str, Tree]
 
@@ -100,71 +100,71 @@ def gather(
     >>> state = State.empty(3, layout.size, torch.float32, torch.device("cpu"))
     >>> two = gather(state, [2, 0], layout, {}, layout.shapes, grad=True)
     >>> (two.tree["0"]["a"] * 5).sum().backward()
-    >>> two.rows.grad
-    tensor([[5., 5., 0., 0.],
-            [5., 5., 0., 0.]])
+    >>> two.tree["0"]["a"].grad
+    tensor([[5., 5.],
+            [5., 5.]])
     """
     index = torch.tensor(slots, device=state.parameters.device)
     with torch.no_grad():
-        rows = state.parameters.index_select(0, index)
+        tree = {
+            path: {name: leaf.index_select(0, index).requires_grad_(grad) for name, leaf in leaves.items()}
+            for path, leaves in layout.views(state.parameters, cut).items()
+        }
         held = {dtype: constants[dtype].views(all_.index_select(0, index)) for dtype, all_ in state.constants.items()}
-    if not grad:
-        return Gathered(rows, layout.views(rows, cut), held)
-    leaves: Iterator[Tensor] = iter(_Views.apply(rows.requires_grad_(), layout, cut))  # type: ignore[no-untyped-call,unused-ignore]
-    tree = {path: {name: next(leaves) for name in names} for path, names in layout.views(rows, cut).items()}
-    return Gathered(rows, tree, held)
-
-
-class _Views(torch.autograd.Function):
-    """Views of rows, whose gradients are written into rows once; as slices, each would make rows of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, layout: Layout, cut: Shapes) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.layout, ctx.cut, ctx.shape = layout, cut, rows.shape
-        return tuple(leaf for leaves in layout.views(rows, cut).values() for leaf in leaves.values())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        like = next(gradient for gradient in gradients if gradient is not None)
-        rows = like.new_zeros(ctx.shape)
-        leaves = (leaf for leaves in ctx.layout.views(rows, ctx.cut).values() for leaf in leaves.values())
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                leaf.copy_(gradient)
-        return rows, None, None
+    return Gathered(tree, held)
 
 
 def accumulate(
-    state: State, slots: Sequence[int], gradients: Tensor, tokens: Sequence[float] | None, fresh: Collection[int] = ()
+    state: State,
+    slots: Sequence[int],
+    gradients: Tree,
+    layout: Layout,
+    tokens: Sequence[float] | None,
+    fresh: Collection[int] = (),
 ) -> State:
     """Add gradients to the sums of some slots, and the tokens that they are of to the counts.
 
+    The norms are taken along, while the numbers are in the cache.
+
     Args:
-        state: The state; `sums` and `tokens` are written to.
+        state: The state; `sums`, `norms` and `tokens` are written to.
         slots: The slots, each once.
-        gradients: `"n P"`.
+        gradients: Leaves `"n ..."`, which may be cut to shapes that hold the leaves of each adapter there; zero where
+            there is none.
+        layout: Where leaves are in a row of sums.
         tokens: One count for each; `None` where losses are normalised already.
         fresh: The slots whose sums begin with these gradients, whatever was there.
 
-    >>> state = State.empty(3, 2, torch.float32, torch.device("cpu"))
-    >>> accumulate(state, [2], torch.ones(1, 2), [4.0]).sums[2], state.tokens
-    (tensor([1., 1.]), tensor([0., 0., 4.], dtype=torch.float64))
+    >>> layout = Layout.of({"0": {"a": (4,)}}, torch.float32)
+    >>> state = State.empty(3, layout.size, torch.float32, torch.device("cpu"))
+    >>> _ = accumulate(state, [2], {"0": {"a": torch.ones(1, 4)}}, layout, [5.0])
+    >>> state.sums[2], state.norms, state.tokens
+    (tensor([1., 1., 1., 1.]), tensor([0., 0., 2.]), tensor([0., 0., 5.], dtype=torch.float64))
     """
+    device = state.sums.device
+    index = torch.tensor(slots, device=device)
+    again = torch.tensor([i for i, slot in enumerate(slots) if slot not in fresh], dtype=torch.int64, device=device)
+    norms = []
     with torch.no_grad():
-        for slot, gradient in zip(slots, gradients, strict=True):
-            if slot in fresh:
-                state.sums[slot].copy_(gradient)
-            else:
-                state.sums[slot].add_(gradient)
+        for path, leaves in layout.views(state.sums).items():
+            for name, sums in leaves.items():
+                new = gradients.get(path, {}).get(name)
+                new = sums.new_zeros(len(slots), *sums.shape[1:]) if new is None else new
+                sums = cut_to(sums, new.shape[1:])
+                if len(again):
+                    new = new.index_add(0, again, sums.index_select(0, index[again]))
+                sums.index_copy_(0, index, new)
+                norms.append(torch.linalg.vector_norm(new.reshape(len(slots), -1), dim=1, dtype=state.norms.dtype))
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        before = state.norms.index_select(0, index[again])  # beyond the cut there may be what is not finite
+        norm.index_add_(0, again, before.masked_fill(before.isfinite(), 0))
+        state.norms.index_copy_(0, index, norm)
         if tokens is not None:
-            index = torch.tensor(slots, device=state.tokens.device)
-            state.tokens.index_add_(0, index, torch.tensor(tokens, dtype=torch.float64, device=state.tokens.device))
+            state.tokens.index_add_(0, index, torch.tensor(tokens, dtype=torch.float64, device=device))
     return state
 
 
 def clear(state: State, slot: int) -> None:
     """Set every number of a slot to zero."""
-    for buffer in (*state.buffers().values(), *state.constants.values()):
+    for buffer in (*state.buffers().values(), state.norms, *state.constants.values()):
         buffer[slot].zero_()

@@ -1,18 +1,16 @@
 """The steps of adapters that have slots: their gradients looked at, divided, clipped, and taken by their optimizers.
 
-A row of gradients is read twice, for its norm and by its optimizer. On a CPU the second comes right after the first,
-while the row is in the cache, and with little Python between; elsewhere all norms come first, for each look at one
-waits for the device.
+Norms are known since the gradients were added up, so nothing reads gradients before the optimizers do, and a device is
+waited for once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .resident import Resident, Stepped
 from .state import State
@@ -24,6 +22,9 @@ Hyper = tuple[Mapping[str, Any], float | None]
 def take_steps(state: State, residents: Sequence[Resident], values: Sequence[Hyper]) -> dict[str, Stepped]:
     """Step adapters, except those whose gradients are not finite, and drop all these gradients.
 
+    Those of one optimizer are stepped together. If it fails, gradients of these are dropped, and the adapters of the
+    optimizers after it keep theirs.
+
     Args:
         state: The numbers of all slots.
         residents: The adapters, each in a slot and once.
@@ -32,15 +33,28 @@ def take_steps(state: State, residents: Sequence[Resident], values: Sequence[Hyp
     Returns:
         What happened to each, by name.
     """
-    counted = [one.place for one in residents if one.by_tokens]
-    tokens = state.tokens.tolist() if counted else []
+    norms, tokens = torch.stack([state.norms.double(), state.tokens]).tolist()
     report: dict[str, Stepped] = {}
-    _write_counts(state, residents, 1)
+    due: dict[Hashable, tuple[list[Resident], list[Mapping[str, Any]]]] = {}
+    for one, (hyper, most) in zip(residents, values, strict=True):
+        report[one.name] = _look(one, most, norms[one.place], tokens[one.place] if one.by_tokens else 1.0)
+        if not report[one.name].skipped:
+            together, hypers = due.setdefault(one.optimizer.family, ([], []))
+            together.append(one)
+            hypers.append(hyper)
+    counted = [one.place for one in residents if one.by_tokens]
+    failed = True
+    _write_counts(state, [one for together, _ in due.values() for one in together], 1)
     try:
-        for one, (hyper, most), norm in zip(residents, values, _norms(residents, state.sums), strict=True):
-            report[one.name] = _step(one, hyper, most, norm, tokens[one.place] if one.by_tokens else 1.0)
+        for together, hypers in due.values():
+            for one in together:
+                one.pending = False  # also where the optimizer fails, for the gradient may be divided then
+            together[0].optimizer.update([one.row for one in together if one.row is not None], hypers)
+            for one in together:
+                one.steps += 1
+        failed = False
     finally:
-        if len(report) < len(residents) or any(stepped.skipped for stepped in report.values()):
+        if failed:
             _write_counts(state, residents, 0)
         if counted:
             done = [one.place for one in residents if one.by_tokens and not one.pending]
@@ -48,47 +62,32 @@ def take_steps(state: State, residents: Sequence[Resident], values: Sequence[Hyp
     return report
 
 
-def _step(resident: Resident, hyper: Mapping[str, Any], most: float | None, norm: float, tokens: float) -> Stepped:
-    """Step one adapter, whose count in the state is that of this step already.
+def _look(resident: Resident, most: float | None, norm: float, tokens: float) -> Stepped:
+    """Return what a step does to an adapter, and say in its row what its gradient is to be multiplied with.
 
     Args:
-        resident: The adapter.
-        hyper: All of its optimizer's hyper-parameters.
+        resident: The adapter; if it is skipped, its gradients are dropped.
         most: The norm to clip to.
         norm: The norm of the sum of its gradients.
         tokens: What to divide this sum by.
     """
     row = resident.row
     assert row is not None
-    resident.pending = False  # also where the optimizer fails, for the gradient may be divided then
+    if not math.isfinite(norm):  # squares may have been too large for the dtype
+        norm = float(torch.linalg.vector_norm(row.gradient, dtype=torch.float64))
+    reason = ""
     if tokens <= 0:
-        return Stepped(resident.steps, norm, "its batches have no tokens")
-    norm /= tokens
-    if not math.isfinite(norm):
-        return Stepped(resident.steps, norm, "its gradients are not finite")
-    factor = 1 / tokens
+        reason = "its batches have no tokens"
+    elif not math.isfinite(norm / tokens):
+        reason = "its gradients are not finite"
+    if reason:
+        row.gradient.zero_()  # also beyond what the next batch writes
+        resident.pending = False
+        return Stepped(resident.steps, norm / tokens if tokens > 0 else norm, reason)
+    norm, row.factor, row.first = norm / tokens, 1 / tokens, resident.steps == 0
     if most is not None:
-        factor *= min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-    if factor != 1:
-        row.gradient.mul_(factor)
-    row.first = resident.steps == 0
-    resident.optimizer.update(row, hyper)
-    resident.steps += 1
-    return Stepped(resident.steps, norm)
-
-
-def _norms(residents: Sequence[Resident], sums: Tensor) -> Iterator[float]:
-    """Yield the norm of each adapter's gradients."""
-    rows = [one.row.gradient for one in residents if one.row is not None]
-    if sums.is_cpu:
-        squares: Iterator[float] = (torch.dot(row, row).item() for row in rows)
-    else:
-        squares = iter(torch.stack([torch.dot(row, row) for row in rows]).tolist() if rows else [])
-    for square, row in zip(squares, rows, strict=True):
-        if math.isfinite(square):
-            yield math.sqrt(square)
-        else:  # squares may have been too large for the dtype
-            yield float(torch.linalg.vector_norm(row, dtype=torch.float64))
+        row.factor *= min(1.0, most / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+    return Stepped(resident.steps + 1, norm)
 
 
 def _write_counts(state: State, residents: Sequence[Resident], more: int) -> None:

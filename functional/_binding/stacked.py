@@ -187,10 +187,6 @@ class StackedBinding(Binding):
         active = super().active(params)
         rows, members, places = (getattr(params, name, None) for name in ("rows", "members", "places"))
         held = self.members if members is None else members
-        if rows is not None and places is not None and rows.count != len(places):
-            raise ValueError(
-                f"the stack has {rows.count} adapters, and places of it are given for {len(places)}; give one for each"
-            )
         if rows is not None and places is None and rows.count != len(held):
             raise ValueError(
                 f"the stack has {rows.count} adapters, and this graft was bound with {len(self.members)} configs; say "

@@ -198,6 +198,11 @@ def route(
     declared = _declared(batch_dim, tokens_dim, mixed)
     if places is not None and not isinstance(places, Places):
         raise TypeError(f"route: places is of type {type(places).__name__}, expected what graft.places() returns")
+    if places is not None and len(places) != len(leaf):
+        raise ValueError(
+            f"route: the stack has {len(leaf)} adapters, and places of it are given for {len(places)}; give one for "
+            "each"
+        )
     if members is not None and not isinstance(members, Tensor):
         raise TypeError(f"route: members is {given_type(members)}, expected a tensor: torch.tensor(members)")
     if rows is None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torchgraft.adapters import Bank, LoraConfig, sgd
+from torchgraft.adapters import Bank, LoraConfig, adamw, sgd
 from torchgraft.functional import bind
 
 ALL = {"target_modules": ["0", "2"], "init_lora_weights": False}
@@ -113,7 +113,9 @@ def test_an_open_batch_keeps_the_parameters_that_it_began_with() -> None:
         adapted(x).square().sum().backward()
         gradients = adapted.gradients()
     other.step(["a"])  # both gradients at once
-    torch.testing.assert_close(bank.state.sums[bank._roster.get("a", "").place], gradients[0])  # type: ignore[index]
+    for path, leaves in bank._slots.layout.views(bank.state.sums[bank._roster.get("a", "").place]).items():
+        for name, leaf in leaves.items():
+            torch.testing.assert_close(leaf, gradients[path][name][0])
 
 
 def test_an_optimizer_that_fails_drops_the_gradients_of_its_adapter_alone() -> None:
@@ -123,21 +125,24 @@ def test_an_optimizer_that_fails_drops_the_gradients_of_its_adapter_alone() -> N
         def __getattr__(self, name: str) -> Any:
             return getattr(bank._optimizer, name)
 
-        def update(self, row: Any, hyper: Any) -> None:
+        family = "failing"
+
+        def update(self, rows: Any, hypers: Any) -> None:
             raise OSError("no more memory")
 
     bank.add("c", LoraConfig(r=8, **ALL), optimizer=Failing())
-    with bank.rows(["a", "c", "b"], tokens=[2, 2, 2]) as adapted:
-        adapted(torch.randn(3, 16)).square().sum().backward()
+    bank.add("d", LoraConfig(r=8, **ALL), optimizer=adamw())
+    with bank.rows(["a", "c", "d", "b"], tokens=[2] * 4) as adapted:
+        adapted(torch.randn(4, 16)).square().sum().backward()
     with pytest.raises(OSError, match="no more memory"):
-        bank.step(["a", "c", "b"])
-    assert [bank.steps(name) for name in "abc"] == [1, 0, 0]
-    slots = [bank._roster.get(name, "").place for name in "abc"]
-    assert bank.state.steps[slots].tolist() == [1, 0, 0]
-    assert bank.state.tokens[slots].tolist() == [0, 2, 0]
+        bank.step(["a", "c", "d", "b"])  # those of one optimizer at once
+    assert [bank.steps(name) for name in "abcd"] == [1, 1, 0, 0]
+    slots = [bank._roster.get(name, "").place for name in "abcd"]
+    assert bank.state.steps[slots].tolist() == [1, 1, 0, 0]
+    assert bank.state.tokens[slots].tolist() == [0, 0, 0, 2]
     with pytest.raises(RuntimeError, match="'c' has no gradients"):
         bank.step(["c"])
-    assert bank.step(["b"])["b"].steps == 1
+    assert bank.step(["d"])["d"].steps == 1
 
 
 def test_an_adapter_added_in_inference_mode_trains() -> None:
