@@ -42,6 +42,8 @@ from ._files.inspected import AdapterFile as AdapterFile
 from ._files.inspected import inspect_adapter as inspect_adapter
 from ._files.load import load_adapter as load_adapter
 from ._files.save import save_adapter as save_adapter
+from ._files.servers.check import Servable as Servable
+from ._files.servers.check import check_servable as check_servable
 from ._files.stacks import load_stack as load_stack
 from ._files.stacks import save_stack as save_stack
 from ._inplace import AdapterRows as AdapterRows

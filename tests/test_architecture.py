@@ -53,6 +53,7 @@ ORDER = {
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _arithmetic: products mixing truncated given combine vectors soups weighted
+        _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
