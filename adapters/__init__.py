@@ -30,6 +30,7 @@ from ._calibration.initial import LoraGAConfig as LoraGAConfig
 from ._calibration.statistics import fit_corda as fit_corda
 from ._calibration.statistics import fit_eva as fit_eva
 from ._calibration.statistics import fit_lora_ga as fit_lora_ga
+from ._checkpoints.merge import merge_files as merge_files
 from ._config.base import AdapterConfig as AdapterConfig
 from ._config.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from ._config.errors import PeftError as PeftError

@@ -55,6 +55,7 @@ ORDER = {
         _arithmetic: products mixing truncated given combine vectors soups weighted
         _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks
+        _checkpoints: folder skeleton rows changes shard merge
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
         _bank: layout state optimizers functional_optimizer muon kind resident stepping arguments batch slots isolation
