@@ -125,9 +125,8 @@ def changes_of(base: ModelFolder, path: str | os.PathLike[str], adapter_name: st
             weights = SomeWeights(whole.file, specs, whole.size, whole.handle, whole=whole)
             _check_whole(config, base, instead, rows)
             sites, modules, tree = _bound(base, config, weights) if specs else ({}, {}, {})
-            _check_tied(
-                base, {name: adapter.site.kind for name, (adapter, _) in sites.items()} | dict.fromkeys(rows, "")
-            )
+            kinds = {name: adapter.site.kind for name, (adapter, _) in sites.items()} | dict.fromkeys(rows, "embedding")
+            _check_tied(base, kinds)
             return Changes(base, instead, rows, sites, modules, tree)
 
 
@@ -211,7 +210,7 @@ def _check_tied(base: ModelFolder, kinds: Mapping[str, str]) -> None:
         word in str(config.get("architectures")) for word in ("CausalLM", "LMHead", "MaskedLM", "Conditional")
     )
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
-    embeddings = [name for name, kind in kinds.items() if kind in ("embedding", "")]
+    embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
     outputs = any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in base.shard_of)
     if generates and tied and embeddings and not outputs:
         raise UnsupportedConfig(

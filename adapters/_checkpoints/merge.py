@@ -1,4 +1,4 @@
-"""An adapter merged into the files of its model in bounded memory: no model is built, and large weights come in parts."""
+"""An adapter merged into the files of its model in bounded memory: no model is built, large weights come in parts."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ def main(case_file: str, result_file: str) -> None:
         max_model_len=64,
         max_num_seqs=8,
         enforce_eager=True,
+        gpu_memory_utilization=0.2,  # which vLLM takes of the machine's memory, on a CPU
         enable_prefix_caching=False,
         **case["options"],
     )
