@@ -30,6 +30,7 @@ from ._calibration.initial import LoraGAConfig as LoraGAConfig
 from ._calibration.statistics import fit_corda as fit_corda
 from ._calibration.statistics import fit_eva as fit_eva
 from ._calibration.statistics import fit_lora_ga as fit_lora_ga
+from ._checkpoints.merge import merge_files as merge_files
 from ._config.base import AdapterConfig as AdapterConfig
 from ._config.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from ._config.errors import PeftError as PeftError
@@ -56,6 +57,8 @@ from ._files.inspected import AdapterFile as AdapterFile
 from ._files.inspected import inspect_adapter as inspect_adapter
 from ._files.load import load_adapter as load_adapter
 from ._files.save import save_adapter as save_adapter
+from ._files.servers.check import Servable as Servable
+from ._files.servers.check import check_servable as check_servable
 from ._files.stacks import load_stack as load_stack
 from ._files.stacks import save_stack as save_stack
 from ._inplace import AdapterRows as AdapterRows

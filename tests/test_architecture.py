@@ -56,7 +56,9 @@ ORDER = {
         _calibration: progress
         _conversion: wanted report changes shrink to_lora sources extract factors fused adapterhub
             formats
+        _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks
+        _checkpoints: folder skeleton rows changes shard merge
         _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa
         _bank: layout state optimizers together functional_optimizer muon kind resident stepping arguments gathered_stack batch slots isolation

@@ -25,6 +25,8 @@ from .._methods.lora.to_plain import plain as to_plain
 from .._methods.lora.to_plain import raw
 from .disk.config_file import make_folder, to_json
 from .disk.folder import as_directory, check_name, write_pair
+from .servers.engines import server_of
+from .servers.form import as_served
 from .stored import check_target
 
 
@@ -35,6 +37,7 @@ def save_adapter(
     *,
     params: Tree | None = None,
     plain: bool = False,
+    server: str | None = None,
     save_embedding_layers: Choice = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
@@ -56,6 +59,9 @@ def save_adapter(
         params: The graft's parameters: the adapter's tree, or `{name: tree}`.
         plain: Write a LoRA that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA as a plain one, see `to_plain`;
             PEFT's `path_initial_model_for_weight_conversion`.
+        server: The engine that is to serve it, `"vllm"`, `"sglang"`, `"lorax"` or `"llama.cpp"`: the files get a form
+            that it loads and scales right, scaling factors in `B`. Without embeddings of the base, if these are not
+            asked for.
         save_embedding_layers: Whether the base's input and output embeddings are written too, see
             `get_peft_model_state_dict`; a graft never writes them.
         state_dict: The model's state dict, where the tensors are to be taken from there; then each process that calls
@@ -67,6 +73,7 @@ def save_adapter(
     Raises:
         ValueError: A name that the target does not have or that leads out of the directory; tensors without values.
         KeyError, TypeError: Parameters that do not fit the graft, or embeddings of the base asked of one.
+        UnsupportedConfig: What the engine cannot have, each with what to do.
         OSError: Files that cannot be written; names the file.
 
     >>> import tempfile
@@ -78,7 +85,7 @@ def save_adapter(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     _check_arguments(target, path, adapter_name)
-    fields, weights, groups = as_bytes(target, adapter_name, params, plain, save_embedding_layers, state_dict)
+    fields, weights, groups = as_bytes(target, adapter_name, params, plain, save_embedding_layers, state_dict, server)
     root = Path(path)
     folder = root if adapter_name == "default" else root / adapter_name
     once(groups, lambda: write_pair(make_folder(path, adapter_name), fields, weights), folder)
@@ -92,8 +99,12 @@ def as_bytes(
     plain: bool = False,
     save_embedding_layers: Choice = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
+    server: str | None = None,
 ) -> tuple[bytes, bytes, Any]:
     """Return the bytes of an adapter's two files, and the processes that have parts of it, as `save_adapter` does."""
+    rules = None if server is None else server_of(server)
+    if rules is not None and save_embedding_layers == "auto":
+        save_embedding_layers = False
     if isinstance(target, Graft):
         if save_embedding_layers is True or state_dict is not None:
             raise TypeError("save_embedding_layers and state_dict go with a model; of a graft, params are written")
@@ -101,9 +112,10 @@ def as_bytes(
     else:
         model, config, sites, state = _of_model(target, adapter_name, params, plain, save_embedding_layers, state_dict)
     groups = [] if state_dict is not None else groups_of(target, state.values())
-    weights = safetensors.torch.save(
-        {key: _snapshot(key, tensor) for key, tensor in state.items()}, metadata={"format": "pt"}
-    )
+    state = {key: _snapshot(key, tensor) for key, tensor in state.items()}
+    if rules is not None:
+        config, state = as_served(rules, config, model, sites, state)
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
     return to_json(_fields(config, model, sites)), weights, groups
 
 

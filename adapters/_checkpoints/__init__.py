@@ -1,0 +1,1 @@
+"""Whole models on disk: adapters merged into their shards, tensor by tensor."""

@@ -1,0 +1,45 @@
+"""Ask vLLM for the log-probabilities of prompts, each row of a batch with an adapter of its own; runs in its environment.
+
+    python tests/serve/engine.py case.json result.json
+
+A case has `model`, `adapters` (name to folder), `rows` (of each prompt `[adapter or null, token ids]`) and `options`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+
+def main(case_file: str, result_file: str) -> None:
+    case = json.loads(Path(case_file).read_text())
+    engine = LLM(
+        case["model"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enable_lora=True,
+        max_loras=len(case["adapters"]),
+        max_model_len=64,
+        max_num_seqs=8,
+        enforce_eager=True,
+        gpu_memory_utilization=0.2,  # which vLLM takes of the machine's memory, on a CPU
+        enable_prefix_caching=False,
+        **case["options"],
+    )
+    requests = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(case["adapters"].items(), 1)}
+    outputs = engine.generate(
+        [{"prompt_token_ids": tokens} for _, tokens in case["rows"]],
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
+        lora_request=[requests.get(name) for name, _ in case["rows"]],
+    )
+    found = []
+    for output in outputs:
+        given = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        found.append([each[token].logprob for token, each in given])
+    Path(result_file).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
