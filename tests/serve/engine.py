@@ -1,4 +1,4 @@
-"""Ask vLLM for the log-probabilities of prompts, each row of a batch with an adapter of its own; runs in its environment.
+"""Ask vLLM for log-probabilities, each row of a batch with an adapter of its own; runs in vLLM's environment.
 
     python tests/serve/engine.py case.json result.json
 
@@ -26,18 +26,17 @@ def main(case_file: str, result_file: str) -> None:
         enforce_eager=True,
         gpu_memory_utilization=0.2,  # which vLLM takes of the machine's memory, on a CPU
         enable_prefix_caching=False,
+        max_logprobs=-1,
         **case["options"],
     )
     requests = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(case["adapters"].items(), 1)}
     outputs = engine.generate(
         [{"prompt_token_ids": tokens} for _, tokens in case["rows"]],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
+        SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False),
         lora_request=[requests.get(name) for name, _ in case["rows"]],
     )
-    found = []
-    for output in outputs:
-        given = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        found.append([each[token].logprob for token, each in given])
+    after = [output.outputs[0].logprobs[0] for output in outputs]  # of every token; those of prompts fail with adapters
+    found = [[each[token].logprob for token in range(len(each))] for each in after]
     Path(result_file).write_text(json.dumps(found))
 
 
