@@ -9,13 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._binding.replaced import merged
-from ._binding.tied import TiedAdapter
+from ._dense import active_trees, adapted_layers, followers
 from ._given import check_graft
 from ._graft import Graft
-from ._layers.base import BaseWithTensors
-from ._layers.compose import compose
-from ._method import SiteAdapter, Tree
-from ._sites.parameters import Key, find
+from ._method import Tree
+from ._sites.parameters import find
 from ._sites.tensors import own_tensor
 from ._tensors.placement import is_sharded, spread
 from ._tensors.wrappers import bare_name, modules_of, state_of
@@ -49,9 +47,7 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     """
     instead = "; adapters in place are merged by torchgraft.adapters.merge_adapter(model)"
     check_graft(graft, "merge", instead)
-    active = graft.binding.active(params)
-    if not all(isinstance(tree, dict) for tree in active.values()):
-        raise TypeError("merge: got a routed stack, expected the tree of one adapter: merge(graft, unstack(many)[i])")
+    active = active_trees(graft, params, "merge")
     model = graft.binding.model
     state = state_of(model)
     modules = modules_of(model)
@@ -61,22 +57,10 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in itertools.chain(*tensors):
         names.setdefault(id(tensor), []).append(bare_name(name))
-    by_key, _ = graft.binding.adapters_by_key(active)
-    tied: dict[str, set[int]] = {}
-    carriers: dict[Key, dict[str, SiteAdapter]] = {}
-    for key, adapters in by_key.items():
-        for name, adapter in adapters.items():
-            if isinstance(adapter, TiedAdapter):
-                tied.setdefault(adapter.tied.source, set()).add(key[0])
-            else:
-                carriers.setdefault(key, {})[name] = adapter
-    carrying = {module for module, _ in carriers}
-    for adapters in carriers.values():
-        site = next(iter(adapters.values())).site
-        replaced = {leaf: given[name] for leaf in site.names if (name := f"{site.owner}.{leaf}".lstrip(".")) in given}
-        layer = compose(BaseWithTensors(modules[site.owner], site, replaced), adapters, active)
+    following = followers(graft.binding, active)
+    for site, layer in adapted_layers(graft.binding, active, given):
         for leaf, value in site.stored(*layer.dense()).items():
-            _write(state, names, modules, site.path, leaf, value, tied.get(site.path, set()) - carrying)
+            _write(state, names, modules, site.path, leaf, value, following.get(site.path, ()))
     return state
 
 

@@ -15,6 +15,7 @@ from ._binding.plan import with_parts as with_parts
 from ._binding.replaced import Plan as Plan
 from ._binding.replaced import Replaced as Replaced
 from ._binding.replaced import each as each
+from ._binding.replaced import merged as merged
 from ._binding.replaced import over as over
 from ._binding.replaced import replaced as replaced
 from ._binding.replaced import tensor_at as tensor_at
@@ -24,6 +25,8 @@ from ._binding.tied import TiedAdapter as TiedAdapter
 from ._binding.tied import TiedSite as TiedSite
 from ._binding.tied import TiedSites as TiedSites
 from ._binding.tied import tied_adapter as tied_adapter
+from ._dense import active_trees as active_trees
+from ._dense import adapted_layers as adapted_layers
 from ._execution.pool import Watch as Watch
 from ._given import check_config as check_config
 from ._given import check_module as check_module

@@ -36,7 +36,7 @@ OPTIONAL = {
 
 ORDER = {
     "adapters": """
-        _files/disk: folder strict_json headers hub config_file
+        _files/disk: folder strict_json headers shards hub config_file
         _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
             experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
@@ -55,14 +55,17 @@ ORDER = {
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
         _arithmetic: products mixing truncated given combine vectors soups weighted
+        _calibration: progress
+        _conversion: wanted report changes shrink to_lora sources extract factors fused adapterhub
+            formats
         _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _checkpoints: folder skeleton rows changes shard merge
-        _calibration: progress observing redistributed statistics
+        _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa
         _bank: layout state optimizers functional_optimizer muon kind resident stepping arguments batch slots isolation
             record resting roster files bank ranks collected checkpoint replicated
-        _peft: names absent configs card tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
+        _peft: names absent configs card conversion tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
             layer_classes helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
         _command: output files inspecting making main
         .: __init__
@@ -79,7 +82,7 @@ ORDER = {
             row_weights followed row_groups parameters skeleton swaps
         _routing: route owners
         _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
-        .: _graft _given _call _merge _module _stacks _base_with_weights _bind extending __init__
+        .: _graft _given _call _dense _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

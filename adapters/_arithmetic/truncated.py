@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Rank = int | Callable[[Tensor], int]
+"""A rank, or a function of the singular values, `"... k"`, that chooses one."""
 
-def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+
+def truncate(a: Tensor, b: Tensor, rank: Rank) -> tuple[Tensor, Tensor]:
     """Return the factors of rank `rank`, or less, whose product is nearest to `b a`, which is never formed.
 
     `b = Q R` and `a^T = P S`, so the singular values of `b a` are those of the small `R S^T`. The first factor that is
@@ -27,9 +32,10 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return small_a @ p.mT, q @ small_b
 
 
-def truncate_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate_matrix(matrix: Tensor, rank: Rank) -> tuple[Tensor, Tensor]:
     """Return the factors of rank `rank`, or less, whose product is nearest to a matrix, `"... out in"`."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    rank = rank(s) if callable(rank) else rank
     return v[..., :rank, :], u[..., :rank] * s[..., None, :rank]
 
 

@@ -1,0 +1,1 @@
+"""Conversion: from any method to LoRA, from a fine-tuned model to LoRA, between ranks, layouts and formats of files."""

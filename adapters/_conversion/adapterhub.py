@@ -1,0 +1,116 @@
+"""LoRA in the form of AdapterHub's files: names with `loras`, and a config with one rank and factor for all modules.
+
+Source: adapter-hub/adapters, `src/adapters/methods/lora.py` (`LoRALinear`, whose `lora_A` is `"r in"`, `lora_B` is
+`"out r"`, scaled by `alpha / r`) and `src/adapters/configuration/adapter_config.py` (`LoRAConfig`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchgraft.functional import UnsupportedConfig
+
+from .._config.messages import names_of
+from .factors import Factors
+
+_ROLES = {
+    r"(self_attn\.q_proj|attention\.self\.query|attention\.q_lin|SelfAttention\.q)": "q",
+    r"(self_attn\.k_proj|attention\.self\.key|attention\.k_lin|SelfAttention\.k)": "k",
+    r"(self_attn\.v_proj|attention\.self\.value|attention\.v_lin|SelfAttention\.v)": "v",
+    r"(self_attn\.(o_proj|out_proj)|attention\.output\.dense|attention\.out_lin|SelfAttention\.o)": "o",
+    r"(intermediate\.dense|mlp\.up_proj|fc1|ffn\.lin1|DenseReluDense\.wi)": "intermediate",
+    r"(output\.dense|mlp\.down_proj|fc2|ffn\.lin2|DenseReluDense\.wo)": "output",
+}
+"""What AdapterHub's config calls a module, by the end of its name."""
+
+_KEY = re.compile(r"(?P<path>.+)\.loras\.(?P<name>[^.]+)\.(?P<leaf>.+)")
+
+
+def to_adapterhub(found: Mapping[str, Factors], name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and config; where modules differ, ranks are filled up with zeros, and factors go into `B`.
+
+    Raises:
+        UnsupportedConfig: A module that its config has no word for.
+    """
+    roles = {path: _role(path) for path in found}
+    layers = {path: tuple(re.findall(r"\.(\d+)\.", f".{path}.")) for path in found}
+    for role in set(roles.values()):
+        own = {layers[path] for path, one in roles.items() if one == role}
+        if own != set(layers.values()):
+            raise UnsupportedConfig(
+                f"to_format: only some layers have an adapter on {role!r}, and AdapterHub's config has that for all of "
+                "them; convert adapters that are alike in each layer"
+            )
+    rank = max(one.rank for one in found.values())
+    alike = len({(one.rank, one.alpha) for one in found.values()}) == 1
+    tensors = {}
+    for path, one in found.items():
+        own = one if alike else one.folded
+        more = rank - own.rank
+        tensors[f"{path}.loras.{name}.lora_A"] = torch.nn.functional.pad(own.a, (0, 0, 0, more))
+        # The factor alpha / r is one with alpha = r, whatever the rank that zeros fill up.
+        tensors[f"{path}.loras.{name}.lora_B"] = torch.nn.functional.pad(own.b, (0, more))
+    attention = [role for role in "qkvo" if role in roles.values()]
+    config = {
+        "architecture": "lora", "selfattn_lora": bool(attention), "attn_matrices": attention,
+        "intermediate_lora": "intermediate" in roles.values(), "output_lora": "output" in roles.values(),
+        "leave_out": [], "r": rank, "alpha": next(iter(found.values())).alpha if alike else rank, "dropout": 0.0,
+        "composition_mode": "add", "init_weights": "lora", "use_gating": False,
+    }  # fmt: skip
+    return tensors, {"name": name, "config": config}
+
+
+def _role(path: str) -> str:
+    for pattern, role in _ROLES.items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", path):
+            return role
+    raise UnsupportedConfig(
+        f"to_format: {path} is none of the modules that AdapterHub's config has words for (query, key, value and "
+        "output of self-attention, and the two feed-forward layers); leave it out"
+    )
+
+
+def from_adapterhub(
+    tensors: Mapping[str, Tensor], prefix: str | None, fields: Mapping[str, Any] | None
+) -> dict[str, Factors]:
+    """Return factors by module.
+
+    Raises:
+        ValueError: No config, or one of another method or with gates; several adapters; keys of something else.
+    """
+    config = (fields or {}).get("config", fields)
+    if not config or "alpha" not in config:
+        raise ValueError("from_format: AdapterHub's tensors do not tell their scaling factor; pass fields, its config")
+    if config.get("composition_mode", "add") != "add" or config.get("use_gating") or config.get("use_dora"):
+        raise ValueError(
+            "from_format: the config has another composition_mode than 'add', or gates, which a LoRA cannot have"
+        )
+    keys = {key: _KEY.fullmatch(key) for key in tensors}
+    names = sorted({match["name"] for match in keys.values() if match})
+    name = names[0] if prefix is None and len(names) == 1 else prefix
+    if name not in names:
+        raise ValueError(f"from_format: prefix is {prefix!r}, and the tensors are of the adapters {names}; name one")
+    own = {key: match for key, match in keys.items() if match and match["name"] == name}
+    other = [
+        key for key, match in keys.items() if not match or (match["name"] == name and match["leaf"][:-1] != "lora_")
+    ]
+    if other:
+        raise ValueError(f"from_format: {names_of(other)} is no factor of a LoRA; leave it out")
+    leaves: dict[str, dict[str, Tensor]] = {}
+    for key, match in own.items():
+        leaves.setdefault(match["path"], {})[match["leaf"]] = tensors[key]
+    found = {}
+    for path, one in leaves.items():
+        a, b = one.get("lora_A"), one.get("lora_B")
+        if a is None or b is None or len(a) != b.shape[1]:
+            raise ValueError(
+                f"from_format: {path} has no lora_A and lora_B of one rank (a fused layer such as GPT-2's c_attn has "
+                "several in one, which is not read here)"
+            )
+        found[path] = Factors(a, b, float(config["alpha"]))
+    return found
