@@ -30,13 +30,17 @@ def main(case_file: str, result_file: str) -> None:
         **case["options"],
     )
     requests = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(case["adapters"].items(), 1)}
-    outputs = engine.generate(
-        [{"prompt_token_ids": tokens} for _, tokens in case["rows"]],
-        SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False),
-        lora_request=[requests.get(name) for name, _ in case["rows"]],
-    )
-    after = [output.outputs[0].logprobs[0] for output in outputs]  # of every token; those of prompts fail with adapters
-    found = [[each[token].logprob for token in range(len(each))] for each in after]
+    found = [None] * len(case["rows"])
+    for adapted in (True, False):  # apart: on a CPU, rows without an adapter get one in a batch of rows with adapters
+        rows = [i for i, (name, _) in enumerate(case["rows"]) if (name is not None) is adapted]
+        outputs = engine.generate(
+            [{"prompt_token_ids": case["rows"][i][1]} for i in rows],
+            SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False),
+            lora_request=[requests.get(case["rows"][i][0]) for i in rows] if adapted else None,
+        )
+        for i, output in zip(rows, outputs, strict=True):
+            after = output.outputs[0].logprobs[0]  # of every token; those of prompts fail with adapters
+            found[i] = [after[token].logprob for token in range(len(after))]
     Path(result_file).write_text(json.dumps(found))
 
 
