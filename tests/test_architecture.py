@@ -28,6 +28,8 @@ ALLOWED = {
 
 OPTIONAL = {
     "adapters/_calibration/progress.py": {"tqdm"},
+    "adapters/_command/inspecting.py": {"matplotlib"},
+    "adapters/_command/output.py": {"tqdm"},
     "adapters/_peft/auto.py": {"transformers", "<computed name>"},  # a base model's library, of a list of few
 }
 """What a file imports within a function, where it is installed."""
@@ -63,8 +65,9 @@ ORDER = {
         _optim: lora_plus lora_fa
         _bank: layout state optimizers together functional_optimizer muon kind resident stepping arguments gathered_stack batch slots isolation
             record resting roster files bank ranks collected checkpoint replicated
-        _peft: names absent configs card tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
+        _peft: names absent configs card conversion tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
             layer_classes helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
+        _command: output files inspecting making main
         .: __init__
     """,
     "functional": """

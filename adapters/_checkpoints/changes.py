@@ -34,14 +34,13 @@ from .skeleton import skeleton_of
 
 @dataclasses.dataclass(frozen=True)
 class SomeWeights(Weights):
-    """An opened file, seen as if it had some of its tensors only."""
+    """An opened file, seen as if it had some of its tensors only, which are in memory already."""
 
-    whole: Weights | None = None
+    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def read(self) -> dict[str, Tensor]:
-        """Read these tensors."""
-        assert self.whole is not None
-        return {key: tensor for key, tensor in self.whole.read().items() if key in self.specs}
+        """Return these tensors."""
+        return {key: self.tensors[key] for key in self.specs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ def changes_of(base: ModelFolder, path: str | os.PathLike[str], adapter_name: st
             tensors = whole.read()
             instead, rows, kept = _apart(base, config, tensors)
             specs = {key: spec for key, spec in whole.specs.items() if key in kept}
-            weights = SomeWeights(whole.file, specs, whole.size, whole.handle, whole=whole)
+            weights = SomeWeights(whole.file, specs, whole.size, whole.handle, tensors=tensors)
             _check_whole(config, base, instead, rows)
             sites, modules, tree = _bound(base, config, weights) if specs else ({}, {}, {})
             kinds = {name: adapter.site.kind for name, (adapter, _) in sites.items()} | dict.fromkeys(rows, "embedding")

@@ -20,7 +20,7 @@ from .folder import ModelFolder, open_model
 from .shard import write_shard
 
 _JOB = ".merge.json"
-_MOST = 64 * 2**20
+_MOST = 32 * 2**20
 """Bytes of a weight that are merged at once."""
 
 
@@ -39,7 +39,7 @@ def merge_files(
     The result has the base's files, with the adapted tensors changed: the same shards, names, dtypes, config and
     tokenizer. It is written into a directory beside `out`, which gets its name when all of it is there. A merge that
     was stopped, or killed, goes on where it was when it is called again. Any method that has a dense meaning can be
-    merged; weights larger than 64 MB are merged in parts where they have a LoRA. Nothing is unpickled.
+    merged; weights larger than 32 MB are merged in parts where they have a LoRA. Nothing is unpickled.
 
     Args:
         base: The directory of the model: safetensors, in one file or in shards.

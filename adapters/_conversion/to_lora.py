@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torchgraft.functional.extending import Tree, active_trees, modules_of, sort
 from .._arithmetic.combine import combine
 from .._arithmetic.products import config_of_ranks, products
 from .._calibration.initial import REMOVING, kind_of
+from .._calibration.progress import shown
 from .._config.base import AdapterConfig
 from .._config.targets import exact
 from .._methods.lora.lora import LoraConfig
@@ -43,6 +44,7 @@ def to_lora(
     energy: float | None = None,
     biases: str = "refuse",
     dtype: torch.dtype | None = None,
+    progress: bool = False,
 ) -> tuple[LoraConfig, Tree, ConversionReport]:
     """Return the plain LoRA that is nearest to an adapter, or to several over each other, and its errors.
 
@@ -64,6 +66,7 @@ def to_lora(
         biases: What to do where a method changes the base's bias too (IA3, DoRA over a LoRA with a bias), which `B A`
             cannot: `"refuse"` is an error, `"train"` makes it a trained bias, `bias="lora_only"`.
         dtype: Dtype of the leaves; by default that of the adapter's own.
+        progress: Whether a bar shows how far it is, where tqdm is installed.
 
     Returns:
         `(config, params, report)`: a LoRA for the same model, whose scaling factor is one; a `rank_pattern` where ranks
@@ -103,7 +106,8 @@ def to_lora(
     with torch.no_grad():
         plain = _as_plain(graft, active)
         if plain is None:
-            return _of_changes(graft, active, wanted, biases, dtype)
+            found = shown(changes(graft, active), "converting", progress)
+            return _of_changes(graft, active, found, wanted, biases, dtype)
         config, tree, report = shrink(*plain, rank, energy=energy)
         return config, _cast(tree, dtype), report
 
@@ -142,7 +146,12 @@ def _cast(tree: Tree, dtype: torch.dtype | None) -> Tree:
 
 
 def _of_changes(
-    graft: Graft, active: dict[str, Tree], wanted: Wanted, biases: str, dtype: torch.dtype | None
+    graft: Graft,
+    active: Mapping[str, Tree],
+    found: Iterable[Change],
+    wanted: Wanted,
+    biases: str,
+    dtype: torch.dtype | None,
 ) -> tuple[LoraConfig, Tree, ConversionReport]:
     if len(active) > 1:
         _check_none_replaces(graft, active)
@@ -155,7 +164,7 @@ def _of_changes(
     }
     ranks, errors, kept, trained = {}, {}, {}, False
     own = dtype or _dtype(active)
-    for change in changes(graft, active):
+    for change in found:
         path = change.site.path
         leaves, ranks[path], errors[path] = converted(change.site, change.weight, wanted, own, change.floor)
         tree.setdefault(path, {}).update(leaves)

@@ -17,7 +17,7 @@ from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
-from . import eva, helpers, hotswap, lookups, optimizers, precision, preprocess
+from . import conversion, eva, helpers, hotswap, lookups, optimizers, precision, preprocess
 from .absent import Absent, absent_names
 from .auto import AUTO_MODELS
 from .configs import get_peft_config
@@ -130,6 +130,7 @@ _HELPERS = {
         helpers.update_signature,
     )
 }
+_CONVERSION = {"convert_to_lora": conversion.convert_to_lora, "save_as_lora": conversion.save_as_lora}
 _FILES = {
     "CONFIG_NAME": "adapter_config.json",
     "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
@@ -168,6 +169,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_STATE,
         **_BASE_STATE,
         **_DATA,
+        **_CONVERSION,
         "cast_mixed_precision_params": precision.cast_mixed_precision_params,
         "prepare_model_for_kbit_training": precision.prepare_model_for_kbit_training,
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": PeftModel.of_task,
@@ -201,13 +203,15 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_STARTS,
         **_TUNER_MODELS,
         **_DATA,
+        **_CONVERSION,
         "MixedModel": MixedModel,
     },
     **_TUNERS,
     **_CONFIG_MODULES,
     **_MODEL_MODULES,
     "peft.tuners.mixed": {"MixedModel": MixedModel},
-    "peft.tuners.lora": {**_LORA, **_STARTS, **_DATA},
+    "peft.tuners.lora": {**_LORA, **_STARTS, **_DATA, **_CONVERSION},
+    "peft.tuners.lora.conversion": _CONVERSION,
     "peft.tuners.lora.corda": {"preprocess_corda": preprocess.preprocess_corda},
     "peft.tuners.lora.eva": {name: one for name, one in _DATA.items() if "eva" in name},
     "peft.tuners.lora.loraga": {"preprocess_loraga": preprocess.preprocess_loraga},

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _inplace as inplace
 from .._arithmetic.weighted import add_weighted_adapter
 from .._config.base import AdapterConfig
+from .conversion import supports_lora_conversion
 
 
 class BaseTuner(inplace.ModelWrapper):
@@ -106,6 +107,10 @@ class BaseTuner(inplace.ModelWrapper):
     ) -> None:
         """Add the weighted sum of adapters as another one, with the arguments of `torchgraft.adapters`' function."""
         add_weighted_adapter(self.model, adapters, weights, adapter_name, *args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether `convert_to_lora` is for an adapter of this model."""
+        return supports_lora_conversion(self, adapter_name)
 
     def enable_adapter_layers(self) -> None:
         """Switch adapters on."""

@@ -14,6 +14,7 @@ from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.peft_type import PeftType
 from .._config.ties import others_tied_to
+from .conversion import supports_lora_conversion
 from .tuner_classes import tuner_class
 from .tuners import BaseTuner
 
@@ -166,6 +167,10 @@ class AdaptedModel(inplace.ModelWrapper):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         inplace.delete_adapter(self.get_base_model(), adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether `convert_to_lora` is for an adapter of this model."""
+        return supports_lora_conversion(self, adapter_name)
 
 
 def _let_inputs_require_grad(model: Any) -> None:

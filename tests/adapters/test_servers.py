@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -357,3 +358,12 @@ def test_other_tensors_and_other_prefixes_are_found(tmp_path):
 
     changed(saved(tmp_path), prefix)
     assert "no factor of LoRA under a key base_model.model.<module>" in check_servable(tmp_path, "lorax").problems[0]
+
+
+def test_the_page_on_engines_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "serving.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "has no factors for k_proj" in printed and "SGLang divides lora_alpha by r itself" in printed

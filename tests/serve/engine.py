@@ -1,4 +1,4 @@
-"""Ask vLLM for the log-probabilities of prompts, each row of a batch with an adapter of its own; runs in its environment.
+"""Ask vLLM for log-probabilities, each row of a batch with an adapter of its own; runs in vLLM's environment.
 
     python tests/serve/engine.py case.json result.json
 
@@ -26,18 +26,21 @@ def main(case_file: str, result_file: str) -> None:
         enforce_eager=True,
         gpu_memory_utilization=0.2,  # which vLLM takes of the machine's memory, on a CPU
         enable_prefix_caching=False,
+        max_logprobs=-1,
         **case["options"],
     )
     requests = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(case["adapters"].items(), 1)}
-    outputs = engine.generate(
-        [{"prompt_token_ids": tokens} for _, tokens in case["rows"]],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False),
-        lora_request=[requests.get(name) for name, _ in case["rows"]],
-    )
-    found = []
-    for output in outputs:
-        given = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        found.append([each[token].logprob for token, each in given])
+    found = [None] * len(case["rows"])
+    for adapted in (True, False):  # apart: on a CPU, rows without an adapter get one in a batch of rows with adapters
+        rows = [i for i, (name, _) in enumerate(case["rows"]) if (name is not None) is adapted]
+        outputs = engine.generate(
+            [{"prompt_token_ids": case["rows"][i][1]} for i in rows],
+            SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False),
+            lora_request=[requests.get(case["rows"][i][0]) for i in rows] if adapted else None,
+        )
+        for i, output in zip(rows, outputs, strict=True):
+            after = output.outputs[0].logprobs[0]  # of every token; those of prompts fail with adapters
+            found[i] = [after[token].logprob for token in range(len(after))]
     Path(result_file).write_text(json.dumps(found))
 
 

@@ -47,23 +47,47 @@ def as_served(
     Raises:
         UnsupportedConfig: What the engine cannot have, all of it, each with what to do.
     """
-    any_list = dataclasses.replace(server, needs_list=False)  # a list is made here
-    refuse(server, [*of_method(server, config.to_dict())] or [*of_fields(any_list, config.to_dict())])
     _refuse_kinds(server, sites)
     tree, rest = _tree_of(config, sites, state)
-    factors = products(config, tree, f"save_adapter(server={server.name!r}): the adapter")
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    factors = dict(_taken_apart(server, kind, factors))
-    factors |= _zeros(server, factors, modules_of(model))
-    factors = {path: _padded(server, factors, one) for path, one in factors.items()}
-    made: Any = _config(config, factors, set(tree) == set(factors))
-    leaves = {path: one.layout.leaves(one.a, one.b) for path, one in factors.items()}
-    dtypes = {path: {name: leaf.to(factors[path].dtype) for name, leaf in own.items()} for path, own in leaves.items()}
-    at = {path: place for path, place in places(sites).items() if path in factors}
-    result = to_keys(made, sort(dtypes), PREFIX, at) | rest
-    specs = {key: Spec(tensor.dtype, tuple(tensor.shape), 0, 0) for key, tensor in result.items()}
-    refuse(server, problems(server, made.to_dict(), specs))
+    made, leaves = _served(server, config, tree, kind, modules_of(model))
+    result = to_keys(made, leaves, PREFIX, {path: at for path, at in places(sites).items() if path in leaves}) | rest
+    _refuse_problems(server, made, result)
     return made, result
+
+
+def as_served_files(server: Server, config: AdapterConfig, tree: Tree) -> tuple[AdapterConfig, Tree]:
+    """Return the config and the tree of an adapter in the form that an engine reads, told from its files alone.
+
+    Modules that an engine wants adapted beside others are not seen then.
+
+    Raises:
+        UnsupportedConfig: What the engine cannot have, all of it, each with what to do.
+    """
+    made, leaves = _served(server, config, tree, "", {})
+    _refuse_problems(server, made, to_keys(made, leaves, PREFIX))
+    return made, leaves
+
+
+def _served(
+    server: Server, config: AdapterConfig, tree: Tree, kind: str, modules: Mapping[str, nn.Module]
+) -> tuple[AdapterConfig, Tree]:
+    """Return config and leaves, of all modules that the engine wants adapted."""
+    any_list = dataclasses.replace(server, needs_list=False)  # a list is made here
+    refuse(server, [*of_method(server, config.to_dict())] or [*of_fields(any_list, config.to_dict())])
+    factors = dict(_taken_apart(server, kind, products(config, tree, f"{server.title}: the adapter")))
+    factors |= _zeros(server, factors, modules)
+    factors = {path: _padded(server, factors, one) for path, one in factors.items()}
+    leaves = {
+        path: {name: leaf.to(one.dtype) for name, leaf in one.layout.leaves(one.a, one.b).items()}
+        for path, one in factors.items()
+    }
+    return _config(config, factors, set(tree) == set(factors)), sort(leaves)
+
+
+def _refuse_problems(server: Server, config: AdapterConfig, state: Mapping[str, Tensor]) -> None:
+    specs = {key: Spec(tensor.dtype, tuple(tensor.shape), 0, 0) for key, tensor in state.items()}
+    refuse(server, problems(server, config.to_dict(), specs))
 
 
 def refuse(server: Server, found: list[str]) -> None:

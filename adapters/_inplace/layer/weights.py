@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import Adapted, Base, beside
+from torchgraft.functional import AddsProduct
+from torchgraft.functional.extending import Adapted, Base, Dense, beside
 
 from ..placed import Owners, refuse_tied
 from ..tensors.originals import Originals, refresh_after_loading, refuse_while_merged
@@ -68,11 +69,35 @@ class MergingLayer(LayerLeaves):
             KeyError: No such adapter on this layer.
         """
         entry = self._entries[adapter_name]
+        (weight, _), (merged, _) = self._with_alone(adapter_name)
+        parts = [*entry.site.stored(merged - weight, None).values()]
+        leaf = next(iter(self.numbers(adapter_name).values()))
+        return (torch.block_diag(*parts) if len(parts) > 1 else parts[0]).to(leaf.dtype)
+
+    @torch.no_grad()
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether `convert_to_lora` is for an adapter on this layer: it can be merged, and leaves the bias.
+
+        What is no plain LoRA is merged, in memory of its own, to find out.
+        """
+        entry = self._entries.get(adapter_name)
+        if entry is None:
+            return False
+        config: Any = entry.config
+        if config.method.ability(AddsProduct) is not None and not config.use_dora:
+            return True
+        try:
+            (_, bias), (_, merged) = self._with_alone(adapter_name)
+        except (TypeError, ValueError):  # quantised, or without a merged form
+            return False
+        return merged is None or (bias is not None and torch.equal(bias.to(merged.dtype), merged))
+
+    def _with_alone(self, adapter_name: str) -> tuple[Dense, Dense]:
+        """Return the base's weight and bias, and both with one adapter in, in float64."""
+        entry = self._entries[adapter_name]
         leaves = beside(entry.site, self.numbers(adapter_name))
         weight, bias = self.originals.base(self.get_base_layer(), entry.site).dense()
-        delta = entry.merge(leaves, weight.double(), None if bias is None else bias.double())[0] - weight
-        parts = [*entry.site.stored(delta, None).values()]
-        return (torch.block_diag(*parts) if len(parts) > 1 else parts[0]).to(next(iter(leaves.values())).dtype)
+        return (weight, bias), entry.merge(leaves, weight.double(), None if bias is None else bias.double())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make adapters part of the base's weights; the sum is taken in float32 or wider and rounded once.

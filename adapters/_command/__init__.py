@@ -1,0 +1,1 @@
+"""The command `torchgraft`: what is asked of adapters on disk, typed in a shell."""
