@@ -9,10 +9,11 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep tenants text tinker test test-quick test-full lint format bench clean
+.PHONY: help demo distributed serve sweep tenants text tinker test test-quick test-full lint format bench clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
+	@echo 'make distributed run examples/distributed.py on two processes of this machine; checkpoints in distributed-out/'
 	@echo 'make serve       run examples/serve.py; results in serve-out/'
 	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
 	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
@@ -28,6 +29,10 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py --out demo-out
+
+distributed: $(VENV)/.demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
+		examples/distributed.py --check --out distributed-out
 
 serve: $(VENV)/.demo
 	$(BIN)/python examples/serve.py --out serve-out
