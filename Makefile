@@ -9,11 +9,13 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep tenants text tinker test test-quick test-full lint format bench serve-check clean
+.PHONY: help demo arithmetic distributed serve sweep tenants text tinker test test-quick test-full lint format bench serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
+	@echo 'make distributed run examples/distributed.py on two processes of this machine; checkpoints in distributed-out/'
 	@echo 'make serve       run examples/serve.py; results in serve-out/'
+	@echo 'make arithmetic  run examples/arithmetic.py; results in arithmetic-out/'
 	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
 	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
 	@echo 'make text        run examples/text.py; results in text-out/'
@@ -30,8 +32,15 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py --out demo-out
 
+distributed: $(VENV)/.demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
+		examples/distributed.py --check --out distributed-out
+
 serve: $(VENV)/.demo
 	$(BIN)/python examples/serve.py --out serve-out
+
+arithmetic: $(VENV)/.demo
+	$(BIN)/python examples/arithmetic.py --out arithmetic-out
 
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
@@ -75,7 +84,7 @@ serve-check: $(VENV)/.test
 	$(BIN)/python tests/serve/check.py --engine $(ENGINE)/bin/python --out serve-check-out --seconds 1800
 
 clean:
-	rm -rf $(VENV) build dist demo-out distributed-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist arithmetic-out demo-out distributed-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

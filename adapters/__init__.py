@@ -18,9 +18,9 @@ from ._arithmetic.vectors import subspace_similarity as subspace_similarity
 from ._arithmetic.weighted import add_weighted_adapter as add_weighted_adapter
 from ._bank.bank import Bank as Bank
 from ._bank.functional_optimizer import functional_optimizer as functional_optimizer
+from ._bank.fused import adamw as adamw
+from ._bank.fused import sgd as sgd
 from ._bank.muon import muon as muon
-from ._bank.optimizers import adamw as adamw
-from ._bank.optimizers import sgd as sgd
 from ._bank.replicated import ReplicatedBank as ReplicatedBank
 from ._bank.resident import Stepped as Stepped
 from ._calibration.initial import CordaConfig as CordaConfig

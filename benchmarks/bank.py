@@ -14,20 +14,18 @@ and a curve shows what it costs that more adapters than slots take turns.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import peft
 import torch
 import torch.nn.functional as F
+from _apart import floor, one_by_one
 from _memory import peak_bytes
 from _models import LINEARS, llama, tokens, trained
 from _picture import bars, curves
 from _results import apart, write
 from _rounds import Cases, measure, ratios, table
-from peft.functional import set_adapter
 from torch import Tensor, nn
 
 from torchgraft.adapters import Bank, LoraConfig
@@ -67,16 +65,6 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     return losses.view(len(ids), -1).mean(1).sum()
 
 
-def floor(model: Any, ids: Tensor) -> Callable[[], None]:
-    """The frozen base on the combined batch: forward, and backward to the embeddings."""
-
-    def run() -> None:
-        embeddings = model.get_input_embeddings()(ids).requires_grad_()
-        loss_of(model(inputs_embeds=embeddings).logits, ids).backward()
-
-    return run
-
-
 def filled(model: nn.Module, adapters: int, slots: int) -> Bank:
     """A bank with adapters in it, which rest in memory where they have no slot."""
     graft = bind(model, LoraConfig(**FIELDS))
@@ -112,39 +100,15 @@ def stacked(model: nn.Module, rows: Tensor, ids: Tensor, adapters: int) -> Calla
     return run
 
 
-def one_by_one(model: nn.Module, rows: Tensor, ids: Tensor, adapters: int, together: bool) -> Callable[[], None]:
-    """PEFT: each adapter in its turn, all in one model, or with one alone in it."""
-    theirs: Any = copy.deepcopy(model)
-    names = [f"adapter{index}" for index in range(adapters if together else 1)]
-    for name in names:
-        peft.inject_adapter_in_model(peft.LoraConfig(**FIELDS), theirs, name)
-    own: dict[str, list[Tensor]] = {name: [] for name in names}
-    for key, parameter in theirs.named_parameters():
-        for name in {*key.split(".")} & {*names}:
-            own[name].append(parameter)
-    optimizers = {name: torch.optim.AdamW(own[name], lr=1e-5, fused=True) for name in names}
-    parts = [ids[rows == index] for index in range(adapters)]
-
-    def run() -> None:
-        for index, part in enumerate(parts):
-            name = names[index if together else 0]
-            if together:
-                set_adapter(theirs, name)
-            optimizers[name].zero_grad(set_to_none=True)
-            loss_of(theirs(part).logits, part).backward()
-            optimizers[name].step()
-
-    return run
-
-
 def cases(setting: Setting) -> Cases:
     model, (rows, ids) = llama(setting.hidden, setting.layers), setting.batch()
+    parts = [ids[rows == index] for index in range(setting.adapters)]
     return {
-        "frozen base, combined batch": floor(model, ids),
+        "frozen base, combined batch": floor(model, ids, loss_of),
         BANK: banked(filled(model, setting.adapters, setting.adapters), rows, ids),
         STACK: stacked(model, rows, ids, setting.adapters),
-        "PEFT, set_adapter": one_by_one(model, rows, ids, setting.adapters, together=True),
-        "PEFT, one process each": one_by_one(model, rows, ids, setting.adapters, together=False),
+        "PEFT, set_adapter": one_by_one(model, FIELDS, parts, loss_of),
+        "PEFT, one process each": one_by_one(model, FIELDS, parts, loss_of, together=False),
     }
 
 

@@ -11,18 +11,16 @@ A second picture shows the cost against the number of adapters.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import peft
 import torch
 import torch.nn.functional as F
+from _apart import floor, one_by_one
 from _models import LINEARS, lively, llama, tokens, trained
 from _picture import bars, curves
 from _results import apart, write
 from _rounds import Cases, measure, ratios, table
-from peft.functional import set_adapter
 from torch import Tensor
 
 from torchgraft.adapters import LoraConfig
@@ -57,21 +55,11 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def floor(model: Any, ids: Tensor) -> Callable[[], None]:
-    """The frozen base on the combined batch: forward, and backward to the embeddings."""
-
-    def run() -> None:
-        embeddings = model.get_input_embeddings()(ids).requires_grad_()
-        loss_of(model(inputs_embeds=embeddings).logits, ids).backward()
-
-    return run
-
-
 def limit(model: Any, ids: Tensor, adapters: int) -> Callable[[], None]:
     """The floor, and the optimizer's step for all adapters: what is left if the adapters' own products cost nothing."""
     graft = bind(model, LoraConfig(**FIELDS))
     leaves = trained(stack([lively(graft.init(), seed) for seed in range(adapters)]))
-    optimizer, base = torch.optim.AdamW(leaves, lr=1e-5, fused=True), floor(model, ids)
+    optimizer, base = torch.optim.AdamW(leaves, lr=1e-5, fused=True), floor(model, ids, loss_of)
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf)
 
@@ -114,38 +102,18 @@ def vmapped(model: Any, ids: Tensor, adapters: int) -> Callable[[], None]:
     return run
 
 
-def one_by_one(model: Any, ids: Tensor, adapters: int) -> Callable[[], None]:
-    """PEFT: each adapter in its turn."""
-    theirs: Any = copy.deepcopy(model)
-    names = [f"adapter{index}" for index in range(adapters)]
-    for name in names:
-        peft.inject_adapter_in_model(peft.LoraConfig(**FIELDS), theirs, name)
-    optimizers = []
-    for name in names:
-        own = [p for key, p in theirs.named_parameters() if f".{name}." in key]
-        optimizers.append(torch.optim.AdamW(own, lr=1e-5, fused=True))
-    each = ids.unflatten(0, (adapters, -1))
-
-    def run() -> None:
-        for name, optimizer, own in zip(names, optimizers, each, strict=True):
-            set_adapter(theirs, name)
-            optimizer.zero_grad(set_to_none=True)
-            loss_of(theirs(own).logits, own).backward()
-            optimizer.step()
-
-    return run
-
-
 def cases(setting: Setting, peers: bool = True) -> Cases:
     model, ids = llama(setting.hidden, setting.layers), tokens(setting.adapters * setting.batch, setting.length)
     found = {
-        "frozen base, combined batch": floor(model, ids),
+        "frozen base, combined batch": floor(model, ids, loss_of),
         "frozen base and AdamW": limit(model, ids, setting.adapters),
         "torchgraft, route": routed(model, ids, setting.adapters),
     }
     if peers:
         found["torchgraft, vmap"] = vmapped(model, ids, setting.adapters)
-    return found | {"PEFT, one by one": one_by_one(model, ids, setting.adapters)}
+    return found | {
+        "PEFT, one by one": one_by_one(model, FIELDS, ids.unflatten(0, (setting.adapters, -1)).unbind(), loss_of)
+    }
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,11 @@ def trained_base(file: Path, text: Tensor, dim: int, depth: int, steps: int) -> 
         save(model.state_dict(), file)
     model.load_state_dict(load_file(file))
     return model.requires_grad_(False).eval()
+
+
+def until_interrupted(run: Callable[[argparse.Namespace], dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Run an example that goes on where it was; an interrupt says so."""
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nInterrupted. The same command goes on from what is in {args.out}.") from None

@@ -30,7 +30,7 @@ from torchgraft.adapters import LoraConfig, load_adapter, save_adapter
 from torchgraft.functional import Graft, StackedGraft, Tree, bind, clip_by_norm, route, value_and_grad
 
 try:
-    from _resume import claim, digest, load, save, trained_base
+    from _resume import claim, digest, load, save, trained_base, until_interrupted
     from _sweep_picture import draw
     from _writer import (
         BITS,
@@ -250,11 +250,7 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example; returns what it measured."""
-    args = parse(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted. The same command goes on from what is in {args.out}.") from None
+    return until_interrupted(run, parse(argv))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torchgraft.functional import bind
 
 try:
     from _house import House, Request, Scheduler, Tenant
-    from _resume import claim, digest, note, trained_base
+    from _resume import claim, digest, note, trained_base, until_interrupted
     from _tenants_picture import draw
     from _writer import CONTEXT, bits_per_character, loss_by_row, reference, spread_rows
     from tqdm import tqdm
@@ -146,11 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example; returns what it measured."""
-    args = parse(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted. The same command goes on from what is in {args.out}.") from None
+    return until_interrupted(run, parse(argv))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

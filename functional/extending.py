@@ -20,6 +20,8 @@ from ._binding.replaced import over as over
 from ._binding.replaced import replaced as replaced
 from ._binding.replaced import tensor_at as tensor_at
 from ._binding.stacked import StackedBinding as StackedBinding
+from ._binding.stacking import NoRoomError as NoRoomError
+from ._binding.stacking import SharedFieldError as SharedFieldError
 from ._binding.stacking import pad_to as pad_to
 from ._binding.tied import TiedAdapter as TiedAdapter
 from ._binding.tied import TiedSite as TiedSite

@@ -13,6 +13,7 @@ from torchgraft.functional import Binding, Graft, StackedGraft
 from torchgraft.functional.extending import Tree, check_tree
 
 from .._config.base import AdapterConfig
+from .fit import check_method, places_of
 from .layout import Layout, Shapes, smallest
 
 
@@ -87,6 +88,7 @@ class Kinds:
         Raises:
             TypeError, ValueError: A config that the bank has no room for, or that differs in what its adapters share.
         """
+        check_method(self._graft, config)
         key = _key(config)
         if key in self._known:
             self._known[key] = self._known.pop(key)
@@ -99,7 +101,7 @@ class Kinds:
         return kind
 
     def _plan(self, config: AdapterConfig) -> Kind:
-        places = self._graft.places([config])
+        places = places_of(self._graft, config)
         model, bound = self._graft.model, self._graft.bound
         graft = Graft(model, Binding.plan(model, {"": config}, False), allow_unreached=bound.allow_unreached)
         if bound.training is not None:

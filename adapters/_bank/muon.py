@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused import adamw, sgd
 from .layout import Layout
-from .optimizers import Kernel, Row, RowOptimizer, adamw, sgd
+from .optimizers import Kernel, Row, RowOptimizer
 
 _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 

@@ -252,8 +252,7 @@ class ReplicatedBank(Bank):
             return {"adapters": [*facts], **facts}, [*self._roster.residents][-len(facts) :] if facts else []
 
         with self.lock, torch.no_grad():
-            names: list[str] = self._all_or_none("load_checkpoint", attempt)[0]
-            return names
+            return [*self._all_or_none("load_checkpoint", attempt)[0]]
 
     def _all_or_none(self, what: str, attempt: Callable[[], tuple[dict[str, Any], Any]]) -> list[Any]:
         """Let adapters in on all ranks, or on none."""

@@ -20,7 +20,16 @@ from .._tensors.wrappers import modules_of
 from .._trees import check_tree, sort
 from .binding import Binding, Shapes
 from .plan import for_model, structure_for
-from .stacking import check_configs, check_leaves, check_padding, constants_in_places, largest, pad_to, union
+from .stacking import (
+    NoRoomError,
+    check_configs,
+    check_leaves,
+    check_padding,
+    constants_in_places,
+    largest,
+    pad_to,
+    union,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,10 +266,11 @@ class StackedBinding(Binding):
                     remedy = (
                         f"give it the same rank, for {pieces}" if pieces else "bind it with a config that is as large"
                     )
-                    raise ValueError(
+                    message = (
                         f"places: configs[{place}] has {leaf} of shape {shape} at {path!r}, and this graft was bound "
                         f"with room for {room or 'none'}; {remedy}"
                     )
+                    raise NoRoomError(message, path, leaf, shape, room, pieces or "")
 
     def adapters(self, name: str) -> dict[str, SiteAdapter]:
         return {path: self._adapter(path, adapter) for path, adapter in super().adapters(name).items()}

@@ -18,6 +18,36 @@ from .._tensors.wrappers import modules_of
 from .binding import Binding, Shapes
 
 
+class SharedFieldError(ValueError):
+    """A field of a config differs between adapters of a stack, which share it.
+
+    Attributes:
+        field: Its name.
+        given: Its value in one config.
+        shared: Its value in the others.
+    """
+
+    def __init__(self, message: str, field: str, given: Any, shared: Any):
+        super().__init__(message)
+        self.field, self.given, self.shared = field, given, shared
+
+
+class NoRoomError(ValueError):
+    """A leaf does not fit a stack.
+
+    Attributes:
+        path: The site that it is of.
+        leaf: Its name.
+        shape: Its shape.
+        room: The shape that there is room for; empty where there is none.
+        pieces: Why it has to fill its room, empty where it has not to.
+    """
+
+    def __init__(self, message: str, path: str, leaf: str, shape: tuple[int, ...], room: tuple[int, ...], pieces: str):
+        super().__init__(message)
+        self.path, self.leaf, self.shape, self.room, self.pieces = path, leaf, shape, room, pieces
+
+
 def check_configs(configs: Sequence[Config]) -> None:
     """Check that the configs of a stack agree in all that its adapters share.
 
@@ -36,10 +66,12 @@ def check_configs(configs: Sequence[Config]) -> None:
         for field in dataclasses.fields(config):  # type: ignore[arg-type]
             name = field.name
             if name not in free and getattr(config, name) != getattr(first, name):
-                raise ValueError(
-                    f"bind: configs[{i}].{name} is {getattr(config, name)!r} and configs[0].{name} is "
-                    f"{getattr(first, name)!r}; the adapters of a {first.method.name} stack share it. Bind them apart"
+                given, shared = getattr(config, name), getattr(first, name)
+                message = (
+                    f"bind: configs[{i}].{name} is {given!r} and configs[0].{name} is {shared!r}; the adapters of a "
+                    f"{first.method.name} stack share it. Bind them apart"
                 )
+                raise SharedFieldError(message, name, given, shared)
 
 
 def check_leaves(singles: Sequence[Binding]) -> None:

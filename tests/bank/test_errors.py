@@ -82,9 +82,27 @@ def full(bank: Bank) -> None:
 CASES: list[tuple[Callable[[Bank], Any], type[Exception], str]] = [
     (lambda b: b.add("poems", lora(1)), ValueError, "add: the name 'poems' is taken; remove that adapter first"),
     (lambda b: b.add("", lora(1)), TypeError, "add: name is '', expected a string"),
-    (lambda b: b.add("code", lora(8)), ValueError, "'code' does not fit the bank.*lora_A of shape \\(8, 5\\) at '0'"),
-    (lambda b: b.add("code", IA3Config(target_modules=["0"])), TypeError, "'code' does not fit the bank.*IA3Config"),
-    (lambda b: b.add("code", lora(2, dropout=0.5)), ValueError, "lora_dropout is 0.5.*share it"),
+    (
+        lambda b: b.add("code", lora(8)),
+        ValueError,
+        r"add: the config of 'code' does not fit the bank: it has lora_A of shape \(8, 5\) at '0', and a slot has room "
+        r"for \(4, 5\); make it smaller, or the bank with a config that is as large \(r is 8, there 4, ",
+    ),
+    (
+        lambda b: b.add("code", IA3Config(target_modules=["0"])),
+        TypeError,
+        "'code' does not fit the bank: it is of type IA3Config, and this bank has adapters of LoraConfig; make another",
+    ),
+    (
+        lambda b: b.add("code", lora(2, dropout=0.5)),
+        ValueError,
+        "'code' .*: lora_dropout is 0.5, and all adapters of this bank share 0.0.*; set lora_dropout=0.0, or make",
+    ),
+    (
+        lambda b: b.add("code", {"r": 2}),
+        TypeError,
+        "'code' does not fit the bank: it is of type dict, expected a LoraConfig",
+    ),
     (lambda b: b.add("code", lora(2), params={}), KeyError, "lacks site '0'"),
     (lambda b: b.add("code", lora(2), params=bind(b.graft.model, lora(1)).init()), ValueError, "expected \\(2, 5\\)"),
     (full, RuntimeError, "add: all 2 slots are taken; remove an adapter first.*resting="),
@@ -131,6 +149,16 @@ def test_what_is_wrong_is_refused_before_anything_changes(
     assert bank.names == ["poems"]
     assert all(torch.equal(value, before[name]) for name, value in everything(bank).items())
     assert not bank.step(["poems"])["poems"].skipped
+
+
+def test_sites_that_slots_have_not_are_refused_in_words_of_the_config() -> None:
+    bank = Bank(bind(model(), lora(4, 1)), slots=2)
+    words = (
+        r"'code' .*: it has lora_A of shape \(4, 7\) at '2', where the slots of this bank have none; leave that out "
+        r"of its config.*\(target_modules is \['0', '2'\], there \['0'\]\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        bank.add("code", lora(4))
 
 
 def test_a_step_needs_gradients_that_are_counted(bank: Bank) -> None:
