@@ -31,7 +31,7 @@ from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared import fused, remade
-from .shared.called import DROPOUT, Called, dropped
+from .shared.called import DROPOUT, dropped, is_dropping
 from .shared.low_rank import add_product
 
 FORMS = {True: "default", False: "default", "bat": "bat", "mini": "mini"}
@@ -133,7 +133,7 @@ def apply(config: MissConfig, site: Site, leaves: dict[str, Any], base: Layer, x
         y, weight = base(x), base.weight
         x, block = widen(x, block)
         return add_scaled(y, remade.linear(_change, x, weight, None, block), 1.0)
-    dropping = isinstance(dropout, Called) or (dropout and base.training)
+    dropping = is_dropping(dropout, base.training)
     if linear is not None and fits and not dropping and x.shape[-1] % site.constants.r == 0:
         folded = _folded(x.reshape(-1, x.shape[-1]), site.constants.r)
         return _linear(x, *linear, folded, block)
