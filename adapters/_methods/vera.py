@@ -23,13 +23,14 @@ from torchgraft.functional import (
     Method,
     PerAdapter,
     Rows,
+    RunsInOneStep,
     Site,
     TakesComplex,
     Varying,
     Weights,
     widen,
 )
-from torchgraft.functional.extending import add_scaled
+from torchgraft.functional.extending import Leaves, Step, add_scaled
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
@@ -119,12 +120,23 @@ def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     lambda_b, lambda_d = leaves["vera_lambda_b"], leaves["vera_lambda_d"]
     dropout = leaves.get(DROPOUT, config.vera_dropout)
     linear = None if torch.compiler.is_compiling() or is_dropping(dropout, base.training) else base.as_linear
-    if linear is not None and fused.pays(x) and fused.fits(x, linear[0], lambda_b, lambda_d):
+    if linear is not None and fused.fits(x, linear[0], lambda_b, lambda_d):
         return _linear(x, *linear, *_projections(site, x.dtype), lambda_b, lambda_d)
     y = base(x)
     x, lambda_b, lambda_d = widen(dropped(x, dropout, base.training), lambda_b, lambda_d)
-    a, b = _projections(site, x.dtype)
-    return add_scaled(y, lambda_b * F.linear(lambda_d * F.linear(x, a), b), 1.0)
+    return add_scaled(y, _change(x, *_projections(site, x.dtype), lambda_b, lambda_d), 1.0)
+
+
+def _decide(config: VeraConfig, site: Site) -> Step:
+    """Return `apply` as one step."""
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
+        b, d = leaves["vera_lambda_b"], leaves["vera_lambda_d"]
+        if b.is_meta or d.is_meta or x.is_nested or (training and config.vera_dropout):
+            return None
+        return _linear(x, weight, bias, *_projections(site, x.dtype), b, d) if fused.fits(x, weight, b, d) else None
+
+    return step
 
 
 def routed(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
@@ -158,10 +170,17 @@ def _projections(site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
+def _change(x: Tensor, a: Tensor, b: Tensor, lambda_b: Tensor, lambda_d: Tensor) -> Tensor:
+    """`b * (B (d * (A x)))`."""
+    return lambda_b * F.linear(lambda_d * F.linear(x, a), b)
+
+
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lambda_b: Tensor, lambda_d: Tensor
 ) -> Tensor:
-    """`x W^T + bias + b * (B (d * (A x)))` as one step of autograd, which keeps `A x` and the product with `B`."""
+    """`x W^T + bias + b * (B (d * (A x)))`, of a large input as one step of autograd, which keeps what PEFT does."""
+    if not fused.pays(x):
+        return F.linear(x, weight, bias) + _change(x, a, b, lambda_b, lambda_d)
     down = F.linear(x.flatten(0, -2), a)
     if torch.is_grad_enabled():
         arguments = (x, weight, bias, a, b, lambda_b, lambda_d, down)
@@ -216,7 +235,7 @@ VeraConfig.method = Method(
     constants=VeraConstants,
     routed=routed,
     varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights"}),
-    abilities=(TakesComplex(),),
+    abilities=(TakesComplex(), RunsInOneStep(_decide)),
 )
 
 
