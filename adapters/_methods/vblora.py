@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import (
@@ -177,7 +176,7 @@ def _mixed(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     if bank.ndim == 3:
         first = torch.arange(len(bank), device=bank.device) * bank.shape[1]
         index, bank = index + first.view(-1, *(1 for _ in index.shape[1:])), bank.flatten(0, 1)
-    mixed: Tensor = (weights.unsqueeze(-1) * F.embedding(index, bank)).sum(-2)  # faster than products so small
+    mixed: Tensor = (weights.unsqueeze(-1) * torch.embedding(bank, index)).sum(-2)  # faster than products so small
     return mixed
 
 

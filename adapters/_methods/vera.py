@@ -30,7 +30,7 @@ from torchgraft.functional import (
     Weights,
     widen,
 )
-from torchgraft.functional.extending import Leaves, Step, add_scaled
+from torchgraft.functional.extending import Leaves, Step
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
@@ -124,7 +124,9 @@ def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
         return _linear(x, *linear, *_projections(site, x.dtype), lambda_b, lambda_d)
     y = base(x)
     x, lambda_b, lambda_d = widen(dropped(x, dropout, base.training), lambda_b, lambda_d)
-    return add_scaled(y, _change(x, *_projections(site, x.dtype), lambda_b, lambda_d), 1.0)
+    a, b = _projections(site, x.dtype)
+    wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * F.linear(x, a), b))
+    return torch.addcmul(wide, lambda_b, up).to(y.dtype)
 
 
 def _decide(config: VeraConfig, site: Site) -> Step:
@@ -170,17 +172,12 @@ def _projections(site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _change(x: Tensor, a: Tensor, b: Tensor, lambda_b: Tensor, lambda_d: Tensor) -> Tensor:
-    """`b * (B (d * (A x)))`."""
-    return lambda_b * F.linear(lambda_d * F.linear(x, a), b)
-
-
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lambda_b: Tensor, lambda_d: Tensor
 ) -> Tensor:
-    """`x W^T + bias + b * (B (d * (A x)))`, of a large input as one step of autograd, which keeps what PEFT does."""
-    if not fused.pays(x):
-        return F.linear(x, weight, bias) + _change(x, a, b, lambda_b, lambda_d)
+    """`x W^T + bias + b * (B (d * (A x)))`, of large inputs as one step of autograd, which keeps what PEFT does."""
+    if not fused.pays(x) or a.requires_grad or b.requires_grad:
+        return F.linear(x, weight, bias) + lambda_b * F.linear(lambda_d * F.linear(x, a), b)
     down = F.linear(x.flatten(0, -2), a)
     if torch.is_grad_enabled():
         arguments = (x, weight, bias, a, b, lambda_b, lambda_d, down)

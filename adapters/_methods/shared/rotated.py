@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
 
 
 def _forward(x: Tensor, blocks: Tensor) -> Tensor:
-    if fused.pays(x):  # where a batch of products is copied into the order of the coordinates, added to what is there
+    if fused.pays(x):  # each product is added where its coordinates are: more calls, and no copy into their order
         y = x.clone(memory_format=torch.contiguous_format)
         _parts(y, blocks).baddbmm_(_parts(x, blocks), blocks)
         return y
