@@ -1,4 +1,4 @@
-"""Pictures of ratios: one bar for each case, with its spread, and a line where the reference is."""
+"""Pictures of ratios: a bar for each case, with its spread, or a pair of dots; and a line where the reference is."""
 
 from __future__ import annotations
 
@@ -52,6 +52,39 @@ def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, A
         axis.tick_params(length=0, labelsize=8.5)
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[-1, 0].set_xlabel(f"time, as a multiple of {unit}", fontsize=9)
+    _title(figure, title)
+    return _save(figure, name)
+
+
+def dots(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str) -> Path:
+    """Draw panels side by side, a line of dots for each row, one for each case, into `results/<name>.png`.
+
+    Args:
+        name: Name of the picture.
+        title: What it shows, in one sentence.
+        panels: `{setting: {row: {case: {"ratio"}}}}`, with the same rows everywhere, the topmost first.
+        unit: What a ratio of 1 is.
+    """
+    rows = list(next(iter(panels.values())))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 0.17 * len(rows) + 1.1), sharey=True, squeeze=False)
+    for axis, (setting, found) in zip(axes[0], panels.items(), strict=True):
+        for index, row in enumerate(rows):
+            ratios = [case["ratio"] for case in found[row].values()]
+            axis.plot([min(ratios), max(ratios)], [index, index], color=FLOOR, linewidth=1.6, zorder=1)
+        for case in found[rows[0]]:
+            ratios = [found[row][case]["ratio"] for row in rows]
+            axis.scatter(ratios, range(len(rows)), s=19, color=colour(case), label=case, zorder=2)
+        axis.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
+        axis.set_title(setting, loc="left", fontsize=8.5)
+        axis.grid(color="#e8e8e8", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[:].set_visible(False)
+    axes[0, 0].set_yticks(range(len(rows)), rows)
+    axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
+    axes[0, 0].set_xlabel(f"time, as a multiple of {unit}", loc="left", fontsize=8.5)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper right", ncols=len(names), frameon=False, fontsize=9, handletextpad=0.1)
     _title(figure, title)
     return _save(figure, name)
 

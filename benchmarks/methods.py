@@ -20,7 +20,7 @@ import peft
 import torch
 from _memory import saved_bytes
 from _models import LINEARS, lively, llama, tokens, trained
-from _picture import bars
+from _picture import dots
 from _results import apart, write
 from _rounds import Cases, measure, ratios, table
 from single import frozen, loss_of, step
@@ -142,16 +142,11 @@ def config_classes(only: list[str] | None) -> dict[str, type[AdapterConfig]]:
 
 
 def draw(found: dict[str, dict[str, Any]]) -> None:
-    """Draw a panel for each setting, methods sorted by their cost here."""
-    panels = {}
-    for setting in SETTINGS:
-        rows = sorted(found, key=lambda name: found[name][setting]["torchgraft"]["ratio"])
-        panels[setting] = {
-            (f"torchgraft, {name}" if who == "torchgraft" else f"PEFT, {name}"): found[name][setting][who]
-            for name in rows
-            for who in ("torchgraft", "PEFT")
-        }
-    bars("methods", "What each method costs over the frozen base", panels, "the frozen base's")
+    """Draw a panel for each setting, methods sorted by what their training step costs here."""
+    rows = sorted(found, key=lambda name: found[name][SETTINGS[0]]["torchgraft"]["ratio"])
+    who = ("PEFT", "torchgraft")
+    panels = {setting: {row: {one: found[row][setting][one] for one in who} for row in rows} for setting in SETTINGS}
+    dots("methods", "What each method costs over the frozen base", panels, "the frozen base's")
 
 
 if __name__ == "__main__":

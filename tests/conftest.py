@@ -4,10 +4,13 @@ import collections
 import os
 import random
 import time
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+from torchgraft.adapters._methods.shared import fused
 
 FOLDERS = {"benchmarks": "full", "clients": "full", "examples": "slow"}
 """Marks that all tests of a folder have, those that are added later too."""
@@ -52,3 +55,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_step() -> Iterator[None]:
+    """Have small inputs take the one step of large ones, the harder of the two ways; `test_fused.py` compares them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_LARGE", 0)
+        yield

@@ -27,6 +27,7 @@ from .._config.base import AdapterConfig
 from .._config.matching import by_pattern
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
+from .shared import fused
 from .shared.called import DROPOUT, dropped
 from .shared.low_rank import add_product, add_to_linear, route_to_linear
 from .shared.scalings import ranks_of, warn_of_unused_patterns
@@ -123,11 +124,16 @@ def init(
 def apply(config: DeloraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + (lambda / r) B A (n * x)` with unit vectors in `A` and `B`, rounded once to the base's dtype.
 
-    Both are scaled before they meet the input, so a linear layer takes what LoRA's does. The weight is made for
-    convolutions in groups alone.
+    Both are scaled before they meet the input, so a linear layer takes what LoRA's does; of a small one it is what
+    comes out of `A` that is scaled. The weight is made for convolutions in groups alone.
     """
-    a, b = _factors(site, leaves)
     dropout = leaves.get(DROPOUT, config.module_dropout)
+    if site.kind == "linear" and not fused.pays(x):
+        norm, length, strength = _scales(site, leaves)
+        y = base(x)
+        x, a, b = widen(dropped(x, dropout, base.training), leaves["delora_A"] * norm, leaves["delora_B"])
+        return add_scaled(y, F.linear(F.linear(x, a) * (strength / length).to(x.dtype), b), 1.0)
+    a, b = _factors(site, leaves)
     if site.kind == "linear":
         return add_to_linear(base, x, a, b, 1.0, dropout)
     y = base(x)
@@ -157,6 +163,13 @@ def merge(
 
 def _factors(site: Site, leaves: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return `A` of unit rows, times the columns' norms, and `B` of unit columns, times `lambda / r`; also stacked."""
+    a, b = leaves["delora_A"], leaves["delora_B"]
+    norm, length, strength = _scales(site, leaves)
+    return a / length.to(a.dtype).unsqueeze(-1) * norm, (b * strength.unsqueeze(-2)).to(b.dtype)
+
+
+def _scales(site: Site, leaves: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the columns' norms, the lengths of the rows of `A`, and `lambda / r` over those of the columns of `B`."""
     a, b, r = leaves["delora_A"], leaves["delora_B"], site.constants.r
     norm = leaves.get(NORM, site.constants.delora_w_norm).to(a.dtype)
     if norm.is_meta and not a.is_meta:
@@ -167,8 +180,7 @@ def _factors(site: Site, leaves: dict[str, Any]) -> tuple[Tensor, Tensor]:
     r = r.values.unsqueeze(-1) if isinstance(r, PerAdapter) else r
     wide = torch.promote_types(b.dtype, torch.float32)  # of which the quotient of two small numbers is one
     strength = (leaves["delora_lambda"].to(wide) / r).to(wide) / _lengths(b, -2)
-    a = a / _lengths(a, -1).to(a.dtype).unsqueeze(-1) * norm
-    return a, (b * strength.unsqueeze(-2)).to(b.dtype)
+    return norm, _lengths(a, -1), strength
 
 
 def _lengths(vectors: Tensor, dim: int) -> Tensor:

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, Weights, widen
-from torchgraft.functional.extending import add_scaled
+from torchgraft.functional import Constants, Layer, Method, Rows, RunsInOneStep, Site, Weights, widen
+from torchgraft.functional.extending import Leaves, Step, add_scaled
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared import fused, remade
-from .shared.called import DROPOUT, Called, dropped
+from .shared.called import DROPOUT, dropped, is_dropping
 from .shared.low_rank import add_product
 
 FORMS = {True: "default", False: "default", "bat": "bat", "mini": "mini"}
@@ -125,7 +125,8 @@ def apply(config: MissConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     The form `bat` is one product with the changed weight, which is not kept for the backward.
     """
     block, form, dropout = leaves["miss_block"], site.constants.form, leaves.get(DROPOUT, config.miss_dropout)
-    linear = None if torch.compiler.is_compiling() or form == "mini" else base.as_linear
+    whole = form == "bat" or (_is_whole(site) and not is_dropping(dropout, base.training))
+    linear = base.as_linear if whole and not torch.compiler.is_compiling() else None
     fits = linear is not None and fused.fits(x, linear[0], block, block)
     if form == "bat":
         if linear is not None and fits and x.itemsize >= 4:
@@ -133,15 +134,30 @@ def apply(config: MissConfig, site: Site, leaves: dict[str, Any], base: Layer, x
         y, weight = base(x), base.weight
         x, block = widen(x, block)
         return add_scaled(y, remade.linear(_change, x, weight, None, block), 1.0)
-    dropping = isinstance(dropout, Called) or (dropout and base.training)
-    if linear is not None and fits and not dropping and x.shape[-1] % site.constants.r == 0:
-        folded = _folded(x.reshape(-1, x.shape[-1]), site.constants.r)
-        return _linear(x, *linear, folded, block)
+    if linear is not None and fits:
+        return _linear(x, *linear, block)
     y = base(x)
     x, block = widen(dropped(x, dropout, base.training), block)
     if form == "mini":
         return add_scaled(y, _repeated(_folded(x, site.constants.r) @ block, site), 1.0)
     return add_product(y, _folded(x, site.constants.r), block.mT, 1.0)
+
+
+def _is_whole(site: Site) -> bool:
+    """Return whether a site has whole shards, and a block for all outputs."""
+    return site.constants.form == "default" and site.in_features % site.constants.r == 0
+
+
+def _decide(config: MissConfig, site: Site) -> Step | None:
+    """Return `apply` as one step for a site of whole shards; `None` for another."""
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
+        block = leaves["miss_block"]
+        if block.is_meta or x.is_nested or (training and config.miss_dropout):
+            return None
+        return _linear(x, weight, bias, block) if fused.fits(x, weight, block, block) else None
+
+    return step if _is_whole(site) else None
 
 
 def routed(config: MissConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
@@ -174,7 +190,7 @@ def _folded(x: Tensor, r: int) -> Tensor:
     """`s(x)`: the sum over shards, `"... in"` to `"... r"`."""
     missing = -x.shape[-1] % r
     x = F.pad(x, (0, missing)) if missing else x
-    folded: Tensor = x.unflatten(-1, (-1, r)).sum(-2)
+    folded: Tensor = x.reshape(*x.shape[:-1], x.shape[-1] // r, r).sum(-2)
     return folded
 
 
@@ -197,8 +213,11 @@ def _moved(weight: Tensor, block: Tensor) -> Tensor:
     return weight + _change(weight, block)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, folded: Tensor, block: Tensor) -> Tensor:
-    """`x W^T + bias + M^T s(x)` as one step of autograd, which keeps `s(x)` alone where the base is frozen."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+    """`x W^T + bias + M^T s(x)`; of large inputs one step of autograd, which keeps `s(x)` alone for a frozen base."""
+    if not fused.pays(x):
+        return F.linear(x, weight, bias) + _folded(x, len(block)) @ block
+    folded = _folded(x.reshape(-1, x.shape[-1]), len(block))
     if torch.is_grad_enabled():
         result: Tensor = _Linear.apply(x, weight, bias, folded, block)  # type: ignore[no-untyped-call,unused-ignore]
         return result
@@ -236,6 +255,7 @@ MissConfig.method = Method(
     constants=MissConstants,
     routed=routed,
     varying=frozenset({"init_weights"}),
+    abilities=(RunsInOneStep(_decide),),
 )
 
 

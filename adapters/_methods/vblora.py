@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import (
@@ -135,7 +134,7 @@ def init(
 def apply(config: VBLoRAConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + B A dropout(x)`, the sum in the wider dtype and rounded once to the base's."""
     if base.training:
-        _check_trainable(site, leaves)
+        _check_trainable(config, site, leaves)
     dropout = leaves.get(DROPOUT, config.vblora_dropout)
     return add_to_linear(base, x, *_factors(config, leaves), 1.0, dropout)
 
@@ -143,7 +142,7 @@ def apply(config: VBLoRAConfig, site: Site, leaves: dict[str, Any], base: Layer,
 def routed(config: VBLoRAConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
     """`apply` with a bank and logits for each row."""
     if base.training:
-        _check_trainable(site, leaves)
+        _check_trainable(config, site, leaves)
     return route_to_linear(base, x, *_factors(config, leaves), 1.0, config.vblora_dropout, rows)
 
 
@@ -177,12 +176,14 @@ def _mixed(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     if bank.ndim == 3:
         first = torch.arange(len(bank), device=bank.device) * bank.shape[1]
         index, bank = index + first.view(-1, *(1 for _ in index.shape[1:])), bank.flatten(0, 1)
-    mixed: Tensor = (weights.unsqueeze(-1) * F.embedding(index, bank)).sum(-2)  # faster than products so small
+    mixed: Tensor = (weights.unsqueeze(-1) * torch.embedding(bank, index)).sum(-2)  # faster than products so small
     return mixed
 
 
-def _check_trainable(site: Site, leaves: dict[str, Tensor]) -> None:
+def _check_trainable(config: VBLoRAConfig, site: Site, leaves: dict[str, Tensor]) -> None:
     """Refuse to train logits of which a file kept the highest alone, where values can be read.
+
+    One of any `topk + 1` logits at a place is infinite then, so that no more are read.
 
     Raises:
         UnsupportedCall: Such logits; names the site.
@@ -190,7 +191,7 @@ def _check_trainable(site: Site, leaves: dict[str, Tensor]) -> None:
     logits = leaves[LOGITS[0]]
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or logits.is_meta:
         return
-    if logits[..., 0, 0, :].min() == -math.inf:
+    if -math.inf in logits[..., 0, 0, : config.topk + 1].flatten().tolist():
         raise UnsupportedCall(
             f"{site.path}: {LOGITS[0]} is infinite but for the chosen vectors, as files of save_only_topk_weights have "
             "it, so that no other vector could ever be chosen; train on from a file with all logits, or call "

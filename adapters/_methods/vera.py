@@ -23,17 +23,20 @@ from torchgraft.functional import (
     Method,
     PerAdapter,
     Rows,
+    RunsInOneStep,
     Site,
     TakesComplex,
     Varying,
     Weights,
     widen,
 )
+from torchgraft.functional.extending import Leaves, Step
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
-from .shared.called import DROPOUT, dropped
+from .shared import fused
+from .shared.called import DROPOUT, dropped, is_dropping
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -114,12 +117,28 @@ def init(
 
 def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + b * (B (d * (A dropout(x))))`, the sum in the wider dtype and rounded once to the base's."""
+    lambda_b, lambda_d = leaves["vera_lambda_b"], leaves["vera_lambda_d"]
+    dropout = leaves.get(DROPOUT, config.vera_dropout)
+    linear = None if torch.compiler.is_compiling() or is_dropping(dropout, base.training) else base.as_linear
+    if linear is not None and fused.fits(x, linear[0], lambda_b, lambda_d):
+        return _linear(x, *linear, *_projections(site, x.dtype), lambda_b, lambda_d)
     y = base(x)
-    x = dropped(x, leaves.get(DROPOUT, config.vera_dropout), base.training)
-    x, lambda_b, lambda_d = widen(x, leaves["vera_lambda_b"], leaves["vera_lambda_d"])
+    x, lambda_b, lambda_d = widen(dropped(x, dropout, base.training), lambda_b, lambda_d)
     a, b = _projections(site, x.dtype)
     wide, lambda_b, up = widen(y, lambda_b, F.linear(lambda_d * F.linear(x, a), b))
     return torch.addcmul(wide, lambda_b, up).to(y.dtype)
+
+
+def _decide(config: VeraConfig, site: Site) -> Step:
+    """Return `apply` as one step."""
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
+        b, d = leaves["vera_lambda_b"], leaves["vera_lambda_d"]
+        if b.is_meta or d.is_meta or x.is_nested or (training and config.vera_dropout):
+            return None
+        return _linear(x, weight, bias, *_projections(site, x.dtype), b, d) if fused.fits(x, weight, b, d) else None
+
+    return step
 
 
 def routed(config: VeraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
@@ -153,6 +172,54 @@ def _projections(site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lambda_b: Tensor, lambda_d: Tensor
+) -> Tensor:
+    """`x W^T + bias + b * (B (d * (A x)))`, of large inputs as one step of autograd, which keeps what PEFT does."""
+    if not fused.pays(x) or a.requires_grad or b.requires_grad:
+        return F.linear(x, weight, bias) + lambda_b * F.linear(lambda_d * F.linear(x, a), b)
+    down = F.linear(x.flatten(0, -2), a)
+    if torch.is_grad_enabled():
+        arguments = (x, weight, bias, a, b, lambda_b, lambda_d, down)
+        result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
+        return result
+    up = F.linear(down.mul_(lambda_d), b)
+    return fused.shaped(fused.base_output(x, weight, bias).addcmul_(lambda_b, up), x)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        lambda_b: Tensor,
+        lambda_d: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        up = F.linear(lambda_d * down, b)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, a, b, lambda_b, lambda_d, down, up)
+        return fused.shaped(fused.base_output(x, weight, bias).addcmul_(lambda_b, up), x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, a, b, lambda_b, lambda_d, down, up = ctx.saved_tensors
+        for_x, for_weight, for_bias, _, _, for_b, for_d, _ = ctx.needs_input_grad
+        flat = g.reshape(-1, g.shape[-1])
+        if torch.is_grad_enabled():  # what was kept is no function of `down` and `d` to a second derivative
+            up = F.linear(lambda_d * down, b)
+        g_down = (flat * lambda_b) @ b
+        gb, gd = (flat * up).sum(0) if for_b else None, (g_down * down).sum(0) if for_d else None
+        gx = None
+        if for_x:  # with what comes through `down`, which is an input for the sake of second derivatives alone
+            gx = (flat @ weight).addmm_(g_down * lambda_d, a).view(*g.shape[:-1], a.shape[1])
+        gw = flat.mT @ x.reshape(-1, x.shape[-1]) if for_weight else None
+        return gx, gw, flat.sum(0) if for_bias else None, None, None, gb, gd, None
+
+
 VeraConfig.method = Method(
     name="VERA",
     config=VeraConfig,
@@ -165,7 +232,7 @@ VeraConfig.method = Method(
     constants=VeraConstants,
     routed=routed,
     varying=frozenset({"r", "projection_prng_key", "save_projection", "d_initial", "init_weights"}),
-    abilities=(TakesComplex(),),
+    abilities=(TakesComplex(), RunsInOneStep(_decide)),
 )
 
 

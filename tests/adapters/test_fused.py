@@ -11,8 +11,10 @@ from torch import nn
 
 from torchgraft.adapters import (
     AdaLoraConfig,
+    DeloraConfig,
     IA3Config,
     LoraConfig,
+    MissConfig,
     OFTConfig,
     VeraConfig,
     inject_adapter_in_model,
@@ -67,6 +69,44 @@ def test_value_and_gradients_are_those_of_the_composed_functions(batch, sizes, b
         g = torch.randn_like(y)
         asked = [made[i] for i in wanted]
         torch.testing.assert_close(torch.autograd.grad(y, asked, g), torch.autograd.grad(expected, asked, g))
+
+
+STEPS = {
+    "lora": LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
+    "vera": VeraConfig(r=2, target_modules=["0"], init_weights=False),
+    "miss": MissConfig(r=2, target_modules=["0"], init_weights=False),
+    "delora": DeloraConfig(r=2, target_modules=["0"], init_weights=False),
+}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("config", list(STEPS))
+def test_small_and_large_inputs_are_the_same_function(config, bias, trained, monkeypatch):
+    """Values and first and second derivatives, also of the base, with the step of large inputs and without."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=bias)).double()
+    graft = bind(model, STEPS[config])
+    params = graft.init(torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    base = {name: p.detach().clone().requires_grad_(trained) for name, p in model.named_parameters()}
+    leaves = [x, *(leaf.requires_grad_() for leaf in params["0"].values()), *(base.values() if trained else ())]
+
+    def derivatives(large):
+        monkeypatch.setattr(fused, "_LARGE", large)
+        y = functional_call(graft, (base, params), (x,))
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        with torch.no_grad():
+            return y, functional_call(graft, (base, params), (x,)), *first, *second
+
+    torch.testing.assert_close(derivatives(0), derivatives(2**14))
+
+
+def test_small_inputs_add_no_step_of_autograd(monkeypatch):
+    made = tensors(2, 3)
+    assert "_Linear" in fused.linear(*made, 0.7).grad_fn.name()
+    monkeypatch.setattr(fused, "_LARGE", 2**14)
+    assert fused.linear(*made, 0.7).grad_fn.name() == "AddBackward0"
 
 
 @pytest.mark.slow

@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchgraft.adapters import LoraConfig, inject_adapter_in_model, set_adapter
+from torchgraft.adapters import LoraConfig, MissConfig, VeraConfig, inject_adapter_in_model, set_adapter
+from torchgraft.adapters._methods.shared import fused
 from torchgraft.functional import bind, route, stack
 from torchgraft.functional.extending import SiteRuntime
 
 FIELDS = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+DROPOUTS = {LoraConfig: "lora_dropout", VeraConfig: "vera_dropout", MissConfig: "miss_dropout"}
+"""Methods that run in one step."""
 
 
 def sequential(bias=True):
@@ -26,8 +29,10 @@ def step_at(model, config):
     return vars(view[0])["_runtime"].step
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
+    cls=st.sampled_from(list(DROPOUTS)),
+    large=st.sampled_from([0, 2**14]),
     batch=st.lists(st.integers(0, 3), min_size=0, max_size=3),
     layout=st.sampled_from(["rows", "transposed", "sliced", "expanded"]),
     bias=st.booleans(),
@@ -36,11 +41,13 @@ def step_at(model, config):
     p=st.sampled_from([0.0, 0.5]),
     dtypes=st.sampled_from([("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")]),
 )
-def test_the_step_gives_the_bits_of_apply(batch, layout, bias, trained, grad, p, dtypes):
+def test_the_step_gives_the_bits_of_apply(cls, large, batch, layout, bias, trained, grad, p, dtypes):
     base, own = (getattr(torch, name) for name in dtypes)
     model = sequential(bias).to(base).requires_grad_(trained)
-    graft = bind(model, LoraConfig(**FIELDS, lora_dropout=p))
+    graft = bind(model, cls(r=3, target_modules=["0"], **{DROPOUTS[cls]: p}))
     params = graft.init(torch.Generator().manual_seed(0), dtype=own)
+    for leaf in params["0"].values():
+        nn.init.normal_(leaf)
     leaves = [leaf.requires_grad_(grad) for leaf in params["0"].values()]
     x = torch.randn(*batch, 3).to(base)
     if layout == "transposed" and len(batch) > 1:
@@ -56,8 +63,9 @@ def test_the_step_gives_the_bits_of_apply(batch, layout, bias, trained, grad, p,
         y = graft(params, x)
         return [y.detach(), *(torch.autograd.grad(y.double().square().sum(), leaves) if grad else ())]
 
-    found = run()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_LARGE", large)
+        found = run()
         patch.setattr(SiteRuntime, "decide", lambda runtime: None)
         graft = bind(model, graft.configs[""])
         expected = run()

@@ -133,6 +133,15 @@ def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
     return result
 
 
+def is_dropping(dropout: Dropout, training: bool) -> bool:
+    """Return whether an input may not be the same after dropout.
+
+    >>> is_dropping(0.5, training=True), is_dropping(0.5, training=False)
+    (True, False)
+    """
+    return isinstance(dropout, Called) or bool(dropout and training)
+
+
 def dropped(x: Tensor, dropout: Dropout, training: bool) -> Tensor:
     """Return an input after dropout.
 

@@ -21,7 +21,7 @@ Scaling = float | Tensor
 
 
 def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: Scaling) -> Tensor:
-    """`y + scaling * down up^T`, in one kernel where the dtypes allow it.
+    """`y + scaling * down up^T`, in one kernel where the dtypes allow it and it pays.
 
     Args:
         y: The base's output, `"... out"`.
@@ -34,7 +34,7 @@ def add_product(y: Tensor, down: Tensor, up: Tensor, scaling: Scaling) -> Tensor
     """
     if isinstance(scaling, Tensor):
         down, scaling = down * scaling.to(down.dtype), 1.0
-    if y.dtype == down.dtype and y.ndim > 1:
+    if y.dtype == down.dtype and y.ndim > 1 and fused.pays(y):
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), up.mT, alpha=scaling).view(y.shape)
     return add_scaled(y, F.linear(down, up), scaling)
 
