@@ -41,8 +41,11 @@ def special(block: int) -> dict[str, dict[str, Any]]:
         "C3A": {"block_size": block},
         "IA3": {"feedforward_modules": ["down_proj"]},
         "OFT": {"oft_block_size": block},
+        "PVERA": {"r": 256},
+        "ROAD": {"group_size": block},
         "VBLORA": {"vector_length": block},
         "VERA": {"r": 256},
+        "WAVEFT": {"n_frequency": 1000},
     }
 
 

@@ -6,6 +6,7 @@ under any transform of `torch.func`, `torch.compile` and threads. The model is n
 
 from ._abilities import AddsLeafwise as AddsLeafwise
 from ._abilities import AddsProduct as AddsProduct
+from ._abilities import DrawsNoise as DrawsNoise
 from ._abilities import KeepsDtype as KeepsDtype
 from ._abilities import MergesOver as MergesOver
 from ._abilities import Precomputes as Precomputes

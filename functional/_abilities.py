@@ -99,6 +99,11 @@ class KeepsDtype:
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawsNoise:
+    """A forward that draws noise in training, beside dropout: with torch's functions, from torch's generator."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TakesComplex:
     """A meaning for complex weights.
 

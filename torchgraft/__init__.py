@@ -57,20 +57,27 @@ if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import Bank as Bank
+    from .adapters import BOFTConfig as BOFTConfig
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeloraConfig as DeloraConfig
+    from .adapters import FourierFTConfig as FourierFTConfig
     from .adapters import GraloraConfig as GraloraConfig
     from .adapters import HiraConfig as HiraConfig
+    from .adapters import HRAConfig as HRAConfig
     from .adapters import IA3Config as IA3Config
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import PveraConfig as PveraConfig
+    from .adapters import RandLoraConfig as RandLoraConfig
+    from .adapters import RoadConfig as RoadConfig
     from .adapters import ShiraConfig as ShiraConfig
     from .adapters import TinyLoraConfig as TinyLoraConfig
     from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
+    from .adapters import WaveFTConfig as WaveFTConfig
     from .adapters import extract_params as extract_params
     from .adapters import inject_adapter_in_model as inject_adapter_in_model
     from .adapters import inspect_adapter as inspect_adapter
@@ -93,9 +100,10 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig", "IA3Config",
-    "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig",
-    "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "BOFTConfig", "C3AConfig", "DeloraConfig", "FourierFTConfig",
+    "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig",
+    "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig",
+    "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
     "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchgraft.functional import Routed, StackedGraft
+from torchgraft.functional import DrawsNoise, Routed, StackedGraft
 from torchgraft.functional.extending import Tree, rows_of
 
 from .gathered_stack import stack_of
@@ -216,7 +216,8 @@ class Slots:
 def _draws(kind: Kind) -> bool:
     """Return whether the adapters of a bank, whose configs agree in this, draw noise in training."""
     fields = (field.name for field in dataclasses.fields(kind.config))
-    return any(getattr(kind.config, name) for name in fields if name.endswith("dropout"))
+    dropping = any(getattr(kind.config, name) for name in fields if name.endswith("dropout"))
+    return dropping or kind.config.method.ability(DrawsNoise) is not None
 
 
 def _key(optimizer: RowOptimizer, name: str) -> str:

@@ -61,9 +61,12 @@ _ALL_LINEAR: dict[str, tuple[str, ...]] = {
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "PVERA": {"phi": ("q_proj", "v_proj"), "dinov2": ("query", "value")},
     "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VBLORA": _ALL_LINEAR,
     "VERA": {"phi": ("q_proj", "v_proj")},
+    "WAVEFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
 }
 """Where a method's targets are not those of `TARGETS`."""
 

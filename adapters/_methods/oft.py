@@ -27,7 +27,7 @@ from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared.called import Called, Holder
-from .shared.rotated import add_block_product
+from .shared.rotated import add_block_product, cayley, laid_out
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -188,12 +188,12 @@ def apply(config: OFTConfig, site: Site, leaves: dict[str, Any], base: Layer, x:
         y = base(x)
         return rotate(y).to(y.dtype)
     if site.kind == "linear":
-        return base(_laid_out(rotate(x).to(x.dtype), x))
+        return base(laid_out(rotate(x).to(x.dtype), x))
     if math.prod(site.kernel_size) == 1:
-        return base(_laid_out(rotate(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype), x))
+        return base(laid_out(rotate(x.movedim(-3, -1)).movedim(-1, -3).to(x.dtype), x))
     weight, bias = base.weight, base.bias
     rotated = rotate(weight.flatten(1), back=True).reshape(weight.shape)
-    return site.call(x, _laid_out(rotated.to(x.dtype), weight), None if bias is None else bias.to(x.dtype))
+    return site.call(x, laid_out(rotated.to(x.dtype), weight), None if bias is None else bias.to(x.dtype))
 
 
 def merge(
@@ -215,17 +215,13 @@ def _turn(config: OFTConfig, site: Site, leaf: Tensor) -> Tensor:
     size = site.constants.block_size
     q = entries.index_select(1, site.constants.skew).unflatten(1, (size, size))
     if not config.use_cayley_neumann:
-        identity = torch.eye(size, dtype=q.dtype, device=q.device)
-        result: Tensor = torch.linalg.solve(identity + q, -2 * q, left=False).to(leaf.dtype)
-        return result
+        return cayley(q).to(leaf.dtype)
     if config.num_cayley_neumann_terms == 2:
-        result = (2 * q).to(leaf.dtype)
-        return result
+        return (2 * q).to(leaf.dtype)
     series = q
     for _ in range(max(3, config.num_cayley_neumann_terms - 1) - 1):
         series = torch.baddbmm(q, q, series, beta=2)
-    result = series.to(leaf.dtype)
-    return result
+    return series.to(leaf.dtype)
 
 
 def _project(vector: Tensor, radius: float) -> Tensor:
@@ -241,20 +237,6 @@ def _rotate(x: Tensor, turn: Tensor, site: Site, drop: float = 0.0) -> Tensor:
         kept = torch.rand(site.constants.blocks, 1, device=x.device) >= drop
         turn = torch.where(kept.unsqueeze(-1), turn, 0)
     return add_block_product(*widen(x, turn))
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """Return the same numbers with the strides of another tensor, by which torch chooses the base's kernel."""
-    if x.stride() == like.stride() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return x
-    if torch._C._functorch.maybe_current_level() is not None:
-        return x
-    steps = like.stride()
-    if 0 in steps and steps[-1] == 0:
-        return x  # what repeats along the coordinates themselves does not when they are rotated
-    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in steps)]
-    own = torch.empty_strided(once.shape, [max(step, 1) for step in steps], dtype=x.dtype, device=x.device)
-    return own.copy_(once).expand(like.shape)
 
 
 def _name(site: Site) -> str:

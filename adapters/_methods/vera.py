@@ -9,8 +9,6 @@ distributions are those of PEFT's `tuners/vera`.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +35,7 @@ from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared import fused
 from .shared.called import DROPOUT, dropped, is_dropping
+from .shared.projections import check_rank, draw_pair
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,16 +83,8 @@ class VeraConstants(Constants):
 
 def plan(config: VeraConfig, sites: list[Site], weights: Weights) -> dict[str, VeraConstants]:
     """Return the shared matrices: `vera_A` is `"r max_in"` and `vera_B` is `"max_out r"`, over all sites."""
-    generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-    a = _draw((config.r, max(site.in_features for site in sites)), generator)
-    b = _draw((max(site.out_features for site in sites), config.r), generator)
+    a, b = draw_pair(config.projection_prng_key, sites, config.r, config.r)
     return {site.path: VeraConstants(a, b) for site in sites}
-
-
-def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Kaiming's uniform distribution, as `nn.init.kaiming_uniform_` has it for a rectifier."""
-    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def shapes(config: VeraConfig, site: Site) -> dict[str, tuple[int, ...]]:
@@ -236,15 +227,6 @@ VeraConfig.method = Method(
 )
 
 
-def _check(config: VeraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Hold the rank, by which `plan` makes the shared matrices, against the tensors."""
-    given = {path: tuple(leaves["vera_lambda_d"].shape) for path, leaves in found.items() if "vera_lambda_d" in leaves}
-    require(bool(given), config, f"there is no vera_lambda_d to hold r={config.r} against")
-    for path, shape in given.items():
-        what = f"r is {config.r}, and vera_lambda_d of {path} has shape {shape}, expected (r,)"
-        require(shape == (config.r,), config, what)
-
-
 VeraConfig.form = PeftFormat(
     prefix="vera_",
     dropout="vera_dropout",
@@ -258,6 +240,6 @@ VeraConfig.form = PeftFormat(
     infer=lambda config, found: {"r": len(next(iter(found.values()))["vera_lambda_d"])},
     shared=("vera_A", "vera_B"),
     saves_shared=lambda config: config.save_projection,
-    check=_check,
+    check=lambda config, found: check_rank(config, found, "vera_lambda_d", config.r, "r"),
     only_here=("exclude_modules",),
 )

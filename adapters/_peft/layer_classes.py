@@ -26,20 +26,27 @@ _EXTENDED = {"LORA": ("LORA", "ADALORA")}
 """Methods whose layers are instances of another's class too, as in PEFT."""
 _CLASSES = {
     "ADALORA": ("SVDLinear SVDConv2d", ""),
+    "BOFT": ("", "Linear Conv2d"),
     "C3A": ("C3ALinear", ""),
     "DELORA": ("DeloraLinear", ""),
+    "FOURIERFT": ("FourierFTLinear", ""),
     "GRALORA": ("", "Linear"),
     "HIRA": ("Linear Embedding Conv1d Conv2d Conv3d", ""),
+    "HRA": ("HRALinear HRAConv2d", ""),
     "IA3": ("Linear Conv2d Conv3d", ""),
     "LOHA": ("Linear Conv2d", "Conv1d"),
     "LOKR": ("Linear Conv2d", "Conv1d"),
     "LORA": ("Linear Embedding Conv2d Conv3d ParamWrapper", "Conv1d MultiheadAttention"),
     "MISS": ("MissLinear", ""),
     "OFT": ("Linear Conv2d Embedding", ""),
+    "PVERA": ("Linear", ""),
+    "RANDLORA": ("Linear", ""),
+    "ROAD": ("Linear", ""),
     "SHIRA": ("Linear", ""),
     "TINYLORA": ("Linear Embedding", ""),
     "VBLORA": ("Linear", ""),
     "VERA": ("Linear", ""),
+    "WAVEFT": ("WaveFTLinear", ""),
 }
 """PEFT's classes of a method's layers: those beside its config, and those in its `layer` module alone."""
 

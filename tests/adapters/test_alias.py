@@ -153,10 +153,10 @@ def test_names_that_are_not_here(statement, error, words):
 def test_names_of_methods_that_are_not_here_are_an_error_when_used():
     with as_peft():
         from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningInit, TrainableTokensConfig
-        from peft.tuners.boft import BOFTLayer
+        from peft.tuners.shadow import ShadowLayer
     config = LoraConfig(target_modules=["0"])
     assert not isinstance(config, (PrefixTuningConfig, PromptLearningConfig))
-    assert not isinstance(inject_adapter_in_model(config, nn.Sequential(nn.Linear(2, 2)))[0], BOFTLayer)
+    assert not isinstance(inject_adapter_in_model(config, nn.Sequential(nn.Linear(2, 2)))[0], ShadowLayer)
     with pytest.raises(UnsupportedCall, match=r"PrefixTuningConfig is of the method PREFIX_TUNING, which .* not have"):
         PrefixTuningConfig(num_virtual_tokens=4)
     with pytest.raises(UnsupportedCall, match=r"does not have; use LoraConfig\(trainable_token_indices=\.\.\.\)"):

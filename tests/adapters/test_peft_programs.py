@@ -25,13 +25,20 @@ METHODS = {
     "LoKrConfig": {"r": 2, "init_weights": False},
     "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
+    "BOFTConfig": {"boft_block_size": 2, "init_weights": False},
     "C3AConfig": {"block_size": 2, "init_weights": "kaiming_uniform"},
     "DeloraConfig": {"r": 2, "init_weights": False},
+    "FourierFTConfig": {"n_frequency": 10},
     "GraloraConfig": {"r": 4, "gralora_k": 2, "init_weights": False},
     "HiraConfig": {"r": 2, "init_weights": False},
+    "HRAConfig": {"r": 2, "init_weights": False},
     "MissConfig": {"r": 2, "init_weights": False},
+    "PveraConfig": {"r": 4, "init_weights": False},
+    "RandLoraConfig": {"r": 2, "init_weights": False},
+    "RoadConfig": {"group_size": 2, "init_weights": False},
     "ShiraConfig": {"r": 1, "init_weights": False},
     "TinyLoraConfig": {"r": 1, "u": 2},
+    "WaveFTConfig": {"n_frequency": 10, "init_weights": False},
 }
 """PEFT's TinyLoRA without `init_weights` computes with memory that nobody wrote."""
 SMALL = {"block_size": 4, "vector_length": 4, "r": 2}

@@ -41,7 +41,7 @@ class Case:
             model = SITES[site].build()
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.5)
-            self.model = model.to(dtype)
+            self.model = model.to(dtype).train(not self.row.evaluated)
             self.x = torch.arange(7).view(7, 1) if shape is None else torch.randn(shape, dtype=dtype)
         # In place the base is frozen, and which kernel torch takes depends on that.
         self.frozen = copy.deepcopy(self.model).requires_grad_(False)

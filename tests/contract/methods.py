@@ -12,6 +12,7 @@ What a new row has to give:
 - `peft`, fields that PEFT's config of the same name needs beside those that differ from the defaults here, or `None`
   where PEFT has no such method;
 - `rounds`, what is rounded once at a layer in half precision, where it is not the sum (see `test_rounding.py`);
+- `evaluated`, where it draws noise in training, so that only evaluation has a formula;
 - `sites`, where the variant supports fewer kinds of layer than the method does;
 - `exempt`, the promises that it does not keep, by the names of the tests, with the reason and, where some sites keep
   them, the sites that do not. The reasons stand at the end of each run, and a promise that is kept all the same is a
@@ -29,20 +30,27 @@ from torch import nn
 from torchgraft.adapters import (
     AdaLoraConfig,
     AdapterConfig,
+    BOFTConfig,
     C3AConfig,
     DeloraConfig,
+    FourierFTConfig,
     GraloraConfig,
     HiraConfig,
+    HRAConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
+    PveraConfig,
+    RandLoraConfig,
+    RoadConfig,
     ShiraConfig,
     TinyLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 
 
@@ -83,6 +91,7 @@ class Row:
     sites: frozenset[str] = frozenset()
     exempt: tuple[Exempt, ...] = ()
     rounds: str | Mapping[str, str] | Callable[..., torch.Tensor] = "sum"
+    evaluated: bool = False
 
 
 # -- the formulas ----------------------------------------------------------------------------------------------------
@@ -322,6 +331,134 @@ OF_LORA = (
 DROPPED = {"lora_dropout": 0.5}
 
 
+def hra(config, where, leaves, weight, bias):
+    """`W H_1 ... H_r`, reflections, or `W (I - 2 Q Q^T)` with the vectors after Gram and Schmidt: Yuan et al., 2024."""
+    turned, before = weight.flatten(1), []
+    for u in leaves["hra_u"].T:
+        if config.apply_GS:
+            for q in before:
+                u = u - (q @ u) * q
+            before.append(u / u.norm())
+        turned = turned - 2 * torch.outer(turned @ u, u) / (u @ u)
+    return turned.reshape(weight.shape), bias
+
+
+def road(config, where, leaves, weight, bias):
+    """`R W` and `R b`, rotations and scales of pairs of outputs, entry by entry: Liao et al., 2024, equation 4."""
+    half, n = config.group_size // 2, int(config.variant[-1])
+    theta, alpha = (leaves[f"road_{leaf}"].view(-1, n, half) for leaf in ("theta", "alpha"))
+    turn = torch.zeros(len(weight), len(weight)).to(weight)
+    for group, i in torch.cartesian_prod(torch.arange(len(theta)), torch.arange(half)).tolist():
+        t, a = ([leaf[group, k % n, i] for k in range(4)] for leaf in (theta, alpha))
+        if n == 4:
+            (c1, c2), (s1, s2) = (t[0].cos() * a[0], t[1].cos() * a[1]), (t[2].sin() * a[2], t[3].sin() * a[3])
+        else:
+            (c1, c2), (s1, s2) = ((f(t[0]) * a[0], f(t[1]) * a[1]) for f in (torch.cos, torch.sin))
+        first = config.group_size * group + i
+        places = torch.tensor([first, first, first + half, first + half]), torch.tensor([first, first + half] * 2)
+        turn = turn.index_put(places, torch.stack([c1, -s1, s2, c2]))
+    return torch.tensordot(turn, weight, 1), None if bias is None else turn @ bias
+
+
+def boft(config, where, leaves, weight, bias):
+    """`diag(s) W R^T`, `R` a product of block-diagonal rotations whose inputs are sorted by turns: Liu et al., 2023."""
+    flat = weight.flatten(1)
+    width, turn = flat.shape[1], torch.eye(flat.shape[1]).to(weight)
+    for i, blocks in enumerate(leaves["boft_R"]):
+        half, one = blocks.shape[-1] // 2, torch.eye(blocks.shape[-1]).to(weight)
+        rotations = [torch.linalg.inv(one + (q - q.T) / 2).mm(one - (q - q.T) / 2) for q in blocks]
+        pieces = torch.arange(width).view(-1, half).tolist()
+        halves = [pieces[start : start + 2 ** (i + 1)] for start in range(0, len(pieces), 2 ** (i + 1))]
+        order = [place for some in halves for piece in some[0::2] + some[1::2] for place in piece]
+        mixed = one.new_zeros(width, width).index_put((torch.arange(width), torch.tensor(order)), one.new_ones(()))
+        turn = mixed @ torch.block_diag(*rotations) @ mixed.T @ turn
+    scale = leaves["boft_s"].flatten() if "boft_s" in leaves else torch.ones(len(weight)).to(weight)
+    return scale.view(-1, *(1,) * (weight.ndim - 1)) * (flat @ turn.T).reshape(weight.shape), bias
+
+
+def placed(config, coefficients, weight):
+    """Yield row and column, drawn from a seed, of each coefficient of a weight as a matrix, and the coefficient."""
+    columns = weight[0].numel()
+    drawn = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(config.random_loc_seed)).tolist()
+    for place, coefficient in zip(drawn, coefficients, strict=False):
+        yield place // columns, place % columns, coefficient
+
+
+def fourierft(config, where, leaves, weight, bias):
+    """`W + s Re(F^-1 C)`, a plane wave for each coefficient: Gao et al., 2024, equation 3."""
+    rows, columns = len(weight), weight[0].numel()
+    t, i = torch.meshgrid(torch.arange(rows).to(weight), torch.arange(columns).to(weight), indexing="ij")
+    delta = torch.zeros_like(t)
+    for j, k, c in placed(config, leaves["fourierft_spectrum"], weight):
+        delta = delta + c * torch.cos(2 * math.pi * (j * t / rows + k * i / columns))
+    return weight + config.scaling * (delta / (rows * columns)).reshape(weight.shape), bias
+
+
+def waveft(config, where, leaves, weight, bias):
+    """`W + s` times the inverse wavelet transform of `C`, an axis after the other: Bilican et al., 2025.
+
+    The quarters are as PEFT has them: those off the diagonal the other way round than in `pywt.idwt2`.
+    """
+    if config.use_idwt:
+        a, b = math.sqrt(2) * (1 + math.sqrt(3)) / 8, math.sqrt(2) * (1 - math.sqrt(3)) / 8
+        low = [math.sqrt(0.5)] * 2 if config.wavelet_family == "db1" else [a, math.sqrt(3) * a, -math.sqrt(3) * b, b]
+    spectrum, size = torch.zeros_like(weight.flatten(1)), weight.flatten(1).shape
+    for row, column, c in placed(config, leaves["waveft_spectrum"], weight):
+        spectrum = spectrum.index_put((torch.tensor(row), torch.tensor(column)), c)
+    if config.use_idwt:
+        more = len(low) - 2
+        sizes = [number + more + (number + more) % 2 for number in size]
+        edges = [((all_ - number) // 2, (all_ - number + 1) // 2) for all_, number in zip(sizes, size, strict=True)]
+        spectrum = nn.functional.pad(spectrum, (*edges[1], *edges[0]))
+        (ll, hl), (lh, hh) = (half.chunk(2, 1) for half in spectrum.chunk(2, 0))
+        spectrum = torch.cat([torch.cat([ll, lh], 1), torch.cat([hl, hh], 1)], 0)
+        for axis in (0, 1):
+            half = sizes[axis] // 2
+            inverse = torch.zeros(size[axis], 2 * half).to(weight)
+            for at, j, f in torch.cartesian_prod(*map(torch.arange, (size[axis], half, len(low)))).tolist():
+                if at == 2 * j + f - more:
+                    inverse[at, j], inverse[at, half + j] = low[f], (-1) ** f * low[-1 - f]
+            spectrum = (inverse @ spectrum).T
+    return weight + config.scaling * spectrum.reshape(weight.shape), bias
+
+
+def randlora(config, where, leaves, weight, bias):
+    """`W + s sum_k B_k diag(l_k) A diag(g_k)`, or its transpose, with bases from a seed: Albert et al., 2025.
+
+    Which column of all `B_k` meets which row is as PEFT has it.
+    """
+    (outputs, inputs), r = (max(sizes) for sizes in zip(*where.sizes.values(), strict=True)), config.r
+    smaller, larger = min(outputs, inputs), max(outputs, inputs)
+    generator, count = torch.Generator().manual_seed(config.projection_prng_key), -(-smaller // r)
+    if config.sparse:
+        a, b = torch.rand(r, 1, smaller, generator=generator), torch.rand(larger, count, r, generator=generator)
+        a, b = (torch.where((one - 0.5).abs() > 1 / 3, (one - 0.5).sign(), 0) for one in (a, b))
+    else:
+        shapes = [(r, 1, smaller), *[(larger, 1, r)] * count]
+        a, *b = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
+        for one in (a, *b):
+            nn.init.kaiming_uniform_(one, a=5**0.5, generator=generator)
+        b = torch.cat(b, 1)
+    a, b = ((one / one.std()).to(weight) for one in (a, b))
+    first, second = leaves["randlora_lambda"], leaves["randlora_gamma"]
+    smaller, larger, count = min(weight.shape), max(weight.shape), len(second)
+    columns = torch.cat([b[:larger, k] for k in range(count)], 1)
+    rows = torch.stack([first[i, k] * a[i, 0, :smaller] * second[k] for i in range(r) for k in range(count)])
+    update = sum(torch.outer(columns[:, place], rows[place]) for place in range(r * count))
+    return weight + config.randlora_alpha / r * (update if len(weight) >= weight.shape[1] else update.T), bias
+
+
+def pvera(config, where, leaves, weight, bias):
+    """VeRA with the first half of `A` and of `d`, those of the mean: Fillioux et al., 2025."""
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    outputs, inputs = (max(sizes) for sizes in zip(*where.sizes.values(), strict=True))
+    a, b = torch.empty(2 * config.r, inputs), torch.empty(outputs, config.r)
+    for matrix in (a, b):
+        nn.init.kaiming_uniform_(matrix, nonlinearity="relu", generator=generator)
+    a, b = a[: config.r, : weight.shape[1]].to(weight), b[: weight.shape[0]].to(weight)
+    return weight + leaves["pvera_lambda_b"].diag() @ b @ leaves["pvera_lambda_d"][: config.r].diag() @ a, bias
+
+
 PEFTS = ("test_outputs_are_pefts_with_either_ones_parameters", "test_files_go_to_peft_and_back")
 CONVOLVED = Exempt(
     PEFTS,
@@ -379,6 +516,44 @@ OF_OFT = (
 )
 CHANNELS = frozenset({"conv1d", "conv2d", "conv2d (dilated)", "conv3d"})
 LINEAR_IN_PEFT = "PEFT's layers are linear ones"
+ALWAYS_LINEAR = Exempt(
+    NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "embedding"}, (TypeError, ValueError)
+)
+OF_HRA = (
+    Exempt(
+        NOT_IN_PEFTS,
+        "PEFT's HRA knows linear layers and 2-d convolutions",
+        frozenset({"linear (Conv1D)", "conv1d", "conv3d"}),
+        TypeError,
+    ),
+    Exempt(
+        PEFTS,
+        "PEFT ignores dilation and padding mode",
+        frozenset({"conv2d", "conv2d (dilated)"}),
+        (AssertionError, RuntimeError),
+    ),
+)
+NO_IDENTITY = (
+    "test_identity_at_init",
+    "test_identity_at_init_bit_for_bit",
+    "test_layouts_of_memory_keep_the_identity_bit_for_bit",
+)
+OF_SPECTRA = (Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS, TypeError),)
+OF_BOFT = (
+    Exempt(
+        NOT_IN_PEFTS,
+        "PEFT's BOFT knows linear layers and 2-d convolutions",
+        frozenset({"linear (Conv1D)", "conv1d", "conv3d"}),
+        TypeError,
+    ),
+    OF_HRA[1],
+)
+ROAD = {"group_size": 2, **BOTH}
+OF_ROAD = (
+    ({"variant": "road_3"}, "RoadConfig: variant is 'road_3', expected one of road_1, road_2, road_4"),
+    ({"group_size": 3}, "RoadConfig: group_size is 3, expected a positive even number"),
+    ({"group_size": 4}, "RoadConfig: group_size is 4 at first, which has 6 outputs, expected an even divisor"),
+)
 
 
 def row_of_lora(formula, fields, other, wrong=(), **rest):
@@ -541,6 +716,138 @@ METHODS = {
         ),
         rounds="input",
     ),
+    "hra": Row(
+        HRAConfig(r=4, **BOTH),
+        hra,
+        HRAConfig(r=3, init_weights=False, **BOTH),
+        {"apply_GS": True},
+        (({"r": 0}, "HRAConfig: r is 0, expected a positive integer"),),
+        exempt=OF_HRA,
+        rounds="input",
+    ),
+    "hra orthonormal": Row(
+        HRAConfig(r=2, apply_GS=True, init_weights=False, **BOTH),
+        hra,
+        HRAConfig(r=1, apply_GS=True, init_weights=False, **BOTH),
+        {"apply_GS": False},
+        (
+            (
+                {"r": 5},
+                "r is 5 at first, whose vectors have 4 entries; apply_GS makes them orthonormal, which needs r <= 4",
+            ),
+        ),
+        exempt=(
+            Exempt(NO_IDENTITY, "reflections without pairs are no identity"),
+            Exempt(
+                ("test_named_beside_others",),
+                "reflections without pairs are no identity, so that a name that is new changes the output",
+                CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"},
+            ),
+            *OF_HRA,
+        ),
+        rounds="input",
+    ),
+    "road": Row(
+        RoadConfig(**ROAD),
+        road,
+        RoadConfig(init_weights=False, **ROAD),
+        {"variant": "road_2"},
+        OF_ROAD,
+        exempt=(ALWAYS_LINEAR,),
+        rounds="product",
+    ),
+    "road 2": Row(
+        RoadConfig(variant="road_2", **ROAD),
+        road,
+        RoadConfig(variant="road_2", init_weights=False, **ROAD),
+        {"variant": "road_4"},
+        (),
+        exempt=(ALWAYS_LINEAR,),
+        rounds="product",
+    ),
+    "road 4": Row(
+        RoadConfig(variant="road_4", **ROAD),
+        road,
+        RoadConfig(variant="road_4", init_weights=False, **ROAD),
+        {"variant": "road_1"},
+        (),
+        exempt=(ALWAYS_LINEAR,),
+        rounds="product",
+    ),
+    "boft": Row(
+        BOFTConfig(boft_block_size=2, **BOTH),
+        boft,
+        BOFTConfig(boft_block_size=2, init_weights=False, **BOTH),
+        {"boft_dropout": 0.5},
+        (
+            ({"boft_block_num": 2}, "BOFTConfig: boft_block_size is 2 and boft_block_num is 2, expected one positive"),
+            ({"boft_block_size": 3}, "boft_block_size is 3 at first, whose outputs have 4 inputs, expected a divisor"),
+            ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor is 0, expected a positive integer"),
+            (
+                {"boft_n_butterfly_factor": 2},
+                "is 2 at second, which has 3 blocks of 2; expected an even size, and a mu",
+            ),
+            ({"boft_dropout": 1.0}, "BOFTConfig: boft_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        exempt=OF_BOFT,
+        rounds="input, then boft_s",
+    ),
+    "boft butterfly": Row(
+        BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, target_modules=["first"]),
+        boft,
+        BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, init_weights=False, target_modules=["first"]),
+        {"boft_block_size": 1},
+        (),
+        exempt=(
+            Exempt(
+                NOT_IN_PEFTS,
+                "PEFT takes one factor where its CUDA extension is not",
+                raises=(AssertionError, RuntimeError, TypeError),
+            ),
+        ),
+        rounds="input, then boft_s",
+    ),
+    "fourierft": Row(
+        FourierFTConfig(n_frequency=7, init_weights=True, n_frequency_pattern={"first": 5}, **BOTH),
+        fourierft,
+        FourierFTConfig(n_frequency=4, scaling=90.0, random_loc_seed=3, **BOTH),
+        {"bias": "all"},
+        (
+            ({"n_frequency": 0, "n_frequency_pattern": {}}, "FourierFTConfig: n_frequency is 0 at first, whose weight"),
+            (
+                {"n_frequency": 25},
+                "n_frequency is 25 at second, whose weight has 24 entries, expected 1 <= n_frequency <=",
+            ),
+        ),
+        exempt=OF_SPECTRA,
+    ),
+    "waveft": Row(
+        WaveFTConfig(n_frequency=7, n_frequency_pattern={"first": 5}, wavelet_family="db2", scaling=2.0, **BOTH),
+        waveft,
+        WaveFTConfig(n_frequency=4, scaling=3.0, random_loc_seed=3, init_weights=False, **BOTH),
+        {"bias": "all"},
+        (
+            ({"n_frequency": 0, "n_frequency_pattern": {}}, "WaveFTConfig: n_frequency is 0 at first, whose weight"),
+            (
+                {"n_frequency": 25},
+                "n_frequency is 25 at second, whose weight has 24 entries, expected 1 <= n_frequency <=",
+            ),
+            ({"wavelet_family": "coif4"}, "WaveFTConfig: wavelet_family is 'coif4', expected one of db1, db2"),
+            (
+                {"proportional_parameters": True},
+                "proportional_parameters is True, so n_frequency_pattern has no effect",
+            ),
+        ),
+        exempt=OF_SPECTRA,
+    ),
+    "waveft sparse": Row(
+        WaveFTConfig(n_frequency=6, use_idwt=False, proportional_parameters=True, scaling=2.0, **BOTH),
+        waveft,
+        WaveFTConfig(n_frequency=3, **BOTH),
+        {"bias": "all"},
+        (),
+        exempt=OF_SPECTRA,
+    ),
     "vera": Row(
         VeraConfig(r=3, **BOTH),
         vera,
@@ -550,6 +857,34 @@ METHODS = {
             ({"r": 0}, "VeraConfig: r is 0, expected a positive integer"),
             ({"vera_dropout": 1.0}, "VeraConfig: vera_dropout is 1.0, expected 0 <= p < 1"),
         ),
+    ),
+    "pvera": Row(
+        PveraConfig(r=3, **BOTH),
+        pvera,
+        PveraConfig(r=3, projection_prng_key=1, d_initial=0.3, **BOTH),
+        {"r": 2},
+        (
+            ({"r": 0}, "PveraConfig: r is 0, expected a positive integer"),
+            ({"pvera_dropout": 1.0}, "PveraConfig: pvera_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        evaluated=True,
+    ),
+    "randlora": Row(
+        RandLoraConfig(r=3, randlora_alpha=2, **BOTH),
+        randlora,
+        RandLoraConfig(r=3, randlora_alpha=1, projection_prng_key=1, init_weights=False, **BOTH),
+        {"r": 2},
+        (
+            ({"r": 0}, "RandLoraConfig: r is 0, expected a positive integer"),
+            ({"randlora_dropout": 1.0}, "RandLoraConfig: randlora_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+    ),
+    "randlora sparse": Row(
+        RandLoraConfig(r=2, randlora_alpha=1, sparse=True, **BOTH),
+        randlora,
+        RandLoraConfig(r=2, randlora_alpha=2, **BOTH),
+        {"randlora_dropout": 0.5},
+        (),
     ),
     "c3a": Row(
         C3AConfig(block_size=2, init_weights=True, **BOTH),

@@ -116,6 +116,8 @@ def test_two_in_place_are_two_that_are_named(name, site):
 @pytest.mark.parametrize("training", [False, True])
 def test_rows_in_place_are_each_alone(name, site, training):
     one = case(name, site)
+    if training and one.row.evaluated:
+        pytest.skip("rows draw other noise than each alone")
     model = injected(one, one.trees[0])
     inject_adapter_in_model(one.config, model, "same", params=copy.deepcopy(one.trees[1]))
     other = moved(bind(one.model, one.other).init(torch.Generator().manual_seed(2)), 2)

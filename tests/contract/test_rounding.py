@@ -6,6 +6,7 @@ rounded by its kernel. What the adapter does to it is computed in float32, and o
     "sum"        y = round(base(x) + (W' - W) x + (b' - b))
     "product"    y = round(G base(x)),     G what the formula makes of the identity
     "input"      y = base(round(R x)),     R likewise; of an embedding, which has no input, it is a product
+    "input, then s"  y = round(s (base(round(R x)) - b) + b),    s a leaf without which R is made
 
 Where a base gets an input that `vmap` batches, torch runs another kernel, which also rounds before it adds the bias. So
 under `vmap` and for rows `"input"` allows for one unit in the last place of the largest output.
@@ -90,11 +91,18 @@ class HalfCase:
         if rounds == "product" or lookup:
             factor, _ = formula(leaves, torch.eye(len(weight), dtype=torch.float64), None)
             return self.rounded(y @ factor.mT, y.abs().max())
+        scale = leaves.pop(rounds.removeprefix("input, then ")).flatten() if rounds != "input" else None
         factor, _ = formula(leaves, torch.eye(weight.shape[1], dtype=torch.float64), None)
         low, high = self.rounded(given @ factor.mT, given.abs().max())
         y = layer(low).double()
         slack = (high.double() - low.double()) @ weight.abs().mT  # of what float32's error may round otherwise
         slack = torch.where((slack > 0) | batched, 2 * slack + y.abs().max() * torch.finfo(self.dtype).eps, 0)
+        if scale is not None:
+            exact, slack = (
+                scale * (y - (0 if bias is None else bias)) + (0 if bias is None else bias),
+                scale.abs() * slack,
+            )
+            return tuple(self.rounded(exact + side * slack, y.abs().max())[place] for place, side in enumerate((-1, 1)))
         return (y - slack).to(self.dtype), (y + slack).to(self.dtype)
 
     def rounded(self, exact, scale):

@@ -67,34 +67,49 @@ SIZES = {
     "LOHA": {"r": 4},  # PEFT rounds the factor alpha / r to float32
     "OFT": {"oft_block_size": 4},
     "VERA": {"r": 3},
+    "BOFT": {"boft_block_size": 2},
     "C3A": {"block_size": 2},
     "DELORA": {"r": 3},
     "SHIRA": {"r": 2, "random_seed": 3},
+    "FOURIERFT": {"n_frequency": 20},
     "GRALORA": {"r": 4},
     "HIRA": {"r": 3},
+    "HRA": {"r": 4},
     "LOKR": {"r": 2, "alpha": 4},
     "MISS": {"r": 2},
+    "PVERA": {"r": 3},
+    "RANDLORA": {"r": 3},
+    "ROAD": {"group_size": 2},
+    "WAVEFT": {"n_frequency": 20},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
 }
 APART = {"TINYLORA"}
 """Methods whose fixed tensors are parameters in PEFT's layers and no leaves here; their own tests compare."""
-EXACT = {"C3A": 1e-6}
-"""How exact PEFT is where that is not double precision: C3A's spectra are in float32."""
+EXACT = {"C3A": 1e-6, "FOURIERFT": 1e-5}
+"""How exact PEFT is where that is not double precision: spectra are in float32."""
 OWN = (
     "lora_",
     "ia3_",
     "hada_",
     "oft_",
     "vera_lambda",
+    "boft_",
     "c3a_",
     "delora_",
     "shira_",
+    "fourierft_",
     "gralora_",
     "hira_",
+    "hra_",
     "lokr_",
     "miss_",
+    "pvera_lambda",
+    "randlora_lambda",
+    "randlora_gamma",
+    "road_",
     "tinylora_",
     "vblora_",
+    "waveft_",
     "modules_to_save",
 )
 
@@ -113,7 +128,7 @@ def inject(model, method, name="default", **fields):
 def inject_peft(model, method, name="default", **fields):
     """PEFT's injection; it has no low-level one for methods whose layers share something."""
     config = configs(method, **fields)[1]
-    if method not in ("VBLORA", "VERA"):
+    if method not in ("PVERA", "RANDLORA", "VBLORA", "VERA"):
         with quiet("Already found a `peft_config` attribute"):
             return peft.inject_adapter_in_model(config, model, name)
     wrapper = vars(model).get("wrapper")

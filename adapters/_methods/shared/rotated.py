@@ -1,4 +1,4 @@
-"""`x + x D` with a block-diagonal `D` as one step of autograd.
+"""Rotations of inputs: `x + x D` with a block-diagonal `D` as one step of autograd, Cayley's blocks, and layouts.
 
 Composed of torch's own functions, the product of the blocks is copied into the order of the coordinates, and the
 gradients of the two terms are summed in a pass of their own.
@@ -63,3 +63,29 @@ def _forward(x: Tensor, blocks: Tensor) -> Tensor:
 def _parts(x: Tensor, blocks: Tensor) -> Tensor:
     """`"n tokens size"`."""
     return x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """`(I - S) (I + S)^-1 - I` of skew-symmetric matrices, `"... size size"`, exactly zero for a zero `S`.
+
+    >>> cayley(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    tensor([[-1., -1.],
+            [ 1., -1.]])
+    """
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    result: Tensor = torch.linalg.solve(identity + skew, -2 * skew, left=False)
+    return result
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """Return the same numbers with the strides of another tensor, by which torch chooses the base's kernel."""
+    if x.stride() == like.stride() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return x
+    if torch._C._functorch.maybe_current_level() is not None:
+        return x
+    steps = like.stride()
+    if 0 in steps and steps[-1] == 0:
+        return x  # what repeats along the coordinates themselves does not when they are rotated
+    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in steps)]
+    own = torch.empty_strided(once.shape, [max(step, 1) for step in steps], dtype=x.dtype, device=x.device)
+    return own.copy_(once).expand(like.shape)
