@@ -59,7 +59,7 @@ ORDER = {
         _bank: layout state optimizers functional_optimizer muon kind resident stepping arguments batch slots isolation
             record resting roster files bank ranks collected checkpoint replicated
         _peft: names absent configs card tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
-            layer_classes helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
+            layer_classes helpers lookups optimizers packages precision preprocess eva renamed_keys peft_modules alias
         .: __init__
     """,
     "functional": """
