@@ -32,6 +32,23 @@ _NAMES = {
     "UNILORA": "UniLoraConfig UniLoraLayer UniLoraModel",
     "XLORA": "XLoraConfig XLoraModel",
 }
+_VARIANTS = {
+    "Arrow": "ArrowConfig create_arrow_model",
+    "BD-LoRA": "BdLoraConfig",
+    "KaSA": "KasaConfig",
+    "MonteCLoRA": "MontecloraConfig",
+    "VeLoRA": "VeloraConfig",
+    "offloading for the time of a step": "LoraRuntimeConfig",
+}
+"""Names of what LoRA has in PEFT and not here."""
+_FUNCTIONS = {
+    "compose_cartridge_adapters": "the method CARTRIDGE",
+    "find_kappa_target_modules": "choosing targets by the condition of their weights",
+    "initialize_kv_prefix_from_past_key_values": "the method CARTRIDGE",
+    "initialize_kv_prefix_from_text": "the method CARTRIDGE",
+    "prompt_embeddings_from_past_key_values": "the method CARTRIDGE",
+    "replace_lora_weights_loftq": "LoftQ on a base that is quantised already",
+}
 _INNER = ("Layer", "MultitaskPromptEmbedding")
 """Ends of names that only the submodules of PEFT have."""
 _INSTEAD = {"TRAINABLE_TOKENS": "LoraConfig(trainable_token_indices=...)"}
@@ -65,9 +82,20 @@ def absent_names(present: Container[str]) -> dict[str, dict[str, Any]]:
     ['PrefixEncoder', 'PrefixTuningConfig']
     """
     learning = _class("PromptLearningConfig", "prompt learning, of which torchgraft has no method")
-    modules: dict[str, dict[str, Any]] = {"peft": {}, "peft.tuners": {}, "peft.config": {}}
-    for module in ("peft", "peft.config"):
-        modules[module][learning.__name__] = learning
+    variants = {
+        name: _class(name, f"{what}, a form of LoRA that torchgraft does not have")
+        for what, names in _VARIANTS.items()
+        for name in names.split()
+    }
+    functions = {name: _class(name, f"{what}, which torchgraft does not have") for name, what in _FUNCTIONS.items()}
+    configs = {name: cls for name, cls in variants.items() if name.endswith("Config")}
+    modules: dict[str, dict[str, Any]] = {
+        "peft": {learning.__name__: learning, **variants, **functions},
+        "peft.config": {learning.__name__: learning},
+        "peft.tuners": {**variants},
+        "peft.tuners.lora": variants,
+        "peft.tuners.lora.config": configs,
+    }
     for method, names in _NAMES.items():
         if method in present:
             continue

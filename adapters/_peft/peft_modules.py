@@ -17,7 +17,7 @@ from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.lora import LoraConfig
-from . import conversion, eva, helpers, hotswap, lookups, optimizers, precision, preprocess
+from . import conversion, eva, helpers, hotswap, lookups, optimizers, packages, precision, preprocess
 from .absent import Absent, absent_names
 from .auto import AUTO_MODELS
 from .configs import get_peft_config
@@ -186,6 +186,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "peft.config": {**_ABSENT["peft.config"], "PeftConfig": AdapterConfig},
     "peft.functional": _CALLS,
     "peft.helpers": _HELPERS,
+    "peft.import_utils": packages.QUESTIONS,
     "peft.mapping_func": {"get_peft_model": get_peft_model},
     "peft.mapping": {
         **_TABLES,
@@ -210,12 +211,17 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     **_CONFIG_MODULES,
     **_MODEL_MODULES,
     "peft.tuners.mixed": {"MixedModel": MixedModel},
-    "peft.tuners.lora": {**_LORA, **_STARTS, **_DATA, **_CONVERSION},
+    "peft.tuners.lora": {**_ABSENT["peft.tuners.lora"], **_LORA, **_STARTS, **_DATA, **_CONVERSION},
     "peft.tuners.lora.conversion": _CONVERSION,
     "peft.tuners.lora.corda": {"preprocess_corda": preprocess.preprocess_corda},
     "peft.tuners.lora.eva": {name: one for name, one in _DATA.items() if "eva" in name},
     "peft.tuners.lora.loraga": {"preprocess_loraga": preprocess.preprocess_loraga},
-    "peft.tuners.lora.config": {**_STARTS, "CordaConfig": CordaConfig, "LoraConfig": LoraConfig},
+    "peft.tuners.lora.config": {
+        **_ABSENT["peft.tuners.lora.config"],
+        **_STARTS,
+        "CordaConfig": CordaConfig,
+        "LoraConfig": LoraConfig,
+    },
     **_LAYER_MODULES,
     "peft.tuners.lokr.layer": {**_LAYERS["LOKR"], "factorization": factorization},
     "peft.tuners.tuners_utils": {

@@ -31,6 +31,8 @@ class BaseTuner(inplace.ModelWrapper):
 
     prefix: ClassVar[str] = ""
     """What names of the method's parameters begin with."""
+    uses_shared_state: ClassVar[bool] = False
+    """Whether the method needs a `PeftModel`, as some do in PEFT; here none does."""
     model: Any
 
     def __init__(
