@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import optree
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ._messages import did_you_mean, given_type
 from ._method import Tree
+
+_shape_of: Any = vars(torch._C.TensorBase)["shape"].__get__
 
 
 def sort(tree: Mapping[str, Any]) -> Tree:
@@ -118,6 +121,38 @@ def flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
             "a parameter tree is nested dicts of tensors"
         )
     return {name: leaf for key in tree for name, leaf in flatten(tree[key], f"{path}[{key}]").items()}
+
+
+class TreeForm:
+    """The keys and shapes that a graft expects of a tree, laid out so that one that has them is known by few passes.
+
+    Args:
+        shapes: `{path: {leaf: shape}}`.
+
+    >>> form = TreeForm({"a": {"w": (2,)}})
+    >>> form.fits({"a": {"w": torch.zeros(2)}}), form.fits({"a": {"w": torch.zeros(3)}})
+    (True, False)
+    """
+
+    def __init__(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]):
+        nodes = list(shapes.values())
+        self._paths, self._counts = list(shapes), list(map(len, nodes))
+        self._leaves = list(chain.from_iterable(nodes))
+        self._shapes = [shape for node in nodes for shape in node.values()]
+
+    def fits(self, tree: Any) -> bool:
+        """Return whether `check_tree` accepts a tree; also `False` for one with its keys in another order."""
+        if type(tree) is not dict or list(tree) != self._paths:
+            return False
+        nodes = list(tree.values())
+        if list(map(type, nodes)) != [dict] * len(nodes) or list(map(len, nodes)) != self._counts:
+            return False
+        if list(chain.from_iterable(nodes)) != self._leaves:
+            return False
+        try:
+            return list(map(_shape_of, chain.from_iterable(map(dict.values, nodes)))) == self._shapes
+        except TypeError:  # not all are tensors
+            return False
 
 
 def check_tree(

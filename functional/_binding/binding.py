@@ -23,7 +23,7 @@ from .._rows import PerAdapter
 from .._sites.parameters import Key, key_of
 from .._sites.site import Site
 from .._tensors.wrappers import modules_of
-from .._trees import check_tree, sort
+from .._trees import TreeForm, check_tree, sort
 from .leaves import initialise, shapes_of
 from .plan import check_unchanged, for_model, plan_sites, structure_for
 from .replaced import Plan, conflicts, plan_replaced
@@ -61,6 +61,10 @@ class Binding:
     def conflicts(self) -> list[tuple[str, str, str]]:
         """Pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
         return conflicts(self.replaced)
+
+    @functools.cached_property
+    def _forms(self) -> dict[str, TreeForm]:
+        return {name: TreeForm(shapes) for name, shapes in self.shapes.items()}
 
     @classmethod
     def plan(
@@ -198,7 +202,7 @@ class Binding:
             )
         if hasattr(tree, "check"):
             tree.check(self.shapes[name], what)
-        else:
+        elif torch.compiler.is_dynamo_compiling() or not self._forms[name].fits(tree):
             check_tree(tree, self.shapes[name], what)
 
     def adapters(self, name: str) -> dict[str, SiteAdapter]:

@@ -100,7 +100,8 @@ def _forward(bound: BoundModel, skeleton: Skeleton, call: Call, current: Mapping
     y = skeleton.root(*call.args, **call.kwargs)
     if not bound.allow_unreached:
         trees, reached = skeleton.context.trees or {}, skeleton.context.reached or set()
-        missing = [path for name in trees for path in bound.binding.sites[name] if path not in reached]
+        sites = [bound.binding.sites[name] for name in trees]
+        missing = [path for paths in sites if not paths.keys() <= reached for path in paths if path not in reached]
         missing = bound.binding.unreached(missing, reached) if missing else missing
         if missing:
             raise RuntimeError(
