@@ -7,7 +7,6 @@ fetched to know it: after a forward, when nothing of them is in the processor's 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch._C._dynamo.guards import dict_version
 
 
 class DictVersions:
-    """The numbers of the last writes to some dicts.
+    """The number of the last write to any of some dicts: each write has a larger number than all before it.
 
     >>> cache = {"a": 1}
     >>> versions = DictVersions([cache])
@@ -25,15 +24,15 @@ class DictVersions:
     False
     """
 
-    __slots__ = ("_versions", "dicts")
+    __slots__ = ("_latest", "dicts")
 
     def __init__(self, dicts: Iterable[dict[Any, Any]]):
-        self.dicts = list(dicts)
-        self._versions = list(map(dict_version, self.dicts))
+        self.dicts = tuple(dicts)
+        self._latest = max(map(dict_version, self.dicts), default=0)
 
     def same(self) -> bool:
         """Return whether none of the dicts was written to."""
-        return list(map(dict_version, self.dicts)) == self._versions
+        return max(map(dict_version, self.dicts), default=0) == self._latest
 
 
 class DictContents(DictVersions):
@@ -63,13 +62,12 @@ class DictContents(DictVersions):
 
     def same(self) -> bool:
         """Return whether each dict holds what it held, in the same order."""
-        now = list(map(dict_version, self.dicts))
-        if now == self._versions:
-            return True
-        for index, changed in enumerate(map(operator.ne, now, self._versions)):
-            if changed and not _is_equal(self.dicts[index], self.saved[index]):
-                return False
-        self._versions = now
+        latest = max(map(dict_version, self.dicts), default=0)
+        if latest != self._latest:
+            for one, saved in zip(self.dicts, self.saved, strict=True):
+                if dict_version(one) > self._latest and not _is_equal(one, saved):
+                    return False
+            self._latest = latest
         return True
 
 
