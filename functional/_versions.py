@@ -14,28 +14,19 @@ from torch import Tensor
 from torch._C._dynamo.guards import dict_version
 
 
-class DictVersions:
-    """The number of the last write to any of some dicts: each write has a larger number than all before it.
+def last_write(dicts: Iterable[dict[Any, Any]]) -> int:
+    """Return the number of the last write to any of some dicts; each write has a larger one than all before it.
 
     >>> cache = {"a": 1}
-    >>> versions = DictVersions([cache])
+    >>> before = last_write([cache])
     >>> cache["a"] = 2
-    >>> versions.same()
-    False
+    >>> last_write([cache]) > before
+    True
     """
-
-    __slots__ = ("_latest", "dicts")
-
-    def __init__(self, dicts: Iterable[dict[Any, Any]]):
-        self.dicts = tuple(dicts)
-        self._latest = max(map(dict_version, self.dicts), default=0)
-
-    def same(self) -> bool:
-        """Return whether none of the dicts was written to."""
-        return max(map(dict_version, self.dicts), default=0) == self._latest
+    return max(map(dict_version, dicts), default=0)
 
 
-class DictContents(DictVersions):
+class DictContents:
     """What some dicts hold: those that were written to are compared with what they held.
 
     Values are the same if they are equal, but for tensors of one element: an equal one may be another tensor.
@@ -54,20 +45,19 @@ class DictContents(DictVersions):
     True
     """
 
-    __slots__ = ("saved",)
-
     def __init__(self, dicts: Iterable[dict[Any, Any]]):
-        super().__init__(dicts)
+        self.dicts = tuple(dicts)
+        self._last = last_write(self.dicts)
         self.saved = [dict(one) for one in self.dicts]
 
     def same(self) -> bool:
         """Return whether each dict holds what it held, in the same order."""
-        latest = max(map(dict_version, self.dicts), default=0)
-        if latest != self._latest:
+        last = last_write(self.dicts)
+        if last != self._last:
             for one, saved in zip(self.dicts, self.saved, strict=True):
-                if dict_version(one) > self._latest and not _is_equal(one, saved):
+                if dict_version(one) > self._last and not _is_equal(one, saved):
                     return False
-            self._latest = latest
+            self._last = last
         return True
 
 

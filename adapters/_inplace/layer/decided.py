@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.modules.module as torch_module
 from torch import Tensor
 
-from torchgraft.functional.extending import DictVersions, Leaves, Step
+from torchgraft.functional.extending import Leaves, Step, last_write
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{kind}") for kind in _HOOKS)
@@ -29,7 +29,7 @@ class Decided:
         registries: Other dicts that the decision depends on.
     """
 
-    __slots__ = ("_classes", "_held", "_hooks", "_leaves", "_modules", "_step", "_training", "_versions")
+    __slots__ = ("_classes", "_dicts", "_held", "_hooks", "_last_write", "_leaves", "_modules", "_step", "_training")
 
     def __init__(
         self,
@@ -41,7 +41,8 @@ class Decided:
     ):
         self._modules = [base, *holders]
         own = [vars(module) for module in self._modules]
-        self._versions = DictVersions([*own, *(attributes["_parameters"] for attributes in own), *registries])
+        self._dicts = (*own, *(attributes["_parameters"] for attributes in own), *registries)
+        self._last_write = last_write(self._dicts)
         self._classes = list(map(type, self._modules))
         self._hooks = (*(attributes[name] for attributes in own for name in _HOOKS), *_GLOBAL_HOOKS)
         self._step, self._held, self._training = step, own[0]["_parameters"], base.training
@@ -49,7 +50,9 @@ class Decided:
 
     def same(self) -> bool:
         """Return whether nothing has changed."""
-        return not any(self._hooks) and self._versions.same() and list(map(type, self._modules)) == self._classes
+        return not any(self._hooks) and (
+            last_write(self._dicts) == self._last_write and list(map(type, self._modules)) == self._classes
+        )
 
     def run(self, x: Tensor) -> Tensor | None:
         """Return the output; `None` where something has changed, or where the step cannot give it."""
