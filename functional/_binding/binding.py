@@ -205,13 +205,17 @@ class Binding:
         elif torch.compiler.is_dynamo_compiling() or not self._forms[name].fits(tree):
             check_tree(tree, self.shapes[name], what)
 
-    def adapters(self, name: str) -> dict[str, SiteAdapter]:
+    def adapters(self, name: str, modules: Mapping[str, nn.Module] | None = None) -> dict[str, SiteAdapter]:
         """Return one adapter's part at each of its sites, with constants on the devices where the model is now.
+
+        Args:
+            name: The adapter's name.
+            modules: The model's modules, where they are known.
 
         Raises:
             ValueError: A module at a site was replaced by one that the site's parameters do not fit.
         """
-        modules = modules_of(self.model)
+        modules = modules or modules_of(self.model)
         moved: dict[tuple[int, torch.device], Tensor] = {}
         site_adapters: dict[str, SiteAdapter] = {}
         for path, site in self.sites[name].items():
@@ -227,13 +231,15 @@ class Binding:
             )
         return site_adapters
 
-    def adapters_by_key(self, names: Iterable[str]) -> tuple[dict[Key, dict[str, SiteAdapter]], dict[Key, str]]:
+    def adapters_by_key(
+        self, names: Iterable[str], modules: Mapping[str, nn.Module] | None = None
+    ) -> tuple[dict[Key, dict[str, SiteAdapter]], dict[Key, str]]:
         """Return the adapters at each module or parameter, the innermost first, and the path of each of these."""
-        modules = modules_of(self.model)
+        modules = modules or modules_of(self.model)
         adapters: dict[Key, dict[str, SiteAdapter]] = {}
         paths: dict[Key, str] = {}
         for name in names:
-            for path, adapter in self.adapters(name).items():
+            for path, adapter in self.adapters(name, modules).items():
                 key = key_of(modules, path)
                 adapters.setdefault(key, {})[name] = adapter
                 paths.setdefault(key, path)

@@ -266,12 +266,14 @@ class StackedBinding(Binding):
                         f"with room for {room or 'none'}; {remedy}"
                     )
 
-    def adapters(self, name: str) -> dict[str, SiteAdapter]:
-        return {path: self._adapter(path, adapter) for path, adapter in super().adapters(name).items()}
+    def adapters(self, name: str, modules: Mapping[str, nn.Module] | None = None) -> dict[str, SiteAdapter]:
+        modules = modules or modules_of(self.model)
+        adapters = super().adapters(name, modules)
+        return {path: self._adapter(path, adapter, modules) for path, adapter in adapters.items()}
 
-    def _adapter(self, path: str, adapter: SiteAdapter) -> StackedAdapter:
+    def _adapter(self, path: str, adapter: SiteAdapter, modules: Mapping[str, nn.Module]) -> StackedAdapter:
         known = tuple(path in plan for plan in self.plans)
-        device = adapter.site.like(modules_of(self.model)[adapter.site.owner]).device
+        device = adapter.site.like(modules[adapter.site.owner]).device
         return StackedAdapter(adapter.config, adapter.site, torch.tensor(known, device=device), known)
 
 

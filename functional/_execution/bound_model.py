@@ -84,7 +84,7 @@ class BoundModel:
         """
         binding = self.binding
         modules = modules_of(binding.model)
-        adapters, paths = binding.adapters_by_key(binding.configs)
+        adapters, paths = binding.adapters_by_key(binding.configs, modules)
         check_apart(adapters, paths)
         skeleton = Skeleton(binding.model, adapters, paths, context, self.training)
         skeleton.swaps = tensor_swaps(skeleton, modules, binding.replaced)

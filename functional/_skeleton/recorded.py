@@ -69,7 +69,8 @@ class Recorded:
         self._instances = [x for x in self._objects if hasattr(x, "__dict__") and not isinstance(x, types.FunctionType)]
         self._classes = list(map(type, self._instances))
         self._slots = [(x, name, getattr(x, name, _MISSING)) for x in self._objects for name in slots_of(x)]
-        self._cells = [(cell, _content(cell)) for x in self._objects for cell in getattr(x, "__closure__", None) or ()]
+        functions = [x for x in self._objects if isinstance(x, types.FunctionType)]
+        self._cells = [(cell, _content(cell)) for x in functions for cell in x.__closure__ or ()]
         # An equal tensor of one element may be another one, with a graph or a batch axis of its own.
         self._single = [(values, list(values)) for values in self._lists if any(map(is_single, values))]
         self.own: list[int] = []
@@ -136,13 +137,16 @@ class Recorded:
                 yield container, type(_saved(container))()
 
 
-def slots_of(x: Any) -> Iterator[str]:
-    """Yield the attributes that an object has outside of its `__dict__`."""
-    for cls in type(x).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__"):
-                yield name
+def slots_of(x: Any) -> tuple[str, ...]:
+    """Return the attributes that an object has outside of its `__dict__`."""
+    return _slots_of(type(x))
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots_of(cls: type) -> tuple[str, ...]:
+    declared = (base.__dict__.get("__slots__", ()) for base in cls.__mro__)
+    names = chain.from_iterable((slots,) if isinstance(slots, str) else slots for slots in declared)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def _containers(x: Any) -> Iterator[Any]:
