@@ -12,6 +12,10 @@ from torch import Tensor
 
 from ._messages import did_you_mean, given_type
 from ._method import Tree
+from ._versions import dict_version
+
+_KNOWN = 64
+"""Trees that a form knows again."""
 
 _shape_of: Any = vars(torch._C.TensorBase)["shape"].__get__
 
@@ -129,9 +133,9 @@ class TreeForm:
     Args:
         shapes: `{path: {leaf: shape}}`.
 
-    >>> form = TreeForm({"a": {"w": (2,)}})
-    >>> form.fits({"a": {"w": torch.zeros(2)}}), form.fits({"a": {"w": torch.zeros(3)}})
-    (True, False)
+    >>> form, tree = TreeForm({"a": {"w": (2,)}}), {"a": {"w": torch.zeros(2)}}
+    >>> form.knows(tree), form.fits(tree), form.knows(tree), form.fits({"a": {"w": torch.zeros(3)}})
+    (False, True, True, False)
     """
 
     def __init__(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]):
@@ -139,20 +143,46 @@ class TreeForm:
         self._paths, self._counts = list(shapes), list(map(len, nodes))
         self._leaves = list(chain.from_iterable(nodes))
         self._shapes = [shape for node in nodes for shape in node.values()]
+        self._known: dict[int, list[int]] = {}
+
+    def knows(self, tree: Any) -> bool:
+        """Return whether the very same leaves stood in these dicts when `fits` accepted them; shapes may be others."""
+        versions = _versions(tree)
+        return bool(versions) and self._known.get(versions[0]) == versions
 
     def fits(self, tree: Any) -> bool:
         """Return whether `check_tree` accepts a tree; also `False` for one with its keys in another order."""
-        if type(tree) is not dict or list(tree) != self._paths:
+        if type(tree) is not dict:
             return False
-        nodes = list(tree.values())
-        if list(map(type, nodes)) != [dict] * len(nodes) or list(map(len, nodes)) != self._counts:
+        versions, nodes = _versions(tree), list(tree.values())
+        if (
+            list(tree) != self._paths
+            or list(map(type, nodes)) != [dict] * len(nodes)
+            or list(map(len, nodes)) != self._counts
+        ):
             return False
         if list(chain.from_iterable(nodes)) != self._leaves:
             return False
         try:
-            return list(map(_shape_of, chain.from_iterable(map(dict.values, nodes)))) == self._shapes
+            shapes = list(map(_shape_of, chain.from_iterable(map(dict.values, nodes))))
         except TypeError:  # not all are tensors
             return False
+        if shapes == self._shapes and versions:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[versions[0]] = versions
+        return shapes == self._shapes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": {}}  # another process counts its own writes
+
+
+def _versions(tree: Any) -> list[int]:
+    """Return the numbers of the last writes to a tree's dicts, which no other dicts have, nor these once written to."""
+    try:
+        return [dict_version(tree), *map(dict_version, tree.values())]
+    except RuntimeError:  # not all are dicts
+        return []
 
 
 def check_tree(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch._C._dynamo.guards import dict_version
+from torch._C._dynamo.guards import dict_version as dict_version
 
 
 def last_write(dicts: Iterable[dict[Any, Any]]) -> int:

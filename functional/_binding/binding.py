@@ -155,14 +155,18 @@ class Binding:
         }
         return sort(made) if self.named else made[""]
 
-    def active(self, params: Any) -> dict[str, Any]:
+    def active(self, params: Any, in_steps: bool = False) -> dict[str, Any]:
         """Return validated parameter trees, or `ActiveTree`s in their place, by adapter name.
+
+        Args:
+            params: What the user passed.
+            in_steps: Whether all sites look at the shapes of their leaves when they run.
 
         Raises:
             KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
         """
         if not self.named:
-            self._check(params, "", "params")
+            self._check(params, "", "params", in_steps)
             return {"": params}
         if hasattr(params, "named") and isinstance(params.tree, dict):
             params = {name: params.named(name) for name in params.tree}
@@ -177,7 +181,7 @@ class Binding:
                     f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}"
                     + self._named_by(params, name)
                 )
-            self._check(tree, name, f"params[{name!r}]")
+            self._check(tree, name, f"params[{name!r}]", in_steps)
         for first, second, name in self.conflicts:
             if first in params and second in params:
                 raise ValueError(
@@ -193,7 +197,7 @@ class Binding:
                 return f"; it looks like the tree of one adapter: give its name too, {{{own!r}: params}}"
         return did_you_mean(name, self.configs)
 
-    def _check(self, tree: Any, name: str, what: str) -> None:
+    def _check(self, tree: Any, name: str, what: str, in_steps: bool = False) -> None:
         """Refuse a tree, or what stands for one, that does not fit an adapter."""
         if self.members is None and getattr(tree, "places", None) is not None:
             raise ValueError(
@@ -202,7 +206,9 @@ class Binding:
             )
         if hasattr(tree, "check"):
             tree.check(self.shapes[name], what)
-        elif torch.compiler.is_dynamo_compiling() or not self._forms[name].fits(tree):
+        elif torch.compiler.is_dynamo_compiling() or not (
+            (in_steps and self._forms[name].knows(tree)) or self._forms[name].fits(tree)
+        ):
             check_tree(tree, self.shapes[name], what)
 
     def adapters(self, name: str, modules: Mapping[str, nn.Module] | None = None) -> dict[str, SiteAdapter]:

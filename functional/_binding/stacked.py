@@ -177,14 +177,14 @@ class StackedBinding(Binding):
             for i, shapes in enumerate(self.own)
         ]
 
-    def active(self, params: Any) -> dict[str, Any]:
+    def active(self, params: Any, in_steps: bool = False) -> dict[str, Any]:
         if isinstance(params, dict):
             raise TypeError(
                 f"params is a dict; this graft was bound with {len(self.members)} configs: call it with "
                 "route(stacked, rows), or call graft.at(i) for adapter i of the stack, or graft.member(i) for its own "
                 "tree, graft.unstack(many)[i], which merge and save_adapter take too"
             )
-        active = super().active(params)
+        active = super().active(params, in_steps)
         rows, members, places = (getattr(params, name, None) for name in ("rows", "members", "places"))
         held = self.members if members is None else members
         if rows is not None and places is not None and rows.count != len(places):
@@ -211,7 +211,7 @@ class StackedBinding(Binding):
         if not -count <= index < count:
             raise IndexError(f"index is {index}, and the stack has adapters 0 to {count - 1}")
 
-    def _check(self, tree: Any, name: str, what: str) -> None:
+    def _check(self, tree: Any, name: str, what: str, in_steps: bool = False) -> None:
         try:
             super()._check(tree, name, what)
         except ValueError as error:

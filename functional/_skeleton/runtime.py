@@ -25,6 +25,7 @@ from .._sites.attention import ProjectionSlice
 from .._sites.kinds import has_linear_forward
 from .._sites.site import Site
 from .._tensors.placement import is_sharded, resting
+from .._trees import check_tree
 from . import saving
 from .attention import AdaptedAttention
 from .context import CallContext
@@ -50,6 +51,15 @@ class SiteRuntime:
         step = step_of(self.entries.values()) if has_linear_forward(type(self.inner)) else None
         (name, adapter), *_ = self.entries.items()
         vars(self)["step"] = None if step is None else (step, name, adapter.site.path)
+
+    def check(self, leaves: Mapping[str, Tensor]) -> None:
+        """Refuse leaves that got other shapes after their tree was accepted."""
+        check_tree({self.path: leaves}, {self.path: self._shapes})
+
+    @functools.cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        (adapter,) = self.entries.values()
+        return adapter.config.method.shapes(adapter.config, adapter.site)
 
     def run(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output."""
@@ -156,8 +166,10 @@ class AdaptedForward:
         if type(tree) is not dict or "weight" not in held:
             return None
         y = step(x, held["weight"], held["bias"], tree[path], own["training"])
-        if y is not None and context.reached is not None:
+        if context.reached is not None:
             context.reached.add(runtime.path)
+            if y is None:
+                runtime.check(tree[path])
         return y
 
 

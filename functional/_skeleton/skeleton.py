@@ -67,6 +67,7 @@ class Skeleton:
         offloaded: The tensors of the model, by id, that hooks of accelerate load where they are called.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
         swaps: Where the tensors hang that adapters replace.
+        in_steps: Whether all sites take one step, in which they look at the shapes of their leaves.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Skeleton:
         self.filled: Iterable[int] = ()
         self.wrote = False
         self.swaps: list[Any] = []
+        self.in_steps = False
         del self._memo, self._keep, self._reach
 
     def remember(self) -> None:

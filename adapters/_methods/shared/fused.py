@@ -167,7 +167,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, b: Te
     """Return the output, of an input and of what comes out of `a`."""
     if bias is None and x.is_contiguous():  # torch's output is no view then
         y = F.linear(x, weight)
-        flat = y.view(-1, len(weight))
+        flat = y.view(-1, weight.size(0))
     else:
         flat = base_output(x, weight, bias)
         y = shaped(flat, x)
