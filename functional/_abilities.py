@@ -16,7 +16,10 @@ Original = Callable[[], Dense]
 """The base's own canonical weight and bias, beneath all adapters; computed when asked for."""
 
 Step = Callable[[Tensor, Tensor, Tensor | None, Leaves, bool], Tensor | None]
-"""`(x, weight, bias, leaves, training) -> y`, or `None` where a call has to take `apply`."""
+"""`(x, weight, bias, leaves, training) -> y`, or `None` where a call has to take `apply`.
+
+Leaves of other shapes than the method's are `None` too, or an error of torch's.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import optree
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from ._messages import did_you_mean, given_type
 from ._method import Tree
+from ._versions import dict_version
+
+_KNOWN = 64
+"""Trees that a form knows again."""
+
+_shape_of: Any = vars(torch._C.TensorBase)["shape"].__get__
 
 
 def sort(tree: Mapping[str, Any]) -> Tree:
@@ -118,6 +125,64 @@ def flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
             "a parameter tree is nested dicts of tensors"
         )
     return {name: leaf for key in tree for name, leaf in flatten(tree[key], f"{path}[{key}]").items()}
+
+
+class TreeForm:
+    """The keys and shapes that a graft expects of a tree, laid out so that one that has them is known by few passes.
+
+    Args:
+        shapes: `{path: {leaf: shape}}`.
+
+    >>> form, tree = TreeForm({"a": {"w": (2,)}}), {"a": {"w": torch.zeros(2)}}
+    >>> form.knows(tree), form.fits(tree), form.knows(tree), form.fits({"a": {"w": torch.zeros(3)}})
+    (False, True, True, False)
+    """
+
+    def __init__(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]):
+        nodes = list(shapes.values())
+        self._paths, self._counts = list(shapes), list(map(len, nodes))
+        self._leaves = list(chain.from_iterable(nodes))
+        self._shapes = [shape for node in nodes for shape in node.values()]
+        self._known: dict[int, list[int]] = {}
+
+    def knows(self, tree: Any) -> bool:
+        """Return whether the very same leaves stood in these dicts when `fits` accepted them; shapes may be others."""
+        versions = _versions(tree)
+        return bool(versions) and self._known.get(versions[0]) == versions
+
+    def fits(self, tree: Any) -> bool:
+        """Return whether `check_tree` accepts a tree; also `False` for one with its keys in another order."""
+        if type(tree) is not dict:
+            return False
+        versions, nodes = _versions(tree), list(tree.values())
+        if (
+            list(tree) != self._paths
+            or list(map(type, nodes)) != [dict] * len(nodes)
+            or list(map(len, nodes)) != self._counts
+        ):
+            return False
+        if list(chain.from_iterable(nodes)) != self._leaves:
+            return False
+        try:
+            shapes = list(map(_shape_of, chain.from_iterable(map(dict.values, nodes))))
+        except TypeError:  # not all are tensors
+            return False
+        if shapes == self._shapes and versions:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[versions[0]] = versions
+        return shapes == self._shapes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": {}}  # another process counts its own writes
+
+
+def _versions(tree: Any) -> list[int]:
+    """Return the numbers of the last writes to a tree's dicts, which no other dicts have, nor these once written to."""
+    try:
+        return [dict_version(tree), *map(dict_version, tree.values())]
+    except RuntimeError:  # not all are dicts
+        return []
 
 
 def check_tree(

@@ -99,6 +99,7 @@ from ._tensors.wrappers import submodule as submodule
 from ._tensors.wrappers import unwrapped as unwrapped
 from ._trees import check_tree as check_tree
 from ._trees import sort as sort
+from ._versions import last_write as last_write
 
 __all__ = [name for name in sorted(globals()) if not name.startswith("_")]
 

@@ -48,7 +48,7 @@ ORDER = {
         _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens
-        _inplace/layer: reads containers holders leaves weights called_base shell active values scaled names
+        _inplace/layer: reads containers holders leaves weights called_base shell decided active values scaled names
             tuner_layer parameters
         _inplace: walk switch merging
         _inplace/states: bare layouts embeddings base_state extract state summaries
@@ -72,7 +72,7 @@ ORDER = {
         .: __init__
     """,
     "functional": """
-        .: _messages _unsupported _constants _places _rows
+        .: _messages _unsupported _constants _places _rows _versions
         _tensors: placement wrappers
         _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
         .: _abilities _method _trees _trainable _norms _grads

@@ -23,7 +23,7 @@ from .._rows import PerAdapter
 from .._sites.parameters import Key, key_of
 from .._sites.site import Site
 from .._tensors.wrappers import modules_of
-from .._trees import check_tree, sort
+from .._trees import TreeForm, check_tree, sort
 from .leaves import initialise, shapes_of
 from .plan import check_unchanged, for_model, plan_sites, structure_for
 from .replaced import Plan, conflicts, plan_replaced
@@ -61,6 +61,10 @@ class Binding:
     def conflicts(self) -> list[tuple[str, str, str]]:
         """Pairs of adapters that replace the same tensor, which one call cannot have both of, and the tensor."""
         return conflicts(self.replaced)
+
+    @functools.cached_property
+    def _forms(self) -> dict[str, TreeForm]:
+        return {name: TreeForm(shapes) for name, shapes in self.shapes.items()}
 
     @classmethod
     def plan(
@@ -151,14 +155,18 @@ class Binding:
         }
         return sort(made) if self.named else made[""]
 
-    def active(self, params: Any) -> dict[str, Any]:
+    def active(self, params: Any, in_steps: bool = False) -> dict[str, Any]:
         """Return validated parameter trees, or `ActiveTree`s in their place, by adapter name.
+
+        Args:
+            params: What the user passed.
+            in_steps: Whether all sites look at the shapes of their leaves when they run.
 
         Raises:
             KeyError, TypeError, ValueError: A tree that does not fit; names the site and the leaf.
         """
         if not self.named:
-            self._check(params, "", "params")
+            self._check(params, "", "params", in_steps)
             return {"": params}
         if hasattr(params, "named") and isinstance(params.tree, dict):
             params = {name: params.named(name) for name in params.tree}
@@ -173,7 +181,7 @@ class Binding:
                     f"params has unknown adapter {name!r}; this graft was bound with {sorted(self.configs)}"
                     + self._named_by(params, name)
                 )
-            self._check(tree, name, f"params[{name!r}]")
+            self._check(tree, name, f"params[{name!r}]", in_steps)
         for first, second, name in self.conflicts:
             if first in params and second in params:
                 raise ValueError(
@@ -189,7 +197,7 @@ class Binding:
                 return f"; it looks like the tree of one adapter: give its name too, {{{own!r}: params}}"
         return did_you_mean(name, self.configs)
 
-    def _check(self, tree: Any, name: str, what: str) -> None:
+    def _check(self, tree: Any, name: str, what: str, in_steps: bool = False) -> None:
         """Refuse a tree, or what stands for one, that does not fit an adapter."""
         if self.members is None and getattr(tree, "places", None) is not None:
             raise ValueError(
@@ -198,16 +206,22 @@ class Binding:
             )
         if hasattr(tree, "check"):
             tree.check(self.shapes[name], what)
-        else:
+        elif torch.compiler.is_dynamo_compiling() or not (
+            (in_steps and self._forms[name].knows(tree)) or self._forms[name].fits(tree)
+        ):
             check_tree(tree, self.shapes[name], what)
 
-    def adapters(self, name: str) -> dict[str, SiteAdapter]:
+    def adapters(self, name: str, modules: Mapping[str, nn.Module] | None = None) -> dict[str, SiteAdapter]:
         """Return one adapter's part at each of its sites, with constants on the devices where the model is now.
+
+        Args:
+            name: The adapter's name.
+            modules: The model's modules, where they are known.
 
         Raises:
             ValueError: A module at a site was replaced by one that the site's parameters do not fit.
         """
-        modules = modules_of(self.model)
+        modules = modules or modules_of(self.model)
         moved: dict[tuple[int, torch.device], Tensor] = {}
         site_adapters: dict[str, SiteAdapter] = {}
         for path, site in self.sites[name].items():
@@ -223,13 +237,15 @@ class Binding:
             )
         return site_adapters
 
-    def adapters_by_key(self, names: Iterable[str]) -> tuple[dict[Key, dict[str, SiteAdapter]], dict[Key, str]]:
+    def adapters_by_key(
+        self, names: Iterable[str], modules: Mapping[str, nn.Module] | None = None
+    ) -> tuple[dict[Key, dict[str, SiteAdapter]], dict[Key, str]]:
         """Return the adapters at each module or parameter, the innermost first, and the path of each of these."""
-        modules = modules_of(self.model)
+        modules = modules or modules_of(self.model)
         adapters: dict[Key, dict[str, SiteAdapter]] = {}
         paths: dict[Key, str] = {}
         for name in names:
-            for path, adapter in self.adapters(name).items():
+            for path, adapter in self.adapters(name, modules).items():
                 key = key_of(modules, path)
                 adapters.setdefault(key, {})[name] = adapter
                 paths.setdefault(key, path)

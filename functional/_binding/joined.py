@@ -48,5 +48,5 @@ class JoinedBinding(Binding):
             stacks=stacks,
         )
 
-    def adapters(self, name: str) -> dict[str, SiteAdapter]:
-        return self.stacks[name].adapters("")
+    def adapters(self, name: str, modules: Mapping[str, nn.Module] | None = None) -> dict[str, SiteAdapter]:
+        return self.stacks[name].adapters("", modules)

@@ -186,14 +186,14 @@ class StackedBinding(Binding):
             for i, shapes in enumerate(self.own)
         ]
 
-    def active(self, params: Any) -> dict[str, Any]:
+    def active(self, params: Any, in_steps: bool = False) -> dict[str, Any]:
         if isinstance(params, dict):
             raise TypeError(
                 f"params is a dict; this graft was bound with {len(self.members)} configs: call it with "
                 "route(stacked, rows), or call graft.at(i) for adapter i of the stack, or graft.member(i) for its own "
                 "tree, graft.unstack(many)[i], which merge and save_adapter take too"
             )
-        active = super().active(params)
+        active = super().active(params, in_steps)
         rows, members, places = (getattr(params, name, None) for name in ("rows", "members", "places"))
         held = self.members if members is None else members
         if rows is not None and places is None and rows.count != len(held):
@@ -216,7 +216,7 @@ class StackedBinding(Binding):
         if not -count <= index < count:
             raise IndexError(f"index is {index}, and the stack has adapters 0 to {count - 1}")
 
-    def _check(self, tree: Any, name: str, what: str) -> None:
+    def _check(self, tree: Any, name: str, what: str, in_steps: bool = False) -> None:
         try:
             super()._check(tree, name, what)
         except ValueError as error:
@@ -272,12 +272,14 @@ class StackedBinding(Binding):
                     )
                     raise NoRoomError(message, path, leaf, shape, room, pieces or "")
 
-    def adapters(self, name: str) -> dict[str, SiteAdapter]:
-        return {path: self._adapter(path, adapter) for path, adapter in super().adapters(name).items()}
+    def adapters(self, name: str, modules: Mapping[str, nn.Module] | None = None) -> dict[str, SiteAdapter]:
+        modules = modules or modules_of(self.model)
+        adapters = super().adapters(name, modules)
+        return {path: self._adapter(path, adapter, modules) for path, adapter in adapters.items()}
 
-    def _adapter(self, path: str, adapter: SiteAdapter) -> StackedAdapter:
+    def _adapter(self, path: str, adapter: SiteAdapter, modules: Mapping[str, nn.Module]) -> StackedAdapter:
         known = tuple(path in plan for plan in self.plans)
-        device = adapter.site.like(modules_of(self.model)[adapter.site.owner]).device
+        device = adapter.site.like(modules[adapter.site.owner]).device
         return StackedAdapter(adapter.config, adapter.site, torch.tensor(known, device=device), known)
 
 

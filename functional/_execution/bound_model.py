@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from .._binding.binding import Binding
 from .._routing.owners import mark_owners
+from .._sites.parameters import Key
 from .._skeleton.context import CallContext
 from .._skeleton.parameters import check_apart
 from .._skeleton.references import check_references
@@ -84,11 +86,12 @@ class BoundModel:
         """
         binding = self.binding
         modules = modules_of(binding.model)
-        adapters, paths = binding.adapters_by_key(binding.configs)
+        adapters, paths = binding.adapters_by_key(binding.configs, modules)
         check_apart(adapters, paths)
         skeleton = Skeleton(binding.model, adapters, paths, context, self.training)
         skeleton.swaps = tensor_swaps(skeleton, modules, binding.replaced)
         mark_owners(skeleton.context, skeleton.modules, skeleton.swaps, {id(m): name for name, m in modules.items()})
+        skeleton.in_steps = not (self.allow_unreached or skeleton.swaps) and _in_steps(skeleton, adapters)
         skeleton.remember()
         return skeleton
 
@@ -98,3 +101,10 @@ class BoundModel:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.pool()
+
+
+def _in_steps(skeleton: Skeleton, adapters: Collection[Key]) -> bool:
+    """Return whether each site of a skeleton takes one step, if the call allows it."""
+    copies = {id(original): copied for original, copied in skeleton.modules}
+    runtimes = [vars(copies[module]).get("_runtime") for module, leaf in adapters if not leaf and module in copies]
+    return len(runtimes) == len(adapters) and all(runtime is not None and runtime.step for runtime in runtimes)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .._locating.layout import Record
 from .._skeleton.context import CallContext
-from .._skeleton.recorded import is_single
 from .._skeleton.skeleton import Skeleton
 from .._tensors.placement import is_sharded, local_part
+from .._versions import DictContents
 from .traced import TracedContext
 
 _HELD = 64
@@ -32,31 +31,25 @@ _REGISTRIES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_BORDER = (object(),)
-"""Stands between the contents of two dicts, so that nothing goes from one to the other unseen."""
 
 
 class Watch:
     """A check, in microseconds, that the user's model is still what the skeletons were made from.
 
-    It compares object identities of everything a module refers to and the storages of all tensors, so that
+    It notices whatever a module refers to that becomes another object, and the storages of all tensors, so that
     `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
-
-    After a forward nothing of this is in the processor's near caches, and fetching it is most of the time it takes. So
-    there is one pass, in C, over each dict.
 
     Args:
         modules: The modules.
         others: Other dicts whose values are to stay.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], others: Iterable[Mapping[str, Any]] = ()):
+    def __init__(self, modules: Iterable[nn.Module], others: Iterable[dict[str, Any]] = ()):
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         dicts = [one for m in modules for one in (vars(m), *(vars(m)[name] for name in _REGISTRIES))]
         dicts += others
-        self._dicts = [item for one in dicts for item in (one, _BORDER)]
-        self._state = gc.get_referents(*self._dicts)
-        self._single = [index for index, item in enumerate(self._state) if isinstance(item, Tensor) and is_single(item)]
+        self._contents = DictContents(one for one in dicts if one)
+        self._empty = [one for one in dicts if not one]
         tensors = {id(t): t for one in dicts for t in one.values() if isinstance(t, Tensor)}
         self._tensors = [t for t in tensors.values() if _has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
@@ -72,9 +65,8 @@ class Watch:
     def same(self) -> bool:
         """Return whether nothing has changed."""
         try:
-            state, now = self._state, gc.get_referents(*self._dicts)
-            return now == state and all(now[i] is state[i] for i in self._single) and self.same_tensors()
-        except Exception:
+            return not any(self._empty) and self._contents.same() and self.same_tensors()
+        except Exception:  # tensors that were exchanged may refuse to say where they are
             return False
 
 

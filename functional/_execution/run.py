@@ -13,6 +13,7 @@ from .._skeleton.skeleton import Skeleton
 from .bound_model import BoundModel
 from .call import Call
 from .fill import fill
+from .pool import Pool
 from .traced import forget_writes, skeleton_for, within
 from .trial import Entered, finder_of, modes_of
 
@@ -26,9 +27,10 @@ def call(
 ) -> Any:
     """Run a bound model, as `functional_call` does."""
     base, params = with_base(params)
-    active = now(bound.binding.active(params))
+    pool = None if torch.compiler.is_dynamo_compiling() else bound.pool()
+    active = now(bound.binding.active(params, pool is not None and pool.traced.in_steps))
     given = Call(active, base, args if isinstance(args, tuple) else (args,), kwargs or {}, return_buffers)
-    return _traced(bound, given) if torch.compiler.is_dynamo_compiling() else run(bound, given)
+    return _traced(bound, given) if pool is None else run(bound, pool, given)
 
 
 def with_base(params: Any) -> tuple[Mapping[str, Tensor], Any]:
@@ -46,9 +48,8 @@ def with_base(params: Any) -> tuple[Mapping[str, Tensor], Any]:
     return base, params
 
 
-def run(bound: BoundModel, call: Call) -> Any:
+def run(bound: BoundModel, pool: Pool, call: Call) -> Any:
     """Run one call in a leased skeleton."""
-    pool = bound.pool()
     finder = None
     if any(isinstance(tree, Routed) for tree in call.active.values()):
         finder = finder_of(bound, pool, call, Entered("", modes_of(pool)))
@@ -100,7 +101,8 @@ def _forward(bound: BoundModel, skeleton: Skeleton, call: Call, current: Mapping
     y = skeleton.root(*call.args, **call.kwargs)
     if not bound.allow_unreached:
         trees, reached = skeleton.context.trees or {}, skeleton.context.reached or set()
-        missing = [path for name in trees for path in bound.binding.sites[name] if path not in reached]
+        sites = [bound.binding.sites[name] for name in trees]
+        missing = [path for paths in sites if not paths.keys() <= reached for path in paths if path not in reached]
         missing = bound.binding.unreached(missing, reached) if missing else missing
         if missing:
             raise RuntimeError(

@@ -40,10 +40,14 @@ def describe(path: str, module: nn.Module) -> Site | None:
     return None
 
 
-def forward_class(module: nn.Module) -> type:
+def forward_class(module: nn.Module, site: Site | None = None) -> type:
     """Return the class among a module's bases whose forward its kind speaks of.
 
     A weight that is not of floating point is stored in a form that only the module's own class can read.
+
+    Args:
+        module: The module.
+        site: Its site, where that is known.
 
     >>> class Scaled(nn.Embedding):
     ...     def forward(self, ids):
@@ -51,7 +55,7 @@ def forward_class(module: nn.Module) -> type:
     >>> forward_class(Scaled(4, 2)).__name__
     'Embedding'
     """
-    site = describe("", module)
+    site = site or describe("", module)
     assert site is not None
     if not site.weight_names or quantised_form(site.like(module)):
         return type(module)

@@ -32,8 +32,9 @@ class Reach:
     """
 
     def __init__(self, model: nn.Module):
-        self._own = {id(module) for module in model.modules()}
+        self._own: set[int] = set()
         for module in model.modules():
+            self._own.add(id(module))
             for registry in (module._parameters, module._buffers):
                 self._own.update(id(tensor) for tensor in registry.values() if tensor is not None)
         self._apart: dict[int, Any] = {}

@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from .._versions import DictContents, is_single
 
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
@@ -60,17 +62,17 @@ class Recorded:
         self._empty = [container for container in containers if not container]
         quiet = {id(vars(x)[name]) for x in self._objects if isinstance(x, nn.Module) for name in _QUIET}
         self._watched = [container for container in self._empty if id(container) not in quiet]
-        self._full = [container for container in containers if container]
-        self._saved = [_saved(container) for container in self._full]
+        full = [container for container in containers if container]
+        self._contents = DictContents(container for container in full if isinstance(container, dict))
+        self._lists = [container for container in full if not isinstance(container, dict)]
+        self._saved = list(map(_saved, self._lists))
         self._instances = [x for x in self._objects if hasattr(x, "__dict__") and not isinstance(x, types.FunctionType)]
         self._classes = list(map(type, self._instances))
         self._slots = [(x, name, getattr(x, name, _MISSING)) for x in self._objects for name in slots_of(x)]
-        self._cells = [(cell, _content(cell)) for x in self._objects for cell in getattr(x, "__closure__", None) or ()]
+        functions = [x for x in self._objects if isinstance(x, types.FunctionType)]
+        self._cells = [(cell, _content(cell)) for x in functions for cell in x.__closure__ or ()]
         # An equal tensor of one element may be another one, with a graph or a batch axis of its own.
-        single = [
-            values for values in map(_values, self._full) if any(is_single(x) for x in values if isinstance(x, Tensor))
-        ]
-        self._single = [(values, list(values)) for values in single]
+        self._single = [(values, list(values)) for values in self._lists if any(map(is_single, values))]
         self.own: list[int] = []
 
     def changed(self) -> bool:
@@ -78,7 +80,8 @@ class Recorded:
         try:
             return (
                 any(self._watched)
-                or not all(map(operator.eq, self._full, self._saved))
+                or not self._contents.same()
+                or not all(map(operator.eq, self._lists, self._saved))
                 or list(map(type, self._instances)) != self._classes
                 or any(getattr(x, name, _MISSING) is not value for x, name, value in self._slots)
                 or any(_content(cell) is not content for cell, content in self._cells)
@@ -124,7 +127,9 @@ class Recorded:
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         """Yield containers that have changed, each with what was in it."""
-        for container, saved in zip(self._full, self._saved, strict=True):
+        contents = self._contents
+        pairs = chain(zip(contents.dicts, contents.saved, strict=True), zip(self._lists, self._saved, strict=True))
+        for container, saved in pairs:
             if not _same(container, saved):
                 yield container, saved
         for container in self._empty:
@@ -132,13 +137,16 @@ class Recorded:
                 yield container, type(_saved(container))()
 
 
-def slots_of(x: Any) -> Iterator[str]:
-    """Yield the attributes that an object has outside of its `__dict__`."""
-    for cls in type(x).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__"):
-                yield name
+def slots_of(x: Any) -> tuple[str, ...]:
+    """Return the attributes that an object has outside of its `__dict__`."""
+    return _slots_of(type(x))
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots_of(cls: type) -> tuple[str, ...]:
+    declared = (base.__dict__.get("__slots__", ()) for base in cls.__mro__)
+    names = chain.from_iterable((slots,) if isinstance(slots, str) else slots for slots in declared)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def _containers(x: Any) -> Iterator[Any]:
@@ -157,11 +165,6 @@ def _saved(container: Any) -> Any:
 
 def _values(container: Any) -> Any:
     return container.values() if isinstance(container, dict) else container
-
-
-def is_single(x: Any) -> bool:
-    """Return whether an object is a tensor of one element, to which another one may be equal."""
-    return isinstance(x, Tensor) and all(size == 1 for size in x.shape)
 
 
 def _content(cell: types.CellType) -> Any:

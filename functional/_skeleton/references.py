@@ -23,9 +23,10 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
         ValueError: Names the method, the variable and the site.
     """
     parents = {path.rsplit(".", depth)[0] if depth else path for path in sites for depth in range(path.count(".") + 1)}
-    watched = {id(module): name for name, module in model.named_modules() if name in parents or name in sites}
+    named = list(model.named_modules())
+    watched = {id(module): name for name, module in named if name in parents or name in sites}
     done: set[Any] = set()
-    for where, module in model.named_modules():
+    for where, module in named:
         instance_functions = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
         functions = [(function, False) for function in instance_functions]
         for cls in type(module).__mro__:

@@ -9,12 +9,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .._abilities import Step
 from .._layers.adapted import Adapted, step_of
-from .._layers.base import Base, linear_tensors
+from .._layers.base import Base
 from .._layers.compose import compose
 from .._layers.gathered import run_on_shards
 from .._layers.no_weight import stand_in
@@ -22,8 +22,10 @@ from .._layers.projection import Projection
 from .._layers.routed import RoutedLayer
 from .._method import SiteAdapter
 from .._sites.attention import ProjectionSlice
+from .._sites.kinds import has_linear_forward
 from .._sites.site import Site
 from .._tensors.placement import is_sharded, resting
+from .._trees import check_tree
 from . import saving
 from .attention import AdaptedAttention
 from .context import CallContext
@@ -41,30 +43,29 @@ class SiteRuntime:
     cls: Any
     forward_class: Any
 
-    step: ClassVar[Any] = None
-    """What calls take instead of layers where that is decided; see `decide`."""
+    step: ClassVar[tuple[Step, str, str] | None] = None
+    """What calls take instead of layers where that is decided, the name of its adapter, and the path of its leaves."""
 
     def decide(self) -> None:
         """Decide what can be decided before calls, for the entries there are."""
-        vars(self)["step"] = step_of(self.entries.values())
+        step = step_of(self.entries.values()) if has_linear_forward(type(self.inner)) else None
+        (name, adapter), *_ = self.entries.items()
+        vars(self)["step"] = None if step is None else (step, name, adapter.site.path)
+
+    def check(self, leaves: Mapping[str, Tensor]) -> None:
+        """Refuse leaves that got other shapes after their tree was accepted."""
+        check_tree({self.path: leaves}, {self.path: self._shapes})
+
+    @functools.cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        (adapter,) = self.entries.values()
+        return adapter.config.method.shapes(adapter.config, adapter.site)
 
     def run(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output."""
-        if self.step is not None and not (args or kwargs or torch.compiler.is_compiling()):
-            y = self._in_one_step(x, self.step)
-            if y is not None:
-                return y
         layer = self.layer(args, kwargs)
         result: Tensor = layer(x) if type(x) is Tensor or not is_sharded(x) else run_on_shards(layer, x)
         return result
-
-    def _in_one_step(self, x: Any, step: Step) -> Tensor | None:
-        """Return the output of the one step, where a tree of one adapter is active and nothing else."""
-        (name,) = self.entries
-        tree, tensors = self.context.active(self.path).get(name), linear_tensors(self.inner)
-        if type(tree) is not dict or tensors is None:
-            return None
-        return step(x, *tensors, tree[self.entries[name].site.path], self.inner.training)
 
     def layer(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, part: ProjectionSlice | None = None
@@ -144,6 +145,10 @@ class AdaptedForward:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         runtime: SiteRuntime = self.__dict__["_runtime"]
+        if runtime.step is not None and len(args) == 1 and not (kwargs or is_compiling()):
+            y = self._in_one_step(runtime, args[0], *runtime.step)
+            if y is not None:
+                return y
         if args:
             x, args = args[0], args[1:]
         elif runtime.argument in kwargs:
@@ -152,6 +157,20 @@ class AdaptedForward:
             raise TypeError(f"{runtime.path}: forward() got no {runtime.argument!r}")
         runtime.enter(x)
         return runtime.run(x, args, kwargs)
+
+    def _in_one_step(self, runtime: SiteRuntime, x: Any, step: Step, name: str, path: str) -> Tensor | None:
+        """Return the output of the one step, where a tree of one adapter is active and nobody looks."""
+        own, context = self.__dict__, runtime.context
+        held, trees = own["_parameters"], context.trees
+        tree = None if trees is None or context.see is not None else trees.get(name)
+        if type(tree) is not dict or "weight" not in held:
+            return None
+        y = step(x, held["weight"], held["bias"], tree[path], own["training"])
+        if context.reached is not None:
+            context.reached.add(runtime.path)
+            if y is None:
+                runtime.check(tree[path])
+        return y
 
 
 class AdaptedModule:

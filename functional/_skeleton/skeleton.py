@@ -38,6 +38,7 @@ _PLAIN = frozenset({OrderedDict, dict, set})
 
 
 _INTERNAL = frozenset(vars(nn.Module()))
+_ATOMIC = frozenset(ATOMIC)
 
 
 class Skeleton:
@@ -66,6 +67,7 @@ class Skeleton:
         offloaded: The tensors of the model, by id, that hooks of accelerate load where they are called.
         volatile: Tensors that a forward may write to, and whether it may in the present modes.
         swaps: Where the tensors hang that adapters replace.
+        in_steps: Whether all sites take one step, in which they look at the shapes of their leaves.
     """
 
     def __init__(
@@ -78,7 +80,10 @@ class Skeleton:
     ):
         self.context = context or CallContext()
         self._adapters, self._paths = adapters, paths
-        self._modules = {id(module): name for name, module in model.named_modules()}
+        named = list(model.named_modules(remove_duplicate=False))
+        self._modules: dict[int, str] = {}
+        for path, module in named:
+            self._modules.setdefault(id(module), path)
         self._memo: dict[int, Any] = {}
         self._keep: list[Any] = []
         self._reach = Reach(model)
@@ -94,7 +99,7 @@ class Skeleton:
         self.children = [(m._modules, dict(m._modules)) for m in model.modules()]
         self.sources: dict[str, tuple[Any, str, int]] = {
             bare_name(f"{path}.{name}" if path else name): (registry, name, id(tensor))
-            for path, module in model.named_modules(remove_duplicate=False)
+            for path, module in named
             for registry in (module._parameters, module._buffers)
             for name, tensor in registry.items()
             if tensor is not None
@@ -109,6 +114,7 @@ class Skeleton:
         self.filled: Iterable[int] = ()
         self.wrote = False
         self.swaps: list[Any] = []
+        self.in_steps = False
         del self._memo, self._keep, self._reach
 
     def remember(self) -> None:
@@ -188,7 +194,7 @@ class Skeleton:
     # -- copying ---------------------------------------------------------------------------------------------
 
     def _copy(self, x: Any) -> Any:
-        if isinstance(x, ATOMIC):
+        if type(x) in _ATOMIC or isinstance(x, ATOMIC):
             return x
         if id(x) in self._memo:
             return self._memo[id(x)]
@@ -234,10 +240,12 @@ class Skeleton:
             raise ValueError(
                 f"{self._where}: a parameter of a lazy module has no shape yet; run the model once before bind"
             )
-        alias = x.detach() if type(x) in (Tensor, nn.Parameter) or x.requires_grad else x
+        alias: Tensor
         if type(x) is nn.Parameter:
-            alias = nn.Parameter(alias, requires_grad=False)
+            alias = Tensor._make_subclass(nn.Parameter, x, False)  # detaches it
             set_origin(alias, x)
+        else:
+            alias = x.detach() if type(x) is Tensor or x.requires_grad else x
         self.aliases[id(x)] = alias
         self.places[id(x)] = []
         return alias
@@ -263,18 +271,24 @@ class Skeleton:
         self.modules.append((x, new))
         whole = (id(x), "")
         if whole in self._adapters:
-            adapt(new, cls, forward_class(x), self._paths[whole], self.context, self._adapters[whole])
+            adapters = self._adapters[whole]
+            forward = forward_class(x, next(iter(adapters.values())).site)
+            adapt(new, cls, forward, self._paths[whole], self.context, adapters)
         self._adapt_parameters(x, new)
         where, self._where = self._where, self._modules.get(id(x)) or "the model"
+        own = new.__dict__
         for key, value in attributes_of(x).items():
-            if key in ("_parameters", "_buffers"):
-                new.__dict__[key] = registry = type(value)()
+            kind = type(value)
+            if kind in _ATOMIC:
+                own[key] = value
+            elif key in ("_parameters", "_buffers"):
+                own[key] = registry = kind()
                 for name, tensor in value.items():
                     self._put(registry, name, tensor)
             elif key in _INTERNAL and not value:
-                new.__dict__[key] = type(value)() if type(value) in _PLAIN else copy.copy(value)
+                own[key] = kind() if kind in _PLAIN else copy.copy(value)
             else:
-                self._put(new.__dict__, key, value)
+                self._put(own, key, value)
         if whole in self._adapters:
             load_below(new)
         self._where = where

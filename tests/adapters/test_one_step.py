@@ -1,6 +1,7 @@
 """Sites whose calls are one step, decided beforehand: the bits of `apply`, and every change after the decision."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -213,3 +214,58 @@ def test_another_adapter_another_dtype_and_dropout_after_the_decision():
     torch.testing.assert_close(y, layer.base_layer(x) + product)
     model.eval().float()
     assert model(x.float()).dtype == torch.float32
+
+
+def grown(params):
+    for leaf, axis in (("lora_A", 0), ("lora_B", 1)):
+        tensor = params["0"][leaf]
+        tensor.data = torch.cat([tensor.data, tensor.data], axis)
+
+
+def stacked(params):
+    for tensor in params["0"].values():
+        tensor.data = torch.stack([tensor.data, tensor.data])
+
+
+def transposed(params):
+    params["0"]["lora_A"].data = params["0"]["lora_A"].data.mT.contiguous()
+
+
+@pytest.mark.parametrize("change", [grown, stacked, transposed], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("unchanging", [False, True])
+def test_leaves_that_get_another_shape_after_a_call_are_an_error(change, unchanging):
+    graft = bind(sequential(), LoraConfig(**FIELDS))
+    graft = graft.unchanging() if unchanging else graft
+    params, x = graft.init(), torch.ones(2, 3)
+    graft(params, x)
+    change(params)
+    with pytest.raises((ValueError, RuntimeError), match="has shape|shapes cannot be multiplied"):
+        graft(params, x)
+
+
+def test_a_tree_that_was_accepted_is_looked_at_again_when_it_changes():
+    graft, x = bind(sequential(), LoraConfig(**FIELDS)), torch.ones(2, 3)
+    params, other = graft.init(), graft.init(torch.Generator().manual_seed(1))
+    expected = graft(other, x)
+    graft(params, x)
+    params["0"]["lora_A"] = other["0"]["lora_A"]
+    params["0"] |= {"lora_B": other["0"]["lora_B"]}
+    torch.testing.assert_close(graft(params, x), expected, rtol=0, atol=0)
+    params["0"]["lora_C"] = params["0"].pop("lora_B")
+    with pytest.raises(KeyError, match="unknown leaf 'lora_C'"):
+        graft(params, x)
+    with pytest.raises(KeyError, match="unknown site '1'"):
+        graft({**other, "1": other["0"]}, x)
+    with pytest.raises(KeyError, match="lacks site '0'"):
+        graft({}, x)
+
+
+def test_a_pickled_graft_knows_no_tree():
+    graft, x = bind(sequential(), LoraConfig(**FIELDS)), torch.ones(2, 3)
+    params = graft.init()
+    y = graft(params, x)
+    (form,) = graft.binding._forms.values()
+    assert form.knows(params)
+    again = pickle.loads(pickle.dumps(graft))
+    assert not any(form.knows(params) for form in again.binding._forms.values())
+    torch.testing.assert_close(again(params, x), y, rtol=0, atol=0)

@@ -33,6 +33,7 @@ REMOVING = ("pissa", "olora", "corda", "lora_ga")
 """Those that take their initial product out of the base."""
 FROM_DATA = {"eva": "fit_eva", "corda": "fit_corda", "lora_ga": "fit_lora_ga"}
 """Those that need statistics, and what makes them."""
+_PISSA = re.compile(r"pissa(_niter_\d+)?")
 _ORDINARY_ON_EMBEDDINGS = ("eva", "lora_ga")
 
 
@@ -43,7 +44,7 @@ def kind_of(init_lora_weights: bool | str) -> str | None:
     ('pissa', None, None)
     """
     name = str(init_lora_weights)
-    if re.fullmatch(r"pissa(_niter_\d+)?", name):
+    if _PISSA.fullmatch(name):
         return "pissa"
     return name if name in NAMES else None
 

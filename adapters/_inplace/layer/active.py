@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torchgraft.functional.extending import (
     Adapted,
     Base,
     SiteAdapter,
+    Step,
     beside,
     forward_class,
     linear_tensors,
@@ -23,6 +24,7 @@ from torchgraft.functional.extending import (
 
 from .called_base import CalledBase, CalledOverMerged, is_bare, is_parallel
 from .containers import Parameters
+from .decided import Decided
 from .holders import Holders, Watch
 from .shell import Shell
 from .weights import MergingLayer
@@ -47,7 +49,10 @@ class ActiveAdapters:
         sharing: Whether one has leaves together with other layers.
         shell: Stands for a wrapped module of a class with its own forward (scaled embeddings).
         step: What calls take instead of layers, where that is decided.
+        decided: The step with all that it takes, as the last call found it.
     """
+
+    decided: Decided | None = None
 
     def __init__(self, layer: MergingLayer, names: Iterable[str]):
         self.names = list(names)
@@ -73,7 +78,8 @@ class ActiveAdapters:
         casts = bool(getattr(layer, "cast_input_dtype_enabled", True))
         self.holders = [Holders(layer._modules, layer.made, name, layer.entries[name], casts) for name in self.names]
         self.watch = Watch(self.holders)
-        modules: Any = layer._modules
+        self._containers: Any = layer._modules
+        modules = self._containers
         self._hung = [
             (attribute, modules[attribute], registry, name, registry.get(name))
             for name in self.names
@@ -136,10 +142,18 @@ class ActiveAdapters:
             tensors = linear_tensors(base)
             y = None if tensors is None else self.step(x, *tensors, leaves[0], base.training)
             if y is not None:
+                self._decide(base)
                 return y
         if self.shell is None:
             return self.over(base, leaves, args, kwargs)(x)
         return self.shell.run(base, self.entries, leaves, x, args, kwargs)
+
+    def _decide(self, base: Any) -> None:
+        """Have later calls take the step at once, for as long as everything stays as it was found in this one."""
+        if {"weight", "bias"} <= base._parameters.keys() and not (self.decided and self.decided.same()):
+            registries = [self._containers, *(registry for _, _, registry, _, _ in self._hung)]
+            step = cast(Step, self.step)
+            self.decided = Decided(step, base, self.watch.modules, lambda: self.leaves()[0], registries)
 
     def _run_called(self, base: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output, through the modules that hold leaves."""

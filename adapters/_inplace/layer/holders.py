@@ -132,6 +132,7 @@ class Watch:
     def __init__(self, holders: Iterable[Holders]):
         holders = list(holders)
         self._parts = [part[1:] for one in holders for part in one.parts]
+        self.modules = [module for module, *_ in self._parts]
         self._containers = [container for one in holders for container in one.containers]
         self._moved = any(one.moved for one in holders)
         self._dropouts = [

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..placed import own_modules
 from ..switched import Switched
@@ -139,6 +139,11 @@ class BaseTunerLayer(Switched, NamedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base with the active adapters."""
         attributes = vars(self)  # those of modules take long to find
+        if not (kwargs or is_compiling()) and len(args) == 1:
+            decided = attributes["_live"].decided
+            y: Tensor | None = None if decided is None else decided.run(args[0])
+            if y is not None:
+                return y
         base: Any = attributes["_modules"]["base_layer"]
         if not self._adapted():
             result: Tensor = base(*args, **kwargs)
@@ -156,7 +161,7 @@ class BaseTunerLayer(Switched, NamedLayer):
         """Return whether any adapter runs; looks for replaced parameters first."""
         attributes = vars(self)
         live: ActiveAdapters = attributes["_live"]
-        if not torch.compiler.is_compiling() and live.stale(attributes["_modules"]):
+        if not is_compiling() and live.stale(attributes["_modules"]):
             self.refresh()
             live = attributes["_live"]
         return bool(live.entries)

@@ -26,9 +26,8 @@ def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     Those of experts are `"experts*r in"`, expert by expert, and `"out r*experts"`, rank by rank, as in PEFT. The bias
     of `B` is `"out"`; the magnitude of DoRA is `"out"`, for a convolution `"1 out *ones"`.
     """
-    found = {
-        leaf: shape for leaf, shape in _drawn_shapes(config, site).items() if leaf not in fixed_leaves(config, site)
-    }
+    fixed = fixed_leaves(config, site)
+    found = {leaf: shape for leaf, shape in _drawn_shapes(config, site).items() if leaf not in fixed}
     if config.use_dora:
         found[dora.MAGNITUDE] = dora.shape(site)
     return found

@@ -40,9 +40,9 @@ def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
     dtype, axes = x.dtype, x.ndim
     return (
         axes > 1
-        and dtype == weight.dtype
-        and dtype == a.dtype
-        and dtype == b.dtype
+        and dtype is weight.dtype
+        and dtype is a.dtype
+        and dtype is b.dtype
         and (axes == 2 or (x.is_contiguous() and has_rows(x)))
         and is_eager(x, weight)
     )
@@ -184,18 +184,23 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, b: Te
     """Return the output, of an input and of what comes out of `a`."""
     if bias is None and x.is_contiguous():  # torch's output is no view then
         y = F.linear(x, weight)
-        flat = y.flatten(0, -2)
+        flat = y.view(-1, weight.size(0))
     else:
         flat = base_output(x, weight, bias)
         y = shaped(flat, x)
-    _add_product_(flat, down.flatten(0, -2) if b.ndim == 2 else down, b.mT, scaling)
+    if b.ndim == 2:
+        flat.addmm_(down, b.t(), alpha=scaling)
+    else:
+        _add_product_(flat, down, b.mT, scaling)
     return y
 
 
 def _down(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the input on `r` coordinates."""
+    """Return the input on `r` coordinates, `"tokens r"` or `"parts tokens r"`."""
     x = x if keep is None else x * keep
-    return F.linear(x, a) if a.ndim == 2 else _parts(x, a) @ a.mT
+    if a.ndim != 2:
+        return _parts(x, a) @ a.mT
+    return F.linear(x.view(-1, a.size(1)), a) if x.is_contiguous() else F.linear(x, a).flatten(0, -2)
 
 
 def base_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

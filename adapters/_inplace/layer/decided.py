@@ -1,0 +1,62 @@
+"""The call of a layer, decided when something changed: one step with what it takes, and a look whether that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.nn.modules.module as torch_module
+from torch import Tensor
+
+from torchgraft.functional.extending import Leaves, Step, last_write
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{kind}") for kind in _HOOKS)
+"""What torch's `_has_any_global_hook` looks at."""
+
+
+class Decided:
+    """One step, with the modules that it stands for.
+
+    It holds as long as no module among them gets other attributes, parameters, hooks or another class: until then each
+    call would be decided in the same way.
+
+    Args:
+        step: The step.
+        base: The wrapped module.
+        holders: Modules that hold leaves or stand for dropout.
+        leaves: Reads the leaves, once what they hang in is watched.
+        registries: Other dicts that the decision depends on.
+    """
+
+    __slots__ = ("_classes", "_dicts", "_held", "_hooks", "_last_write", "_leaves", "_modules", "_step", "_training")
+
+    def __init__(
+        self,
+        step: Step,
+        base: Any,
+        holders: Iterable[Any],
+        leaves: Callable[[], Leaves],
+        registries: Iterable[dict[str, Any]],
+    ):
+        self._modules = [base, *holders]
+        own = [vars(module) for module in self._modules]
+        self._dicts = (*own, *(attributes["_parameters"] for attributes in own), *registries)
+        self._last_write = last_write(self._dicts)
+        self._classes = list(map(type, self._modules))
+        self._hooks = (*(attributes[name] for attributes in own for name in _HOOKS), *_GLOBAL_HOOKS)
+        self._step, self._held, self._training = step, own[0]["_parameters"], base.training
+        self._leaves = leaves()
+
+    def same(self) -> bool:
+        """Return whether nothing has changed."""
+        return not any(self._hooks) and (
+            last_write(self._dicts) == self._last_write and list(map(type, self._modules)) == self._classes
+        )
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """Return the output; `None` where something has changed, or where the step cannot give it."""
+        if not self.same():
+            return None
+        held = self._held
+        return self._step(x, held["weight"], held["bias"], self._leaves, self._training)
