@@ -56,8 +56,9 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: progress observing redistributed statistics
         _optim: lora_plus lora_fa
-        _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments gathered_stack batch slots isolation
-            record resting roster files residents bank ranks collected checkpoint replicated
+        _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments
+            gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
+            replicated
         _peft: names absent configs card tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
             layer_classes helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
         .: __init__
