@@ -64,8 +64,9 @@ ORDER = {
         _checkpoints: folder skeleton rows changes shard merge
         _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa
-        _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments gathered_stack batch slots isolation
-            record resting roster files residents bank ranks collected checkpoint replicated
+        _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments
+            gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
+            replicated
         _peft: names absent configs card conversion tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
             layer_classes helpers lookups optimizers packages precision preprocess eva renamed_keys peft_modules alias
         _command: output files inspecting making main
