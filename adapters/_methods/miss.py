@@ -145,7 +145,8 @@ def apply(config: MissConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
 def _is_whole(site: Site) -> bool:
     """Return whether a site has whole shards, and a block for all outputs."""
-    return site.constants.form == "default" and site.in_features % site.constants.r == 0
+    constants: MissConstants = site.constants
+    return constants.form == "default" and site.in_features % constants.r == 0
 
 
 def _decide(config: MissConfig, site: Site) -> Step | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused
+from .fused import is_eager
 
 
 def add_block_product(x: Tensor, blocks: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def add_block_product(x: Tensor, blocks: Tensor) -> Tensor:
     >>> add_block_product(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]))
     tensor([1., 3., 3., 7.])
     """
-    if torch.compiler.is_compiling() or not fused.is_eager(x, blocks):
+    if torch.compiler.is_compiling() or not is_eager(x, blocks):
         parts = x.unflatten(-1, (-1, blocks.shape[-1]))
         product = parts @ blocks[0] if len(blocks) == 1 else torch.einsum("...nk,nkc->...nc", parts, blocks)
         return torch.add(x, product.flatten(-2))
@@ -50,14 +50,11 @@ class _Product(torch.autograd.Function):
 
 
 def _forward(x: Tensor, blocks: Tensor) -> Tensor:
-    if fused.pays(x):  # each product is added where its coordinates are: more calls, and no copy into their order
-        y = x.clone(memory_format=torch.contiguous_format)
-        _parts(y, blocks).baddbmm_(_parts(x, blocks), blocks)
-        return y
-    y = torch.bmm(_parts(x, blocks), blocks).transpose(0, 1).contiguous()
+    parts = _parts(x, blocks)
+    y = parts.transpose(0, 1) + torch.bmm(parts, blocks).transpose(0, 1)
     # In another shape, but no view to autograd: users may write to it.
-    result: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)
-    return result.add_(x)
+    result: Tensor = torch.ops.aten._unsafe_view.default(y.contiguous(), x.shape)
+    return result
 
 
 def _parts(x: Tensor, blocks: Tensor) -> Tensor:
