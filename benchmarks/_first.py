@@ -1,4 +1,8 @@
-"""The first `bind` of a process against PEFT's first injection: each sample is a process of its own, in turns."""
+"""The first `bind` of a process against PEFT's first injection: each sample is a process of its own, in turns.
+
+Without garbage collection, of which one pass over all that the imports made takes longer than either, and which falls
+to whichever library is the one to reach the threshold.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import subprocess
 import sys
 
 PROGRAM = """
-import time, torch, peft
+import gc, time, torch, peft
 from _models import LINEARS, llama
 from torchgraft.adapters import LoraConfig
 from torchgraft.functional import bind
 torch.set_num_threads(1)
 model = llama(64, {layers})
+gc.disable()
 start = time.thread_time()
 {statement}
 print(time.thread_time() - start)
