@@ -139,11 +139,12 @@ class Recorded:
 
 def slots_of(x: Any) -> tuple[str, ...]:
     """Return the attributes that an object has outside of its `__dict__`."""
-    return _slots_of(type(x))
+    cls: Any = type(x)
+    return _slots_of(cls)
 
 
 @functools.lru_cache(maxsize=1024)
-def _slots_of(cls: type) -> tuple[str, ...]:
+def _slots_of(cls: Any) -> tuple[str, ...]:
     declared = (base.__dict__.get("__slots__", ()) for base in cls.__mro__)
     names = chain.from_iterable((slots,) if isinstance(slots, str) else slots for slots in declared)
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))

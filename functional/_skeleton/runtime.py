@@ -48,7 +48,8 @@ class SiteRuntime:
 
     def decide(self) -> None:
         """Decide what can be decided before calls, for the entries there are."""
-        step = step_of(self.entries.values()) if has_linear_forward(type(self.inner)) else None
+        cls: Any = type(self.inner)
+        step = step_of(self.entries.values()) if has_linear_forward(cls) else None
         (name, adapter), *_ = self.entries.items()
         vars(self)["step"] = None if step is None else (step, name, adapter.site.path)
 

@@ -159,7 +159,7 @@ class _Watch:
     def __init__(self, model: nn.Module):
         placed = [part for _, part in placed_modules(model)]
         beside = {id(module): module for part in placed for module in part.own_modules()}
-        others: list[Mapping[str, Any]] = [layer.entries for layer in layers(model).values()]
+        others: list[Any] = [layer.entries for layer in layers(model).values()]
         others += [vars(module)[name] for module in beside.values() for name in _REGISTRIES]
         if (biases := biases_of(model)) is not None:
             others.append({"in": biases.in_place, **biases.tensors()})
