@@ -48,6 +48,7 @@ from ._conversion.fused import split_experts as split_experts
 from ._conversion.fused import split_projections as split_projections
 from ._conversion.report import ConversionReport as ConversionReport
 from ._conversion.report import ModuleError as ModuleError
+from ._conversion.requantized import requantized as requantized
 from ._conversion.shrink import canonical as canonical
 from ._conversion.shrink import shrink as shrink
 from ._conversion.to_lora import to_lora as to_lora

@@ -19,6 +19,7 @@ from ._binding.binding import Binding as Binding
 from ._call import functional_call as functional_call
 from ._constants import Constants as Constants
 from ._constants import Varying as Varying
+from ._dequantized import dequantized as dequantized
 from ._grads import grad as grad
 from ._grads import value_and_grad as value_and_grad
 from ._graft import Graft as Graft

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._binding.binding import Binding
 from ._binding.replaced import merged
 from ._dense import active_trees, adapted_layers, followers
+from ._dequantized import dequantized
 from ._given import check_graft
 from ._graft import Graft
 from ._method import Tree
@@ -19,7 +21,7 @@ from ._tensors.placement import is_sharded, spread
 from ._tensors.wrappers import bare_name, modules_of, state_of
 
 
-def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
+def merge(graft: Graft, params: Tree, *, dequantize: bool = False) -> dict[str, Tensor]:
     """Bake adapters into a full state dict under the original model's keys.
 
     Adapters apply in the order they were bound in, `W' = merge_n(... merge_1(W))`, in float32 or wider, rounded to
@@ -29,14 +31,17 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     Args:
         graft: What `bind` returned.
         params: A parameter tree, as for a call; the result is differentiable in it.
+        dequantize: Merge into the numbers that a quantised base stands for. All its quantised layers are dequantised
+            (torchao's, torch's dynamic int8, bitsandbytes'), and the state dict is one of that model in floating point,
+            `dequantized(model)`. `torchgraft.adapters.requantized` quantises it again, and says the error.
 
     Returns:
         A state dict to load into a model of the original architecture, which then computes the adapted output.
 
     Raises:
-        KeyError, TypeError, ValueError: A tree that does not fit; a weight that is tied to a module outside of the
-            adapter or computed by a parametrization, which no state dict can express; a site whose method has no
-            dense form.
+        KeyError, TypeError, ValueError: A tree that does not fit; a quantised weight without `dequantize`; one that is
+            tied to a module outside of the adapter or computed by a parametrization, which no state dict can express; a
+            site whose method has no dense form.
 
     >>> import torch
     >>> from torchgraft.adapters import LoraConfig
@@ -48,6 +53,8 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
     instead = "; adapters in place are merged by torchgraft.adapters.merge_adapter(model)"
     check_graft(graft, "merge", instead)
     active = active_trees(graft, params, "merge")
+    if dequantize:
+        graft = over_dequantized(graft)
     model = graft.binding.model
     state = state_of(model)
     modules = modules_of(model)
@@ -62,6 +69,25 @@ def merge(graft: Graft, params: Tree) -> dict[str, Tensor]:
         for leaf, value in site.stored(*layer.dense()).items():
             _write(state, names, modules, site.path, leaf, value, following.get(site.path, ()))
     return state
+
+
+def over_dequantized(graft: Graft) -> Graft:
+    """Return the same adapters on the dequantised model, with the constants that they have.
+
+    Raises:
+        TypeError: A graft of stacks.
+    """
+    binding = graft.binding
+    if type(binding) is not Binding:
+        raise TypeError(
+            "dequantize: the graft is of a stack; bind one adapter's config: bind(dequantized(model), config)"
+        )
+    model = dequantized(binding.model)
+    constants = {name: {path: site.constants for path, site in sites.items()} for name, sites in binding.sites.items()}
+    paths = {name: list(sites) for name, sites in binding.sites.items()}
+    modules = modules_of(model)
+    made = Binding.of_modules(model, binding.configs, modules, named=binding.named, paths=paths, constants=constants)
+    return Graft(model, made)
 
 
 def _write(

@@ -29,6 +29,7 @@ from ._binding.tied import TiedSites as TiedSites
 from ._binding.tied import tied_adapter as tied_adapter
 from ._dense import active_trees as active_trees
 from ._dense import adapted_layers as adapted_layers
+from ._dequantized import is_quantised as is_quantised
 from ._execution.pool import Watch as Watch
 from ._given import check_config as check_config
 from ._given import check_module as check_module

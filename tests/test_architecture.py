@@ -58,7 +58,7 @@ ORDER = {
         _arithmetic: products mixing truncated given combine vectors soups weighted
         _calibration: progress
         _conversion: wanted report changes shrink to_lora sources extract factors fused adapterhub
-            formats
+            formats requantized
         _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _checkpoints: folder skeleton rows changes shard merge
@@ -84,7 +84,7 @@ ORDER = {
             row_weights followed row_groups parameters skeleton swaps
         _routing: route owners
         _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
-        .: _graft _given _call _dense _merge _module _stacks _base_with_weights _bind extending __init__
+        .: _graft _given _call _dense _dequantized _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }
 """The rooms of a folder from the bottom up, and the files of each: a file imports those that stand before it.

@@ -53,7 +53,7 @@ def factors_of(config: LoraConfig, params: Tree, what: str) -> dict[str, Factors
     """
     config, params = check_adapter((config, params), f"{what}: (config, params)")  # type: ignore[assignment]
     found = {}
-    for path, product in products(config, params, what).items():
+    for path, product in products(config, params, f"{what}: the adapter").items():
         layout = product.layout
         if layout.kind != "matrix" or layout.names[0] != "lora_A":
             kind = "embedding" if layout.kind == "matrix" else layout.kind

@@ -155,7 +155,9 @@ def split_experts(config: LoraConfig, params: Tree) -> Adapter:
     """
     config, params = check_adapter((config, params), "split_experts: (config, params)")  # type: ignore[assignment]
     stacked = {
-        path: one for path, one in products(config, params, "split_experts").items() if one.layout.kind == "experts"
+        path: one
+        for path, one in products(config, params, "split_experts: the adapter").items()
+        if one.layout.kind == "experts"
     }
     if not stacked:
         raise ValueError("split_experts: no parameter of target_parameters has experts in this tree")

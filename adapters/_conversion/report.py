@@ -13,7 +13,7 @@ class ModuleError:
     """The error at one module.
 
     Attributes:
-        rank: Rank of the LoRA there.
+        rank: Rank of the LoRA there; 0 where there is none.
         norm: Frobenius norm of the change of the weight.
         error: Frobenius norm of the difference between that and the LoRA's, rounding to its dtype included.
     """

@@ -97,7 +97,7 @@ def canonical(config: LoraConfig, params: Tree) -> Adapter:
 def _products(config: LoraConfig, params: Tree, what: str) -> dict[str, Product]:
     adapter = check_adapter((config, params), f"{what}: (config, params)")
     with torch.no_grad():
-        found = products(*adapter, what)
+        found = products(*adapter, f"{what}: the adapter")
     if not found:
         raise ValueError(f"{what}: params has no factors of LoRA; give the tree that goes with the config")
     for path, product in found.items():

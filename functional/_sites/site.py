@@ -238,7 +238,8 @@ class Site:
         if form is not None:
             raise TypeError(
                 f"{self.path}: its weight is {form}, so an adapter cannot be added to it. Call the module instead of "
-                "reading its weight; merge into the model as it was before quantisation, or dequantise this one first"
+                "reading its weight; merge into the model as it was before quantisation, or into the numbers that this "
+                "weight stands for: merge(graft, params, dequantize=True), dequantized(model)"
             )
         kind = KINDS[self.kind]
         kind.check_readable(self)
