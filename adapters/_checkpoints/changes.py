@@ -97,7 +97,7 @@ class Changes:
         """Read rows of a tensor, with what stands for the base's own."""
         if name in self.instead:
             return self.instead[name][start:stop]
-        tensor = self.base.read(name, start, stop)
+        tensor = self.base.tensors.read(name, start, stop)
         if name in self.rows:
             indices, values = self.rows[name]
             here = (indices >= start) & (indices < start + len(tensor))
@@ -166,7 +166,7 @@ def _apart(base: ModelFolder, config: AdapterConfig, tensors: Mapping[str, Tenso
         if name.endswith(f".token_adapter.{TOKENS}"):
             path = name.removesuffix(f".token_adapter.{TOKENS}")
             rows[f"{path}.weight"] = torch.tensor(_indices(config, path)), tensor
-        elif split_key(config, key) is not None or bare not in base.shard_of:
+        elif split_key(config, key) is not None or bare not in base.tensors.specs:
             if ".original_module." not in name:
                 kept.add(key)
         elif base.spec(bare).shape != tuple(tensor.shape):
@@ -195,7 +195,7 @@ def _check_whole(config: AdapterConfig, base: ModelFolder, instead: Mapping[str,
             raise KeyError(
                 f"has no tensors of {name!r}, which the config has in modules_to_save; save the adapter again"
             )
-    biases = [name for name in base.shard_of if name.endswith(".bias")]
+    biases = [name for name in base.tensors.specs if name.endswith(".bias")]
     if config.bias != "none" and biases and not any(name.endswith(".bias") for name in held):
         raise KeyError(f"has no biases, and the config's bias is {config.bias!r}; save the adapter again")
     if getattr(config, "trainable_token_indices", None) and not rows:
@@ -210,7 +210,7 @@ def _check_tied(base: ModelFolder, kinds: Mapping[str, str]) -> None:
     )
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
     embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
-    outputs = any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in base.shard_of)
+    outputs = any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in base.tensors.specs)
     if generates and tied and embeddings and not outputs:
         raise UnsupportedConfig(
             f"{names_of(embeddings)}: is tied to the model's output, which would change with it; untie the two "

@@ -100,7 +100,7 @@ def _targeted_parameters(base: ModelFolder, config: AdapterConfig, found: Found)
         ValueError: Parameters of a module that can be told apart in more than one way, or in none.
     """
     targets = getattr(config, "target_parameters", None) or ()
-    names = [name for name in base.shard_of if any(name == one or name.endswith(f".{one}") for one in targets)]
+    names = [name for name in base.tensors.specs if any(name == one or name.endswith(f".{one}") for one in targets)]
     ordered = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         own = sorted(name for name in names if name.rpartition(".")[0] == owner)
@@ -132,7 +132,7 @@ def _module(
 ) -> nn.Module:
     """Return a module like the base's at a place."""
     shape, dtype = base.spec(f"{place}.weight").shape, _dtype(base, f"{place}.weight")
-    bias = f"{place}.bias" in base.shard_of
+    bias = f"{place}.bias" in base
     how: dict[str, Any] = {"device": "meta", "dtype": dtype}
     if any("embedding" in leaf for leaf in leaves) or (_EMBEDDING.search(_last(place)) and not bias):
         return nn.Embedding(*shape, **how)

@@ -182,7 +182,7 @@ def break_at(monkeypatch, calls):
     """Have the disk fail at the n-th part of a merged tensor."""
     whole = merging.write_shard
 
-    def failing(weights, file, changed, merged, report):
+    def failing(source, specs, file, changed, merged, report):
         def some(name):
             nonlocal calls
             calls -= 1
@@ -190,7 +190,7 @@ def break_at(monkeypatch, calls):
                 raise OSError("the disk is full")
             yield from merged(name)
 
-        whole(weights, file, changed, some, report)
+        whole(source, specs, file, changed, some, report)
 
     monkeypatch.setattr(merging, "write_shard", failing)
 
@@ -245,14 +245,14 @@ def test_errors_come_before_anything_is_written(tmp_path):
 def test_folders_without_safetensors_say_so(tmp_path):
     base, adapter = saved(tmp_path)
     (base / "model.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"has no safetensors of a model; there is pytorch_model.bin, which is not"
-    ):
+    with pytest.raises(FileNotFoundError, match="has no safetensors files of a model; pickles are never read here"):
         merge_files(base, adapter, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no such directory; nothing is downloaded here"):
+    with pytest.raises(FileNotFoundError, match="no such file or directory; nothing is downloaded here"):
         merge_files(tmp_path / "nowhere", adapter, tmp_path / "out")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match=r"lacks one.safetensors, which its index names"):
+    with pytest.raises(
+        FileNotFoundError, match=r"one.safetensors: is missing, a shard that model.safetensors.index.json names"
+    ):
         merge_files(base, adapter, tmp_path / "out")
 
 

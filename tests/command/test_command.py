@@ -190,7 +190,7 @@ def test_errors_are_one_line_that_says_what_to_do(here, capsys):
         "inspect nowhere": "nowhere: no such directory; nothing is downloaded here, fetch it first",
         "inspect model": "model: ",
         "merge model nowhere out": "nowhere: no such directory",
-        "merge nowhere poems out": "nowhere: no such directory; nothing is downloaded here, fetch the model first",
+        "merge nowhere poems out": "nowhere: no such file or directory; nothing is downloaded here, fetch it first",
         "combine poems nowhere --out x": "nowhere: no such directory",
     }
     for line, words in cases.items():
