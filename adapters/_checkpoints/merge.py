@@ -13,7 +13,7 @@ import torch
 
 from torchgraft.functional import __version__
 
-from .._files.disk.folder import CONFIG, find_folder, sync, temporary
+from .._files.disk.folder import CONFIG, alone, find_folder, sync, temporary
 from .._files.disk.folder import WEIGHTS as ADAPTER
 from .changes import changes_of
 from .folder import ModelFolder, model_folder
@@ -56,7 +56,7 @@ def merge_files(
         FileNotFoundError: No such directory, or files that are missing.
         KeyError, ValueError: Files that are damaged, an adapter that does not fit the model, quantised weights, or an
             adapter that no dense weight expresses; names the tensor. Nothing was written then.
-        OSError: A file that cannot be written.
+        OSError: A file that cannot be written; another process that writes the same.
 
     >>> import tempfile
     >>> from safetensors.torch import load_file, save_file
@@ -92,11 +92,12 @@ def merge_files(
             done += count
             report(done, total)
 
-        for file, specs in shards.items():
-            changed = changes.names & specs.keys()
-            write_shard(file, specs, working / file.name, changed, lambda name: changes.merged(name, _MOST), tell)
-        for file in folder.others():
-            shutil.copyfile(file, working / file.name)
+        with alone(working, wait=False):
+            for file, specs in shards.items():
+                changed = changes.names & specs.keys()
+                write_shard(file, specs, working / file.name, changed, lambda name: changes.merged(name, _MOST), tell)
+            for file in folder.others():
+                shutil.copyfile(file, working / file.name)
     (working / _JOB).unlink()
     sync(working)
     if out.exists():

@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = vars(_parser().parse_args(arguments))
     run = given.pop("run")
-    warnings.showwarning = lambda message, *_: print(f"torchgraft: warning: {message}", file=sys.stderr)
     try:
-        code: int = run(**given)
-        return code
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"torchgraft: warning: {message}", file=sys.stderr)
+            code: int = run(**given)
+            return code
     except KeyboardInterrupt:
         print("torchgraft: stopped; a merge goes on where it was when the command is repeated", file=sys.stderr)
         return _STOPPED
