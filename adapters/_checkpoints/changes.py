@@ -29,7 +29,7 @@ from .._files.stored import Stored
 from .._inplace import extract_graft, extract_params
 from .folder import ModelFolder
 from .rows import parts_of
-from .skeleton import skeleton_of
+from .skeleton import is_embedding, skeleton_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Changes:
         """Read rows of a tensor, with what stands for the base's own."""
         if name in self.instead:
             return self.instead[name][start:stop]
-        tensor = self.base.read(name, start, stop)
+        tensor = self.base.tensors.read(name, start, stop)
         if name in self.rows:
             indices, values = self.rows[name]
             here = (indices >= start) & (indices < start + len(tensor))
@@ -124,8 +124,8 @@ def changes_of(base: ModelFolder, path: str | os.PathLike[str], adapter_name: st
             weights = SomeWeights(whole.file, specs, whole.size, whole.handle, tensors=tensors)
             _check_whole(config, base, instead, rows)
             sites, modules, tree = _bound(base, config, weights) if specs else ({}, {}, {})
-            kinds = {name: adapter.site.kind for name, (adapter, _) in sites.items()} | dict.fromkeys(rows, "embedding")
-            _check_tied(base, kinds)
+            embeddings = [name for name, (adapter, _) in sites.items() if adapter.site.kind == "embedding"]
+            _check_tied(base, [*embeddings, *rows, *filter(is_embedding, instead)])
             return Changes(base, instead, rows, sites, modules, tree)
 
 
@@ -166,7 +166,7 @@ def _apart(base: ModelFolder, config: AdapterConfig, tensors: Mapping[str, Tenso
         if name.endswith(f".token_adapter.{TOKENS}"):
             path = name.removesuffix(f".token_adapter.{TOKENS}")
             rows[f"{path}.weight"] = torch.tensor(_indices(config, path)), tensor
-        elif split_key(config, key) is not None or bare not in base.shard_of:
+        elif split_key(config, key) is not None or bare not in base.tensors.specs:
             if ".original_module." not in name:
                 kept.add(key)
         elif base.spec(bare).shape != tuple(tensor.shape):
@@ -174,7 +174,7 @@ def _apart(base: ModelFolder, config: AdapterConfig, tensors: Mapping[str, Tenso
                 f"{key!r} has shape {tuple(tensor.shape)} and the base's {bare!r} {base.spec(bare).shape}; resize the "
                 "base's embeddings and save it first"
             )
-        else:
+        elif not torch.equal(tensor, base.tensors.read(bare)):  # PEFT writes embeddings that stayed as they were, too
             instead[bare] = tensor
     return instead, rows, kept
 
@@ -195,22 +195,21 @@ def _check_whole(config: AdapterConfig, base: ModelFolder, instead: Mapping[str,
             raise KeyError(
                 f"has no tensors of {name!r}, which the config has in modules_to_save; save the adapter again"
             )
-    biases = [name for name in base.shard_of if name.endswith(".bias")]
+    biases = [name for name in base.tensors.specs if name.endswith(".bias")]
     if config.bias != "none" and biases and not any(name.endswith(".bias") for name in held):
         raise KeyError(f"has no biases, and the config's bias is {config.bias!r}; save the adapter again")
     if getattr(config, "trainable_token_indices", None) and not rows:
         raise KeyError("has no rows of tokens, which the config has in trainable_token_indices; save the adapter again")
 
 
-def _check_tied(base: ModelFolder, kinds: Mapping[str, str]) -> None:
+def _check_tied(base: ModelFolder, embeddings: list[str]) -> None:
     """Refuse a change of an embedding that is also the model's output, which its files have once."""
     config = base.config()
     generates = any(
         word in str(config.get("architectures")) for word in ("CausalLM", "LMHead", "MaskedLM", "Conditional")
     )
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
-    embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
-    outputs = any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in base.shard_of)
+    outputs = any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in base.tensors.specs)
     if generates and tied and embeddings and not outputs:
         raise UnsupportedConfig(
             f"{names_of(embeddings)}: is tied to the model's output, which would change with it; untie the two "

@@ -13,10 +13,10 @@ import torch
 
 from torchgraft.functional import __version__
 
-from .._files.disk.folder import CONFIG, find_folder, sync, temporary
+from .._files.disk.folder import CONFIG, alone, find_folder, sync, temporary
 from .._files.disk.folder import WEIGHTS as ADAPTER
 from .changes import changes_of
-from .folder import ModelFolder, open_model
+from .folder import ModelFolder, model_folder
 from .shard import write_shard
 
 _JOB = ".merge.json"
@@ -56,7 +56,7 @@ def merge_files(
         FileNotFoundError: No such directory, or files that are missing.
         KeyError, ValueError: Files that are damaged, an adapter that does not fit the model, quantised weights, or an
             adapter that no dense weight expresses; names the tensor. Nothing was written then.
-        OSError: A file that cannot be written.
+        OSError: A file that cannot be written; another process that writes the same.
 
     >>> import tempfile
     >>> from safetensors.torch import load_file, save_file
@@ -77,24 +77,27 @@ def merge_files(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: is there already; give another directory, or delete it first")
-    with open_model(base) as folder, torch.no_grad():
+    folder = model_folder(base)
+    with torch.no_grad():
         changes = changes_of(folder, adapter, adapter_name)
         for name in changes.names:
             folder.spec(name)  # raises where the base has no such tensor
         working = out.with_name(f".{out.name}.merging")
         _begin(working, out, _job(folder, find_folder(adapter, adapter_name).path))
-        total, done = sum(weights.size for weights in folder.shards.values()), 0
+        shards = folder.shards()
+        total, done = sum(file.stat().st_size for file in shards), 0
 
         def tell(count: int) -> None:
             nonlocal done
             done += count
             report(done, total)
 
-        for name, weights in folder.shards.items():
-            changed = changes.names & weights.specs.keys()
-            write_shard(weights, working / name, changed, lambda tensor: changes.merged(tensor, _MOST), tell)
-        for file in folder.others():
-            shutil.copyfile(file, working / file.name)
+        with alone(working, wait=False):
+            for file, specs in shards.items():
+                changed = changes.names & specs.keys()
+                write_shard(file, specs, working / file.name, changed, lambda name: changes.merged(name, _MOST), tell)
+            for file in folder.others():
+                shutil.copyfile(file, working / file.name)
     (working / _JOB).unlink()
     sync(working)
     if out.exists():
@@ -106,9 +109,9 @@ def merge_files(
 
 def _job(folder: ModelFolder, adapter: Path) -> str:
     """Return what tells one merge from another: the base's files, and the adapter's bytes."""
-    files = [(folder.path / name).stat() for name in folder.shards]
+    files = [(file.name, file.stat()) for file in folder.shards()]
     digests = [hashlib.sha256((adapter / name).read_bytes()).hexdigest() for name in (CONFIG, ADAPTER)]
-    named = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(folder.shards, files, strict=True)]
+    named = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
     return json.dumps({"base": named, "adapter": digests, "version": __version__})
 
 

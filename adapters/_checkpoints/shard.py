@@ -7,7 +7,7 @@ beside it, from where a later run goes on.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .._files.disk.folder import sync, temporary
-from .._files.disk.headers import Weights
-from .folder import data_start
+from .._files.disk.headers import Spec
 
+Specs = Mapping[str, Spec]
 Merged = Callable[[str], Iterator[Tensor]]
 Report = Callable[[int], None]
 
@@ -27,11 +27,12 @@ _NOTED = 256 * 2**20
 """Bytes after which a place to go on from is noted."""
 
 
-def write_shard(weights: Weights, file: Path, changed: Iterable[str], merged: Merged, report: Report) -> None:
+def write_shard(source: Path, specs: Specs, file: Path, changed: Iterable[str], merged: Merged, report: Report) -> None:
     """Write a shard with some tensors changed; where the file is there in part, the rest of it.
 
     Args:
-        weights: The shard of the base.
+        source: The shard of the base.
+        specs: What it has.
         file: The file to write, under a name of its own while it is not complete.
         changed: Names of tensors that change.
         merged: `name -> parts` of a changed tensor, as the file has them.
@@ -41,31 +42,32 @@ def write_shard(weights: Weights, file: Path, changed: Iterable[str], merged: Me
         OSError: A file that cannot be written.
         ValueError: A base that became shorter.
     """
+    size = source.stat().st_size
     if file.exists():
-        report(weights.size)
+        report(size)
         return
     partial, note = file.with_name(f".{file.name}.part"), file.with_name(f".{file.name}.at")
     changed = set(changed)
-    order = sorted(weights.specs, key=lambda name: (weights.specs[name].start, weights.specs[name].end))
-    begin = data_start(weights)
+    order = sorted(specs, key=lambda name: (specs[name].start, specs[name].end))
+    begin = size - max((spec.end for spec in specs.values()), default=0)
     done = min(int(note.read_text()), partial.stat().st_size) if note.exists() and partial.exists() else 0
-    with open(partial, "r+b" if done else "wb") as target:
+    with open(source, "rb") as base, open(partial, "r+b" if done else "wb") as target:
         target.truncate(done)
         target.seek(done)
         report(done)
         if not done:
-            _copy(weights.handle, target, 0, begin, report)
+            _copy(base, target, 0, begin, report)
         for name in order:
-            spec = weights.specs[name]
+            spec = specs[name]
             if begin + spec.end <= done or spec.start == spec.end:
                 continue
             if name not in changed:
-                _copy(weights.handle, target, max(begin + spec.start, done), begin + spec.end, report)
+                _copy(base, target, max(begin + spec.start, done), begin + spec.end, report)
             else:
                 for part in merged(name):
                     report(target.write(_bytes(part)))
             if target.tell() != begin + spec.end:
-                raise ValueError(f"{weights.file}: {name!r} was merged to another size; start again")
+                raise ValueError(f"{source}: {name!r} was merged to another size; start again")
             if target.tell() - done >= _NOTED:
                 done = target.tell()
                 _note(target, note, done)

@@ -100,7 +100,7 @@ def _targeted_parameters(base: ModelFolder, config: AdapterConfig, found: Found)
         ValueError: Parameters of a module that can be told apart in more than one way, or in none.
     """
     targets = getattr(config, "target_parameters", None) or ()
-    names = [name for name in base.shard_of if any(name == one or name.endswith(f".{one}") for one in targets)]
+    names = [name for name in base.tensors.specs if any(name == one or name.endswith(f".{one}") for one in targets)]
     ordered = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         own = sorted(name for name in names if name.rpartition(".")[0] == owner)
@@ -132,9 +132,9 @@ def _module(
 ) -> nn.Module:
     """Return a module like the base's at a place."""
     shape, dtype = base.spec(f"{place}.weight").shape, _dtype(base, f"{place}.weight")
-    bias = f"{place}.bias" in base.shard_of
+    bias = f"{place}.bias" in base
     how: dict[str, Any] = {"device": "meta", "dtype": dtype}
-    if any("embedding" in leaf for leaf in leaves) or (_EMBEDDING.search(_last(place)) and not bias):
+    if any("embedding" in leaf for leaf in leaves) or (is_embedding(f"{place}.weight") and not bias):
         return nn.Embedding(*shape, **how)
     if len(shape) == 2:
         if _is_transposed(config, place, shape, leaves, orientation):
@@ -146,6 +146,15 @@ def _module(
         result: nn.Module = conv(shape[1] * groups, shape[0], shape[2:], groups=groups, bias=bias, **how)
         return result
     raise ValueError(f"{base.path}: {place}.weight has shape {shape}, which no adapted layer has")
+
+
+def is_embedding(name: str) -> bool:
+    """Return whether a weight is an embedding's, by the name of its module.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("model.layers.0.mlp.up_proj.weight")
+    (True, False)
+    """
+    return name.endswith(".weight") and bool(_EMBEDDING.search(_last(name.removesuffix(".weight"))))
 
 
 def _last(place: str) -> str:

@@ -14,9 +14,11 @@ from .._arithmetic.products import Adapter
 from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, from_keys, to_keys
 from .._config.messages import names_of
+from .._conversion.formats import Formatted, from_format
 from .._files.disk.config_file import about, make_folder, parse_fields, to_json
-from .._files.disk.folder import WEIGHTS, find_folder, open_pair, write_pair
+from .._files.disk.folder import CONFIG, WEIGHTS, find_folder, open_pair, sync, temporary, write_pair
 from .._files.disk.headers import open_weights
+from .._files.disk.shards import open_shards
 from .._files.packed import unpacked
 
 
@@ -41,6 +43,48 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             "load_adapter(graft, path), and use the function of the same name"
         )
     return config, tree
+
+
+def read_any(path: str | os.PathLike[str], prefix: str | None = None, model: str | None = None) -> Adapter:
+    """Read an adapter of PEFT's or another program's form: a directory, or a safetensors file.
+
+    Args:
+        path: The directory or the file.
+        prefix: The part of a pipeline to take.
+        model: The directory of the model, for names of modules that a file's keys do not tell.
+
+    Raises:
+        FileNotFoundError, ValueError: No such files, or damaged ones; keys of no form.
+    """
+    file = Path(path)
+    if file.is_dir() and (file / CONFIG).exists():
+        return read_adapter(path)
+    with about(file):
+        shards = open_shards(file)
+        names = () if model is None else (name.rpartition(".")[0] for name in open_shards(model).specs)
+        tensors = {name: shards.read(name) for name in shards.specs}
+        return from_format(tensors, prefix=prefix, modules=sorted({*names}) or None)
+
+
+def write_form(path: str | os.PathLike[str], made: Formatted) -> Path:
+    """Write an adapter in another program's form: a safetensors file, or a directory where a config goes with it.
+
+    Raises:
+        OSError: A path that is there already, or that cannot be written.
+    """
+    out = new_folder(path)
+    data = {key: tensor.detach().contiguous() for key, tensor in made.tensors.items()}
+    weights = safetensors.torch.save(data, metadata={"format": "pt"})
+    if made.fields:
+        write_pair(make_folder(out), to_json(made.fields), weights)
+        return out
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: this form is one file; give a name that ends in .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with temporary(out.parent, out.name, weights) as ready:
+        os.replace(ready, out)
+    sync(out.absolute().parent)
+    return out
 
 
 def new_folder(path: str | os.PathLike[str]) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torchgraft.functional import __version__
 
 from .._arithmetic.mixing import HOW
+from .._conversion.formats import FORMS
 from .._files.servers.check import check_servable
 from .._files.servers.engines import SERVERS
 from . import inspecting, making
@@ -29,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = vars(_parser().parse_args(arguments))
     run = given.pop("run")
-    warnings.showwarning = lambda message, *_: print(f"torchgraft: warning: {message}", file=sys.stderr)
     try:
-        code: int = run(**given)
-        return code
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"torchgraft: warning: {message}", file=sys.stderr)
+            code: int = run(**given)
+            return code
     except KeyboardInterrupt:
         print("torchgraft: stopped; a merge goes on where it was when the command is repeated", file=sys.stderr)
         return _STOPPED
@@ -107,10 +109,24 @@ def _add_making(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     one.set_defaults(run=making.combine)
 
     one = commands.add_parser("convert", help="an adapter in another form")
-    one.add_argument("path", help="the directory of an adapter")
-    one.add_argument("out", help="the directory to write, which is not there yet")
-    one.add_argument("--for", dest="server", required=True, choices=SERVERS, help="the engine that is to serve it")
+    one.add_argument("path", help="the directory of an adapter, or a safetensors file of diffusers' or kohya's")
+    one.add_argument("out", help="the directory to write, or file.safetensors, which is not there yet")
+    one.add_argument("--for", dest="server", choices=SERVERS, help="the engine that is to serve it")
+    one.add_argument("--to", dest="form", choices=FORMS, help="the program's form")
+    one.add_argument("--rank", type=int, help="the rank to cut to, with the error that this makes")
+    one.add_argument("--prefix", help="what stands before names: the part of a pipeline, an adapter's name")
+    one.add_argument("--model", metavar="DIR", help="the model, for names that kohya's keys do not tell")
     one.set_defaults(run=making.convert)
+
+    one = commands.add_parser("extract", help="the LoRA of what fine-tuning changed")
+    one.add_argument("base", help="the directory of the model before")
+    one.add_argument("tuned", help="that of the model after")
+    one.add_argument("out", help="the directory to write, which is not there yet")
+    one.add_argument("--rank", type=int, help="the rank; by default all that is more than rounding")
+    one.add_argument("--energy", type=float, help="in its place the share of each module's energy to keep")
+    one.add_argument("--rest", choices=("refuse", "save", "leave"), default="refuse", help="of what LoRA is not for")
+    one.add_argument("--quiet", action="store_true", help="no bar")
+    one.set_defaults(run=making.extract)
 
 
 if __name__ == "__main__":

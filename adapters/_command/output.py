@@ -97,9 +97,14 @@ def bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
             made.close()
 
 
+def on_terminal(quiet: bool) -> bool:
+    """Return whether somebody looks at a bar."""
+    return not quiet and sys.stderr.isatty()
+
+
 def _tqdm(what: str, total: int, quiet: bool) -> Any:
     """Return a bar, or `False` for none."""
-    if quiet or not sys.stderr.isatty():
+    if not on_terminal(quiet):
         return False
     try:
         from tqdm import tqdm

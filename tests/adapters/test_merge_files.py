@@ -182,7 +182,7 @@ def break_at(monkeypatch, calls):
     """Have the disk fail at the n-th part of a merged tensor."""
     whole = merging.write_shard
 
-    def failing(weights, file, changed, merged, report):
+    def failing(source, specs, file, changed, merged, report):
         def some(name):
             nonlocal calls
             calls -= 1
@@ -190,7 +190,7 @@ def break_at(monkeypatch, calls):
                 raise OSError("the disk is full")
             yield from merged(name)
 
-        whole(weights, file, changed, some, report)
+        whole(source, specs, file, changed, some, report)
 
     monkeypatch.setattr(merging, "write_shard", failing)
 
@@ -225,6 +225,19 @@ def test_a_merge_of_other_files_does_not_go_on(tmp_path, monkeypatch):
         merge_files(base, adapter, tmp_path / "out")
 
 
+def test_two_merges_into_one_directory_do_not_meet(tmp_path, monkeypatch):
+    base, adapter = saved(tmp_path)
+
+    def other(*_):
+        with pytest.raises(BlockingIOError, match=r"\.out\.merging: another process is writing there; wait for it"):
+            merge_files(base, adapter, tmp_path / "out")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "write_shard", other)
+    with pytest.raises(KeyboardInterrupt):
+        merge_files(base, adapter, tmp_path / "out")
+
+
 def test_errors_come_before_anything_is_written(tmp_path):
     base, adapter = saved(tmp_path)
     tensors = load_file(base / "model.safetensors")
@@ -245,14 +258,14 @@ def test_errors_come_before_anything_is_written(tmp_path):
 def test_folders_without_safetensors_say_so(tmp_path):
     base, adapter = saved(tmp_path)
     (base / "model.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"has no safetensors of a model; there is pytorch_model.bin, which is not"
-    ):
+    with pytest.raises(FileNotFoundError, match="has no safetensors files of a model; pickles are never read here"):
         merge_files(base, adapter, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no such directory; nothing is downloaded here"):
+    with pytest.raises(FileNotFoundError, match="no such file or directory; nothing is downloaded here"):
         merge_files(tmp_path / "nowhere", adapter, tmp_path / "out")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match=r"lacks one.safetensors, which its index names"):
+    with pytest.raises(
+        FileNotFoundError, match=r"one.safetensors: is missing, a shard that model.safetensors.index.json names"
+    ):
         merge_files(base, adapter, tmp_path / "out")
 
 
@@ -283,6 +296,21 @@ def test_an_embedding_that_is_the_output_too_is_refused(tied, tmp_path):
         return
     with pytest.raises(ValueError, match="'embed_tokens.weight': is tied to the model's output, .*untie the two"):
         merge_files(base, adapter, tmp_path / "out")
+
+
+def test_a_trained_embedding_that_is_the_output_too_is_refused(tmp_path):
+    config = LoraConfig(r=2, modules_to_save=["embed_tokens"], target_modules=["q"])
+    base, adapter = saved(tmp_path, config, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match="'embed_tokens.weight': is tied to the model's output"):
+        merge_files(base, adapter, tmp_path / "out")
+
+
+def test_embeddings_of_the_base_in_an_adapters_file_change_nothing(tmp_path):
+    base, adapter = saved(tmp_path, architectures=["LlamaForCausalLM"])
+    file, own = adapter / "adapter_model.safetensors", model().state_dict()["embed_tokens.weight"]
+    save_file(load_file(file) | {"base_model.model.embed_tokens.weight": own}, file)
+    out = merge_files(base, adapter, tmp_path / "out")
+    assert torch.equal(load_file(out / "model.safetensors")["embed_tokens.weight"], own)
 
 
 def test_tensors_that_the_config_speaks_of_have_to_be_there(tmp_path):

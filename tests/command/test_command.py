@@ -118,7 +118,7 @@ def test_diff_tells_fields_and_modules(here, capsys):
     assert called("diff poems poems", capsys) == "4 of 4 modules are equal\n"
     found = json.loads(called("diff poems code --json", capsys, code=1))
     graft, first = made()
-    changes = [merge(graft, params) for params in (first, made(seed=1)[1])]
+    changes = [{k: x.detach() for k, x in merge(graft, params).items()} for params in (first, made(seed=1)[1])]
     for row in found["modules"]:
         key = f"{row['module']}.weight"
         assert row["difference"] == pytest.approx(float((changes[0][key] - changes[1][key]).norm()), rel=1e-4)
@@ -190,7 +190,7 @@ def test_errors_are_one_line_that_says_what_to_do(here, capsys):
         "inspect nowhere": "nowhere: no such directory; nothing is downloaded here, fetch it first",
         "inspect model": "model: ",
         "merge model nowhere out": "nowhere: no such directory",
-        "merge nowhere poems out": "nowhere: no such directory; nothing is downloaded here, fetch the model first",
+        "merge nowhere poems out": "nowhere: no such file or directory; nothing is downloaded here, fetch it first",
         "combine poems nowhere --out x": "nowhere: no such directory",
     }
     for line, words in cases.items():
@@ -222,3 +222,33 @@ def test_stopping_says_what_happens(here, capsys, monkeypatch):
     monkeypatch.setattr("torchgraft.adapters._command.making.merge_files", stop)
     assert main(["merge", "model", "poems", "merged"]) == 130
     assert "a merge goes on where it was when the command is repeated" in capsys.readouterr().err
+
+
+def test_convert_goes_to_other_programs_and_back(here, capsys):
+    _, params = made()
+    called("convert poems poems.safetensors --to kohya --prefix lora_te", capsys)
+    assert "lora_te_layers_0_q_proj.alpha" in load_file("poems.safetensors")
+    called("convert poems.safetensors back --to peft --model model", capsys)
+    found = json.loads(called("diff poems back --json", capsys, code=1))
+    assert [row["difference"] for row in found["modules"]] == pytest.approx([0.0] * len(params), abs=1e-5)
+    assert "ends in .safetensors" in called("convert poems other --to diffusers", capsys, code=2)
+    assert "nothing to convert to; give --for ENGINE, --to FORM or --rank R" in called(
+        "convert poems x", capsys, code=2
+    )
+
+
+def test_convert_cuts_the_rank_and_says_what_that_costs(here, capsys):
+    assert main(["convert", "poems", "cut", "--rank", "1"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "cut\n" and "together" in printed.err
+    assert json.loads(called("inspect cut --json", capsys))["ranks"] == [1]
+
+
+def test_extract_is_what_merge_put_in(here, capsys):
+    called("merge model poems merged --quiet", capsys)
+    assert main(["extract", "model", "merged", "again", "--rank", "3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "again\n" and "together" in printed.err
+    found = json.loads(called("diff poems again --json", capsys, code=1))
+    assert [row["cosine"] for row in found["modules"]] == pytest.approx([1.0] * 4)
+    assert [row["difference"] for row in found["modules"]] == pytest.approx([0.0] * 4, abs=1e-4)

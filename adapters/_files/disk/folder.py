@@ -252,7 +252,7 @@ def write_pair(path: Path, config: bytes, weights: bytes) -> None:
         temporary(path, WEIGHTS, weights) as new_weights,
         temporary(path, CONFIG, config) as new_config,
         _COMMIT,
-        _alone(path),
+        alone(path),
     ):
         try:
             os.replace(new_config, pending)
@@ -276,23 +276,35 @@ def write_config(path: Path, config: bytes) -> None:
     Raises:
         OSError: A file that cannot be written or replaced.
     """
-    with temporary(path, CONFIG, config) as new_config, _COMMIT, _alone(path):
+    with temporary(path, CONFIG, config) as new_config, _COMMIT, alone(path):
         os.replace(new_config, path / CONFIG)
         sync(path)
         _forget_pending(path)
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep other processes from replacing files of a directory, where the system can do that."""
+def alone(path: Path, wait: bool = True) -> Iterator[None]:
+    """Keep other processes from replacing files of a directory, where the system can do that.
+
+    Args:
+        path: The directory.
+        wait: Whether to wait for one that does so.
+
+    Raises:
+        BlockingIOError: Another process does so, and there is no waiting.
+    """
     lock: Any = getattr(fcntl, "flock", None)
     if lock is None:
         yield
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            lock(descriptor, fcntl.LOCK_EX)
+        try:
+            lock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{path}: another process is writing there; wait for it, or stop it") from None
+        except OSError:  # some file systems have no locks
+            pass
         yield
     finally:
         os.close(descriptor)

@@ -34,22 +34,27 @@ class Shards:
     files: Mapping[str, Path]
     starts: Mapping[Path, int]
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor, on the CPU.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read one tensor, or some of its rows, on the CPU.
 
         Raises:
             KeyError: No such tensor.
             ValueError: The file has changed since its header was read.
         """
         spec, file = self.specs[name], self.files[name]
-        data = bytearray(spec.end - spec.start)
+        shape, begin, size = spec.shape, spec.start, spec.end - spec.start
+        if shape and shape[0] and (start, stop) != (0, None):
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            begin, size = begin + start * (size // shape[0]), (stop - start) * (size // shape[0])
+            shape = (stop - start, *shape[1:])
+        data = bytearray(size)
         with open(file, "rb") as handle:
-            handle.seek(self.starts[file] + spec.start)
+            handle.seek(self.starts[file] + begin)
             if handle.readinto(data) != len(data):
                 raise ValueError(f"{file}: changed while it was read; start again when it is complete")
         if not data:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        return torch.frombuffer(data, dtype=spec.dtype).view(spec.shape)
+            return torch.empty(shape, dtype=spec.dtype)
+        return torch.frombuffer(data, dtype=spec.dtype).view(shape)
 
 
 def open_shards(path: str | os.PathLike[str]) -> Shards:
