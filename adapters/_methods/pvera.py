@@ -47,9 +47,9 @@ class PveraConfig(AdapterConfig):
     `projection_prng_key` alone, and no leaves of the tree.
 
     Noise is drawn from torch's generator, as that of dropout is: `torch.manual_seed` fixes it, `torch.vmap` takes
-    `randomness=`, and the adapters of a `Bank` have generators of their own. With `generator_seed` each module has its
-    own, as in PEFT, which goes on from call to call; it is `graft.sites[""][path].constants.noise.generator`, whose
-    state can be read and set. `sample_latent` is the function, for noise that is given.
+    `randomness=`, and the adapters of a `Bank` have generators of their own. With `generator_seed` each module has one
+    too, as in PEFT, which goes on from call to call: `graft.sites[""][path].constants.noise.generator`, whose state
+    can be read and set. `sample_latent` is the function, for noise that is given.
 
     Attributes:
         r: Rank.

@@ -17,7 +17,7 @@ from .._rows import Rows
 
 _DRAWING = frozenset(
     {
-        torch.rand, torch.randn, torch.randint, torch.bernoulli, torch.rand_like, torch.randn_like,
+        torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.rand_like, torch.randn_like,
         Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.random_, Tensor.exponential_,
         torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     }

@@ -43,7 +43,16 @@ METHODS = {
 """PEFT's TinyLoRA without `init_weights` computes with memory that nobody wrote."""
 SMALL = {"block_size": 4, "vector_length": 4, "r": 2}
 EVERY = pytest.mark.parametrize("method", METHODS)
-NOT_HERE = ("vera_A", "vera_B", "ranknum", "base_model.vblora_vector_bank", "base_model.tinylora_v", "shira_indices")
+NOT_HERE = (
+    "vera_A",
+    "vera_B",
+    "randlora_A",
+    "randlora_B",
+    "ranknum",
+    "base_model.vblora_vector_bank",
+    "base_model.tinylora_v",
+    "shira_indices",
+)
 """What state dicts of whole models have once more, or otherwise, than here: see docs/differences.md."""
 ONLY_PEFTS = ("Unmerge result can be inaccurate", "Sparse invariant checks")
 

@@ -25,6 +25,8 @@ CONFIGS: dict[str, Any] = {
     "delora": adapters.DeloraConfig(r=2, module_dropout=0.4, init_weights=False, **ALL),
     "hira": adapters.HiraConfig(r=2, hira_dropout=0.4, init_weights=False, **ALL),
     "miss": adapters.MissConfig(r=1, miss_dropout=0.4, init_weights=False, **ALL),
+    "pvera": adapters.PveraConfig(r=2, init_weights=False, **ALL),
+    "randlora": adapters.RandLoraConfig(r=2, randlora_alpha=2, randlora_dropout=0.4, init_weights=False, **ALL),
     "vera": adapters.VeraConfig(r=2, vera_dropout=0.4, init_weights=False, **ALL),
     "tinylora": adapters.TinyLoraConfig(r=2, tinylora_dropout=0.4, init_weights=False, **ALL),
     "gralora": adapters.GraloraConfig(r=1, gralora_k=1, gralora_dropout=0.4, init_weights=False, **ALL),
