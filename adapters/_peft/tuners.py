@@ -33,6 +33,8 @@ class BaseTuner(inplace.ModelWrapper):
     """What names of the method's parameters begin with."""
     uses_shared_state: ClassVar[bool] = False
     """Whether the method needs a `PeftModel`, as some do in PEFT; here none does."""
+    shared_names: ClassVar[frozenset[str]] = frozenset()
+    """Names of the tensors that all layers of an adapter of the method share; attributes here, by adapter name."""
     model: Any
 
     def __init__(
@@ -61,7 +63,12 @@ class BaseTuner(inplace.ModelWrapper):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            return self._shared(name) if name in self.shared_names else getattr(self.model, name)
+
+    def _shared(self, name: str) -> dict[str, Tensor]:
+        """Return a tensor that layers share, as each adapter has it."""
+        found = (getattr(layer, name, {}) for layer in inplace.layers(self.model).values())
+        return {adapter: tensor for one in found for adapter, tensor in one.items()}
 
     @property
     def targeted_module_names(self) -> list[str]:
