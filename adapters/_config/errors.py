@@ -25,7 +25,7 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 
 class PeftWarning(UserWarning):
-    """What PEFT gives some of its warnings as; those here are `UserWarning` or `RuntimeWarning`.
+    """What PEFT gives some of its warnings as, and so do we; most are `UserWarning` or `RuntimeWarning`.
 
     >>> issubclass(PeftWarning, UserWarning)
     True

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import AdapterModule, Graft, Routed
 from torchgraft.functional.extending import Site, Tree, modules_of, unsharded_type, whole
 
 from .._config.base import AdapterConfig
+from .._config.errors import PeftWarning
 from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
 from .._config.replaced import other_names, saved_buffers
 from .._inplace import get_peft_model_state_dict
@@ -211,8 +214,29 @@ def _of_model(
         config, tree = to_plain(config, source_sites(model, adapter_name), leaves)
         state |= to_keys(config, tree, at=places(sites))
     else:
+        _warn_of_parts(config, sites, state, adapter_name)
         config = raw(config, source_sites(model, adapter_name))
     return model, config, sites, {key if key in shared else f"{PREFIX}{key}": t for key, t in state.items()}
+
+
+def _warn_of_parts(config: Any, sites: Mapping[str, Site], state: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Name tensors of another shape than the adapter's, as parts of sharded ones are; they are written all the same."""
+    tree = {
+        path: {leaf: torch.empty(shape, device="meta") for leaf, shape in config.method.shapes(config, site).items()}
+        for path, site in sites.items()
+    }
+    expected = to_keys(config, tree, at=places(sites))
+    wrong = {key: tuple(state[key].shape) for key, one in expected.items() if key in state}
+    wrong = {key: shape for key, shape in wrong.items() if shape != tuple(expected[key].shape)}
+    if wrong:
+        key, shape = next(iter(wrong.items()))
+        warnings.warn(
+            f"adapter {adapter_name!r}: {key!r} has shape {shape}, expected {tuple(expected[key].shape)}"
+            f" ({len(wrong)} in all), so the file cannot be loaded; if DeepSpeed or FSDP have sharded the parameters, "
+            "gather them first, or pass the gathered state_dict",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def _formed(config: Any, sites: Mapping[str, Site], tree: Tree, plain: bool) -> tuple[Any, Tree]:

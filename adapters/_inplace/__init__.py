@@ -33,4 +33,5 @@ from .walk import ModelWrapper as ModelWrapper
 from .walk import adapted_modules as adapted_modules
 from .walk import bare_modules as bare_modules
 from .walk import layers as layers
+from .walk import placed_modules as placed_modules
 from .walk import unwrap as unwrap

@@ -20,7 +20,7 @@ def write_card(folder: Path, config: AdapterConfig, model: nn.Module) -> None:
     card = folder / "README.md"
     if card.exists():
         return
-    base = config.base_model_name_or_path or vars(model).get("name_or_path") or ""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or vars(model).get("name_or_path") or ""
     tags = {config.method.name.lower(), *(getattr(model, "model_tags", None) or ())}
     if any((cls.__module__, cls.__name__) == _PRETRAINED for cls in type(model).__mro__):
         tags.add("transformers")

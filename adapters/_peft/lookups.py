@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _inplace as inplace
+from .._config.base import AdapterConfig
+from .._config.matching import excluded, matches
 from .._methods.lokr import split
 
 
@@ -57,6 +60,33 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     ((16, 16), (4, 32))
     """
     return split(dimension, factor)
+
+
+def check_target_module_exists(config: AdapterConfig, key: str) -> bool:
+    """Return whether a config means the module of a name, by `target_modules` and the fields that leave modules out.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> check_target_module_exists(LoraConfig(target_modules=["q"], exclude_modules=["b.q"]), "a.q")
+    True
+    """
+    return config.target_modules is not None and matches(config, key) and not excluded(config, key)
+
+
+def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Return names of the modules that an adapter is on, `"matched"`, and of all others, `"unmatched"`.
+
+    >>> from torchgraft.adapters import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), LoraConfig(target_modules=["0"]))
+    >>> inspect_matched_modules(model)
+    {'matched': ['0'], 'unmatched': ['', '1']}
+    """
+    model = inplace.unwrap(tuner)
+    adapted = {name for name, layer in inplace.layers(model).items() if adapter_name in layer.carried_adapters}
+    names = [*inplace.bare_modules(model)]
+    return {
+        "matched": [name for name in names if name in adapted],
+        "unmatched": [name for name in names if name not in adapted],
+    }
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:

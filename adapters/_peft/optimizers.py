@@ -34,6 +34,9 @@ def create_loraplus_optimizer(
         loraplus_lr_embedding: Rate of an embedding's `A` and `B`.
         kwargs: Other arguments of the optimizer.
 
+    Returns:
+        An optimizer of four groups, in PEFT's order, of which some may be empty.
+
     Raises:
         ValueError: Nothing that LoRA trains; rates that are not positive.
 
@@ -47,7 +50,7 @@ def create_loraplus_optimizer(
     groups = lora_plus_groups(
         model, lr, loraplus_lr_ratio, weight_decay=loraplus_weight_decay, embedding_lr=loraplus_lr_embedding
     )
-    return optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)  # type: ignore[call-arg]
+    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
 
 
 def create_lorafa_optimizer(

@@ -228,6 +228,8 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "BaseTuner": BaseTuner,
         "BaseTunerLayer": BaseTunerLayer,
         **{name: _CALLS[name] for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")},
+        "check_target_module_exists": lookups.check_target_module_exists,
+        "inspect_matched_modules": lookups.inspect_matched_modules,
     },
     "peft.utils.error": _ERRORS,
     "peft.utils.warning": {"PeftWarning": PeftWarning},

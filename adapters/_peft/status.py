@@ -16,7 +16,7 @@ Agreed = bool | Literal["irregular"]
 
 @dataclasses.dataclass
 class LayerStatus:
-    """One layer with adapters; PEFT's `TunerLayerStatus`."""
+    """One layer with adapters, or module in whose place they have another; PEFT's `TunerLayerStatus`."""
 
     name: str
     module_type: str
@@ -49,7 +49,7 @@ class ModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """Describe each layer with adapters in a model.
+    """Describe each layer with adapters in a model, and each module that they train a copy or rows of.
 
     Raises:
         ValueError: A model without adapters.
@@ -61,7 +61,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """
     inner = _injected(model)
     within = "" if inner is model or not isinstance(model, inplace.ModelWrapper) else "model."
-    found = [_of_layer(f"{within}{path}", layer) for path, layer in inplace.layers(inner).items()]
+    found = [_of_part(f"{within}{path}", part) for path, part in inplace.placed_modules(inner)]
     if not found:
         raise ValueError("the model has no layers with adapters; inject one first")
     return found
@@ -119,25 +119,28 @@ def _injected(model: nn.Module) -> nn.Module:
     return get() if callable(get) else inplace.unwrap(model)
 
 
-def _of_layer(path: str, layer: Any) -> LayerStatus:
-    tensors = {name: _trainable_of(layer, name) for name in layer.carried_adapters}
+def _of_part(path: str, part: Any) -> LayerStatus:
+    tensors = {name: _trainable_of(part, name) for name in part.carried_adapters}
+    rows = getattr(part, "token_adapter", None)  # which PEFT takes for the layer
     return LayerStatus(
-        name=path,
-        module_type=layer._get_name(),
-        enabled=not layer.disable_adapters,
-        active_adapters=[*layer.active_adapters],
-        merged_adapters=[*layer.merged_adapters],
+        name=path if rows is None else f"{path}.token_adapter",
+        module_type=(part if rows is None else rows)._get_name(),
+        enabled=not part.disable_adapters,
+        active_adapters=[*part.active_adapters],
+        merged_adapters=[*part.merged_adapters],
         requires_grad={name: _agreed(one.requires_grad for one in found) for name, found in tensors.items()},
-        available_adapters=sorted(layer.carried_adapters),
+        available_adapters=sorted(part.carried_adapters),
         devices={name: sorted({one.device.type for one in found}) for name, found in tensors.items()},
-        quantization_backend=_packed_by(layer.user_module),
+        quantization_backend=_packed_by(part.user_module),
     )
 
 
-def _trainable_of(layer: Any, name: str) -> list[Tensor]:
+def _trainable_of(part: Any, name: str) -> list[Tensor]:
     """Return an adapter's tensors but for those that are never trained."""
-    fixed = layer.fixed(name)
-    found = layer.leaves(name) if layer.is_source(name) else {}
+    if not part.is_layer:
+        return [*part.tensors_of(name)]
+    fixed = part.fixed(name)
+    found = part.leaves(name) if part.is_source(name) else {}
     return [tensor for leaf, tensor in found.items() if leaf not in fixed]
 
 

@@ -1,4 +1,4 @@
-"""The tuner of each method, under PEFT's name, and what only AdaLoRA's does."""
+"""The tuner of each method, under PEFT's name, and what only AdaLoRA's and VB-LoRA's do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._methods.adalora.adalora import AdaLoraConfig
 from .._methods.adalora.budget import adalora_state, allocate, orthogonality
+from .._methods.vblora import VBLoRAConfig
 from .tuners import BaseTuner
 
 
@@ -89,6 +90,35 @@ class AdaLoraModel(BaseTuner):
         ]
 
 
+class VBLoRAModel(BaseTuner):
+    """A model with adapters of type VBLORA, which knows how much a file of them holds.
+
+    >>> from torch import nn
+    >>> config = VBLoRAConfig(r=1, num_vectors=4, vector_length=2, topk=2, target_modules=["0"])
+    >>> VBLoRAModel(nn.Sequential(nn.Linear(2, 2)), config).print_savable_parameters()
+    VB-LoRA params to-be-saved (float32-equivalent): 16 || total params to-be-saved: 16
+    """
+
+    prefix = VBLoRAConfig.form.prefix
+    shared_names = frozenset(VBLoRAConfig.form.shared_leaves)
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """Return how many numbers an adapter's file has of the method's own, integers by their size, and of others."""
+        state = inplace.get_peft_model_state_dict(self.model, adapter_name=adapter)
+        sizes = {
+            key: one.numel() * (1 if one.is_floating_point() else one.element_size() / 4) for key, one in state.items()
+        }
+        own = sum(size for key, size in sizes.items() if self.prefix in key)
+        return int(own), int(sum(sizes.values()) - own)
+
+    def print_savable_parameters(self) -> None:
+        """Print how many numbers the file of adapter "default" has."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
+
+
 def _grad(parameter: Tensor, path: str, leaf: str) -> Tensor:
     if parameter.grad is None and parameter.requires_grad:
         raise ValueError(
@@ -99,7 +129,7 @@ def _grad(parameter: Tensor, path: str, leaf: str) -> Tensor:
 
 _PREFIXES = {"VERA": "vera_lambda_"}
 """What PEFT takes for prefixes of trained parameters, where those of all tensors are shorter."""
-_CLASSES: dict[str, type[BaseTuner]] = {"AdaLoraModel": AdaLoraModel}
+_CLASSES: dict[str, type[BaseTuner]] = {"AdaLoraModel": AdaLoraModel, "VBLoRAModel": VBLoRAModel}
 
 
 def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
@@ -113,6 +143,7 @@ def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:
     if name not in _CLASSES:
         doc = f"A model with adapters of type {config.method.name}."
         prefix = _PREFIXES.get(config.method.name, config.form.prefix)
-        fields = {"__doc__": doc, "__module__": __name__, "prefix": prefix}
+        shared = frozenset((*config.form.shared, *config.form.shared_leaves))
+        fields = {"__doc__": doc, "__module__": __name__, "prefix": prefix, "shared_names": shared}
         _CLASSES[name] = globals()[name] = type(name, (BaseTuner,), fields)  # where pickles look for it
     return _CLASSES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -33,6 +34,8 @@ class BaseTuner(inplace.ModelWrapper):
     """What names of the method's parameters begin with."""
     uses_shared_state: ClassVar[bool] = False
     """Whether the method needs a `PeftModel`, as some do in PEFT; here none does."""
+    shared_names: ClassVar[frozenset[str]] = frozenset()
+    """Names of the tensors that all layers of an adapter of the method share; attributes here, by adapter name."""
     model: Any
 
     def __init__(
@@ -61,12 +64,33 @@ class BaseTuner(inplace.ModelWrapper):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            return self._shared(name) if name in self.shared_names else getattr(self.model, name)
+
+    def _shared(self, name: str) -> dict[str, Tensor]:
+        """Return a tensor that layers share, as each adapter has it."""
+        found = (getattr(layer, name, {}) for layer in inplace.layers(self.model).values())
+        return {adapter: tensor for one in found for adapter, tensor in one.items()}
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Names of the modules and parameters that adapters are on."""
-        return list(inplace.layers(self.model))
+        """Names of the modules that adapters are on, in the model's order."""
+        modules = inplace.bare_modules(self.model)
+        return [name for name in inplace.layers(self.model) if name in modules]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the parameters that adapters are on (`target_parameters`)."""
+        modules = inplace.bare_modules(self.model)
+        return [name for name in inplace.layers(self.model) if name not in modules]
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Return a model's `config` as a dictionary; one that says `"custom"` for a model without."""
+        config = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        result: dict[str, Any] = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+        return result
 
     def get_base_model(self) -> Any:
         """Return the user's model, with the adapters in it."""

@@ -97,6 +97,19 @@ class AdaptedModel(inplace.ModelWrapper):
         """Return the user's model, with the adapters in it."""
         return self.base_model.model
 
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Have the embeddings of a model require gradients, which checkpoints that are reentrant need; return it.
+
+        Nothing is done to a model whose weights are packed.
+        """
+        packed = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        if not any(getattr(model, name, False) for name in packed):
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+            elif hasattr(model, "get_input_embeddings"):
+                model.get_input_embeddings().register_forward_hook(_require_grad)
+        return model
+
     # -- adapters --------------------------------------------------------------------------------------------------
 
     @property
@@ -171,6 +184,10 @@ class AdaptedModel(inplace.ModelWrapper):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether `convert_to_lora` is for an adapter of this model."""
         return supports_lora_conversion(self, adapter_name)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Any) -> None:
+    output.requires_grad_(True)
 
 
 def _let_inputs_require_grad(model: Any) -> None:

@@ -537,7 +537,9 @@ def test_what_cannot_be_says_so():
         built("embedding", use_dora=False, lora_bias=True)
     with pytest.raises(ValueError, match=r"configs\[1\].use_dora is True and configs\[0\].use_dora is False"):
         bind(model, [LoraConfig(target_modules=["layer"], use_dora=use) for use in (False, True)])
-    with pytest.warns(RuntimeWarning, match=r"lora_bias is True, and \['layer'\] have no bias, .* cannot be merged"):
+    with pytest.warns(
+        adapters.PeftWarning, match=r"lora_bias is True, and \['layer'\] have no bias, .* cannot be merged"
+    ):
         _, graft, params, x = built("linear without bias", use_dora=False, lora_bias=True)
     with pytest.raises(ValueError, match="layer: lora_bias adds a bias, and this module has none to merge it into"):
         merge(graft, params)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def read_fields(
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the fields of a config from its file, by whatever name.
+    """Read the fields of a config from its file, by whatever name, without those that no file should have.
 
     Raises:
         FileNotFoundError: No such file.
@@ -61,7 +62,10 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     with Folder(file.parent, file.parent).open(file.name) as handle:
         data = handle.read(MOST_CONFIG)
-    return parse_fields(file, data, needs_type=False)
+    fields = parse_fields(file, data, needs_type=False)
+    if fields.pop("runtime_config", None) is not None:
+        warnings.warn(f"{file}: runtime_config is of a process and not of files; left out", UserWarning, stacklevel=3)
+    return fields
 
 
 def parse_fields(file: Path, data: bytes, needs_type: bool = True) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from torchgraft.functional.extending import (
     submodule,
 )
 
-from ..._config.keys import PREFIX, SHARED
+from ..._config.keys import PREFIX, SHARED, held_at
 from ..._config.messages import names_of
 from ..layer.tuner_layer import BaseTunerLayer
 from ..placed import Layout, Slot
 from ..switch import put_in, take_out
 from ..tensors.gathering import fill, kept, on_gathered
-from ..walk import is_wrapped, layers, parts, unwrap
+from ..walk import bare_modules, is_wrapped, layers, parts, unwrap
 from .base_state import IncompatibleKeys
 from .embeddings import BaseEmbedding, Choice, put_base, replaceable, saved_embeddings
 from .layouts import layout_of, shared_keys, shared_tensors, slots_of
@@ -147,7 +147,23 @@ def set_peft_model_state_dict(
     _load(model, layout, slots, bases, fitting, low_cpu_mem_usage)
     put_in(merged)
     missing = [key for key in (*slots, *constants) if key not in given]
-    return IncompatibleKeys(missing, [key for key in given if key not in expected])
+    unexpected = [key for key in given if key not in expected]
+    _warn_of_biases(model, unexpected, layout)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _warn_of_biases(model: nn.Module, unexpected: list[str], layout: Layout) -> None:
+    """Name biases of the base that the adapter's config does not train: PEFT would write them into the base."""
+    bare = {f"{held_at(path, layout.places)}.bias" for path in bare_modules(model)}
+    found = [key for key in unexpected if key.replace(".base_layer.", ".") in bare]
+    if found:
+        warnings.warn(
+            f"the state dict has {found[:3]} ({len(found)} in all), biases of the base that came with the adapter it "
+            f"was taken from, and adapter {layout.adapter!r} trains none, so they were left out, and outputs are "
+            f"others than there; inject the adapter with that one's config (bias is {layout.config.bias!r} here)",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _named_as_in_files(state_dict: Any) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from torchgraft.functional.extending import PARAMETERS
 from ..._calibration.initial import FROM_DATA, NAMES, Statistics, constants, kind_of
 from ..._calibration.initial.configs import CONFIGS, made
 from ..._config.base import AdapterConfig
+from ..._config.errors import PeftWarning
 from ..._config.messages import require
 from ..._config.peft_format import PeftFormat, Value
 from ..shared.scalings import (
@@ -164,7 +165,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
     if config.lora_bias and bare:
         warnings.warn(
             f"LoraConfig: lora_bias is True, and {bare} have no bias, so the adapter works there but cannot be merged",
-            RuntimeWarning,
+            PeftWarning,
             stacklevel=2,
         )
     planned: dict[str, LoraConstants] = {}
