@@ -102,9 +102,11 @@ def _of_bitsandbytes(path: str, module: Any, weight: Any) -> Tensor:
     held = getattr(module, "state", None)
     scales = next((one for one in (getattr(weight, "SCB", None), getattr(held, "SCB", None)) if one is not None), None)
     if weight.dtype == torch.int8 and scales is not None:
-        return weight.data.float() * scales.float().unsqueeze(1) / _EIGHT_BITS
+        eight_bits: Tensor = weight.data.float() * scales.float().unsqueeze(1) / _EIGHT_BITS
+        return eight_bits
     if weight.is_floating_point():
-        return weight.data
+        unquantised: Tensor = weight.data
+        return unquantised
     raise TypeError(
         f"{path}: its weight is of {type(weight).__name__}, without scales; move the layer to its device first"
     )

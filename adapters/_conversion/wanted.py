@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from numbers import Real
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class Wanted:
         Raises:
             TypeError, ValueError: Both are given, or one that is out of range.
         """
-        rank, energy = self.rank, self.energy
+        rank: Any = self.rank
+        energy: Any = self.energy
         if rank is not None and energy is not None:
             raise ValueError(f"{what}: rank is {rank!r} and energy {energy!r}; give one of the two")
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
@@ -46,7 +48,7 @@ class Wanted:
             raise ValueError(f"{what}: rank is {rank}, expected at least 1")
         if energy is None:
             return
-        if isinstance(energy, bool) or not isinstance(energy, Real):
+        if isinstance(energy, bool) or not isinstance(energy, (int, float)):
             raise TypeError(f"{what}: energy is {energy!r:.60}, expected a number, 0 < energy <= 1")
         if not 0 < energy <= 1:
             raise ValueError(f"{what}: energy is {energy}, expected 0 < energy <= 1, the share that is kept")
@@ -113,7 +115,7 @@ def _range(matrix: Tensor, size: int) -> Tensor:
     """Return an orthonormal basis of nearly the largest directions of a matrix's range, `"blocks out size"`."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[-1], size, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    basis: Tensor = torch.linalg.qr(matrix @ start.to(matrix)).Q
     for _ in range(_STEPS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mH @ basis).Q).Q
     return basis
@@ -123,5 +125,6 @@ def _is_enough(matrix: Tensor, basis: Tensor, inner: Tensor, wanted: Wanted, tot
     if not wanted.all:
         assert wanted.energy is not None
         return float(inner.abs().square().sum()) >= wanted.energy * total
-    left = torch.linalg.matrix_norm(matrix - basis @ inner).max()  # of as many rounding errors as there are directions
-    return float(left) <= floor * min(matrix.shape[-2:]) ** 0.5
+    left = float(torch.linalg.matrix_norm(matrix - basis @ inner).max())
+    most: int = min(matrix.shape[-2:])
+    return left <= floor * math.sqrt(most)  # of as many rounding errors as there are directions
