@@ -105,8 +105,8 @@ def _of_bitsandbytes(path: str, module: Any, weight: Any) -> Tensor:
         eight_bits: Tensor = weight.data.float() * scales.float().unsqueeze(1) / _EIGHT_BITS
         return eight_bits
     if weight.is_floating_point():
-        numbers: Tensor = weight.data
-        return numbers
+        unquantised: Tensor = weight.data
+        return unquantised
     raise TypeError(
         f"{path}: its weight is of {type(weight).__name__}, without scales; move the layer to its device first"
     )

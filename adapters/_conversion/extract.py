@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import Binding, Site
-from torchgraft.functional.extending import Tree, describe, modules_of, sort
+from torchgraft.functional.extending import Tree, describe, modules_of, quantised_form, sort
 
 from .._arithmetic.products import config_of_ranks
 from .._calibration.progress import shown
@@ -59,8 +59,9 @@ def extract_lora(
             rounding of the tuned weight to its dtype.
         target_modules: Modules to extract, as in a config; by default each layer that changed and that LoRA is for.
         rest: What to do with other tensors that changed (norms, biases, embeddings that are the output layer too, what
-            `target_modules` leaves out): `"refuse"` is an error, `"save"` puts their modules into `modules_to_save`,
-            `"leave"` leaves them as the base has them and says so in the report.
+            `target_modules` leaves out): `"refuse"` is an error; `"save"` trains biases of the layers
+            (`bias="lora_only"`) and puts other modules into `modules_to_save`; `"leave"` leaves them as the base has
+            them and says so in the report.
         model: A module of that structure, perhaps on the meta device, which says what layers there are. By default
             `base` or `tuned`, if one is a module; else names and shapes and `config.json` tell.
         dtype: Dtype of the leaves.
@@ -97,7 +98,7 @@ def extract_lora(
         if not _differ(name, old, new):
             continue
         site = layers.site(name, tuple(old.shape))
-        difference = _minus(new, old)
+        difference = _minus(name, new, old)
         if site is None:
             others[name] = float(difference.abs().square().sum().sqrt())
             continue
@@ -113,9 +114,7 @@ def extract_lora(
             "modules in modules_to_save, or rest='leave' to do without"
         )
     if others and rest == "save":
-        saved = sorted({name.rpartition(".")[0] for name in others})
-        config = dataclasses.replace(config, modules_to_save=saved)
-        _save(tree, saved, after, dtype)
+        config = _save(config, tree, others, after, dtype)
     return config, sort(tree), ConversionReport(errors, others if rest == "leave" else {})
 
 
@@ -144,10 +143,23 @@ def _differ(name: str, old: Tensor, new: Tensor) -> bool:
         )
     if old.is_meta or new.is_meta:
         raise ValueError(f"extract_lora: {name} is on the meta device, without values; load the model first")
-    return not torch.equal(old.detach().cpu(), new.detach().cpu().to(old.dtype)) or old.dtype != new.dtype
+    if old.dtype == new.dtype:
+        return not torch.equal(old.detach().cpu(), new.detach().cpu())
+    return bool(_minus(name, new, old).any())
 
 
-def _minus(new: Tensor, old: Tensor) -> Tensor:
+def _minus(name: str, new: Tensor, old: Tensor) -> Tensor:
+    """Return a difference, in float64.
+
+    Raises:
+        ValueError: Numbers that stand for others.
+    """
+    for tensor in (new, old):
+        if quantised_form(tensor) is not None or tensor.dtype.itemsize == 1:
+            raise ValueError(
+                f"extract_lora: {name} is {quantised_form(tensor) or tensor.dtype} and changed, and such numbers stand "
+                "for others; give the models as they were before quantisation, or dequantized(model)"
+            )
     wide = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float64)
     return new.detach().cpu().to(wide) - old.detach().cpu().to(wide)
 
@@ -156,11 +168,23 @@ def _but(others: Mapping[str, float]) -> str:
     return f" (only {names_of(others)})" if others else ""
 
 
-def _save(tree: Tree, saved: Iterable[str], after: Source, dtype: torch.dtype) -> None:
-    """Put all parameters of modules into a tree."""
+def _save(config: LoraConfig, tree: Tree, others: Iterable[str], after: Source, dtype: torch.dtype) -> LoraConfig:
+    """Put tensors that no LoRA is for into a tree: biases of its layers, and other modules as a whole."""
+    layers = list(tree)
+    biases = [name for name in others if name.endswith(".bias") and name.removesuffix(".bias") in layers]
+    for path in layers if biases else ():  # a config trains the biases of all its layers, or of none
+        if f"{path}.bias" in after.names:
+            tree[path]["bias"] = after.read(f"{path}.bias").to(dtype)
+    saved = sorted({name.rpartition(".")[0] for name in others if name not in biases})
+    if both := [path for path in saved if path in layers]:
+        raise ValueError(
+            f"extract_lora: {both[0]} changed in more than its weight and bias, so it cannot be a LoRA's layer and "
+            "saved too; leave it out of target_modules"
+        )
     for path in saved:
         own = [name for name in after.names if name.rpartition(".")[0] == path]
         tree.setdefault(path, {}).update({name.rpartition(".")[2]: after.read(name).to(dtype) for name in own})
+    return dataclasses.replace(config, modules_to_save=saved or None, bias="lora_only" if biases else "none")
 
 
 @dataclasses.dataclass(frozen=True)

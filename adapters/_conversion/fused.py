@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -84,7 +85,8 @@ def _fused(path: str, parts: Mapping[str, Factors | None], sizes: Mapping[str, i
     shared = all(one.alpha == first.alpha and torch.equal(one.a, first.a) for one in present)
     scaled = present if shared else [one.folded for one in present]
     a = first.a if shared else torch.cat([one.a for one in scaled])
-    b = scaled[0].b.new_zeros(sum(heights.values()), len(a), *first.b.shape[2:])
+    dtype = functools.reduce(torch.promote_types, (one.b.dtype for one in scaled))
+    b = first.b.new_zeros(sum(heights.values()), len(a), *first.b.shape[2:], dtype=dtype)
     row = column = 0
     left = iter(scaled)
     for name, one in parts.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,8 @@ class Wanted:
         Raises:
             TypeError, ValueError: Both are given, or one that is out of range.
         """
-        rank, energy = self.rank, self.energy
+        rank: Any = self.rank
+        energy: Any = self.energy
         if rank is not None and energy is not None:
             raise ValueError(f"{what}: rank is {rank!r} and energy {energy!r}; give one of the two")
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
@@ -121,6 +124,7 @@ def _range(matrix: Tensor, size: int) -> Tensor:
 def _is_enough(matrix: Tensor, basis: Tensor, inner: Tensor, wanted: Wanted, total: float, floor: float) -> bool:
     if not wanted.all:
         assert wanted.energy is not None
-        return bool(float(inner.abs().square().sum()) >= wanted.energy * total)
-    left = torch.linalg.matrix_norm(matrix - basis @ inner).max()  # of as many rounding errors as there are directions
-    return float(left) <= floor * min(matrix.shape[-2:]) ** 0.5
+        return float(inner.abs().square().sum()) >= wanted.energy * total
+    left = float(torch.linalg.matrix_norm(matrix - basis @ inner).max())
+    most: int = min(matrix.shape[-2:])
+    return left <= floor * math.sqrt(most)  # of as many rounding errors as there are directions

@@ -196,3 +196,34 @@ def test_errors(tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors: is missing, a shard"):
         extract_lora(folder, base)
+
+
+@pytest.mark.parametrize("kind", ["modules", "files"])
+def test_biases_of_layers_are_trained_ones(tmp_path, kind):
+    base = Small().double()
+    tuned = tuned_from(base, ["layers.0.up.weight", "lm_head.weight"])
+    with torch.no_grad():
+        tuned.layers[0]["up"].bias.add_(1)
+        tuned.layers[1]["down"].bias.add_(1)
+    given = (base, tuned) if kind == "modules" else (write(base, tmp_path / "a"), write(tuned, tmp_path / "b"))
+    saved = extract_lora(*given, rest="save", dtype=torch.float64)
+    assert saved[0].bias == "lora_only" and saved[0].modules_to_save == ["layers.1.down"]
+    assert_is(base, saved, tuned)
+
+
+def test_numbers_that_stand_for_others_are_no_weights():
+    old = {"up.weight": torch.ones(4, 4, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="up.weight is torch.uint8 and changed.*dequantized"):
+        extract_lora(old, {"up.weight": old["up.weight"] + 1})
+    old = {"up.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    with pytest.raises(ValueError, match="up.weight is torch.float8_e4m3fn and changed"):
+        extract_lora(old, {"up.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)})
+
+
+def test_another_dtype_alone_is_no_change():
+    base = Small()
+    tuned = copy.deepcopy(base).double()
+    with torch.no_grad():
+        tuned.layers[0]["up"].weight.add_(1)
+    config, _, _ = extract_lora(base, tuned)
+    assert config.target_modules == {"layers.0.up"} and config.r == 1

@@ -87,7 +87,7 @@ def test_a_saved_one_is_read_by_peft_and_here(tmp_path):
     torch.testing.assert_close(into(x), ours(x), rtol=1e-4, atol=1e-4)
 
 
-def test_who_supports_it():
+def test_whatever_merges_and_leaves_the_bias_is_supported():
     for config, bias, expected in [
         (LoHaConfig(r=2, target_modules=["0"]), True, True),
         (OFTConfig(oft_block_size=2, target_modules=["0"]), True, True),
