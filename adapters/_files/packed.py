@@ -39,8 +39,9 @@ def unpacked(config: AdapterConfig, weights: Weights) -> Weights:
         return weights
     given = {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in weights.specs.items()}
     leaves = config.form.unpack(config, given)
-    made = {key: Spec(leaf.dtype, tuple(leaf.shape), 0, 0) for key, leaf in leaves.items() if key not in weights.specs}
-    kept = {key: weights.specs[key] for key in leaves if key in weights.specs}
+    specs = {key: Spec(leaf.dtype, tuple(leaf.shape), 0, 0) for key, leaf in leaves.items()}
+    kept = {key: own for key, own in weights.specs.items() if key in specs and specs[key].shape == own.shape}
+    made = {key: spec for key, spec in specs.items() if key not in kept}
     return UnpackedWeights(
         weights.file, kept | made, weights.size, weights.handle, frozenset(made), config=config, packed=weights
     )

@@ -210,6 +210,18 @@ def _infer(config: BOFTConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dic
     return {**fields, "boft_block_size": 0, "boft_block_num": blocks.pop()} if len(blocks) == 1 else fields
 
 
+def _unpack(config: BOFTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with the factors that the config says, where it has one; the others are the identity.
+
+    PEFT without its extension makes one factor and writes the number that it was asked for.
+    """
+    more, found = config.boft_n_butterfly_factor - 1, dict(state)
+    for key, tensor in state.items():
+        if more and key.endswith("boft_R") and tensor.ndim == 4 and len(tensor) == 1:
+            found[key] = torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])])
+    return found
+
+
 BOFTConfig.form = PeftFormat(
     prefix="boft_",
     parameters=("boft_R", "boft_s"),
@@ -218,4 +230,5 @@ BOFTConfig.form = PeftFormat(
         "boft_block_num": Value(lambda config, site: site.constants.blocks),
     },
     infer=_infer,
+    unpack=_unpack,
 )

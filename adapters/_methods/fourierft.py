@@ -13,6 +13,7 @@ places and initial distributions are those of PEFT's `tuners/fourierft`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from torchgraft.functional.extending import add_scaled
 
 from .._config.base import AdapterConfig
 from .._config.peft_format import PeftFormat, Value
-from .shared.spectra import add_made, counts_of, infer_counts, places_of, scaled
+from .shared.spectra import add_made, counts_of, infer_counts, plan_each, scaled
 
 _TRANSFORM = 8
 """Entries of a weight that can be made while one number of an input or an output is transformed."""
@@ -82,20 +83,19 @@ class FourierFTConstants(Constants):
 
 def plan(config: FourierFTConfig, sites: list[Site], weights: Weights) -> dict[str, FourierFTConstants]:
     """Draw the places of each site's coefficients."""
-    counts, planned = counts_of(config, sites), {}
-    for site in sites:
-        j, k = places_of(config, site, counts[site.path])
-        m, n = site.weight_shape[0], _columns(site)
+
+    def make(m: int, n: int, j: Tensor, k: Tensor) -> FourierFTConstants:
         rows, columns = torch.stack([j, -j % m]), torch.stack([k, -k % n])
         there = columns <= n // 2
         halves = torch.where(there, rows * (n // 2 + 1) + columns, 0)
-        planned[site.path] = FourierFTConstants(counts[site.path], config.scaling, j, k, halves, there.float() / 2)
-    return planned
+        return FourierFTConstants(len(j), config.scaling, j, k, halves, there.float() / 2)
+
+    return plan_each(config, sites, counts_of(config, sites), make)
 
 
 def _columns(site: Site) -> int:
     """Number of columns of the weight as a matrix."""
-    return site.in_features // site.groups * torch.Size(site.kernel_size).numel()
+    return site.in_features // site.groups * math.prod(site.kernel_size)
 
 
 def shapes(config: FourierFTConfig, site: Site) -> dict[str, tuple[int, ...]]:

@@ -156,7 +156,7 @@ def _factors(config: HRAConfig, u: Tensor) -> tuple[Tensor, Tensor]:
     square = vectors.square().sum(-1, keepdim=True)
     unit = vectors * torch.where(square == 0, 1, square).rsqrt()
     if config.apply_GS:
-        gram = unit @ unit.mT + torch.diag_embed((square == 0).to(unit.dtype).squeeze(-1))
+        gram = (unit @ unit.mT).to(unit.dtype) + torch.diag_embed((square == 0).to(unit.dtype).squeeze(-1))
         return torch.linalg.solve(gram, unit), -2 * unit.mT
     unit = F.pad(unit, (0, 0, 0, unit.shape[-2] % 2))
     a, b = unit[..., 0::2, :], unit[..., 1::2, :]
@@ -164,7 +164,9 @@ def _factors(config: HRAConfig, u: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.stack([e - e.square().sum(-1, keepdim=True) * b, b], -2).flatten(-3, -2)
     up = torch.stack([2 * a, -2 * e], -2).flatten(-3, -2).mT
     pair = torch.arange(c.shape[-2], device=c.device) // 2
-    between = torch.where(pair.unsqueeze(1) < pair, c @ up, 0)  # what one pair says of those that come before it
+    between = torch.where(
+        pair.unsqueeze(1) < pair, (c @ up).to(c.dtype), 0
+    )  # what one pair says of those that come before it
     return torch.linalg.solve_triangular(-between, c, upper=True, unitriangular=True), up
 
 

@@ -28,7 +28,7 @@ from torchgraft.functional.extending import add_scaled
 from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
-from .shared.spectra import add_made, counts_of, infer_counts, places_of, scaled
+from .shared.spectra import add_made, counts_of, infer_counts, plan_each, scaled
 from .shared.wavelets import FAMILIES, filters_of
 
 _GATHER = 16
@@ -108,25 +108,21 @@ class WaveFTConstants(Constants):
 
 def plan(config: WaveFTConfig, sites: list[Site], weights: Weights) -> dict[str, WaveFTConstants]:
     """Draw the places of each site's coefficients, and lay their filters out."""
+    filters = torch.tensor(
+        filters_of(config.wavelet_family) if config.use_idwt else [], dtype=torch.float64, device="cpu"
+    )
+
+    def make(m: int, n: int, row: Tensor, column: Tensor) -> WaveFTConstants:
+        if not config.use_idwt:
+            one = torch.ones_like(row, dtype=torch.float64).unsqueeze(1)
+            return WaveFTConstants(len(row), config.scaling, row.unsqueeze(1), column.unsqueeze(1), one, one)
+        (j, high_rows), (k, high_columns) = _halved(row, m, filters), _halved(column, n, filters)
+        rows, of_rows = _laid_out(j, filters[high_columns.long()], m)
+        columns, of_columns = _laid_out(k, filters[high_rows.long()], n)
+        return WaveFTConstants(len(row), config.scaling, rows, columns, of_rows, of_columns)
+
     counts = _proportional(config, sites) if config.proportional_parameters else counts_of(config, sites)
-    planned = {}
-    for site in sites:
-        at = places_of(config, site, counts[site.path])
-        if config.use_idwt:
-            filters = torch.tensor(filters_of(config.wavelet_family), dtype=torch.float64, device="cpu")
-            sizes = site.weight_shape[0], math.prod(site.weight_shape[1:])
-            (j, high_rows), (k, high_columns) = (
-                _halved(place, size, filters) for place, size in zip(at, sizes, strict=True)
-            )
-            (rows, of_rows), (columns, of_columns) = (
-                _laid_out(place, filters[high.long()], size)
-                for place, high, size in zip((j, k), (high_columns, high_rows), sizes, strict=True)
-            )
-        else:
-            rows, columns = (place.unsqueeze(1) for place in at)
-            of_rows = of_columns = torch.ones_like(rows, dtype=torch.float64)
-        planned[site.path] = WaveFTConstants(len(rows), config.scaling, rows, columns, of_rows, of_columns)
-    return planned
+    return plan_each(config, sites, counts, make)
 
 
 def _proportional(config: WaveFTConfig, sites: list[Site]) -> dict[str, int]:

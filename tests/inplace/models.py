@@ -78,9 +78,9 @@ SIZES = {
     "LOKR": {"r": 2, "alpha": 4},
     "MISS": {"r": 2},
     "PVERA": {"r": 3},
-    "RANDLORA": {"r": 3},
+    "RANDLORA": {"r": 3, "randlora_alpha": 3},
     "ROAD": {"group_size": 2},
-    "WAVEFT": {"n_frequency": 20},
+    "WAVEFT": {"n_frequency": 20, "scaling": 1.0},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
 }
 APART = {"TINYLORA"}

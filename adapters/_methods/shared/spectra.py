@@ -5,9 +5,10 @@ The places of the coefficients are drawn from a seed, so that they are constants
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ..._config.messages import require
 from . import fused, remade
 from .scalings import patterns_of, warn_of_unused_patterns
 
+C = TypeVar("C")
+
 Dense = Callable[[Tensor], Tensor]
 """`values -> weight`, linear in its argument and in the shape of the site's weight."""
 
@@ -30,22 +33,43 @@ def counts_of(config: Any, sites: list[Site]) -> dict[str, int]:
     return {site.path: by_pattern(config.n_frequency_pattern, site.path, config.n_frequency) for site in sites}
 
 
-def places_of(config: Any, site: Site, count: int) -> tuple[Tensor, Tensor]:
-    """Return rows and columns, in the weight as a matrix, of a site's coefficients; drawn as PEFT draws them.
+def plan_each(
+    config: Any, sites: list[Site], counts: Mapping[str, int], make: Callable[[int, int, Tensor, Tensor], C]
+) -> dict[str, C]:
+    """Return what is made of the places of each site's coefficients, which are drawn as PEFT draws them.
+
+    Sites of one size and one number of coefficients share it.
+
+    Args:
+        config: An adapter's config.
+        sites: Its sites.
+        counts: The number of coefficients of each.
+        make: `(rows, columns, row, column) -> constants`: the size of the weight as a matrix, and where in it the
+            coefficients are, `"n"`.
 
     Raises:
         ValueError: No coefficient, or more than the weight has entries.
     """
-    size = math.prod(site.weight_shape)
-    require(
-        0 < count <= size,
-        config,
-        f"n_frequency is {count} at {site.path}, whose weight has {size} entries, expected 1 <= n_frequency <= {size}",
-    )
-    generator = torch.Generator("cpu").manual_seed(config.random_loc_seed)
-    places = torch.randperm(size, generator=generator, device="cpu")[:count]
-    columns = size // site.weight_shape[0]
-    return places // columns, places % columns
+
+    @functools.cache
+    def drawn(rows: int, columns: int, count: int) -> C:
+        generator = torch.Generator("cpu").manual_seed(config.random_loc_seed)
+        places = torch.randperm(rows * columns, generator=generator, device="cpu")[:count]
+        return make(rows, columns, places // columns, places % columns)
+
+    planned = {}
+    for site in sites:
+        count, (rows, *rest) = counts[site.path], site.weight_shape
+        columns = math.prod(rest)
+        size = rows * columns
+        require(
+            0 < count <= size,
+            config,
+            f"n_frequency is {count} at {site.path}, whose weight has {size} entries, expected 1 <= n_frequency <= "
+            f"{size}",
+        )
+        planned[site.path] = drawn(rows, columns, count)
+    return planned
 
 
 def infer_counts(config: Any, found: Mapping[str, Mapping[str, Tensor]], leaf: str) -> dict[str, Any]:
