@@ -19,7 +19,7 @@ from .._methods.lora.dora import MAGNITUDE
 from .._methods.lora.forward import BIAS
 from .._methods.lora.lora import LoraConfig
 
-Leaves = Mapping[str, Tensor]
+Leaves = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

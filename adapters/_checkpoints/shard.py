@@ -90,7 +90,8 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, stop: int, report: Rep
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    data: memoryview = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+    return data
 
 
 def _note(target: BinaryIO, note: Path, done: int) -> None:

@@ -101,7 +101,7 @@ def _targeted_parameters(base: ModelFolder, config: AdapterConfig, found: Found)
     """
     targets = getattr(config, "target_parameters", None) or ()
     names = [name for name in base.tensors.specs if any(name == one or name.endswith(f".{one}") for one in targets)]
-    ordered = []
+    ordered: list[str] = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         own = sorted(name for name in names if name.rpartition(".")[0] == owner)
         places = [owner + ".base_layer" * depth for depth in reversed(range(len(own)))]
@@ -135,7 +135,7 @@ def _module(
     bias = f"{place}.bias" in base
     how: dict[str, Any] = {"device": "meta", "dtype": dtype}
     if any("embedding" in leaf for leaf in leaves) or (is_embedding(f"{place}.weight") and not bias):
-        return nn.Embedding(*shape, **how)
+        return nn.Embedding(shape[0], shape[1], **how)
     if len(shape) == 2:
         if _is_transposed(config, place, shape, leaves, orientation):
             return Transposed(*shape, bias).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -56,6 +57,7 @@ def convert(
     if server is None and form is None and rank is None:
         raise ValueError("nothing to convert to; give --for ENGINE, --to FORM or --rank R")
     new_folder(out)
+    config: Any
     config, tree = read_any(path, prefix if form in (None, "peft") else None, model)
     if rank is not None:
         config, tree, report = shrink(config, tree, rank)

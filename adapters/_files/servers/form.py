@@ -192,7 +192,7 @@ def _wanted(server: Server, factors: Factors, modules: Mapping[str, nn.Module]) 
         parent, _, name = path.rpartition(".")
         for names in server.together:
             if name in names:
-                yield from ((f"{parent}.{other}", one) for other in names)
+                yield from ((f"{parent}.{other}".lstrip("."), one) for other in names)
     layers = {_in_any_layer(path): one for path, one in factors.items() if one.layout.kind == "matrix"}
     for path in modules if server.all_layers else ():
         if _in_any_layer(path) in layers and path != _in_any_layer(path):

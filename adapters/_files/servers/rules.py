@@ -205,10 +205,11 @@ def _of_ranks(server: Server, fields: Fields, ranks: Mapping[str, int]) -> Itera
 def _of_projections(server: Server, parts: Mapping[str, Any]) -> Iterator[str]:
     for names in server.together:
         for parent in dict.fromkeys(path.rpartition(".")[0] for path in parts if path.rpartition(".")[2] in names):
-            if lacking := [name for name in names if f"{parent}.{name}" not in parts]:
+            if lacking := [name for name in names if f"{parent}.{name}".lstrip(".") not in parts]:
                 yield (
-                    f"{parent}: has no factors for {', '.join(lacking)}, and {server.title} fuses {', '.join(names)}; "
-                    f"save it with save_adapter(..., server={server.name!r}), which adds zeros, or target all of them"
+                    f"{parent or 'the model'}: has no factors for {', '.join(lacking)}, and {server.title} fuses "
+                    f"{', '.join(names)}; save it with save_adapter(..., server={server.name!r}), which adds zeros, or "
+                    "target all of them"
                 )
                 break  # as in all other layers
 
