@@ -55,14 +55,14 @@ ORDER = {
         _arithmetic: products mixing truncated given combine vectors soups weighted
         _calibration: progress
         _conversion: wanted report changes shrink to_lora sources extract factors fused adapterhub
-            formats requantized
+            pipelines formats requantized
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa
         _bank: layout state optimizers functional_optimizer muon kind resident stepping arguments batch slots isolation
             record resting roster files bank ranks collected checkpoint replicated
-        _peft: names absent configs card conversion tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
-            layer_classes helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
+        _peft: names absent configs card conversion tuners tuner_classes status weights wrapper ranks hotswap peft_model
+            tasks auto layer_classes helpers lookups optimizers precision preprocess eva renamed_keys peft_modules alias
         .: __init__
     """,
     "functional": """
