@@ -1,8 +1,8 @@
 """LoRA in the form of AdapterHub's files: names with `loras`, and a config with one rank and factor for all modules.
 
 Source: adapter-hub/adapters, `src/adapters/methods/lora.py` (`LoRALinear`, whose `lora_A` is `"r in"`, `lora_B` is
-`"out r"`, scaled by `alpha / r`) and `src/adapters/configuration/adapter_config.py` (`LoRAConfig`); which module has which role is in
-`src/adapters/models/<model>/mixin_<model>.py`.
+`"out r"`, scaled by `alpha / r`), `src/adapters/configuration/adapter_config.py` (`LoRAConfig`), and, for which module
+has which role, `src/adapters/models/<model>/mixin_<model>.py`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def from_adapterhub(
     others = ("use_gating", "use_dora", "vera_d", "vera_b")
     if config.get("composition_mode", "add") != "add" or any(config.get(name) for name in others):
         raise ValueError(
-            "from_format: the config has another composition_mode than 'add', gates, DoRA or VeRA, which is no plain LoRA"
+            "from_format: the config has a composition_mode other than 'add', gates, DoRA or VeRA: no plain LoRA"
         )
     keys = {key: _KEY.fullmatch(key) for key in tensors}
     names = sorted({match["name"] for match in keys.values() if match})
@@ -112,8 +112,8 @@ def from_adapterhub(
         a, b = one.get("lora_A"), one.get("lora_B")
         if a is None or b is None or not len(a) == b.shape[1] == config.get("r", len(a)):
             raise ValueError(
-                f"from_format: {path} has no lora_A and lora_B of the config's rank (a fused layer such as GPT-2's c_attn has "
-                "several in one, which is not read here)"
+                f"from_format: {path} has no lora_A and lora_B of the config's rank (a fused layer such as GPT-2's "
+                "c_attn has several in one, which is not read here)"
             )
         found[path] = Factors(a, b, float(config["alpha"]))
     return found
