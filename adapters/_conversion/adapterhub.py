@@ -1,7 +1,8 @@
 """LoRA in the form of AdapterHub's files: names with `loras`, and a config with one rank and factor for all modules.
 
 Source: adapter-hub/adapters, `src/adapters/methods/lora.py` (`LoRALinear`, whose `lora_A` is `"r in"`, `lora_B` is
-`"out r"`, scaled by `alpha / r`) and `src/adapters/configuration/adapter_config.py` (`LoRAConfig`).
+`"out r"`, scaled by `alpha / r`), `src/adapters/configuration/adapter_config.py` (`LoRAConfig`), and, for which module
+has which role, `src/adapters/models/<model>/mixin_<model>.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from .._config.messages import names_of
 from .factors import Factors
 
 _ROLES = {
-    r"(self_attn\.q_proj|attention\.self\.query|attention\.q_lin|SelfAttention\.q)": "q",
-    r"(self_attn\.k_proj|attention\.self\.key|attention\.k_lin|SelfAttention\.k)": "k",
-    r"(self_attn\.v_proj|attention\.self\.value|attention\.v_lin|SelfAttention\.v)": "v",
-    r"(self_attn\.(o_proj|out_proj)|attention\.output\.dense|attention\.out_lin|SelfAttention\.o)": "o",
-    r"(intermediate\.dense|mlp\.up_proj|fc1|ffn\.lin1|DenseReluDense\.wi)": "intermediate",
-    r"(output\.dense|mlp\.down_proj|fc2|ffn\.lin2|DenseReluDense\.wo)": "output",
+    r"(self_attn\.q_proj|attention\.self\.query|attention\.q_lin)": "q",
+    r"(self_attn\.k_proj|attention\.self\.key|attention\.k_lin)": "k",
+    r"(self_attn\.v_proj|attention\.self\.value|attention\.v_lin)": "v",
+    r"(intermediate\.dense|mlp\.down_proj|fc1|ffn\.lin1|mlp\.c_fc)": "intermediate",
+    r"((?<!attention\.)output\.dense|mlp\.up_proj|fc2|ffn\.lin2|mlp\.c_proj)": "output",
 }
-"""What AdapterHub's config calls a module, by the end of its name."""
+"""What AdapterHub's config calls a module, by the end of its name: Llama's `down_proj` is its `intermediate`."""
 
 _KEY = re.compile(r"(?P<path>.+)\.loras\.(?P<name>[^.]+)\.(?P<leaf>.+)")
 
@@ -40,12 +40,14 @@ def to_adapterhub(found: Mapping[str, Factors], name: str) -> tuple[dict[str, Te
     roles = {path: _role(path) for path in found}
     layers = {path: tuple(re.findall(r"\.(\d+)\.", f".{path}.")) for path in found}
     for role in set(roles.values()):
-        own = {layers[path] for path, one in roles.items() if one == role}
-        if own != set(layers.values()):
+        with_role = {layers[path] for path, one in roles.items() if one == role}
+        if with_role != set(layers.values()):
             raise UnsupportedConfig(
                 f"to_format: only some layers have an adapter on {role!r}, and AdapterHub's config has that for all of "
                 "them; convert adapters that are alike in each layer"
             )
+    if kernels := [path for path, one in found.items() if one.a.ndim > 2]:
+        raise UnsupportedConfig(f"to_format: {kernels[0]} is a convolution, which AdapterHub's LoRA is not for")
     rank = max(one.rank for one in found.values())
     alike = len({(one.rank, one.alpha) for one in found.values()}) == 1
     tensors = {}
@@ -55,7 +57,7 @@ def to_adapterhub(found: Mapping[str, Factors], name: str) -> tuple[dict[str, Te
         tensors[f"{path}.loras.{name}.lora_A"] = torch.nn.functional.pad(own.a, (0, 0, 0, more))
         # The factor alpha / r is one with alpha = r, whatever the rank that zeros fill up.
         tensors[f"{path}.loras.{name}.lora_B"] = torch.nn.functional.pad(own.b, (0, more))
-    attention = [role for role in "qkvo" if role in roles.values()]
+    attention = [role for role in "qkv" if role in roles.values()]
     config = {
         "architecture": "lora", "selfattn_lora": bool(attention), "attn_matrices": attention,
         "intermediate_lora": "intermediate" in roles.values(), "output_lora": "output" in roles.values(),
@@ -70,8 +72,8 @@ def _role(path: str) -> str:
         if re.fullmatch(rf"(.*\.)?{pattern}", path):
             return role
     raise UnsupportedConfig(
-        f"to_format: {path} is none of the modules that AdapterHub's config has words for (query, key, value and "
-        "output of self-attention, and the two feed-forward layers); leave it out"
+        f"to_format: {path} is none of the modules that AdapterHub's config has words for (query, key and value of "
+        "self-attention, and the two feed-forward layers); leave it out"
     )
 
 
@@ -86,9 +88,10 @@ def from_adapterhub(
     config = (fields or {}).get("config", fields)
     if not config or "alpha" not in config:
         raise ValueError("from_format: AdapterHub's tensors do not tell their scaling factor; pass fields, its config")
-    if config.get("composition_mode", "add") != "add" or config.get("use_gating") or config.get("use_dora"):
+    others = ("use_gating", "use_dora", "vera_d", "vera_b")
+    if config.get("composition_mode", "add") != "add" or any(config.get(name) for name in others):
         raise ValueError(
-            "from_format: the config has another composition_mode than 'add', or gates, which a LoRA cannot have"
+            "from_format: the config has a composition_mode other than 'add', gates, DoRA or VeRA: no plain LoRA"
         )
     keys = {key: _KEY.fullmatch(key) for key in tensors}
     names = sorted({match["name"] for match in keys.values() if match})
@@ -107,10 +110,10 @@ def from_adapterhub(
     found = {}
     for path, one in leaves.items():
         a, b = one.get("lora_A"), one.get("lora_B")
-        if a is None or b is None or len(a) != b.shape[1]:
+        if a is None or b is None or not len(a) == b.shape[1] == config.get("r", len(a)):
             raise ValueError(
-                f"from_format: {path} has no lora_A and lora_B of one rank (a fused layer such as GPT-2's c_attn has "
-                "several in one, which is not read here)"
+                f"from_format: {path} has no lora_A and lora_B of the config's rank (a fused layer such as GPT-2's "
+                "c_attn has several in one, which is not read here)"
             )
         found[path] = Factors(a, b, float(config["alpha"]))
     return found

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Site, UnsupportedConfig
+from torchgraft.functional import UnsupportedConfig
 from torchgraft.functional.extending import Tree, modules_of
 
 from .._arithmetic.products import Adapter
@@ -17,38 +15,11 @@ from .._config.base import AdapterConfig
 from .._config.keys import PREFIX, from_keys, to_keys
 from .._config.messages import names_of
 from .._methods.lora.lora import LoraConfig
-from .._methods.shared.scalings import alpha_at, rank_at, scaling_of
 from .adapterhub import from_adapterhub, to_adapterhub
-from .factors import Factors, adapter_of, factors_of
+from .factors import adapter_of, factors_of
+from .pipelines import SUFFIXES, read_pipeline, write_pipeline
 
 FORMS = ("peft", "diffusers", "kohya", "adapterhub")
-
-_SUFFIXES = {
-    "kohya": {".lora_down.weight": "a", ".lora_up.weight": "b", ".alpha": "alpha"},
-    "diffusers": {
-        ".lora_A.weight": "a",
-        ".lora_B.weight": "b",
-        ".lora.down.weight": "a",
-        ".lora.up.weight": "b",
-        ".lora_linear_layer.down.weight": "a",
-        ".lora_linear_layer.up.weight": "b",
-        "_lora.down.weight": "a",
-        "_lora.up.weight": "b",
-        ".alpha": "alpha",
-    },
-}
-"""What stands behind the name of a module, those that are written first; with diffusers' older ones."""
-
-_PREFIXES = {
-    "kohya": ("lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lora_transformer"),
-    "diffusers": ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model"),
-}
-"""What stands before it: the part of a pipeline, by default the first."""
-
-_SEPARATOR = {"kohya": "_", "diffusers": "."}
-
-_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-"""Names that diffusers' oldest files have for a text encoder's projections."""
 
 
 class Formatted(NamedTuple):
@@ -88,6 +59,7 @@ def to_format(config: LoraConfig, params: Tree, form: str, *, prefix: str | None
         ValueError: Another form; modules whose names become one.
         TypeError, UnsupportedConfig: No plain LoRA, or modules that the form has nothing for; names them.
 
+    >>> import torch
     >>> tree = {"a.q": {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(3, 1)}}
     >>> sorted(to_format(LoraConfig(r=1, target_modules=["q"]), tree, "kohya").tensors)
     ['lora_unet_a_q.alpha', 'lora_unet_a_q.lora_down.weight', 'lora_unet_a_q.lora_up.weight']
@@ -99,17 +71,7 @@ def to_format(config: LoraConfig, params: Tree, form: str, *, prefix: str | None
     found = factors_of(config, params, "to_format")
     if form == "adapterhub":
         return Formatted(*to_adapterhub(found, prefix or "default"))
-    prefix, tensors = _PREFIXES[form][0] if prefix is None else prefix, {}
-    for path, one in found.items():
-        name = _joined(prefix, path, form)
-        if any(key.startswith(f"{name}.") for key in tensors):
-            raise ValueError(f"to_format: {path} and another module both become {name}; leave one out")
-        own = one.folded if form == "diffusers" else one
-        values = {"a": own.a, "b": own.b, "alpha": _number(own.alpha)}
-        written = {leaf: suffix for suffix, leaf in reversed(_SUFFIXES[form].items())}
-        kept = ("a", "b") if form == "diffusers" else ("a", "b", "alpha")
-        tensors |= {name + written[leaf]: values[leaf] for leaf in kept}
-    return Formatted(tensors, {})
+    return Formatted(write_pipeline(found, form, prefix), {})
 
 
 def from_format(
@@ -138,6 +100,7 @@ def from_format(
         ValueError: Keys of no form, or that belong to no module; several parts of a pipeline without a `prefix`; a
             config that is missing. Names the key.
 
+    >>> import torch
     >>> tensors = {"lora_unet_a_q.lora_down.weight": torch.ones(1, 2), "lora_unet_a_q.lora_up.weight": torch.ones(3, 1)}
     >>> config, params = from_format(tensors, modules=["a", "a.q"])
     >>> sorted(params), config.r, config.lora_alpha
@@ -150,16 +113,7 @@ def from_format(
         return _from_peft(tensors, fields)
     if form == "adapterhub":
         return adapter_of(from_adapterhub(tensors, prefix, fields), names)
-    part = _part(tensors, form, prefix)
-    leaves = _leaves(tensors, form, part, names)
-    planned = _planned(fields, part) if form == "diffusers" else None
-    return adapter_of({path: _factors(path, one, planned) for path, one in leaves.items()}, names)
-
-
-def _number(alpha: float) -> Tensor:
-    """Return a number as a tensor that holds it: of float32, as these programs write it, where that is exact."""
-    narrow = torch.tensor(alpha, dtype=torch.float32)
-    return narrow if float(narrow) == alpha else torch.tensor(alpha, dtype=torch.float64)
+    return adapter_of(read_pipeline(tensors, form, prefix, names, fields), names)
 
 
 def detect_format(tensors: Iterable[str]) -> str:
@@ -176,7 +130,7 @@ def detect_format(tensors: Iterable[str]) -> str:
         "adapterhub": lambda key: ".loras." in key,
         "peft": lambda key: key.startswith(PREFIX),
         "kohya": lambda key: key.endswith(".lora_down.weight"),
-        "diffusers": lambda key: key.endswith(tuple(s for s, leaf in _SUFFIXES["diffusers"].items() if leaf == "a")),
+        "diffusers": lambda key: key.endswith(tuple(s for s, leaf in SUFFIXES["diffusers"].items() if leaf == "a")),
     }
     for form, look in looks.items():
         if any(map(look, keys)):
@@ -213,106 +167,3 @@ def _from_peft(tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None) 
     if rest:
         raise ValueError(f"from_format: {names_of(rest)} is no factor of {config.method.name}; use load_adapter")
     return config, tree
-
-
-# -- pipelines' ----------------------------------------------------------------------------------------------------
-
-
-def _joined(prefix: str, path: str, form: str) -> str:
-    name = path.replace(".", _SEPARATOR[form])
-    return f"{prefix}{_SEPARATOR[form]}{name}" if prefix else name
-
-
-def _part(tensors: Mapping[str, Tensor], form: str, prefix: str | None) -> str:
-    """Return the part of a pipeline to read.
-
-    Raises:
-        ValueError: Several, or none of that name.
-    """
-    separator, ordered = _SEPARATOR[form], sorted(_PREFIXES[form], key=len, reverse=True)
-    found = {next((one for one in ordered if key.startswith(one + separator)), "") for key in tensors}
-    if prefix is None and len(found) == 1:
-        return found.pop()
-    if prefix is None:
-        raise ValueError(f"from_format: the keys are of several parts, {sorted(found)}; pass prefix, one of these")
-    if prefix and not any(key.startswith(prefix + separator) for key in tensors):
-        raise ValueError(f"from_format: prefix is {prefix!r}, and the keys are of {sorted(found)}")
-    return prefix
-
-
-def _leaves(
-    tensors: Mapping[str, Tensor], form: str, part: str, names: Collection[str]
-) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each module.
-
-    Raises:
-        ValueError: A key that is no factor's, or of no module.
-    """
-    before = part + _SEPARATOR[form] if part else ""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(before):
-            continue
-        suffix = next((one for one in _SUFFIXES[form] if key.endswith(one)), None)
-        if suffix is None:
-            raise ValueError(
-                f"from_format: {key!r} is no factor of a plain LoRA in {form}'s form, whose keys end in "
-                f"{', '.join(_SUFFIXES[form])}; DoRA, LoHa, LoKr and LoCon's lora_mid are not read here"
-            )
-        name = key.removeprefix(before).removesuffix(suffix)
-        path = _module(key, name, names) if form == "kohya" else _modern(name, suffix, part)
-        found.setdefault(path, {})[_SUFFIXES[form][suffix]] = tensor
-    return found
-
-
-def _module(key: str, flat: str, names: Collection[str]) -> str:
-    """Return the module whose name became this with underscores."""
-    meant = [name for name in names if name.replace(".", "_") == flat]
-    if len(meant) == 1:
-        return meant[0]
-    if not names:
-        raise ValueError(f"from_format: {key!r} does not tell where a name has dots; pass modules=model, or its names")
-    if meant:
-        raise ValueError(f"from_format: {key!r} may be any of {meant}; give those names of modules that are meant")
-    raise ValueError(
-        f"from_format: {key!r} is of no module of these {len(names)}; perhaps the file is of another model, or names "
-        "its modules as the original implementation does"
-    )
-
-
-def _modern(name: str, suffix: str, part: str) -> str:
-    """Return the name of a module as diffusers has it today."""
-    name = name.replace(".processor.", ".")
-    if suffix.startswith("_lora"):
-        parent, _, last = name.rpartition(".")
-        new = _OLD_TEXT.get(last, last) if part.startswith("text_encoder") else last.replace("to_out", "to_out.0")
-        return f"{parent}.{new}" if parent else new
-    return name
-
-
-def _planned(fields: Mapping[str, Any] | None, part: str) -> LoraConfig | None:
-    """Return the config in diffusers' metadata, whose fields have the part's name before them."""
-    if not fields:
-        return None
-    before = f"{part}."
-    own = {name.removeprefix(before): value for name, value in fields.items() if name.startswith(before)} or dict(
-        fields
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fields of another version of PEFT
-        return LoraConfig.from_dict(own)
-
-
-def _factors(path: str, leaves: Mapping[str, Tensor], planned: LoraConfig | None) -> Factors:
-    """Return a module's factors; without an alpha the scaling factor is one."""
-    a, b = leaves.get("a"), leaves.get("b")
-    if a is None or b is None or a.ndim != b.ndim or len(a) != b.shape[1]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in leaves.items()}
-        raise ValueError(f"from_format: {path} has {shapes}, expected two factors of one rank")
-    alpha = float(leaves["alpha"]) if "alpha" in leaves else float(len(a))
-    if planned is not None:
-        site = Site(path, "linear", 0, 0)
-        if rank_at(planned, site) != len(a):
-            raise ValueError(f"from_format: {path} has rank {len(a)}, and the config says {rank_at(planned, site)}")
-        alpha = scaling_of(planned, len(a), alpha_at(planned, site)) * len(a)
-    return Factors(a, b, alpha)

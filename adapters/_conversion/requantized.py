@@ -36,10 +36,10 @@ def requantized(graft: Graft, params: Tree, quantize: Callable[[nn.Module], Any]
 
     >>> from torchgraft.adapters import LoraConfig
     >>> from torchgraft.functional import bind
-    >>> model = nn.Sequential(nn.Linear(4, 3))
-    >>> requantized(bind(model, LoraConfig(target_modules=["0"])), {"0": {}}, lambda model: model)
+    >>> graft = bind(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> requantized(graft, graft.init(), lambda model: model)
     Traceback (most recent call last):
-    KeyError: "params['0'] lacks leaf 'lora_A', and 1 more; given were none"
+    ValueError: requantized: quantize left no layer quantised; it has to change the model or return another
     """
     state = merge(graft, params, dequantize=True)
     model = dequantized(graft.model)

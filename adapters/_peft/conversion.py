@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,8 +99,8 @@ def save_as_lora(
     save_adapter(bind(graft.model, config), path, params=tree)
 
 
-def _converted(model: nn.Module, rank: float, adapter_name: str, progress: bool) -> tuple[Graft, LoraConfig, Tree]:
-    if isinstance(rank, bool) or not isinstance(rank, Real):
+def _converted(model: nn.Module, rank: Any, adapter_name: str, progress: bool) -> tuple[Graft, LoraConfig, Tree]:
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise TypeError(f"convert_to_lora: rank is {rank!r:.60}, expected an integer, or a share of the energy")
     found = {path: layer for path, layer in layers(unwrap(model)).items() if adapter_name in layer.entries}
     if not found:
@@ -116,7 +115,7 @@ def _converted(model: nn.Module, rank: float, adapter_name: str, progress: bool)
             f"adapter {adapter_name!r} is a LoRA already, and is converted to another one", UserWarning, stacklevel=3
         )
     share = {"energy": rank} if isinstance(rank, float) else {"rank": rank}
-    config, tree, _ = to_lora(graft, inplace.extract_params(model, adapter_name), **share, progress=progress)  # type: ignore[arg-type]
+    config, tree, _ = to_lora(graft, inplace.extract_params(model, adapter_name), **share, progress=progress)
     return graft, config, tree
 
 

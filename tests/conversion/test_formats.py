@@ -233,3 +233,16 @@ def test_experts_apart_and_back():
     del tree["experts.1.weights"]
     with pytest.raises(ValueError, match=r"experts.weights lacks experts \[1\] of 3"):
         join_experts(config, tree)
+
+
+def test_adapterhubs_names_of_layers():
+    def role(path):
+        one = {path: {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)}}
+        return to_format(LoraConfig(r=1, target_modules=[path]), one, "adapterhub").fields["config"]
+
+    assert role("model.layers.0.mlp.down_proj")["intermediate_lora"]  # as in its mixin_llama.py
+    assert role("model.layers.0.mlp.up_proj")["output_lora"]
+    assert role("encoder.layer.0.output.dense")["output_lora"]
+    for path in ("encoder.layer.0.attention.output.dense", "model.layers.0.self_attn.o_proj", "lm_head"):
+        with pytest.raises(UnsupportedConfig, match=f"{path} is none of the modules that AdapterHub's config has"):
+            role(path)
