@@ -9,7 +9,7 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo serve sweep tenants text tinker test test-quick test-full lint format bench clean
+.PHONY: help demo serve sweep tenants text tinker test test-quick test-full peft-tests lint format bench clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-quick  the tests that take no time, while you work'
 	@echo 'make test        lint, types and the tests, before you commit'
 	@echo 'make test-full   the tests that make test leaves out; CI runs both. MINUTES=20 begins none after that'
+	@echo 'make peft-tests  PEFT'\''s own tests with torchgraft in its place, and with PEFT; fetches them. FILES="config vera" runs those'
 	@echo 'make bench       run every script of benchmarks/'
 	@echo 'make clean       remove all that these made, .venv too'
 
@@ -52,6 +53,9 @@ test-quick: $(VENV)/.test
 
 test-full: $(VENV)/.clients
 	$(PYTEST) -m full $(if $(MINUTES),--minutes=$(MINUTES) -rs)
+
+peft-tests: $(VENV)/.clients
+	$(BIN)/python -m tests.peft_suite.run $(FILES)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
