@@ -155,3 +155,16 @@ def test_what_pefts_refuses_works_here():
                 torch.testing.assert_close(rows[1], outputs(model)[1])
         grouped = wrapped(peft, "HiraConfig", model=nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"])
         assert grouped(torch.ones(1, 4, 5, 5)).isfinite().all()
+
+
+def test_a_config_that_was_changed_since_does_not_change_what_is_plain(tmp_path):
+    """PEFT's programs set `init_lora_weights=True` before they save what an adapter started with."""
+    with as_peft():
+        peft = importlib.import_module("peft")
+        model = wrapped(peft, init_lora_weights="pissa")
+        expected = outputs(model)
+        model.peft_config["default"].init_lora_weights = True
+        with pytest.warns(UserWarning, match="init_lora_weights was set to True after .* base that lost s B0 A0"):
+            model.save_pretrained(tmp_path / "start")
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
+        torch.testing.assert_close(outputs(peft.PeftModel.from_pretrained(seeded(Model), tmp_path / "plain")), expected)
