@@ -58,7 +58,7 @@ ORDER = {
         _optim: lora_plus lora_fa
         _bank: layout state optimizers functional_optimizer muon kind resident stepping arguments batch slots isolation
             record resting roster files bank ranks collected checkpoint replicated
-        _peft: names absent configs card tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
+        _peft: names absent configs tuners card tuner_classes status weights wrapper ranks hotswap peft_model tasks auto
             layer_classes helpers lookups optimizers packages precision preprocess eva renamed_keys peft_modules alias
         .: __init__
     """,

@@ -58,7 +58,8 @@ class Frame(nn.Module):
 def shared(peft):
     model = wrapped(peft, "VBLoRAConfig")
     yield [model.vblora_vector_bank["default"], model.get_nb_savable_parameters()]
-    few = wrapped(peft, "VBLoRAConfig", save_only_topk_weights=True, modules_to_save=["drop"])
+    few = wrapped(peft, "VBLoRAConfig", save_only_topk_weights=True, target_modules=["lin0"])
+    few.lin1.requires_grad_(True)
     yield few.get_nb_savable_parameters()
     model = wrapped(peft, "VeraConfig")
     yield [model.vera_A["default"], model.base_model.vera_B["default"]]
