@@ -9,13 +9,15 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo arithmetic distributed serve sweep tenants text tinker test test-quick test-full lint format bench serve-check clean
+.PHONY: help demo arithmetic distributed methods serve sweep tenants text tinker test test-quick test-full peft-tests lint format bench \
+	serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
 	@echo 'make distributed run examples/distributed.py on two processes of this machine; checkpoints in distributed-out/'
 	@echo 'make serve       run examples/serve.py; results in serve-out/'
 	@echo 'make arithmetic  run examples/arithmetic.py; results in arithmetic-out/'
+	@echo 'make methods     run examples/methods.py; results in methods-out/'
 	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
 	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
 	@echo 'make text        run examples/text.py; results in text-out/'
@@ -25,6 +27,7 @@ help:
 	@echo 'make test-quick  the tests that take no time, while you work'
 	@echo 'make test        lint, types and the tests, before you commit'
 	@echo 'make test-full   the tests that make test leaves out; CI runs both. MINUTES=20 begins none after that'
+	@echo 'make peft-tests  PEFT'\''s own tests with torchgraft in its place, and with PEFT; fetches them. FILES="config vera" runs those'
 	@echo 'make bench       run every script of benchmarks/'
 	@echo 'make serve-check compare what vLLM serves of adapters with the graft; installs vLLM for CPUs into serve-check-out/'
 	@echo 'make clean       remove all that these made, .venv too'
@@ -38,6 +41,9 @@ distributed: $(VENV)/.demo
 
 serve: $(VENV)/.demo
 	$(BIN)/python examples/serve.py --out serve-out
+
+methods: $(VENV)/.demo
+	$(BIN)/python examples/methods.py --out methods-out
 
 arithmetic: $(VENV)/.demo
 	$(BIN)/python examples/arithmetic.py --out arithmetic-out
@@ -63,6 +69,9 @@ test-quick: $(VENV)/.test
 test-full: $(VENV)/.clients
 	$(PYTEST) -m full $(if $(MINUTES),--minutes=$(MINUTES) -rs)
 
+peft-tests: $(VENV)/.clients
+	$(BIN)/python -m tests.peft_suite.run $(FILES)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -84,7 +93,7 @@ serve-check: $(VENV)/.test
 	$(BIN)/python tests/serve/check.py --engine $(ENGINE)/bin/python --out serve-check-out --seconds 1800
 
 clean:
-	rm -rf $(VENV) build dist arithmetic-out demo-out distributed-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist arithmetic-out demo-out distributed-out methods-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

@@ -10,7 +10,6 @@ from torch import nn
 
 from torchgraft.functional.extending import did_you_mean
 
-from .errors import NoMatchingPeftModuleError
 from .patterns import match
 
 
@@ -22,8 +21,7 @@ def find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
         modules: The model's modules by name.
 
     Raises:
-        NoMatchingPeftModuleError: No parameter of any of the names; says what the model has.
-        ValueError: One within `modules_to_save`.
+        ValueError: No parameter of any of the names, says what the model has; one within `modules_to_save`.
 
     >>> from torchgraft.adapters import LoraConfig
     >>> find_parameters(LoraConfig(target_parameters=["a.weight"]), {"a": nn.Linear(2, 2), "b.a": nn.Linear(2, 2)})
@@ -44,7 +42,7 @@ def find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
                 )
     missed = [target for target in sorted(wanted) if not any(_is(name, target) for name in names)]
     if not found:
-        raise NoMatchingPeftModuleError(
+        raise ValueError(
             f"{type(config).__name__}: target_parameters={sorted(wanted)!r} match no parameter of the model; a name "
             f"is a whole one or its end after a dot. Stacked weights, as of experts, are {_sample(modules, names)}"
             + did_you_mean(sorted(wanted)[0], names)

@@ -45,29 +45,12 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     >>> find_targets(LoraConfig(target_parameters=["a.weight"]), dict(model.named_modules()), model)
     ['a.weight']
     """
-    parameters = _find_parameters(config, modules)
+    parameters = find_parameters(config, modules)
     if parameters and not config.target_modules:
         return parameters
-    try:
-        found = _find_modules(config, modules, model) + parameters
-    except NoMatchingPeftModuleError as error:
-        if not parameters:
-            raise
-        warnings.warn(f"{error} (only target_parameters count)", RuntimeWarning, stacklevel=2)
-        return parameters
+    found = _find_modules(config, modules, model) + parameters
     warn_of_experts(config, found, modules)
     return found
-
-
-def _find_parameters(config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the parameters of `target_parameters`; that none match is a warning where modules are targets too."""
-    try:
-        return find_parameters(config, modules)
-    except NoMatchingPeftModuleError as error:
-        if not config.target_modules:
-            raise
-        warnings.warn(f"{error} (only target_modules count)", RuntimeWarning, stacklevel=2)
-        return []
 
 
 def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from torchgraft.functional import __version__
 
 from .._config.base import PEFT_VERSION, AdapterConfig
 from .._config.peft_type import TaskType
+from .tuners import BaseTuner
 
 _PRETRAINED = ("transformers.modeling_utils", "PreTrainedModel")
 
@@ -20,7 +21,7 @@ def write_card(folder: Path, config: AdapterConfig, model: nn.Module) -> None:
     card = folder / "README.md"
     if card.exists():
         return
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or vars(model).get("name_or_path") or ""
+    base = BaseTuner.get_model_config(model).get("_name_or_path") or vars(model).get("name_or_path") or ""
     tags = {config.method.name.lower(), *(getattr(model, "model_tags", None) or ())}
     if any((cls.__module__, cls.__name__) == _PRETRAINED for cls in type(model).__mro__):
         tags.add("transformers")

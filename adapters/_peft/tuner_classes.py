@@ -103,13 +103,16 @@ class VBLoRAModel(BaseTuner):
     shared_names = frozenset(VBLoRAConfig.form.shared_leaves)
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """Return how many numbers an adapter's file has of the method's own, integers by their size, and of others."""
+        """Return how many numbers an adapter's file has, integers by their size, and how many others are trained."""
         state = inplace.get_peft_model_state_dict(self.model, adapter_name=adapter)
         sizes = {
             key: one.numel() * (1 if one.is_floating_point() else one.element_size() / 4) for key, one in state.items()
         }
-        own = sum(size for key, size in sizes.items() if self.prefix in key)
-        return int(own), int(sum(sizes.values()) - own)
+        trained = {name: one.numel() for name, one in self.named_parameters() if one.requires_grad}
+        return (
+            int(sum(size for key, size in sizes.items() if self.prefix in key)),
+            sum(size for name, size in trained.items() if self.prefix not in name),
+        )
 
     def print_savable_parameters(self) -> None:
         """Print how many numbers the file of adapter "default" has."""

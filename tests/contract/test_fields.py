@@ -170,7 +170,9 @@ def test_what_peft_takes_is_pefts_here(method, data):
         mine, error = made(lambda: inject_adapter_in_model(config, copy.deepcopy(base)).eval())
     theirs, refused = made(
         lambda: peft.get_peft_model(
-            copy.deepcopy(base), getattr(peft, CONFIGS[method].__name__)(**copy.deepcopy(fields)), autocast_adapter_dtype=False
+            copy.deepcopy(base),
+            getattr(peft, CONFIGS[method].__name__)(**copy.deepcopy(fields)),
+            autocast_adapter_dtype=False,
         ).eval()
     )
     assume(refused is None)

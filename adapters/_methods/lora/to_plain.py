@@ -74,14 +74,19 @@ def plain(config: AdapterConfig, sites: Mapping[str, Site], tree: Tree) -> tuple
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"the adapter is {config.method.name}, which has no plain form; only LoRA's are converted")
-    if kind_of(config.init_lora_weights) == "loftq":
+    if any(getattr(site.constants, "rounding", None) is not None for site in sites.values()):
         raise ValueError(
-            "init_lora_weights is 'loftq', so the adapter is for the quantised base and has no plain form for the "
-            "original one; save it as it is, or merge it"
+            "the adapter started with init_lora_weights='loftq', so it is for the quantised base and has no plain form "
+            "for the original one; save it as it is, or merge it"
         )
-    config, removing = expressed(config, sites), kind_of(config.init_lora_weights) in REMOVING
+    config, removing = expressed(config, sites), _removes(sites)
     converted = {path: _joined(site, tree[path], removing) for path, site in sites.items()}
     return _config(config, removing), sort({**tree, **converted})
+
+
+def _removes(sites: Mapping[str, Site]) -> bool:
+    """Return whether the adapter's initial product was taken out of the base, whatever its config says since then."""
+    return any(getattr(site.constants, "initial_A", None) is not None for site in sites.values())
 
 
 def _joined(site: Site, leaves: Mapping[str, Tensor], removing: bool) -> dict[str, Tensor]:
@@ -119,7 +124,15 @@ def raw(config: C, sites: Mapping[str, Site]) -> C:
     """
     check_raw(config, sites)
     kind = config.init_lora_weights if isinstance(config, LoraConfig) else None
-    if kind in REMOVING and kind in FROM_DATA:
+    if kind_of(str(kind)) not in REMOVING and _removes(sites):
+        warnings.warn(
+            f"init_lora_weights was set to {kind!r} after the adapter took its initial product out of the base, so "
+            "this file is for a base that lost s B0 A0; pass plain=True (path_initial_model_for_weight_conversion of "
+            "save_pretrained) for files that fit the original base",
+            UserWarning,
+            stacklevel=4,
+        )
+    elif kind in REMOVING and kind in FROM_DATA:
         warnings.warn(
             f"init_lora_weights is {kind!r}, and files hold neither the data nor what it chose, so this one is for a "
             "base that lost s B0 A0; pass plain=True for files that fit the original base",

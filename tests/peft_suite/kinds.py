@@ -1,0 +1,53 @@
+"""Why tests of PEFT's fail here, by kind: what is in the error, or which test it is.
+
+Each kind but "absent" and "inside" is a row of `docs/differences.md`, which has a test of ours.
+"""
+
+from __future__ import annotations
+
+import re
+
+ERRORS = {
+    "absent": r"which torchgraft does not have|that torchgraft does not have|of which torchgraft has no method"
+    r"|which is not supported here; leave it at None|__dataclass_fields__",
+    "inside": r"PEFT's own, and not here|has no attribute '_\w+'|no setter|unsupported operand .*Absent|and 'Absent'"
+    r"|'peft.config' .* has no attribute '__version__'|is the class of several layers|'is_bf16_available'"
+    r"|does not have the attribute 'lora_variants'|stands in for peft here .* has no '_",
+    "words": r"Regex pattern did not match|^assert [\"'].* in [\"']<ExceptionInfo|^assert [\"'].* in str\(",
+    "pickles": r"safe_serialization is False",
+    "the Hub": r"nothing is downloaded|Cannot reach|outgoing traffic|couldn't connect|not fully cached",
+    "a taken name": r"the model has an adapter '\w+' already",
+    "works here": r"DID NOT RAISE",
+}
+"""What the errors of a kind look like."""
+TESTS = {
+    "words": r"test_warning_name_|test_.*_when_init_lora_weights|test_(beta|tinit)|TestAdaLoraConfig"
+    r"|test_default_embedding_name_cannot_be_inferred|_raises_target_layer_not_found|test_modules_to_save_excludes",
+    "the config is copied": r"test_from_pretrained_config_construction",
+    "each adapter has its own": r"test_multiple_adapters_same_prng_weights|test_second_adapter_overlapping"
+    r"|test_multiple_adapters_save_load_save_projection",
+    "the base stays": r"(pissa|olora|corda|lora_ga).*(conversion|warns|hook|sample_count)"
+    r"|test_save_load_with_weight_conversion|test_lora_config_pissa_olora_warns|test_load_pissa_olora_with_other_adapter_warns|test_cached_gradients",
+    "biases of the base": r"test_save_load_roundtrip_fsdp_wrapped_learnable_bias",
+    "each layer's state comes back": r"test_disable_adapter_context_manager_.*irregular|test_disabling_.*irregular"
+    r"|test_adapters_disabled_irregular|irregular_.*warns|test_disable_adapters_with_merging_irregular",
+    "one layer has all": r"TestMixedAdapterTypes",
+    "inside": r"test_commit_hash|LoraGAPreprocessing|TestGetNoSplitModules|_internals|KeyPrefixes|tied_with_embedding"
+    r"|test_prepare_model_for_compiled_hotswap_scalings_update_config",
+}
+"""Tests by name, where the error says nothing of the kind."""
+
+
+def kind_of(name: str, words: str, where: str) -> str:
+    """Return the kind of a failure, `"unexpected"` where it is of none.
+
+    >>> kind_of("tests/test_a.py::test_b", "AssertionError: Regex pattern did not match.", "")
+    'words'
+    """
+    for kind, pattern in ERRORS.items():
+        if re.search(pattern, words):
+            return kind
+    for kind, pattern in TESTS.items():
+        if re.search(pattern, name.partition("::")[2]):
+            return kind
+    return "unexpected"
