@@ -802,7 +802,8 @@ METHODS = {
             Exempt(
                 NOT_IN_PEFTS,
                 "PEFT takes one factor where its CUDA extension is not",
-                raises=(AssertionError, RuntimeError, TypeError),
+                CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (tied)"},
+                (AssertionError, RuntimeError, TypeError),
             ),
         ),
         rounds="input, then boft_s",
