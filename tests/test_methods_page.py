@@ -96,14 +96,13 @@ def parameters_of(name):
 
 
 def is_factored(name):
-    """Return whether the backward of a linear layer keeps nothing as large as the weight but the weight itself."""
+    """Return whether the backward of a linear layer keeps nothing as large as the weight, but it and constants."""
     model = nn.Sequential(nn.Linear(256, 320)).requires_grad_(False)
     graft = bind(model, config_of(name, ["0"]))
     params = optree.tree_map(lambda leaf: (leaf + 0.01).requires_grad_(), graft.init())
-    own, large = (
-        {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *optree.tree_leaves(params))},
-        [],
-    )
+    constants = [one for _, one in graft.sites[""]["0"].constants.items() if isinstance(one, torch.Tensor)]
+    held = (*model.parameters(), *optree.tree_leaves(params), *constants)
+    own, large = {tensor.untyped_storage().data_ptr() for tensor in held}, []
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own and tensor.numel() >= 256 * 320:

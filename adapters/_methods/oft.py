@@ -217,11 +217,13 @@ def _turn(config: OFTConfig, site: Site, leaf: Tensor) -> Tensor:
     if not config.use_cayley_neumann:
         return cayley(q).to(leaf.dtype)
     if config.num_cayley_neumann_terms == 2:
-        return (2 * q).to(leaf.dtype)
+        result: Tensor = (2 * q).to(leaf.dtype)
+        return result
     series = q
     for _ in range(max(3, config.num_cayley_neumann_terms - 1) - 1):
         series = torch.baddbmm(q, q, series, beta=2)
-    return series.to(leaf.dtype)
+    result = series.to(leaf.dtype)
+    return result
 
 
 def _project(vector: Tensor, radius: float) -> Tensor:

@@ -1,6 +1,6 @@
 """RandLoRA: an update of full rank from random matrices of low rank.
 
-    y = base(x) + s B D(x),    D_k = diag(l_k) A diag(g_k),    s = alpha / r
+    y = base(x) + s B D x,    D_k = diag(l_k) A diag(g_k),    s = alpha / r
 
 `A` and the blocks of `B` are random, frozen and shared by all modules; each of the `n = min(in, out) / r` products of
 rank `r` has two trained vectors, `l_k` and `g_k`. `D` stands on the smaller side of the weight: of a module with more

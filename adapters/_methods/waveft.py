@@ -193,7 +193,8 @@ def merge(
 
 def _is_few(x: Tensor, site: Site) -> bool:
     """Return whether filters of an input and an output are faster than making a weight."""
-    tokens, numbers = x.numel() // site.in_features, site.constants.rows.numel() + site.constants.columns.numel()
+    tokens = x.numel() // site.in_features
+    numbers: int = site.constants.rows.numel() + site.constants.columns.numel()
     return tokens * numbers * _GATHER < site.in_features * site.out_features
 
 
