@@ -11,7 +11,9 @@ from torchgraft.adapters import IA3Config, LoHaConfig, LoraConfig, OFTConfig, to
 from torchgraft.functional import UnsupportedConfig, bind, merge, route, stack
 
 pairs = [(name, site) for name in METHODS for site in KINDS[name]]
-OTHER_BIASES = [("lora with bias", "attention (kdim, vdim)"), ("ia3", "linear (registered)")]
+OTHER_BIASES = [("lora with bias", "attention (kdim, vdim)")] + [
+    (method, "linear (registered)") for method in ("ia3", "road", "road 2", "road 4")
+]
 
 
 def filled(graft, seed=1):
