@@ -77,6 +77,7 @@ from ._methods.adalora.budget import adalora_state as adalora_state
 from ._methods.adalora.budget import allocate as allocate
 from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
+from ._methods.beft import BeftConfig as BeftConfig
 from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
 from ._methods.gralora import GraloraConfig as GraloraConfig

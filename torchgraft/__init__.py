@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import Bank as Bank
+    from .adapters import BeftConfig as BeftConfig
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import GraloraConfig as GraloraConfig
@@ -93,8 +94,8 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig", "IA3Config",
-    "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig",
+    "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig",
     "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
     "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip

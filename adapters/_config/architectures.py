@@ -58,8 +58,20 @@ _ALL_LINEAR: dict[str, tuple[str, ...]] = {
     "t5": ("q", "k", "v", "o", "wi", "wo"),
 }
 
+_VALUES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ["bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral"],
+        ("v_proj",),
+    ),
+    **dict.fromkeys(("opt", "phi", "qwen2", "qwen3"), ("v_proj",)),
+    **dict.fromkeys(("bert", "roberta"), ("value",)),
+    **dict.fromkeys(("mt5", "t5"), ("v",)),
+    "deberta-v2": ("value_proj",),
+}
+
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
+    "BEFT": _VALUES,
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VBLORA": _ALL_LINEAR,

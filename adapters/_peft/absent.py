@@ -10,7 +10,6 @@ from torchgraft.functional import UnsupportedCall
 _NAMES = {
     "ADAMSS": "AdamssConfig AdamssLayer AdamssModel",
     "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
-    "BEFT": "BeftConfig BeftLayer BeftModel",
     "BOFT": "BOFTConfig BOFTLayer BOFTModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "CPT": "CPTConfig CPTEmbedding",

@@ -26,6 +26,7 @@ _EXTENDED = {"LORA": ("LORA", "ADALORA")}
 """Methods whose layers are instances of another's class too, as in PEFT."""
 _CLASSES = {
     "ADALORA": ("SVDLinear SVDConv2d", ""),
+    "BEFT": ("Linear", ""),
     "C3A": ("C3ALinear", ""),
     "DELORA": ("DeloraLinear", ""),
     "GRALORA": ("", "Linear"),

@@ -47,6 +47,7 @@ LAYERS = [
     ("HIRA", "Embedding", {"r": 2}, {}),
     ("MISS", "MissLinear", {"r": 2}, {}),
     ("DELORA", "DeloraLinear", {"r": 2, "delora_lambda": 7}, {}),
+    ("BEFT", "Linear", {}, {"init_weights": False}),
     ("C3A", "C3ALinear", {"block_size": 2}, {}),
 ]
 

@@ -25,6 +25,7 @@ METHODS = {
     "LoKrConfig": {"r": 2, "init_weights": False},
     "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
+    "BeftConfig": {"init_weights": False},
     "C3AConfig": {"block_size": 2, "init_weights": "kaiming_uniform"},
     "DeloraConfig": {"r": 2, "init_weights": False},
     "GraloraConfig": {"r": 4, "gralora_k": 2, "init_weights": False},
@@ -266,7 +267,8 @@ def language_model(peft, method, folder):
     fields |= {"target_modules": ["q_proj"]} if method in ("LoHaConfig", "LoKrConfig") else {}
     fields.pop("feedforward_modules", None)
     torch.manual_seed(1)
-    model = peft.get_peft_model(llama(), getattr(peft, method)(task_type="CAUSAL_LM", **fields))
+    biased = {"attention_bias": True}  # BEFT merges into biases alone
+    model = peft.get_peft_model(llama(**biased), getattr(peft, method)(task_type="CAUSAL_LM", **fields))
     moved(model)
     yield [type(model).__name__, trained(model), outputs(model, IDS)]
     model.train()
@@ -276,7 +278,7 @@ def language_model(peft, method, folder):
     model.eval()
     yield model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
     model.save_pretrained(folder)
-    yield outputs(peft.PeftModel.from_pretrained(llama(), folder), IDS)
+    yield outputs(peft.PeftModel.from_pretrained(llama(**biased), folder), IDS)
     yield outputs(model.merge_and_unload(), IDS)
 
 

@@ -29,6 +29,7 @@ from torch import nn
 from torchgraft.adapters import (
     AdaLoraConfig,
     AdapterConfig,
+    BeftConfig,
     C3AConfig,
     DeloraConfig,
     GraloraConfig,
@@ -308,6 +309,11 @@ def hira(config, where, leaves, weight, bias):
     b, a = (next(leaf for name, leaf in leaves.items() if name.endswith(end)) for end in "BA")
     gains = sum(torch.outer(u, v) for u, v in zip(b.flatten(1).T, a.flatten(1), strict=True))
     return weight + weight * gains.reshape(weight.shape), bias
+
+
+def beft(config, where, leaves, weight, bias):
+    """`bias + b`: Huang et al., 2025."""
+    return weight, bias + leaves["beft_bias"][0]
 
 
 # -- the rows --------------------------------------------------------------------------------------------------------
@@ -688,5 +694,13 @@ METHODS = {
         {"hira_dropout": 0.5},
         OF_HIRA,
         exempt=(PADDED,),
+    ),
+    "beft": Row(
+        BeftConfig(target_modules=["first"]),
+        beft,
+        BeftConfig(init_weights=False, target_modules=["first"]),
+        {"bias": "all"},
+        (),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
     ),
 }

@@ -67,6 +67,7 @@ SIZES = {
     "LOHA": {"r": 4},  # PEFT rounds the factor alpha / r to float32
     "OFT": {"oft_block_size": 4},
     "VERA": {"r": 3},
+    "BEFT": {},
     "C3A": {"block_size": 2},
     "DELORA": {"r": 3},
     "SHIRA": {"r": 2, "random_seed": 3},
@@ -86,6 +87,7 @@ OWN = (
     "hada_",
     "oft_",
     "vera_lambda",
+    "beft_",
     "c3a_",
     "delora_",
     "shira_",

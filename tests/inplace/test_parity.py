@@ -103,6 +103,8 @@ CASES = [
         )
         for kind in ("linear", "linear_without_bias")
     ),
+    ("BEFT", "linear", {}),
+    ("BEFT", "linear", {"init_weights": False, "inference_mode": True}),
 ]
 IDS = ["-".join([method, kind, *map(str, fields)]) for method, kind, fields in CASES]
 cases = pytest.mark.parametrize(("method", "kind", "fields"), CASES, ids=IDS)
