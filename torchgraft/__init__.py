@@ -59,17 +59,24 @@ if TYPE_CHECKING:
     from .adapters import Bank as Bank
     from .adapters import BeftConfig as BeftConfig
     from .adapters import C3AConfig as C3AConfig
+    from .adapters import DeftConfig as DeftConfig
     from .adapters import DeloraConfig as DeloraConfig
+    from .adapters import GloraConfig as GloraConfig
     from .adapters import GraloraConfig as GraloraConfig
     from .adapters import HiraConfig as HiraConfig
     from .adapters import IA3Config as IA3Config
+    from .adapters import LNTuningConfig as LNTuningConfig
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
+    from .adapters import LoraXSConfig as LoraXSConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import PeanutConfig as PeanutConfig
+    from .adapters import PsoftConfig as PsoftConfig
     from .adapters import ShiraConfig as ShiraConfig
     from .adapters import TinyLoraConfig as TinyLoraConfig
+    from .adapters import TrainableTokensConfig as TrainableTokensConfig
     from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import extract_params as extract_params
@@ -94,10 +101,11 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "C3AConfig", "DeloraConfig", "GraloraConfig", "HiraConfig",
-    "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig", "OFTConfig", "ShiraConfig", "TinyLoraConfig",
-    "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
-    "load_stack", "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "C3AConfig", "DeftConfig", "DeloraConfig", "GloraConfig",
+    "GraloraConfig", "HiraConfig", "IA3Config", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig",
+    "LoraXSConfig", "MissConfig", "OFTConfig", "PeanutConfig", "PsoftConfig", "ShiraConfig", "TinyLoraConfig",
+    "TrainableTokensConfig", "VBLoRAConfig", "VeraConfig", "extract_params", "inject_adapter_in_model",
+    "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

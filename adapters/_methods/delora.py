@@ -17,18 +17,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, PerAdapter, Rows, Site, Varying, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, PerAdapter, Rows, Site, Varying, Weights
 from torchgraft.functional.extending import add_scaled
 
 from .._config.base import AdapterConfig
 from .._config.matching import by_pattern
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
-from .shared.called import DROPOUT, dropped
-from .shared.low_rank import add_product, add_to_linear, route_to_linear
+from .shared.called import DROPOUT
+from .shared.low_rank import add_to_site, route_to_linear
 from .shared.scalings import ranks_of, warn_of_unused_patterns
 
 NORM = "delora_w_norm"
@@ -127,17 +126,7 @@ def apply(config: DeloraConfig, site: Site, leaves: dict[str, Any], base: Layer,
     convolutions in groups alone.
     """
     a, b = _factors(site, leaves)
-    dropout = leaves.get(DROPOUT, config.module_dropout)
-    if site.kind == "linear":
-        return add_to_linear(base, x, a, b, 1.0, dropout)
-    y = base(x)
-    if site.kind == "embedding":
-        return add_product(y, F.embedding(x, a.mT), b, 1.0)
-    x, a, b = widen(dropped(x, dropout, base.training), a, b)
-    if site.groups > 1:
-        return add_scaled(y, site.call(x, (b @ a).reshape(site.weight_shape)), 1.0)
-    down = site.convolve(x, a.unflatten(1, site.weight_shape[1:]))
-    return add_scaled(y, site.pointwise(down, b[(..., *(None for _ in site.kernel_size))]), 1.0)
+    return add_to_site(site, base, x, a, b, leaves.get(DROPOUT, config.module_dropout))
 
 
 def routed(config: DeloraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:

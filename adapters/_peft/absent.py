@@ -13,34 +13,27 @@ _NAMES = {
     "BOFT": "BOFTConfig BOFTLayer BOFTModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "CPT": "CPTConfig CPTEmbedding",
-    "DEFT": "DeftConfig DeftLayer DeftModel",
     "FOURIERFT": "FourierFTConfig FourierFTLayer FourierFTModel",
     "FROD": "FrodConfig FrodLayer FrodModel",
-    "GLORA": "GloraConfig GloraLayer GloraModel",
     "HRA": "HRAConfig HRALayer HRAModel",
     "LILY": "LilyConfig LilyLayer LilyModel",
-    "LN_TUNING": "LNTuningConfig LNTuningModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
     "OSF": "OSFConfig OSFLayer OSFModel",
-    "PEANUT": "PeanutConfig PeanutLayer PeanutModel",
     "POLY": "PolyConfig PolyLayer PolyModel",
     "PREFIX_TUNING": "PrefixTuningConfig PrefixEncoder",
     "PROMPT_TUNING": "PromptTuningConfig PromptTuningInit PromptEmbedding",
-    "PSOFT": "PsoftConfig PsoftLayer PsoftModel",
     "PVERA": "PveraConfig PveraLayer PveraModel",
     "P_TUNING": "PromptEncoderConfig PromptEncoder PromptEncoderReparameterizationType",
     "RANDLORA": "RandLoraConfig RandLoraLayer RandLoraModel",
     "ROAD": "RoadConfig RoadLayer RoadModel",
     "SHADOW": "ShadowConfig ShadowLayer ShadowModel",
     "SUPERTUNING": "SupertuningConfig SupertuningLayer SupertuningModel",
-    "TRAINABLE_TOKENS": "TrainableTokensConfig TrainableTokensLayer TrainableTokensModel",
     "UNILORA": "UniLoraConfig UniLoraLayer UniLoraModel",
     "WAVEFT": "WaveFTConfig WaveFTLayer WaveFTModel",
     "XLORA": "XLoraConfig XLoraModel",
 }
 _INNER = ("Layer", "MultitaskPromptEmbedding")
 """Ends of names that only the submodules of PEFT have."""
-_INSTEAD = {"TRAINABLE_TOKENS": "LoraConfig(trainable_token_indices=...)"}
 
 
 class Absent(type):
@@ -77,11 +70,7 @@ def absent_names(present: Container[str]) -> dict[str, dict[str, Any]]:
     for method, names in _NAMES.items():
         if method in present:
             continue
-        instead = f"; use {_INSTEAD[method]}" if method in _INSTEAD else ""
-        made = {
-            name: _class(name, f"the method {method}, which torchgraft does not have{instead}")
-            for name in names.split()
-        }
+        made = {name: _class(name, f"the method {method}, which torchgraft does not have") for name in names.split()}
         outer = {name: cls for name, cls in made.items() if not name.endswith(_INNER)}
         modules["peft"].update(outer)
         modules["peft.tuners"].update(outer)

@@ -27,10 +27,14 @@ METHODS = {
     "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
     "BeftConfig": {"init_weights": False},
     "C3AConfig": {"block_size": 2, "init_weights": "kaiming_uniform"},
+    "DeftConfig": {"r": 2, "init_weights": False},
     "DeloraConfig": {"r": 2, "init_weights": False},
+    "GloraConfig": {"r": 2, "init_weights": False},
     "GraloraConfig": {"r": 4, "gralora_k": 2, "init_weights": False},
     "HiraConfig": {"r": 2, "init_weights": False},
     "MissConfig": {"r": 2, "init_weights": False},
+    "PeanutConfig": {"r": 2, "init_weights": False},
+    "PsoftConfig": {"r": 2, "init_weights": False},
     "ShiraConfig": {"r": 1, "init_weights": False},
     "TinyLoraConfig": {"r": 1, "u": 2},
 }
@@ -234,7 +238,8 @@ def training(peft, method, folder):
     yield outputs(model)
     model.unmerge_adapter()
     yield outputs(model)
-    model.unmerge_adapter()  # a warning
+    if method != "GloraConfig":  # whose layers pass over it in PEFT
+        model.unmerge_adapter()  # a warning
     yield outputs(model.merge_and_unload())
 
 

@@ -46,7 +46,10 @@ def test_from_dict_takes_pefts_to_dict(name):
 NEEDED = {"ADALORA": {"total_step": 9}}
 
 
-@pytest.mark.parametrize("name", sorted(cls.method.name for cls in vars(adapters).values() if hasattr(cls, "method")))
+EVERY = (cls.method.name for cls in vars(adapters).values() if hasattr(cls, "method"))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EVERY if name in peft.PeftType.__members__))
 def test_a_config_is_made_of_its_own_dict_and_of_pefts(name):
     ours = config_types()[name]
     config = ours(target_modules=["q", "v"], task_type="CAUSAL_LM", **NEEDED.get(name, {}))
