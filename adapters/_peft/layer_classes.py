@@ -34,6 +34,7 @@ _CLASSES = {
     "GRALORA": ("", "Linear"),
     "HIRA": ("Linear Embedding Conv1d Conv2d Conv3d", ""),
     "IA3": ("Linear Conv2d Conv3d", ""),
+    "LN_TUNING": ("", "LNTuningLayer"),
     "LOHA": ("Linear Conv2d", "Conv1d"),
     "LOKR": ("Linear Conv2d", "Conv1d"),
     "LORA": ("Linear Embedding Conv2d Conv3d ParamWrapper", "Conv1d MultiheadAttention"),

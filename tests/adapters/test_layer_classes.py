@@ -48,8 +48,8 @@ LAYERS = [
     ("HIRA", "Embedding", {"r": 2}, {}),
     ("MISS", "MissLinear", {"r": 2}, {}),
     ("DELORA", "DeloraLinear", {"r": 2, "delora_lambda": 7}, {}),
-    ("GLORA", "GloraLinear", {"r": 2}, {}),
-    ("DEFT", "DeftLinear", {"r": 2}, {}),
+    ("GLORA", "GloraLinear", {}, {"r": 2}),
+    ("DEFT", "DeftLinear", {"r": 2, "alpha": 4}, {"alpha": 4}),
     ("BEFT", "Linear", {}, {"init_weights": False}),
     ("C3A", "C3ALinear", {"block_size": 2}, {}),
 ]
