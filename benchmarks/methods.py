@@ -141,7 +141,7 @@ def cases_of(
 def config_classes(only: list[str] | None) -> dict[str, type[AdapterConfig]]:
     """Return the config of each method of the library by its type."""
     classes = [one for one in vars(adapters).values() if isinstance(one, type) and hasattr(one, "method")]
-    return {cls.method.name: cls for cls in classes if not only or cls.method.name in only}
+    return {cls.method.name: cls for cls in classes if cls.method.kinds and (not only or cls.method.name in only)}
 
 
 def draw(found: dict[str, dict[str, Any]]) -> None:

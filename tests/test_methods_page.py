@@ -35,8 +35,9 @@ HEAD = [
     "config", "`y = base(x)` becomes", "layers", "factored", *GROUPS, "parameters", "training step (PEFT's)",
     "inference (PEFT's)", "paper",
 ]  # fmt: skip
-CONFIGS = {cls.method.name: cls for cls in vars(adapters).values() if isinstance(cls, type) and hasattr(cls, "method")}
-"""Configs of the library's own methods."""
+EVERY = [cls for cls in vars(adapters).values() if isinstance(cls, type) and hasattr(cls, "method")]
+CONFIGS = {cls.method.name: cls for cls in EVERY if cls.method.kinds}
+"""Configs of the library's own methods, but for those that only replace tensors of the base."""
 
 TARGETS = ["q_proj", "v_proj"]
 HIDDEN, LAYERS, VALUES = 576, 30, 192

@@ -57,24 +57,32 @@ if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import Bank as Bank
+    from .adapters import BeftConfig as BeftConfig
     from .adapters import BOFTConfig as BOFTConfig
     from .adapters import C3AConfig as C3AConfig
+    from .adapters import DeftConfig as DeftConfig
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import FourierFTConfig as FourierFTConfig
+    from .adapters import GloraConfig as GloraConfig
     from .adapters import GraloraConfig as GraloraConfig
     from .adapters import HiraConfig as HiraConfig
     from .adapters import HRAConfig as HRAConfig
     from .adapters import IA3Config as IA3Config
+    from .adapters import LNTuningConfig as LNTuningConfig
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
+    from .adapters import LoraXSConfig as LoraXSConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import PeanutConfig as PeanutConfig
+    from .adapters import PsoftConfig as PsoftConfig
     from .adapters import PveraConfig as PveraConfig
     from .adapters import RandLoraConfig as RandLoraConfig
     from .adapters import RoadConfig as RoadConfig
     from .adapters import ShiraConfig as ShiraConfig
     from .adapters import TinyLoraConfig as TinyLoraConfig
+    from .adapters import TrainableTokensConfig as TrainableTokensConfig
     from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import WaveFTConfig as WaveFTConfig
@@ -100,11 +108,12 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "BOFTConfig", "C3AConfig", "DeloraConfig", "FourierFTConfig",
-    "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig",
-    "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
-    "load_stack", "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "C3AConfig", "DeftConfig", "DeloraConfig",
+    "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LNTuningConfig",
+    "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "MissConfig", "OFTConfig", "PeanutConfig", "PsoftConfig",
+    "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "TinyLoraConfig", "TrainableTokensConfig",
+    "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter",
+    "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

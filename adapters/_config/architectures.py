@@ -58,8 +58,20 @@ _ALL_LINEAR: dict[str, tuple[str, ...]] = {
     "t5": ("q", "k", "v", "o", "wi", "wo"),
 }
 
+_VALUES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ["bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral"],
+        ("v_proj",),
+    ),
+    **dict.fromkeys(("opt", "phi", "qwen2", "qwen3"), ("v_proj",)),
+    **dict.fromkeys(("bert", "roberta"), ("value",)),
+    **dict.fromkeys(("mt5", "t5"), ("v",)),
+    "deberta-v2": ("value_proj",),
+}
+
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
+    "BEFT": _VALUES,
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "PVERA": {"phi": ("q_proj", "v_proj"), "dinov2": ("query", "value")},
@@ -97,6 +109,30 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """IA3's targets and feed-forward modules."""
 
 
+_AROUND = ("input_layernorm", "post_attention_layernorm")
+
+_ALONE: dict[str, dict[str, tuple[str, ...]]] = {
+    "LN_TUNING": {
+        "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+        "blip-2": ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"),
+        **dict.fromkeys(("bloom", "falcon"), (*_AROUND, "ln_f")),
+        **dict.fromkeys(("gemma", "llama", "mistral"), (*_AROUND, "norm")),
+        **dict.fromkeys(
+            ("gemma2", "gemma3_text"),
+            (*_AROUND, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
+        ),
+        "gpt2": ("ln_1", "ln_2", "ln_f"),
+        "gptj": ("ln_1", "ln_f"),
+        "llava": ("multi_modal_projector", *_AROUND, "norm", "embed_tokens", "lm_head"),
+        **dict.fromkeys(("mt5", "t5"), ("layer_norm", "final_layer_norm")),
+        "phi": ("input_layernorm", "final_layernorm"),
+        **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)),
+    },
+    "TRAINABLE_TOKENS": {},
+}
+"""Targets of methods for which LoRA's cannot stand."""
+
+
 def targets_by_type(method: str) -> dict[str, list[str] | str]:
     """Return the targets that configs of a method have by default, by type of model: PEFT's tables, or else LoRA's.
 
@@ -104,6 +140,7 @@ def targets_by_type(method: str) -> dict[str, list[str] | str]:
     (['c_attn'], ['k_proj', 'v_proj', 'down_proj'])
     """
     found: dict[str, Any] = {kind: one[0] for kind, one in IA3.items()} if method == "IA3" else dict(TARGETS)
+    found = dict(_ALONE.get(method, found))
     found.update(OWN.get(method, {}))
     return {kind: one if isinstance(one, str) else list(one) for kind, one in found.items()}
 
@@ -142,5 +179,5 @@ def _with_defaults(config: C, kind: str) -> C:
             return config
         fields: dict[str, Any] = {"target_modules": list(IA3[kind][0]), "feedforward_modules": list(IA3[kind][1])}
         return dataclasses.replace(config, **fields)
-    targets = OWN.get(method, {}).get(kind, TARGETS.get(kind))
+    targets = _ALONE[method].get(kind) if method in _ALONE else OWN.get(method, {}).get(kind, TARGETS.get(kind))
     return dataclasses.replace(config, target_modules=list(targets) if isinstance(targets, tuple) else targets)

@@ -145,6 +145,17 @@ class AdapterConfig:
         """Return the modules that have the parameters of a site, by path; none, but for ties."""
         return {}
 
+    def whole_modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        """Return names of modules beside `modules_to_save` that are trained as a whole; none, but for LN tuning."""
+        return []
+
+    def token_rows(
+        self, modules: Mapping[str, nn.Module], model: nn.Module
+    ) -> list[int] | Mapping[str, list[int]] | None:
+        """Return the tokens whose embeddings are trained, in the form of `trainable_token_indices`."""
+        rows: list[int] | Mapping[str, list[int]] | None = getattr(self, "trainable_token_indices", None)
+        return rows
+
     def replaces(self, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
         """Return the tensors of a model that the adapter trains copies of, by path and leaf.
 

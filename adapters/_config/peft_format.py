@@ -50,6 +50,8 @@ class PeftFormat:
         parameters: Leaves that are bare parameters, `layer.<leaf>[adapter]`; their key in a file is the leaf's name.
         modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
         bare_modules: The same, but their key in a file is the leaf's name.
+        grouped: Leaves that are one of several parameters of a module, `<attribute>.<parameter>`, for
+            `layer.<attribute>[adapter].<parameter>`; their key in a file is the leaf's name.
         shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
             the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
             have the same container. Files hold each once for the whole model, `base_model.<name>`.
@@ -89,6 +91,7 @@ class PeftFormat:
     parameters: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     bare_modules: tuple[str, ...] = ()
+    grouped: tuple[str, ...] = ()
     shared_leaves: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
@@ -134,14 +137,19 @@ class PeftFormat:
     @property
     def leaves(self) -> tuple[str, ...]:
         """The leaves that a module can have of its own."""
-        return (*self.modules, *self.biases, *self.parameters, *self.bare_modules)
+        return (*self.modules, *self.biases, *self.parameters, *self.bare_modules, *self.grouped)
 
     def place(self, leaf: str) -> tuple[str, str | None]:
         """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
 
         >>> PeftFormat("lora_", modules=("lora_B",), biases={"lora_B_bias": "lora_B"}).place("lora_B_bias")
         ('lora_B', 'bias')
+        >>> PeftFormat("psoft_", grouped=("psoft_R.vector_a",)).place("psoft_R.vector_a")
+        ('psoft_R', 'vector_a')
         """
+        if leaf in self.grouped:
+            attribute, _, parameter = leaf.partition(".")
+            return attribute, parameter
         if leaf in self.biases:
             return self.biases[leaf], "bias"
         return leaf, None if leaf in self.parameters else "weight"

@@ -54,7 +54,7 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
                 _add(plan, replaced(modules, [own[0], *(name for name in names if name != own[0])] if tying else own))
     for bias in _biases(config, modules, set(paths), inside):
         _add(plan, replaced(modules, bias))
-    if getattr(config, "trainable_token_indices", None) is not None:
+    if config.token_rows(modules, model) is not None:
         taken = {id(modules[path]): "target_modules does" for path in paths}
         taken |= dict.fromkeys(inside, "modules_to_save does")
         for one in find_tokens(config, modules, model, taken).values():
@@ -164,6 +164,8 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
                 f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
             )
             found.setdefault(id(module), (path, module))
+    for path in config.whole_modules(modules):
+        found.setdefault(id(modules[path]), (path, modules[path]))
     if getattr(config, "ensure_weight_tying", False):
         found = _tied_to_sources(config, found, modules)
     names = {key: path for key, (path, _) in found.items()}

@@ -28,7 +28,7 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     A string is a regular expression for the whole name (`"all-linear"` means every linear layer but the output
     layer); names in a list match a whole name or its end after a dot. `exclude_modules` goes first, then
     `target_modules`, then `layers_to_transform` with `layers_pattern`, which do not apply to whole names.
-    Whatever is inside of `modules_to_save` is left out as well.
+    Whatever is inside of `modules_to_save` is left out as well. A method without kinds of sites adapts none.
 
     Args:
         config: An adapter's config.
@@ -45,15 +45,18 @@ def find_targets(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
     >>> find_targets(LoraConfig(target_parameters=["a.weight"]), dict(model.named_modules()), model)
     ['a.weight']
     """
+    if not config.method.kinds:
+        return []
     parameters = find_parameters(config, modules)
     if parameters and not config.target_modules:
         return parameters
-    found = _find_modules(config, modules, model) + parameters
+    found = find_modules(config, modules, model) + parameters
     warn_of_experts(config, found, modules)
     return found
 
 
-def _find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+def find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """Return names of the modules that `target_modules` and `exclude_modules` mean, as `find_targets` does."""
     targets = config.target_modules
     if targets is None or (not isinstance(targets, str) and not targets):
         raise NoMatchingPeftModuleError(

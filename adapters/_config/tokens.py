@@ -81,7 +81,7 @@ def find_tokens(config: Any, modules: Modules, model: nn.Module, taken: Mapping[
 
 def _targets(config: Any, modules: Modules, model: nn.Module) -> dict[str, list[int]]:
     """Return indices by path, each module under one of its names."""
-    given = config.trainable_token_indices
+    given = config.token_rows(modules, model)
     if not isinstance(given, Mapping):
         path = input_embeddings(modules, model)
         require(

@@ -47,7 +47,7 @@ class Stored:
     def bind(self, modules: Mapping[str, nn.Module], model: nn.Module) -> Binding:
         """Return what the config means on this model."""
         found = found_leaves(self.config, self.weights)
-        if not found:
+        if not found and self.config.form.leaves:
             raise KeyError(
                 f"{self.weights.file}: has no tensor of {self.config.method.name}, the method of the config; it has "
                 f"{names_of(self.weights.specs)}"
@@ -121,11 +121,11 @@ def fixed_leaves(config: AdapterConfig, site: Site) -> tuple[str, ...]:
 
 def other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
     """Return names of the shared constants that are not those of the file, up to the file's precision."""
-    constants = next(iter(sites.values())).constants
+    site = next(iter(sites.values()), None)  # a method without sites shares nothing
     return [
         name
         for name, key in parts.shared.items()
-        if not torch.equal(getattr(constants, name).to(tensors[key]), tensors[key])
+        if site is None or not torch.equal(getattr(site.constants, name).to(tensors[key]), tensors[key])
     ]
 
 

@@ -29,7 +29,7 @@ from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared import fused
 from .shared.called import DROPOUT, dropped
-from .shared.low_rank import add_product, add_to_linear, route_to_linear
+from .shared.low_rank import add_to_site, route_to_linear
 from .shared.scalings import ranks_of, warn_of_unused_patterns
 
 NORM = "delora_w_norm"
@@ -134,16 +134,7 @@ def apply(config: DeloraConfig, site: Site, leaves: dict[str, Any], base: Layer,
         x, a, b = widen(dropped(x, dropout, base.training), leaves["delora_A"] * norm, leaves["delora_B"])
         return add_scaled(y, F.linear(F.linear(x, a) * (strength / length).to(x.dtype), b), 1.0)
     a, b = _factors(site, leaves)
-    if site.kind == "linear":
-        return add_to_linear(base, x, a, b, 1.0, dropout)
-    y = base(x)
-    if site.kind == "embedding":
-        return add_product(y, F.embedding(x, a.mT), b, 1.0)
-    x, a, b = widen(dropped(x, dropout, base.training), a, b)
-    if site.groups > 1:
-        return add_scaled(y, site.call(x, (b @ a).reshape(site.weight_shape)), 1.0)
-    down = site.convolve(x, a.unflatten(1, site.weight_shape[1:]))
-    return add_scaled(y, site.pointwise(down, b[(..., *(None for _ in site.kernel_size))]), 1.0)
+    return add_to_site(site, base, x, a, b, dropout)
 
 
 def routed(config: DeloraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:

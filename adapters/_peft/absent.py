@@ -10,25 +10,18 @@ from torchgraft.functional import UnsupportedCall
 _NAMES = {
     "ADAMSS": "AdamssConfig AdamssLayer AdamssModel",
     "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
-    "BEFT": "BeftConfig BeftLayer BeftModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "CPT": "CPTConfig CPTEmbedding",
-    "DEFT": "DeftConfig DeftLayer DeftModel",
     "FROD": "FrodConfig FrodLayer FrodModel",
-    "GLORA": "GloraConfig GloraLayer GloraModel",
     "LILY": "LilyConfig LilyLayer LilyModel",
-    "LN_TUNING": "LNTuningConfig LNTuningModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
     "OSF": "OSFConfig OSFLayer OSFModel",
-    "PEANUT": "PeanutConfig PeanutLayer PeanutModel",
     "POLY": "PolyConfig PolyLayer PolyModel",
     "PREFIX_TUNING": "PrefixTuningConfig PrefixEncoder",
     "PROMPT_TUNING": "PromptTuningConfig PromptTuningInit PromptEmbedding",
-    "PSOFT": "PsoftConfig PsoftLayer PsoftModel",
     "P_TUNING": "PromptEncoderConfig PromptEncoder PromptEncoderReparameterizationType",
     "SHADOW": "ShadowConfig ShadowLayer ShadowModel",
     "SUPERTUNING": "SupertuningConfig SupertuningLayer SupertuningModel",
-    "TRAINABLE_TOKENS": "TrainableTokensConfig TrainableTokensLayer TrainableTokensModel",
     "UNILORA": "UniLoraConfig UniLoraLayer UniLoraModel",
     "XLORA": "XLoraConfig XLoraModel",
 }
@@ -51,7 +44,6 @@ _FUNCTIONS = {
 }
 _INNER = ("Layer", "MultitaskPromptEmbedding")
 """Ends of names that only the submodules of PEFT have."""
-_INSTEAD = {"TRAINABLE_TOKENS": "LoraConfig(trainable_token_indices=...)"}
 
 
 class Absent(type):
@@ -99,11 +91,7 @@ def absent_names(present: Container[str]) -> dict[str, dict[str, Any]]:
     for method, names in _NAMES.items():
         if method in present:
             continue
-        instead = f"; use {_INSTEAD[method]}" if method in _INSTEAD else ""
-        made = {
-            name: _class(name, f"the method {method}, which torchgraft does not have{instead}")
-            for name in names.split()
-        }
+        made = {name: _class(name, f"the method {method}, which torchgraft does not have") for name in names.split()}
         outer = {name: cls for name, cls in made.items() if not name.endswith(_INNER)}
         modules["peft"].update(outer)
         modules["peft.tuners"].update(outer)

@@ -43,8 +43,8 @@ class AuxiliaryTrainingWrapper(metaclass=_Wrappers):
     """Wrappers of `modules_to_save`, and of embeddings of which adapters train rows."""
 
 
-_METHODS = config_types()
-"""Every method of this package: `adapters/__init__.py` imports them before this module."""
+_METHODS = {name: config for name, config in config_types().items() if name in PeftType.__members__}
+"""PEFT's methods that this package has: `adapters/__init__.py` imports them before this module."""
 _CONFIGS = {cls.__name__: cls for cls in _METHODS.values()}
 _LAYERS = {name: layer_classes(cls) for name, cls in _METHODS.items()}
 _CONFIG_MODULES = {f"peft.tuners.{name.lower()}.config": {cls.__name__: cls} for name, cls in _METHODS.items()}
@@ -138,7 +138,11 @@ _FILES = {
 }
 _ABSENT = absent_names(_METHODS)
 _TARGETS = {
-    **{f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING": targets_by_type(name) for name in _METHODS},
+    **{
+        f"TRANSFORMERS_MODELS_TO_{name.replace('LN_', 'LN')}_TARGET_MODULES_MAPPING": targets
+        for name in _METHODS
+        if (targets := targets_by_type(name))
+    },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": {kind: list(one[1]) for kind, one in IA3.items()},
 }
 _NAMES = {

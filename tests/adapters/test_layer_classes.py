@@ -16,9 +16,10 @@ from torchgraft.adapters._config.base import config_types
 from torchgraft.functional import UnsupportedConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*have no effect")
-REAL = {name: importlib.import_module(f"peft.tuners.{name.lower()}.layer") for name in config_types()}
+METHODS = [name for name in config_types() if name in peft.PeftType.__members__]
+REAL = {name: importlib.import_module(f"peft.tuners.{name.lower()}.layer") for name in METHODS}
 with as_peft():
-    OURS = {name: importlib.import_module(f"peft.tuners.{name.lower()}.layer") for name in config_types()}
+    OURS = {name: importlib.import_module(f"peft.tuners.{name.lower()}.layer") for name in METHODS}
     HELPERS = importlib.import_module("peft.helpers")
     UTILS = importlib.import_module("peft.utils.other")
     OPTIMIZERS = importlib.import_module("peft.optimizers")
@@ -47,13 +48,23 @@ LAYERS = [
     ("HIRA", "Embedding", {"r": 2}, {}),
     ("MISS", "MissLinear", {"r": 2}, {}),
     ("DELORA", "DeloraLinear", {"r": 2, "delora_lambda": 7}, {}),
+    ("GLORA", "GloraLinear", {}, {"r": 2}),
+    ("DEFT", "DeftLinear", {"r": 2, "alpha": 4}, {"alpha": 4}),
+    ("BEFT", "Linear", {}, {"init_weights": False}),
     ("C3A", "C3ALinear", {"block_size": 2}, {}),
 ]
 
 
 @pytest.mark.parametrize(("method", "name", "fields", "settings"), LAYERS)
 def test_a_layer_by_itself_is_pefts(method, name, fields, settings):
-    make, x = MODULES[name.removeprefix("SVD").removeprefix("Miss").removeprefix("Delora").removeprefix("C3A")]
+    make, x = MODULES[
+        name.removeprefix("SVD")
+        .removeprefix("Miss")
+        .removeprefix("Delora")
+        .removeprefix("C3A")
+        .removeprefix("Glora")
+        .removeprefix("Deft")
+    ]
     torch.manual_seed(0)
     base, x, config = make(), x(), config_types()[method].__name__
     made = []

@@ -26,15 +26,20 @@ METHODS = {
     "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
     "BOFTConfig": {"boft_block_size": 2, "init_weights": False},
+    "BeftConfig": {"init_weights": False},
     "C3AConfig": {"block_size": 2, "init_weights": "kaiming_uniform"},
+    "DeftConfig": {"r": 2, "init_weights": False},
     "DeloraConfig": {"r": 2, "init_weights": False},
     "FourierFTConfig": {"n_frequency": 10, "scaling": 0.1},
+    "GloraConfig": {"r": 2, "init_weights": False},
     "GraloraConfig": {"r": 4, "gralora_k": 2, "init_weights": False},
     "HiraConfig": {"r": 2, "init_weights": False},
     "HRAConfig": {"r": 2, "init_weights": False},
     "MissConfig": {"r": 2, "init_weights": False},
     "RandLoraConfig": {"r": 2, "randlora_alpha": 2, "init_weights": False},
     "RoadConfig": {"group_size": 2, "init_weights": False},
+    "PeanutConfig": {"r": 2, "init_weights": False},
+    "PsoftConfig": {"r": 2, "init_weights": False},
     "ShiraConfig": {"r": 1, "init_weights": False},
     "TinyLoraConfig": {"r": 1, "u": 2},
     "WaveFTConfig": {"n_frequency": 10, "init_weights": False},
@@ -265,7 +270,8 @@ def training(peft, method, folder):
     yield outputs(model)
     model.unmerge_adapter()
     yield outputs(model)
-    model.unmerge_adapter()  # a warning
+    if method != "GloraConfig":  # whose layers pass over it in PEFT
+        model.unmerge_adapter()  # a warning
     yield outputs(model.merge_and_unload())
 
 
@@ -298,7 +304,8 @@ def language_model(peft, method, folder):
     fields |= {"target_modules": ["q_proj"]} if method in ("LoHaConfig", "LoKrConfig") else {}
     fields.pop("feedforward_modules", None)
     torch.manual_seed(1)
-    model = peft.get_peft_model(llama(), getattr(peft, method)(task_type="CAUSAL_LM", **fields))
+    biased = {"attention_bias": True}  # BEFT merges into biases alone
+    model = peft.get_peft_model(llama(**biased), getattr(peft, method)(task_type="CAUSAL_LM", **fields))
     moved(model)
     yield [type(model).__name__, trained(model), outputs(model, IDS)]
     model.train()
@@ -308,7 +315,7 @@ def language_model(peft, method, folder):
     model.eval()
     yield model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
     model.save_pretrained(folder)
-    yield outputs(peft.PeftModel.from_pretrained(llama(), folder), IDS)
+    yield outputs(peft.PeftModel.from_pretrained(llama(**biased), folder), IDS)
     yield outputs(model.merge_and_unload(), IDS)
 
 

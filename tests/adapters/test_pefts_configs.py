@@ -46,7 +46,10 @@ def test_from_dict_takes_pefts_to_dict(name):
 NEEDED = {"ADALORA": {"total_step": 9}}
 
 
-@pytest.mark.parametrize("name", sorted(cls.method.name for cls in vars(adapters).values() if hasattr(cls, "method")))
+EVERY = (cls.method.name for cls in vars(adapters).values() if hasattr(cls, "method"))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EVERY if name in peft.PeftType.__members__))
 def test_a_config_is_made_of_its_own_dict_and_of_pefts(name):
     ours = config_types()[name]
     config = ours(target_modules=["q", "v"], task_type="CAUSAL_LM", **NEEDED.get(name, {}))
@@ -54,7 +57,7 @@ def test_a_config_is_made_of_its_own_dict_and_of_pefts(name):
     assert adapters.get_peft_config(config.to_dict()) == config
     assert config.target_modules == {"q", "v"} and config.peft_version == adapters._config.base.PEFT_VERSION
     theirs = getattr(peft, ours.__name__)(target_modules=["q", "v"], **NEEDED.get(name, {}))
-    assert (config.peft_type, config.target_modules) == (theirs.peft_type, theirs.target_modules)
+    assert (config.peft_type, config.target_modules) == (theirs.peft_type, set(theirs.target_modules))
     fields = theirs.to_dict()
     assert ours(**{field: value for field, value in fields.items() if field != "runtime_config"}).peft_type == name
     assert not config.is_prompt_learning and not config.is_adaption_prompt

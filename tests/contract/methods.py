@@ -30,10 +30,13 @@ from torch import nn
 from torchgraft.adapters import (
     AdaLoraConfig,
     AdapterConfig,
+    BeftConfig,
     BOFTConfig,
     C3AConfig,
+    DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    GloraConfig,
     GraloraConfig,
     HiraConfig,
     HRAConfig,
@@ -41,8 +44,11 @@ from torchgraft.adapters import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    LoraXSConfig,
     MissConfig,
     OFTConfig,
+    PeanutConfig,
+    PsoftConfig,
     PveraConfig,
     RandLoraConfig,
     RoadConfig,
@@ -319,6 +325,84 @@ def hira(config, where, leaves, weight, bias):
     return weight + weight * gains.reshape(weight.shape), bias
 
 
+def beft(config, where, leaves, weight, bias):
+    """`bias + b`: Huang et al., 2025."""
+    return weight, bias + leaves["beft_bias"][0]
+
+
+def deft(config, where, leaves, weight, bias):
+    """`(I - Q P^T) W + s Q R`, with `Q` and `P` from one matrix: Kumar et al., 2025."""
+    q = p = leaves["deft_P"]
+    if config.decomposition_method == "qr":
+        q, _ = torch.linalg.qr(p)
+    right = q if config.decomposition_method == "qr" else p * (p > 0)
+    put = torch.zeros_like(weight[: q.shape[1]]) if config.para else leaves["deft_R"]
+    scale = config.alpha / q.shape[1] if config.alpha else 1
+    return (torch.eye(len(q)).to(q) - q @ right.T) @ weight + scale * q @ put, bias
+
+
+def principal(config, where, weight):
+    """The first singular triplets of a weight as a matrix, whose signs depend on the precision."""
+    wide = weight.flatten(1).to(torch.promote_types(where.dtype, torch.float32))
+    u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    return u[:, : config.r].to(weight), s[: config.r].to(weight), v[: config.r].to(weight)
+
+
+def lora_xs(config, where, leaves, weight, bias):
+    """`W + s U S R V^T` with the first singular triplets: Bałazy et al., 2024."""
+    u, s, v = principal(config, where, weight)
+    delta = config.lora_alpha / config.r * u @ s.diag() @ leaves["lora_xs_R"] @ v
+    return weight + delta.reshape(weight.shape), bias
+
+
+def psoft(config, where, leaves, weight, bias):
+    """`W + U S (diag(v_b) R diag(v_a) - I) V^T` with Cayley's `R`, four powers of its series, or a free one.
+
+    Wu et al., 2025; with `pissa_init` the roots of the singular values are on both sides, as in PEFT.
+    """
+    u, s, v = principal(config, where, weight)
+    one, given = torch.eye(config.r).to(weight), leaves["psoft_R.weight"]
+    if config.psoft_orth:
+        q = torch.zeros(config.r, config.r).to(weight)
+        q[tuple(torch.triu_indices(config.r, config.r, 1))] = given
+        q = q - q.T
+        series = one + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+        given = series if config.use_cayley_neumann else (one + q) @ torch.linalg.inv(one - q)
+    for leaf, turn in (("psoft_R.vector_b", lambda t: t.T), ("psoft_R.vector_a", lambda t: t)):
+        given = turn(turn(given) * leaves[leaf]) if leaf in leaves else given
+    left, right = (s, torch.ones_like(s)) if config.ab_svd_init == "psoft_init" else (s.sqrt(), s.sqrt())
+    return weight + (u * left @ (given - one) @ (right.unsqueeze(1) * v)).reshape(weight.shape), bias
+
+
+def peanut(config, where, leaves, weight, bias):
+    """`W + s B f(A W)`, an autoencoder of the columns of `W` with skips: Zhong et al., 2024."""
+    act = {"relu": torch.relu, "tanh": torch.tanh}[config.act_fn]
+    h = act(leaves["peanut_A.weight"] @ weight.flatten(1))
+    skips = [h]
+    for encoder in leaves.get("peanut_encoders", ()):
+        skips.append(act(encoder @ skips[-1]))
+    h = skips.pop()
+    for decoder in leaves.get("peanut_decoders", ()):
+        h = act(decoder @ h) + skips.pop()
+    return weight + config.scaling * (leaves["peanut_B.weight"] @ h).reshape(weight.shape), bias
+
+
+def glora(config, where, leaves, weight, bias):
+    """`W + W * A + B` and `b + b * D + E + W C`: Chavan et al., 2023."""
+
+    def matrix(path, shape):
+        name = f"glora_{path}"
+        if f"{name}.Xd" in leaves:
+            return leaves[f"{name}.Xd"] @ leaves[f"{name}.Xu"]
+        return leaves[f"{name}.X"].expand(shape) if f"{name}.X" in leaves else torch.zeros(shape).to(weight)
+
+    out, inputs = weight.shape
+    a, b, c = matrix("A", weight.shape), matrix("B", weight.shape), matrix("C", (inputs, 1))
+    if bias is not None:
+        bias = bias + bias * matrix("D", (out,)) + matrix("E", (out,)) + (weight @ c).flatten()
+    return weight + weight * a + b, bias
+
+
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -553,6 +637,31 @@ OF_ROAD = (
     ({"variant": "road_3"}, "RoadConfig: variant is 'road_3', expected one of road_1, road_2, road_4"),
     ({"group_size": 3}, "RoadConfig: group_size is 3, expected a positive even number"),
     ({"group_size": 4}, "RoadConfig: group_size is 4 at first, which has 6 outputs, expected an even divisor"),
+)
+OF_DEFT = (
+    ({"r": 0}, "DeftConfig: r is 0, expected a positive integer"),
+    ({"decomposition_method": "svd"}, "DeftConfig: decomposition_method is 'svd', expected 'relu' or 'qr'"),
+    ({"deft_dropout": 1.0}, "DeftConfig: deft_dropout is 1.0, expected 0 <= p < 1"),
+)
+OF_GLORA = (
+    Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), ValueError),
+    Exempt(NOT_IN_PEFTS, "PEFT's states have zeros for what a layer without bias has not", frozenset({"linear"})),
+)
+OF_PEANUT = (
+    ({"r": 0}, "PeanutConfig: r is 0, expected a positive integer"),
+    ({"depth": -1}, "PeanutConfig: depth is -1, expected an integer >= 0"),
+    ({"act_fn": "magic"}, "PeanutConfig: act_fn is 'magic', expected one of elu, gelu"),
+)
+OF_PSOFT = (
+    ({"r": 0}, "PsoftConfig: r is 0, expected a positive integer"),
+    ({"r": 5}, "r is 5 at first, whose weight as a matrix has the rank 4; expected r <= 4"),
+    ({"psoft_alpha": 0}, "PsoftConfig: psoft_alpha is 0, expected another number"),
+    ({"psoft_dropout": 1.0}, "PsoftConfig: psoft_dropout is 1.0, expected 0 <= p < 1"),
+    ({"psoft_svd": "magic"}, "PsoftConfig: psoft_svd is 'magic', expected 'full' or 'lowrank'"),
+    ({"cayley_neumann_eps": 1.5}, "PsoftConfig: cayley_neumann_eps is 1.5, expected None or 0 < eps < 1"),
+)
+OTHERS_OF_PSOFT = (
+    Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "embedding"}, (TypeError, ValueError)),
 )
 
 
@@ -1024,5 +1133,108 @@ METHODS = {
         {"hira_dropout": 0.5},
         OF_HIRA,
         exempt=(PADDED,),
+    ),
+    "beft": Row(
+        BeftConfig(target_modules=["first"]),
+        beft,
+        BeftConfig(init_weights=False, target_modules=["first"]),
+        {"bias": "all"},
+        (),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
+    ),
+    "deft": Row(
+        DeftConfig(r=2, alpha=4, **BOTH),
+        deft,
+        DeftConfig(r=2, alpha=2, init_weights=False, **BOTH),
+        {"decomposition_method": "qr"},
+        OF_DEFT,
+    ),
+    "deft qr": Row(
+        DeftConfig(r=3, decomposition_method="qr", **BOTH),
+        deft,
+        DeftConfig(r=3, decomposition_method="qr", alpha=5, **BOTH),
+        {"r": 2},
+        OF_DEFT,
+    ),
+    "lora_xs": Row(
+        LoraXSConfig(r=2, lora_alpha=3, **BOTH),
+        lora_xs,
+        LoraXSConfig(r=3, lora_alpha=5, init_weights="gaussian", **BOTH),
+        {"lora_dropout": 0.5},
+        (
+            ({"r": 0}, "LoraXSConfig: r is 0, expected a positive integer"),
+            ({"r": 5}, "r is 5 at first, whose weight as a matrix has the rank 4; expected r <= 4"),
+            ({"lora_dropout": 1.0}, "LoraXSConfig: lora_dropout is 1.0, expected 0 <= p < 1"),
+            ({"init_weights": "magic"}, "LoraXSConfig: init_weights is 'magic', expected True or 'gaussian'"),
+        ),
+        peft=None,
+        exempt=(
+            Exempt(
+                ("test_files_go_to_peft_and_back",),
+                "PEFT has no such method",
+                CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (tied)", "embedding"},
+                KeyError,
+            ),
+        ),
+    ),
+    "psoft": Row(
+        PsoftConfig(r=3, psoft_alpha=5, **BOTH),
+        psoft,
+        PsoftConfig(r=3, psoft_alpha=2, init_weights=False, **BOTH),
+        {"r": 2},
+        OF_PSOFT,
+        exempt=OTHERS_OF_PSOFT,
+    ),
+    "psoft series": Row(
+        PsoftConfig(r=3, use_cayley_neumann=True, ab_svd_init="pissa_init", psoft_mag_a=False, **BOTH),
+        psoft,
+        PsoftConfig(r=3, use_cayley_neumann=True, ab_svd_init="pissa_init", psoft_mag_a=False, psoft_alpha=1, **BOTH),
+        {"num_cayley_neumann_terms": 3},
+        (({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms is 1, expected 2 or more"),),
+        exempt=OTHERS_OF_PSOFT,
+    ),
+    "psoft free": Row(
+        PsoftConfig(r=2, psoft_orth=False, **BOTH),
+        psoft,
+        PsoftConfig(r=2, psoft_orth=False, psoft_alpha=7, init_weights=False, **BOTH),
+        {"psoft_orth": True},
+        (),
+        exempt=OTHERS_OF_PSOFT,
+    ),
+    "peanut": Row(
+        PeanutConfig(r=2, scaling=1.5, **BOTH),
+        peanut,
+        PeanutConfig(r=2, scaling=3, init_weights=False, **BOTH),
+        {"depth": 1},
+        OF_PEANUT,
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, NotImplementedError),),
+    ),
+    "peanut deep": Row(
+        PeanutConfig(r=3, depth=2, act_fn="tanh", **BOTH),
+        peanut,
+        PeanutConfig(r=3, depth=2, act_fn="tanh", scaling=0.5, **BOTH),
+        {"act_fn": "relu"},
+        OF_PEANUT,
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, NotImplementedError),),
+    ),
+    "glora": Row(
+        GloraConfig(r=2, **BOTH),
+        glora,
+        GloraConfig(r=3, init_weights=False, **BOTH),
+        {"config_A_B": "vector"},
+        (
+            ({"r": 0}, "GloraConfig: r is 0, expected a positive integer"),
+            ({"config_C": "constant"}, "GloraConfig: config_C is 'constant', expected one of 'lora', 'vector', 'none'"),
+            ({"config_A_B": "none"}, "there is nothing to train at second, which has no bias and no A and B"),
+        ),
+        exempt=OF_GLORA,
+    ),
+    "glora vectors": Row(
+        GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector", **BOTH),
+        glora,
+        GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector", init_weights=False, **BOTH),
+        {"config_D_E": "none"},
+        (),
+        exempt=OF_GLORA,
     ),
 }

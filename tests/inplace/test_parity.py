@@ -103,6 +103,15 @@ CASES = [
         )
         for kind in ("linear", "linear_without_bias")
     ),
+    ("DEFT", "linear_without_bias", {"decomposition_method": "qr", "alpha": 6, "deft_dropout": 0.4}),
+    ("DEFT", "transposed", {"init_weights": False, "init_scale": 2.0}),
+    ("DEFT", "linear", {"para": True, "inference_mode": True}),
+    ("GLORA", "linear", {"config_A_B": "vector", "config_D_E": "vector"}),
+    ("GLORA", "linear", {"config_A_B": "constant", "config_C": "vector", "init_weights": False}),
+    ("PEANUT", "linear", {"act_fn": "silu", "scaling": 2.0}),
+    ("PEANUT", "linear_without_bias", {"init_weights": False, "act_fn": "gelu"}),
+    ("BEFT", "linear", {}),
+    ("BEFT", "linear", {"init_weights": False, "inference_mode": True}),
 ]
 IDS = ["-".join([method, kind, *map(str, fields)]) for method, kind, fields in CASES]
 cases = pytest.mark.parametrize(("method", "kind", "fields"), CASES, ids=IDS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchgraft.functional import Layer, PerAdapter, Rows, widen
+from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
 from torchgraft.functional.extending import add_scaled
 
 from . import fused
@@ -58,6 +58,31 @@ def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling
     y = base(x)
     x, a, b = widen(dropped(x, dropout, base.training), a, b)
     return add_product(y, F.linear(x, a), b, scaling)
+
+
+def add_to_site(site: Site, base: Layer, x: Tensor, a: Tensor, b: Tensor, dropout: Dropout) -> Tensor:
+    """`base(x) + b a dropout(x)` for any kind of layer, rounded once; embeddings ignore dropout.
+
+    The product is a weight that is made for convolutions in groups alone.
+
+    Args:
+        site: The site.
+        base: The layer.
+        x: Its input.
+        a: `"r in/groups*kernel"`, for the weight as a matrix.
+        b: `"out r"`.
+        dropout: Probability of dropout, in training mode, or a module.
+    """
+    if site.kind == "linear":
+        return add_to_linear(base, x, a, b, 1.0, dropout)
+    y = base(x)
+    if site.kind == "embedding":
+        return add_product(y, F.embedding(x, a.mT), b, 1.0)
+    x, a, b = widen(dropped(x, dropout, base.training), a, b)
+    if site.groups > 1:
+        return add_scaled(y, site.call(x, (b @ a).reshape(site.weight_shape)), 1.0)
+    down = site.convolve(x, a.unflatten(1, site.weight_shape[1:]))
+    return add_scaled(y, site.pointwise(down, b[(..., *(None for _ in site.kernel_size))]), 1.0)
 
 
 def add_called(y: Tensor, x: Tensor, a: Any, b: Any, scaling: Scaling, dropout: Dropout) -> Tensor:

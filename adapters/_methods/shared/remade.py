@@ -47,6 +47,23 @@ def linear(
     return F.linear(x, make(weight.to(x.dtype), *factors), bias)
 
 
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows weight`, without keeping a copy of the weight in the dtype of the rows.
+
+    Args:
+        rows: `"r out"`.
+        weight: `"out in"`, the base's canonical weight, of any dtype.
+
+    >>> product(torch.ones(1, 2), torch.ones(2, 3))
+    tensor([[2., 2., 2.]])
+    """
+    return linear(_turned, rows, weight, None)
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.mT
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
