@@ -88,7 +88,9 @@ class BaseTuner(inplace.ModelWrapper):
         config: Any = getattr(model, "config", {"model_type": "custom"})
         if hasattr(config, "to_dict"):
             config = config.to_dict()
-        result: dict[str, Any] = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        result: dict[str, Any] = config
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            result = dataclasses.asdict(config)
         return result
 
     def get_base_model(self) -> Any:
