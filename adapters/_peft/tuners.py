@@ -86,10 +86,12 @@ class BaseTuner(inplace.ModelWrapper):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """Return a model's `config` as a dictionary; one that says `"custom"` for a model without."""
-        config = getattr(model, "config", {"model_type": "custom"})
+        config: Any = getattr(model, "config", {"model_type": "custom"})
         if hasattr(config, "to_dict"):
             config = config.to_dict()
-        result: dict[str, Any] = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+        result: dict[str, Any] = config
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            result = dataclasses.asdict(config)
         return result
 
     def get_base_model(self) -> Any:

@@ -86,6 +86,14 @@ def without_biases(peft):
                   lora_bias=True) is None  # fmt: skip
 
 
+def configs_in_configs(peft, folder):
+    made = peft.LoraConfig(target_modules=["lin0"])
+    made.eva_config, made.lora_ga_config = peft.EvaConfig(rho=7.5), peft.LoraGAConfig(direction="ArBr")
+    made.save_pretrained(folder)
+    again = peft.LoraConfig.from_pretrained(folder)
+    yield [type(again.eva_config).__name__, again.eva_config.rho, again.lora_ga_config.direction]
+
+
 PROGRAMS = [statuses_of_what_is_beside_layers, names_of_targets, checkpoints, shared, rates, without_biases]
 
 
@@ -94,8 +102,9 @@ def test_programs(program):
     compared(program)
 
 
-def test_programs_with_files(tmp_path):
-    compared(left_out_of_files, folder=tmp_path)
+@pytest.mark.parametrize("program", [left_out_of_files, configs_in_configs], ids=lambda one: one.__name__)
+def test_programs_with_files(program, tmp_path):
+    compared(program, folder=tmp_path)
 
 
 def test_biases_that_nothing_trains_are_left_out_and_named():

@@ -140,6 +140,7 @@ def _fill_in(config: LoraConfig, kind: str | None) -> None:
         if name == f"{kind}_config":
             setattr(config, name, made(cls, value or None, name))
         elif value:
+            setattr(config, name, made(cls, value, name))
             warnings.warn(
                 f"LoraConfig: {name} has no effect, since init_lora_weights is {config.init_lora_weights!r}; set it to "
                 f"{name.removesuffix('_config')!r}, or leave {name} out",
