@@ -39,8 +39,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "AdaLoraConfig": {"init_r": 4, "target_r": 4, "total_step": 1000},
     "BOFTConfig": {"boft_block_size": 4},
     "C3AConfig": {"block_size": 32},
+    "DeftConfig": {"r": 4},
     "DeloraConfig": {"r": 4},
     "FourierFTConfig": {"n_frequency": 256},
+    "GloraConfig": {"r": 4},
     "GraloraConfig": {"r": 4, "gralora_k": 2},
     "HRAConfig": {"r": 4},
     "HiraConfig": {"r": 4},
@@ -48,8 +50,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "LoHaConfig": {"r": 4},
     "LoKrConfig": {"r": 4},
     "LoraConfig": {"r": 4},
+    "LoraXSConfig": {"r": 8},
     "MissConfig": {"r": 4},
     "OFTConfig": {"oft_block_size": 8},
+    "PeanutConfig": {"r": 4},
+    "PsoftConfig": {"r": 8},
     "PveraConfig": {"r": 64},
     "RandLoraConfig": {"r": 16, "randlora_alpha": 32},
     "RoadConfig": {"group_size": 32},
@@ -60,6 +65,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "WaveFTConfig": {"n_frequency": 256},
 }
 """What fits layers of 64 to 256 numbers, where defaults are for larger ones."""
+OTHERWISE = ("LNTuningConfig", "TrainableTokensConfig")
+"""Methods that do not adapt linear layers."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,12 @@ def configs(only: Sequence[str] | None = None) -> dict[str, AdapterConfig]:
     found = {}
     for name in sorted(vars(adapters)):
         cls = getattr(adapters, name)
-        if isinstance(cls, type) and issubclass(cls, AdapterConfig) and cls is not AdapterConfig:
+        if (
+            isinstance(cls, type)
+            and issubclass(cls, AdapterConfig)
+            and cls is not AdapterConfig
+            and name not in OTHERWISE
+        ):
             config = cls(target_modules=TARGETS, **SIZES.get(name, {}))
             if not only or config.method.name in only:
                 found[name.removesuffix("Config")] = config
