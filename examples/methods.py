@@ -192,13 +192,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("methods-out"), help="folder for the picture and the numbers")
     parser.add_argument("--base-steps", type=int, default=400, help="training steps of the base model")
-    parser.add_argument("--steps", type=int, default=80, help="training steps of each adapter")
+    parser.add_argument("--steps", type=int, help="training steps of each adapter; 80, in a quick run 6")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each method and learning rate")
     parser.add_argument("--only", nargs="*", help="methods to run, by the names of their types (LORA)")
     parser.add_argument("--quick", action="store_true", help="a short run with weaker results")
     args = parser.parse_args(argv)
     if args.quick:
-        args.base_steps, args.steps, args.seeds = 60, 6, 2
+        args.base_steps, args.seeds = 60, 2
+    args.steps = args.steps or (6 if args.quick else 80)
     return args
 
 
