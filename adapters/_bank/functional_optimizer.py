@@ -124,7 +124,8 @@ class Functional:
             optimizer = called_once(self.make(**fixed, **data), params) if data else made
             return step_of(optimizer, params, gradients, held)
 
-        return under_vmap(step, params, gradients, held, data)
+        outcome: Outcome = under_vmap(step, params, gradients, held, data)
+        return outcome
 
     def _made(self, hyper: Mapping[str, Any], layout: Layout, like: Tensor) -> Any:
         """Return the optimizer with some hyper-parameters."""

@@ -25,6 +25,7 @@ class GatheredStack(Routed):
         """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""
         if not torch.compiler.is_compiling():
             return self
+        assert self.places is not None  # `stack_of` gives it some
         count = next(iter(self.places.present.values())).shape[0]  # of a tensor, for it may be another next time
         return self._with(self.tree, Rows(self.rows.index, count, None, self.rows.tokens, self.rows.noise))
 

@@ -213,15 +213,16 @@ def _turn(config: PsoftConfig, vector: Tensor, one: Tensor) -> Tensor:
     rows, columns = torch.triu_indices(size, size, 1, device=vector.device)
     place = (rows * size + columns).expand(vector.shape)
     upper = vector.new_zeros(*vector.shape[:-1], size * size).scatter(-1, place, vector).unflatten(-1, (size, size))
-    q = upper - upper.mT
+    q: Tensor = upper - upper.mT
     if not config.use_cayley_neumann:
         result: Tensor = torch.linalg.solve(one - q, 2 * q, left=False)
         return result
     if config.cayley_neumann_eps is not None:
         q = q * _shrinking(vector, config.cayley_neumann_eps)[..., None, None]
     if config.num_cayley_neumann_terms == 2:
-        return 2 * q
-    series = q
+        q = 2 * q
+        return q
+    series: Tensor = q
     for _ in range(max(3, config.num_cayley_neumann_terms - 1) - 1):
         series = 2 * q + q @ series
     return series
