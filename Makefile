@@ -76,7 +76,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy --strict -p torchgraft
-	$(BIN)/mypy $(SCRIPTS)
+	$(BIN)/mypy $(filter examples/%,$(SCRIPTS))
+	$(BIN)/mypy $(filter-out examples/%,$(SCRIPTS))
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -14,6 +14,7 @@ Rounds take turns, and what counts is the median of the ratios within a round. R
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -84,15 +85,15 @@ def by_peft(base: Path, adapter: Path, out: Path) -> Callable[[], object]:
 
 def by_mergekit(base: Path, adapter: Path, out: Path) -> Callable[[], object]:
     """Let mergekit pass the model through, with the adapter on it."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
+    config_module: Any = importlib.import_module("mergekit.config")
+    merge_module: Any = importlib.import_module("mergekit.merge")
 
     plan = {"merge_method": "passthrough", "dtype": "bfloat16", "models": [{"model": f"{base}+{adapter}"}]}
-    config = MergeConfiguration.model_validate(plan)
-    options = MergeOptions(
+    config = config_module.MergeConfiguration.model_validate(plan)
+    options = merge_module.MergeOptions(
         lora_merge_cache=str(out) + "-cache", copy_tokenizer=False, quiet=True, write_model_card=False
     )
-    return partial(run_merge, config, str(out), options)
+    return partial(merge_module.run_merge, config, str(out), options)
 
 
 def by_nobody(base: Path, adapter: Path, out: Path) -> Callable[[], object]:

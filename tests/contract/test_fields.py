@@ -53,7 +53,6 @@ CHOICES = {
     "lambda_pattern": [{}, {"first": 3.0}],
     "lora_alpha": [1, 5, 16],
     "mini_r": [1, 2],
-    "modules_to_save": [None, ["last"]],
     "n_frequency": [3, 10],
     "n_frequency_pattern": [{}, {"first": 5}],
     "num_cayley_neumann_terms": [2, 5],
@@ -89,6 +88,8 @@ OWN = {
 }
 """Values that fields of one method have."""
 ELSEWHERE = {
+    "modules_to_save",  # their trained biases are in PEFT's state dicts twice
+    "token_indices",
     *("alora_invocation_tokens", "arrow_config", "beta1", "beta2", "corda_config", "ensure_weight_tying", "eva_config"),
     *("kasa_config", "layer_replication", "loftq_config", "lora_ga_config", "mask_fn", "mask_type", "megatron_config"),
     *("megatron_core", "monteclora_config", "orth_reg_weight", "qalora_group_size", "statistics", "target_parameters"),
