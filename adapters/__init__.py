@@ -95,6 +95,7 @@ from ._methods.adalora.budget import allocate as allocate
 from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
 from ._methods.boft import BOFTConfig as BOFTConfig
+from ._methods.bottleneck import BottleneckConfig as BottleneckConfig
 from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
 from ._methods.fourierft import FourierFTConfig as FourierFTConfig

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import Bank as Bank
     from .adapters import BOFTConfig as BOFTConfig
+    from .adapters import BottleneckConfig as BottleneckConfig
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import FourierFTConfig as FourierFTConfig
@@ -100,11 +101,11 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "BOFTConfig", "C3AConfig", "DeloraConfig", "FourierFTConfig",
-    "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig",
-    "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
-    "load_stack", "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeloraConfig",
+    "FourierFTConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LoHaConfig", "LoKrConfig",
+    "LoraConfig", "MissConfig", "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig",
+    "TinyLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model",
+    "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",
