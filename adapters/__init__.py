@@ -107,6 +107,8 @@ from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
+from ._methods.loreft import LoReftConfig as LoReftConfig
+from ._methods.loreft import edited_positions as edited_positions
 from ._methods.miss import MissConfig as MissConfig
 from ._methods.oft import OFTConfig as OFTConfig
 from ._methods.pvera import PveraConfig as PveraConfig

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
+    from .adapters import LoReftConfig as LoReftConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
     from .adapters import PveraConfig as PveraConfig
@@ -103,9 +104,9 @@ if TYPE_CHECKING:
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "Bank", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeloraConfig",
     "FourierFTConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LoHaConfig", "LoKrConfig",
-    "LoraConfig", "MissConfig", "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig",
-    "TinyLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model",
-    "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
+    "LoraConfig", "LoReftConfig", "MissConfig", "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
+    "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
+    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

@@ -43,6 +43,7 @@ from torchgraft.adapters import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    LoReftConfig,
     MissConfig,
     OFTConfig,
     PveraConfig,
@@ -464,6 +465,27 @@ def pvera(config, where, leaves, weight, bias):
     return weight + leaves["pvera_lambda_b"].diag() @ b @ leaves["pvera_lambda_d"][: config.r].diag() @ a, bias
 
 
+def loreft_basis(leaves):
+    """The rows of `R`, by Gram and Schmidt one after the other."""
+    rows = []
+    for row in leaves["loreft_rotate"]:
+        rest = row - sum((row @ other) * other for other in rows)
+        rows.append(rest / (rest @ rest).sqrt())
+    return torch.stack(rows)
+
+
+def loreft(config, where, leaves, weight, bias):
+    """`h + R^T (W h + b - R h)` of the output `h`: Wu et al., 2024, equation 2."""
+    basis = loreft_basis(leaves)
+    edit = torch.eye(len(weight)).to(weight) + basis.T @ (leaves["loreft_weight"] - basis)
+    return torch.tensordot(edit, weight, 1), edit @ bias + basis.T @ leaves["loreft_bias"]
+
+
+def loreft_of_output(config, where, leaves, weight, bias, x, y):
+    basis = loreft_basis(leaves)
+    return y + (y @ leaves["loreft_weight"].T + leaves["loreft_bias"] - y @ basis.T) @ basis
+
+
 def unweighted(config, where, leaves, weight, bias):
     raise AssertionError(f"{where.path}: no weight expresses {type(config).__name__}")
 
@@ -837,6 +859,26 @@ METHODS = {
             ),
         ),
         rounds="input, then boft_s",
+    ),
+    "loreft": Row(
+        LoReftConfig(r=2, init_weights=False, target_modules=["first"]),
+        loreft,
+        LoReftConfig(r=3, target_modules=["first"]),
+        {"bias": "all"},
+        (
+            ({"r": 0}, "LoReftConfig: r is 0, expected a positive integer"),
+            ({"r": 7}, "LoReftConfig: r is 7 at first, which has 6 outputs, expected r <= 6"),
+        ),
+        peft=None,
+        exempt=(
+            Exempt(NO_IDENTITY, "the authors' start is no identity"),
+            Exempt(
+                ("test_named_beside_others",),
+                "the authors' start is no identity, so that a name that is new changes the output",
+                CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"},
+            ),
+        ),
+        rounds=loreft_of_output,
     ),
     "bottleneck": Row(
         BottleneckConfig(r=3, non_linearity="gelu", **BOTH),
