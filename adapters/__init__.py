@@ -105,6 +105,7 @@ from ._methods.hra import HRAConfig as HRAConfig
 from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig
+from ._methods.lora.activated import activated_positions as activated_positions
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
 from ._methods.loreft import LoReftConfig as LoReftConfig
