@@ -159,9 +159,9 @@ def promises():
 def selected(test):
     """Return the pairs of a method and a kind of site on which a test runs in `make test`.
 
-    Each method has its first kind. Each other kind has one method, the next one for the next test, or as many as it takes
-    where there are more methods than tests: so every test meets every method and every kind, and every method meets
-    each of its kinds.
+    Each method has its first kind. Each other kind has one method, the next one for the next test, or as many as it
+    takes where there are more methods than tests: so every test meets every method and every kind, and every method
+    meets each of its kinds.
     """
     turn, pairs = promises().index(test), {(name, sites[0]) for name, sites in KINDS.items()}
     for number, site in enumerate(SITES):
