@@ -56,3 +56,9 @@ def test_what_cannot_be_looked_for_is_an_error_that_says_so():
         activated_positions(IDS[0], [7])
     with pytest.raises(ValueError, match="invocation_tokens is empty, expected the ids of the invocation"):
         activated_positions(IDS, [])
+
+
+def test_a_config_that_speaks_of_an_invocation_says_what_to_do():
+    words = r"alora_invocation_tokens is \[7, 8\], which is not supported .*; and route calls .* activated_positions\("
+    with pytest.raises(ValueError, match=words):
+        LoraConfig(alora_invocation_tokens=[7, 8])
