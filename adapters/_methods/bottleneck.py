@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, UnsupportedCall, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Rows, Site, UnsupportedConfig, Weights, widen
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
@@ -125,9 +125,9 @@ def merge(
     """Refuse.
 
     Raises:
-        UnsupportedCall: Always; no weight computes a network.
+        UnsupportedConfig: Always; no weight computes a network.
     """
-    raise UnsupportedCall(
+    raise UnsupportedConfig(
         f"{site.path}: a bottleneck adapter is a network after the module, which no weight computes, so there is "
         "nothing to merge or to read as its weight; call the graft, or use graft.view(params)"
     )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, UnsupportedCall, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Rows, Site, UnsupportedConfig, Weights, widen
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
@@ -139,7 +139,8 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Gram and Schmidt's rows of a matrix `"... r out"`, in float32 or wider; rows of zeros stay zeros."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     empty = torch.diag_embed((rows == 0).all(-1).to(rows.dtype))
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.mT + empty), rows, upper=False)
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.mT + empty), rows, upper=False)
 
 
 def apply(config: LoReftConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
@@ -175,10 +176,10 @@ def merge(
     """`(I + R^T (W - R)) weight`, and the same of the bias, and `R^T b`.
 
     Raises:
-        UnsupportedCall: A module without a bias.
+        UnsupportedConfig: A module without a bias.
     """
     if bias is None:
-        raise UnsupportedCall(
+        raise UnsupportedConfig(
             f"{site.path}: LoReFT adds to the bias, and this module has none to merge it into; call the graft instead, "
             "give the module a bias, or leave it out of target_modules"
         )

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from torchgraft import adapters
 from torchgraft.adapters import BottleneckConfig, inject_adapter_in_model, merge_adapter
-from torchgraft.functional import UnsupportedCall, bind, merge
+from torchgraft.functional import UnsupportedConfig, bind, merge
 
 WORDS = re.escape("0: a bottleneck adapter is a network after the module, which no weight computes")
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -66,13 +66,13 @@ def test_the_papers_start_is_nearly_the_identity():
 def test_what_no_weight_computes_is_an_error_that_says_so():
     config, model = BottleneckConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
     graft = bind(model, config)
-    with pytest.raises(UnsupportedCall, match=WORDS + r".*; call the graft, or use graft\.view\(params\)"):
+    with pytest.raises(UnsupportedConfig, match=WORDS + r".*; call the graft, or use graft\.view\(params\)"):
         merge(graft, graft.init())
-    with pytest.raises(UnsupportedCall, match=WORDS):
+    with pytest.raises(UnsupportedConfig, match=WORDS):
         _ = graft.view(graft.init())[0].weight
     injected = inject_adapter_in_model(config, copy.deepcopy(model))
     before = {name: tensor.clone() for name, tensor in injected.state_dict().items()}
-    with pytest.raises(UnsupportedCall, match=WORDS):
+    with pytest.raises(UnsupportedConfig, match=WORDS):
         merge_adapter(injected)
     assert all(torch.equal(before[name], tensor) for name, tensor in injected.state_dict().items())
     assert not injected[0].merged and torch.equal(injected(torch.ones(1, 4)), model(torch.ones(1, 4)))
@@ -87,3 +87,10 @@ def test_a_peft_model_of_a_method_that_peft_has_not(tmp_path):
     wrapped.save_pretrained(tmp_path)
     loaded = adapters.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     assert torch.equal(loaded(x), wrapped(x)) and not torch.equal(wrapped(x), model(x))
+
+
+def test_it_is_no_lora_and_no_conversion_makes_it_one():
+    model = inject_adapter_in_model(BottleneckConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
+    assert not adapters.supports_lora_conversion(model)
+    with pytest.raises(UnsupportedConfig, match=WORDS):
+        adapters.convert_to_lora(model, 2)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchgraft.adapters import LoReftConfig, edited_positions
-from torchgraft.functional import UnsupportedCall, bind, merge, route, stack
+from torchgraft.functional import UnsupportedConfig, bind, merge, route, stack
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 1, 1]])
 
@@ -41,6 +41,15 @@ def test_it_starts_as_the_identity_in_float32_and_nearly_so_elsewhere():
         y, base = graft(graft.init(), x.to(dtype)), model(x.to(dtype))
         torch.testing.assert_close(y, base, rtol=1e-6, atol=1e-6)
         assert dtype != torch.float32 or torch.equal(y, base)
+
+
+def test_autocast_leaves_the_subspace_in_float32():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64)
+    graft = bind(model, LoReftConfig(r=8, target_modules=["0"]))
+    params = graft.init()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(graft(params, x), model(x))
+        assert torch.equal(graft(route(stack([params, params]), torch.tensor([1, 0, -1])), x), model(x))
 
 
 def test_rows_that_depend_on_each_other_are_an_error():
@@ -91,5 +100,7 @@ def test_a_module_without_a_bias_works_and_cannot_be_merged_into():
     graft = bind(model, LoReftConfig(r=2, init_weights=False, target_modules=["0"]))
     params = graft.init()
     assert not torch.allclose(graft(params, torch.ones(1, 4)), model(torch.ones(1, 4)), atol=1e-2)
-    with pytest.raises(UnsupportedCall, match="0: LoReFT adds to the bias, and this module has none to merge it into"):
+    with pytest.raises(
+        UnsupportedConfig, match="0: LoReFT adds to the bias, and this module has none to merge it in"
+    ):
         merge(graft, params)

@@ -55,7 +55,7 @@ from torchgraft.adapters import (
     VeraConfig,
     WaveFTConfig,
 )
-from torchgraft.functional import UnsupportedCall
+from torchgraft.functional import UnsupportedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -600,7 +600,7 @@ UNWEIGHTED = Exempt(
     ),
     "no weight expresses a network of the output, so that merging is an error",
     CHANNELS | {"embedding", "linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"},
-    UnsupportedCall,
+    UnsupportedConfig,
 )
 ROAD = {"group_size": 2, **BOTH}
 OF_ROAD = (
