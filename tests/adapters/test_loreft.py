@@ -100,7 +100,5 @@ def test_a_module_without_a_bias_works_and_cannot_be_merged_into():
     graft = bind(model, LoReftConfig(r=2, init_weights=False, target_modules=["0"]))
     params = graft.init()
     assert not torch.allclose(graft(params, torch.ones(1, 4)), model(torch.ones(1, 4)), atol=1e-2)
-    with pytest.raises(
-        UnsupportedConfig, match="0: LoReFT adds to the bias, and this module has none to merge it in"
-    ):
+    with pytest.raises(UnsupportedConfig, match="0: LoReFT adds to the bias, and this module has none to merge it in"):
         merge(graft, params)
