@@ -97,6 +97,7 @@ from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
 from ._methods.beft import BeftConfig as BeftConfig
 from ._methods.boft import BOFTConfig as BOFTConfig
+from ._methods.bottleneck import BottleneckConfig as BottleneckConfig
 from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.deft import DeftConfig as DeftConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
@@ -109,9 +110,12 @@ from ._methods.ia3 import IA3Config as IA3Config
 from ._methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig
+from ._methods.lora.activated import activated_positions as activated_positions
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
 from ._methods.lora_xs import LoraXSConfig as LoraXSConfig
+from ._methods.loreft import LoReftConfig as LoReftConfig
+from ._methods.loreft import edited_positions as edited_positions
 from ._methods.miss import MissConfig as MissConfig
 from ._methods.oft import OFTConfig as OFTConfig
 from ._methods.peanut import PeanutConfig as PeanutConfig

@@ -43,7 +43,7 @@ ORDER = {
         _methods/shared: called embedding_grad fused low_rank principal projections remade rotated scalings siteless
             lycoris spectra wavelets
         _methods: *
-        _methods/lora: constants bases dora fields parameters forward leaves lora to_plain
+        _methods/lora: activated constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
         _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals

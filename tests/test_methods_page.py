@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import optree
+import peft
 import pytest
 import torch
 from torch import nn
@@ -130,6 +131,8 @@ def exemptions(name):
 
 def kept(name, group):
     """Say whether all rows of a method keep the contract's promises of a group."""
+    if GROUPS[group] == "test_peft" and not hasattr(peft, CONFIGS[name].__name__):
+        return "not in PEFT"
     own = promises_in(GROUPS[group])
     missed = [sites for _, promises, sites, _ in exemptions(name) if promises & own]
     if not missed:

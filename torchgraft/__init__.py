@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .adapters import Bank as Bank
     from .adapters import BeftConfig as BeftConfig
     from .adapters import BOFTConfig as BOFTConfig
+    from .adapters import BottleneckConfig as BottleneckConfig
     from .adapters import C3AConfig as C3AConfig
     from .adapters import DeftConfig as DeftConfig
     from .adapters import DeloraConfig as DeloraConfig
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from .adapters import LoKrConfig as LoKrConfig
     from .adapters import LoraConfig as LoraConfig
     from .adapters import LoraXSConfig as LoraXSConfig
+    from .adapters import LoReftConfig as LoReftConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
     from .adapters import PeanutConfig as PeanutConfig
@@ -108,12 +110,12 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "C3AConfig", "DeftConfig", "DeloraConfig",
-    "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LNTuningConfig",
-    "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "MissConfig", "OFTConfig", "PeanutConfig", "PsoftConfig",
-    "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "TinyLoraConfig", "TrainableTokensConfig",
-    "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter",
-    "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
+    "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
+    "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig", "MissConfig",
+    "OFTConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig",
+    "TinyLoraConfig", "TrainableTokensConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
+    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

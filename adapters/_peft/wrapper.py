@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
+from .._config.fields import own_type
 from .._config.peft_type import PeftType
 from .._config.ties import others_tied_to
 from .conversion import supports_lora_conversion
@@ -145,9 +146,9 @@ class AdaptedModel(inplace.ModelWrapper):
         return getattr(self.get_base_model(), "dtype", None)
 
     @property
-    def peft_type(self) -> PeftType:
+    def peft_type(self) -> PeftType | str:
         """Name of the first adapter's method."""
-        return PeftType(next(iter(self.peft_config.values())).method.name)
+        return own_type(type(next(iter(self.peft_config.values()))), None)
 
     @property
     def modules_to_save(self) -> set[str] | None:

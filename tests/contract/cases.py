@@ -9,6 +9,7 @@ from pathlib import Path
 import optree
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from torchgraft.functional import bind, route
 
@@ -85,7 +86,28 @@ class Case:
     def oracle(self, tree, x, config=None):
         """Return the output, in float64, of the model whose weights the row's formula has changed."""
         x = x.double() if x.is_floating_point() else x
+        if self.row.output is not None:
+            return self.changed_outputs(tree, x, config)
         return torch.func.functional_call(self.exact, self.dense(tree, config), (x,), tie_weights=False)
+
+    def changed_outputs(self, tree, x, config=None):
+        """Return the output, in float64, of the model whose layers' outputs the row's function has changed."""
+        handles = []
+        for path in self.graft.sites[""]:
+            layer = self.exact.get_submodule(path)
+            leaves = {leaf: tensor.double() for leaf, tensor in tree[path].items()}
+            where, axis = Where(path, type(layer), self.dtype, {}), 1 if isinstance(layer, _ConvNd) else -1
+
+            def change(layer, inputs, y, where=where, leaves=leaves, axis=axis):
+                return self.row.output(config or self.config, where, leaves, y.movedim(axis, -1)).movedim(-1, axis)
+
+            handles.append(layer.register_forward_hook(change))
+        state = {name: tensor.detach() for name, tensor in self.exact.state_dict().items()}
+        try:
+            return torch.func.functional_call(self.exact, state, (x,), tie_weights=False)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,15 +159,15 @@ def promises():
 def selected(test):
     """Return the pairs of a method and a kind of site on which a test runs in `make test`.
 
-    Each method has its first kind. Each other kind has one method, the next one for the next test: so every test meets
-    every method and every kind, and every method meets each of its kinds, as long as there are not fewer tests than
-    methods.
+    Each method has its first kind. Each other kind has one method, the next one for the next test, or as many as it
+    takes where there are more methods than tests: so every test meets every method and every kind, and every method
+    meets each of its kinds.
     """
     turn, pairs = promises().index(test), {(name, sites[0]) for name, sites in KINDS.items()}
     for number, site in enumerate(SITES):
         names = [name for name, sites in KINDS.items() if site in sites[1:]]
-        if names:
-            pairs.add((names[(turn + number) % len(names)], site))
+        for more in range(0, len(names), len(promises())):
+            pairs.add((names[(turn + number + more) % len(names)], site))
     return pairs
 
 

@@ -5,6 +5,7 @@ What a new row has to give:
 - `config`, for a model whose two layers are `first` and `second`, small enough for layers of 4 and 6 features;
 - `formula`, the dense meaning from the paper, in float64, in tensors alone: nothing of the library, and not its code
   written down again. It reads the config's fields and the tree's leaves by PEFT's names, so that these are tested too;
+- `output`, where no weight expresses it: what becomes of the layer's output;
 - `other`, a config of the same method that may stand beside it in a stack, and differs in as much as a stack allows;
 - `apart`, fields that make it a config that no stack takes;
 - `wrong`, values that the config refuses (or, on linear layers, `bind`), each with what the error says of them. Values
@@ -32,6 +33,7 @@ from torchgraft.adapters import (
     AdapterConfig,
     BeftConfig,
     BOFTConfig,
+    BottleneckConfig,
     C3AConfig,
     DeftConfig,
     DeloraConfig,
@@ -45,6 +47,7 @@ from torchgraft.adapters import (
     LoKrConfig,
     LoraConfig,
     LoraXSConfig,
+    LoReftConfig,
     MissConfig,
     OFTConfig,
     PeanutConfig,
@@ -58,6 +61,7 @@ from torchgraft.adapters import (
     VeraConfig,
     WaveFTConfig,
 )
+from torchgraft.functional import UnsupportedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Row:
     """One method or variant; see above for what the fields are.
 
     A formula is `(config, where, leaves, weight, bias) -> (weight, bias)`. Weights are linear maps, `"out in"`: of an
-    embedding `"dim vocab"`, of a convolution `"out in *kernel"`.
+    embedding `"dim vocab"`, of a convolution `"out in *kernel"`. An output is
+    `(config, where, leaves, y) -> y`, features last.
     """
 
     config: AdapterConfig
@@ -98,6 +103,7 @@ class Row:
     exempt: tuple[Exempt, ...] = ()
     rounds: str | Mapping[str, str] | Callable[..., torch.Tensor] = "sum"
     evaluated: bool = False
+    output: Callable[..., torch.Tensor] | None = None
 
 
 # -- the formulas ----------------------------------------------------------------------------------------------------
@@ -543,6 +549,42 @@ def pvera(config, where, leaves, weight, bias):
     return weight + leaves["pvera_lambda_b"].diag() @ b @ leaves["pvera_lambda_d"][: config.r].diag() @ a, bias
 
 
+def loreft_basis(leaves):
+    """The rows of `R`, by Gram and Schmidt one after the other."""
+    rows = []
+    for row in leaves["loreft_rotate"]:
+        rest = row - sum((row @ other) * other for other in rows)
+        rows.append(rest / (rest @ rest).sqrt())
+    return torch.stack(rows)
+
+
+def loreft(config, where, leaves, weight, bias):
+    """`h + R^T (W h + b - R h)` of the output `h`: Wu et al., 2024, equation 2."""
+    basis = loreft_basis(leaves)
+    edit = torch.eye(len(weight)).to(weight) + basis.T @ (leaves["loreft_weight"] - basis)
+    return torch.tensordot(edit, weight, 1), edit @ bias + basis.T @ leaves["loreft_bias"]
+
+
+def loreft_of_output(config, where, leaves, weight, bias, x, y):
+    basis = loreft_basis(leaves)
+    return y + (y @ leaves["loreft_weight"].T + leaves["loreft_bias"] - y @ basis.T) @ basis
+
+
+def unweighted(config, where, leaves, weight, bias):
+    raise AssertionError(f"{where.path}: no weight expresses {type(config).__name__}")
+
+
+def bottleneck(config, where, leaves, y):
+    """`h + U f(D h + d) + u`: Houlsby et al., 2019, section 2.1."""
+    d, down, u, up = (leaves[f"bottleneck_{name}"] for name in ("down_bias", "down", "up_bias", "up"))
+    z = d + sum(y[..., i, None] * down[:, i] for i in range(down.shape[1]))
+    if config.non_linearity == "gelu":
+        z = z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    else:
+        z = (torch.exp(z) - torch.exp(-z)) / (torch.exp(z) + torch.exp(-z))
+    return y + u + sum(z[..., i, None] * up[:, i] for i in range(up.shape[1]))
+
+
 PEFTS = ("test_outputs_are_pefts_with_either_ones_parameters", "test_files_go_to_peft_and_back")
 CONVOLVED = Exempt(
     PEFTS,
@@ -631,6 +673,18 @@ OF_BOFT = (
         TypeError,
     ),
     OF_HRA[1],
+)
+UNWEIGHTED = Exempt(
+    (
+        "test_merged_weights_are_the_formulas",
+        "test_merged_weights_are_rounded_once",
+        "test_merging_in_place_is_the_formula_and_unmerging_restores_every_bit",
+        "test_named_beside_others",
+        "test_model_is_what_it_was",
+    ),
+    "no weight expresses a network of the output, so that merging is an error",
+    CHANNELS | {"embedding", "linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"},
+    UnsupportedConfig,
 )
 ROAD = {"group_size": 2, **BOTH}
 OF_ROAD = (
@@ -916,6 +970,49 @@ METHODS = {
             ),
         ),
         rounds="input, then boft_s",
+    ),
+    "loreft": Row(
+        LoReftConfig(r=2, init_weights=False, target_modules=["first"]),
+        loreft,
+        LoReftConfig(r=3, target_modules=["first"]),
+        {"bias": "all"},
+        (
+            ({"r": 0}, "LoReftConfig: r is 0, expected a positive integer"),
+            ({"r": 7}, "LoReftConfig: r is 7 at first, which has 6 outputs, expected r <= 6"),
+        ),
+        peft=None,
+        exempt=(
+            Exempt(NO_IDENTITY, "the authors' start is no identity"),
+            Exempt(
+                ("test_named_beside_others",),
+                "the authors' start is no identity, so that a name that is new changes the output",
+                CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"},
+            ),
+        ),
+        rounds=loreft_of_output,
+    ),
+    "bottleneck": Row(
+        BottleneckConfig(r=3, non_linearity="gelu", **BOTH),
+        unweighted,
+        BottleneckConfig(r=2, non_linearity="gelu", init_weights=False, **BOTH),
+        {"non_linearity": "relu"},
+        (
+            ({"r": 0}, "BottleneckConfig: r is 0, expected a positive integer"),
+            ({"non_linearity": "swish"}, "BottleneckConfig: non_linearity is 'swish', expected one of gelu, relu"),
+        ),
+        peft=None,
+        exempt=(UNWEIGHTED,),
+        output=bottleneck,
+    ),
+    "bottleneck tanh": Row(
+        BottleneckConfig(r=2, non_linearity="tanh", **BOTH),
+        unweighted,
+        BottleneckConfig(r=4, non_linearity="tanh", **BOTH),
+        {"non_linearity": "gelu"},
+        (),
+        peft=None,
+        exempt=(UNWEIGHTED,),
+        output=bottleneck,
     ),
     "fourierft": Row(
         FourierFTConfig(n_frequency=7, init_weights=True, n_frequency_pattern={"first": 5}, **BOTH),

@@ -81,6 +81,9 @@ class HalfCase:
         lookup = isinstance(layer, nn.Embedding)
         given = nn.functional.one_hot(x, weight.shape[1]).double() if lookup else x.double()
         y = y.double()
+        if self.row.output is not None:
+            where = Where(path, place.layer, self.dtype, self.sizes)
+            return self.rounded(self.row.output(self.config, where, leaves, y), y.abs().max())
         if callable(rounds):
             where = Where(path, place.layer, self.dtype, self.sizes)
             return self.rounded(rounds(self.config, where, leaves, weight, bias, given, y), y.abs().max())
@@ -153,8 +156,8 @@ def test_outputs_of_rows_are_rounded_once(name, dtype, rows):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_merged_weights_are_rounded_once(name, site, dtype):
     one = case(name, site, dtype)
-    expected = one.dense(one.params)
-    for key, given in merge(one.graft, one.params).items():
+    state, expected = merge(one.graft, one.params), one.dense(one.params)
+    for key, given in state.items():
         slack = ERROR * expected[key].abs().max()
         low, high = ((expected[key] + side * slack).to(dtype) for side in (-1, 1))
         assert given.dtype == dtype and ((low <= given) & (given <= high)).all(), key
