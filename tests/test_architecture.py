@@ -30,6 +30,7 @@ OPTIONAL = {
     "adapters/_calibration/progress.py": {"tqdm"},
     "adapters/_command/inspecting.py": {"matplotlib"},
     "adapters/_command/output.py": {"tqdm"},
+    "adapters/_methods/unilora.py": {"numpy"},
     "adapters/_peft/auto.py": {"transformers", "<computed name>"},  # a base model's library, of a list of few
 }
 """What a file imports within a function, where it is installed."""
@@ -40,7 +41,7 @@ ORDER = {
         _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
             experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
-        _methods/shared: called embedding_grad fused low_rank projections remade rotated scalings lycoris spectra
+        _methods/shared: called embedding_grad fused low_rank projections remade rotated scalings lycoris sparse spectra
             wavelets
         _methods: *
         _methods/lora: constants bases dora fields parameters forward leaves lora to_plain
@@ -63,7 +64,7 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _checkpoints: folder skeleton rows changes shard merge
         _calibration: observing redistributed statistics
-        _optim: lora_plus lora_fa
+        _optim: lora_plus lora_fa osf
         _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments gathered_stack batch slots isolation
             record resting roster files residents bank ranks collected checkpoint replicated
         _peft: names absent configs card conversion tuners tuner_classes status weights wrapper ranks hotswap peft_model tasks auto

@@ -70,11 +70,14 @@ if TYPE_CHECKING:
     from .adapters import LoraConfig as LoraConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import OSFConfig as OSFConfig
     from .adapters import PveraConfig as PveraConfig
     from .adapters import RandLoraConfig as RandLoraConfig
     from .adapters import RoadConfig as RoadConfig
     from .adapters import ShiraConfig as ShiraConfig
+    from .adapters import SupertuningConfig as SupertuningConfig
     from .adapters import TinyLoraConfig as TinyLoraConfig
+    from .adapters import UniLoraConfig as UniLoraConfig
     from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import WaveFTConfig as WaveFTConfig
@@ -102,9 +105,9 @@ if TYPE_CHECKING:
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "Bank", "BOFTConfig", "C3AConfig", "DeloraConfig", "FourierFTConfig",
     "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "MissConfig",
-    "OFTConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "TinyLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter",
-    "load_stack", "save_adapter", "save_stack", "summary",
+    "OFTConfig", "OSFConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig",
+    "TinyLoraConfig", "UniLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
+    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

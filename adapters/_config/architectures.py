@@ -58,10 +58,24 @@ _ALL_LINEAR: dict[str, tuple[str, ...]] = {
     "t5": ("q", "k", "v", "o", "wi", "wo"),
 }
 
+_OSF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"),
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"),
+    ),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj")),
+    "bloom": ("query_key_value", "dense_4h_to_h"),
+    "falcon": ("query_key_value", "dense_4h_to_h"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+}
+
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "OSF": _OSF,
     "PVERA": {"phi": ("q_proj", "v_proj"), "dinov2": ("query", "value")},
     "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VBLORA": _ALL_LINEAR,

@@ -50,6 +50,8 @@ class PeftFormat:
         parameters: Leaves that are bare parameters, `layer.<leaf>[adapter]`; their key in a file is the leaf's name.
         modules: Leaves that are the weight of a module, `layer.<leaf>[adapter].weight`; their key ends in `.weight`.
         bare_modules: The same, but their key in a file is the leaf's name.
+        grouped: Leaves that are one of several parameters of a module, `<attribute>.<parameter>`, for
+            `layer.<attribute>[adapter].<parameter>`; their key in a file is the leaf's name.
         shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
             the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
             have the same container. Files hold each once for the whole model, `base_model.<name>`.
@@ -76,6 +78,8 @@ class PeftFormat:
             is the outermost.
         reads: Fields that change what `apply` computes beyond what `plan` makes of them; dropout, which is for training
             alone, is not among them.
+        gradients: `(config, site, leaf) -> (gradient) -> gradient`, what `backward` leaves in `.grad` of an injected
+            layer, where PEFT has such hooks; `None` for what it is.
         check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
             config's. It runs before `plan`, for methods whose `plan` makes tensors as large as the config says.
         pack: `(config, {key: tensor}) -> {key: tensor}`, leaves as state dicts and files hold them, where these have
@@ -89,6 +93,7 @@ class PeftFormat:
     parameters: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     bare_modules: tuple[str, ...] = ()
+    grouped: tuple[str, ...] = ()
     shared_leaves: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
@@ -107,6 +112,7 @@ class PeftFormat:
     express: Callable[[Any, Mapping[str, Site]], dict[str, Any]] | None = None
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
+    gradients: Callable[[Any, Site, str], Callable[[Tensor], Tensor] | None] = lambda config, site, leaf: None
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
@@ -134,14 +140,19 @@ class PeftFormat:
     @property
     def leaves(self) -> tuple[str, ...]:
         """The leaves that a module can have of its own."""
-        return (*self.modules, *self.biases, *self.parameters, *self.bare_modules)
+        return (*self.modules, *self.biases, *self.parameters, *self.bare_modules, *self.grouped)
 
     def place(self, leaf: str) -> tuple[str, str | None]:
         """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
 
         >>> PeftFormat("lora_", modules=("lora_B",), biases={"lora_B_bias": "lora_B"}).place("lora_B_bias")
         ('lora_B', 'bias')
+        >>> PeftFormat("psoft_", grouped=("psoft_R.vector_a",)).place("psoft_R.vector_a")
+        ('psoft_R', 'vector_a')
         """
+        if leaf in self.grouped:
+            attribute, _, parameter = leaf.partition(".")
+            return attribute, parameter
         if leaf in self.biases:
             return self.biases[leaf], "bias"
         return leaf, None if leaf in self.parameters else "weight"

@@ -19,7 +19,6 @@ _NAMES = {
     "LILY": "LilyConfig LilyLayer LilyModel",
     "LN_TUNING": "LNTuningConfig LNTuningModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
-    "OSF": "OSFConfig OSFLayer OSFModel",
     "PEANUT": "PeanutConfig PeanutLayer PeanutModel",
     "POLY": "PolyConfig PolyLayer PolyModel",
     "PREFIX_TUNING": "PrefixTuningConfig PrefixEncoder",
@@ -27,9 +26,7 @@ _NAMES = {
     "PSOFT": "PsoftConfig PsoftLayer PsoftModel",
     "P_TUNING": "PromptEncoderConfig PromptEncoder PromptEncoderReparameterizationType",
     "SHADOW": "ShadowConfig ShadowLayer ShadowModel",
-    "SUPERTUNING": "SupertuningConfig SupertuningLayer SupertuningModel",
     "TRAINABLE_TOKENS": "TrainableTokensConfig TrainableTokensLayer TrainableTokensModel",
-    "UNILORA": "UniLoraConfig UniLoraLayer UniLoraModel",
     "XLORA": "XLoraConfig XLoraModel",
 }
 _VARIANTS = {

@@ -33,11 +33,14 @@ METHODS = {
     "HiraConfig": {"r": 2, "init_weights": False},
     "HRAConfig": {"r": 2, "init_weights": False},
     "MissConfig": {"r": 2, "init_weights": False},
+    "OSFConfig": {"effective_rank": 2, "init_weights": False},
     "PveraConfig": {"r": 4, "init_weights": False},
     "RandLoraConfig": {"r": 2, "init_weights": False},
     "RoadConfig": {"group_size": 2, "init_weights": False},
     "ShiraConfig": {"r": 1, "init_weights": False},
+    "SupertuningConfig": {"sparsity": 0.8, "init_weights": False},
     "TinyLoraConfig": {"r": 1, "u": 2},
+    "UniLoraConfig": {"r": 2, "theta_d_length": 8},
     "WaveFTConfig": {"n_frequency": 10, "init_weights": False},
 }
 """PEFT's TinyLoRA without `init_weights` computes with memory that nobody wrote."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, as_tree, unwrapped, whole
@@ -97,9 +98,11 @@ class LayerLeaves(nn.Module):
                 self._join(attribute, name, containers.get(leaf, kind))
             elif not self._is_own(attribute, kind):  # of a deleted adapter's method, it is empty
                 self.add_module(attribute, kind(self).train(self.training))
+            if leaf in config.form.grouped and name not in self._container(attribute):
+                self._container(attribute)[name] = Parameters(self).train(self.training)
         self._entries[name] = entry
         for leaf in leaves:
-            if leaf not in entry.site.shared and config.form.place(leaf)[1] == "weight":
+            if leaf not in (*entry.site.shared, *config.form.grouped) and config.form.place(leaf)[1] == "weight":
                 self._put(leaf, name, config.form.holder(config, entry.site, leaf))
         if dropout := config.form.dropout:
             if dropout not in self._modules:
@@ -164,7 +167,28 @@ class LayerLeaves(nn.Module):
             setattr(held, key, parameter)
         elif held._parameters.get(key) is not parameter:
             held[key] = parameter
+        self._hook(name, leaf, parameter)
         self.refresh()
+
+    def hook_gradients(self) -> None:
+        """Have `backward` leave in `.grad` what methods say: hooks, which copies of parameters do not have."""
+        for name in self._entries:
+            for leaf, parameter in self.leaves(name).items():
+                self._hook(name, leaf, parameter)
+
+    def _hook(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
+        config: Any = self._entries[name].config
+        change = config.form.gradients(config, self._entries[name].site, leaf)
+        if change is None:
+            return
+
+        @torch.no_grad()
+        def accumulated(parameter: Any) -> None:
+            parameter.grad.copy_(change(parameter.grad))
+
+        trained = parameter.requires_grad
+        parameter.requires_grad_().register_post_accumulate_grad_hook(accumulated)
+        parameter.requires_grad_(trained)
 
     def _container(self, leaf: str) -> Any:
         """Return what holds one of the leaves of all adapters, by adapter name."""

@@ -190,6 +190,7 @@ class BaseTunerLayer(Switched, NamedLayer):
         for container in self._modules.values():
             if isinstance(container, Container):
                 container.tell(self)
+        self.hook_gradients()
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
