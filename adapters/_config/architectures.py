@@ -58,24 +58,10 @@ _ALL_LINEAR: dict[str, tuple[str, ...]] = {
     "t5": ("q", "k", "v", "o", "wi", "wo"),
 }
 
-_OSF: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"),
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"),
-    ),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj")),
-    "bloom": ("query_key_value", "dense_4h_to_h"),
-    "falcon": ("query_key_value", "dense_4h_to_h"),
-    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
-    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-}
-
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
-    "OSF": _OSF,
     "PVERA": {"phi": ("q_proj", "v_proj"), "dinov2": ("query", "value")},
     "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VBLORA": _ALL_LINEAR,
@@ -111,6 +97,23 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """IA3's targets and feed-forward modules."""
 
 
+_ALONE: dict[str, dict[str, tuple[str, ...]]] = {
+    "OSF": {
+        **dict.fromkeys(
+            ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"),
+            ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"),
+        ),
+        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj")),
+        "bloom": ("query_key_value", "dense_4h_to_h"),
+        "falcon": ("query_key_value", "dense_4h_to_h"),
+        "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+        "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    },
+}
+"""Targets of methods for which LoRA's cannot stand."""
+
+
 def targets_by_type(method: str) -> dict[str, list[str] | str]:
     """Return the targets that configs of a method have by default, by type of model: PEFT's tables, or else LoRA's.
 
@@ -118,6 +121,7 @@ def targets_by_type(method: str) -> dict[str, list[str] | str]:
     (['c_attn'], ['k_proj', 'v_proj', 'down_proj'])
     """
     found: dict[str, Any] = {kind: one[0] for kind, one in IA3.items()} if method == "IA3" else dict(TARGETS)
+    found = dict(_ALONE.get(method, found))
     found.update(OWN.get(method, {}))
     return {kind: one if isinstance(one, str) else list(one) for kind, one in found.items()}
 
@@ -156,5 +160,5 @@ def _with_defaults(config: C, kind: str) -> C:
             return config
         fields: dict[str, Any] = {"target_modules": list(IA3[kind][0]), "feedforward_modules": list(IA3[kind][1])}
         return dataclasses.replace(config, **fields)
-    targets = OWN.get(method, {}).get(kind, TARGETS.get(kind))
+    targets = _ALONE[method].get(kind) if method in _ALONE else OWN.get(method, {}).get(kind, TARGETS.get(kind))
     return dataclasses.replace(config, target_modules=list(targets) if isinstance(targets, tuple) else targets)

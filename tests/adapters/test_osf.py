@@ -140,6 +140,14 @@ def test_ranks_by_pattern_are_pefts_and_found_from_tensors(tmp_path):
 def test_without_targets_all_linear_layers_are_adapted_as_in_peft():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4))
     assert list(bind(model, OSFConfig()).init()) == ["0", "2"]
+    model.config = {"model_type": "bert"}  # for which LoRA has targets, and OSF has none
+    other = peft.get_peft_model(copy.deepcopy(model), peft.OSFConfig())
+    adapted = [
+        name.removeprefix("base_model.model.")
+        for name, m in other.named_modules()
+        if type(m).__name__ == "Linear" and hasattr(m, "osf_svd_params")
+    ]
+    assert list(bind(model, OSFConfig()).init()) == adapted == ["0", "2"]
 
 
 def test_keys_in_a_model_have_the_name_before_the_part():
