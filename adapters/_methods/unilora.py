@@ -224,7 +224,10 @@ UniLoraConfig.form = PeftFormat(
     shared_leaves=(THETA,),
     fixed=lambda config, site: FIXED if config.save_indices else (),
     buffers=FIXED,
-    values={"r": Value(lambda config, site: config.r)},
+    values={
+        "r": Value(lambda config, site: config.r),
+        **{name: Value(lambda config, site, name=name: getattr(site.constants, name)) for name in FIXED},
+    },
     infer=_infer,
     only_here=("exclude_modules",),
 )

@@ -46,7 +46,10 @@ METHODS = {
 """PEFT's TinyLoRA without `init_weights` computes with memory that nobody wrote."""
 SMALL = {"block_size": 4, "vector_length": 4, "r": 2}
 EVERY = pytest.mark.parametrize("method", METHODS)
-NOT_HERE = ("vera_A", "vera_B", "ranknum", "base_model.vblora_vector_bank", "base_model.tinylora_v", "shira_indices")
+NOT_HERE = (
+    *("vera_A", "vera_B", "ranknum", "base_model.vblora_vector_bank", "base_model.tinylora_v", "shira_indices"),
+    "base_model.unilora_theta_d",
+)
 """What state dicts of whole models have once more, or otherwise, than here: see docs/differences.md."""
 ONLY_PEFTS = ("Unmerge result can be inaccurate", "Sparse invariant checks")
 
@@ -239,11 +242,12 @@ def training(peft, method, folder):
     yield outputs(peft.PeftModel.from_pretrained(seeded(Model), folder))
     with model.disable_adapter():
         yield outputs(model)
-    model.merge_adapter()
-    yield outputs(model)
-    model.unmerge_adapter()
-    yield outputs(model)
-    model.unmerge_adapter()  # a warning
+    if method != "OSFConfig":  # which PEFT cannot unmerge, and merges twice
+        model.merge_adapter()
+        yield outputs(model)
+        model.unmerge_adapter()
+        yield outputs(model)
+        model.unmerge_adapter()  # a warning
     yield outputs(model.merge_and_unload())
 
 

@@ -64,7 +64,7 @@ class LayerLeaves(nn.Module):
         for name, entry in self._entries.items():
             config: Any = entry.config
             for leaf, (attribute, _) in config.form.places(entry.site).items():
-                if leaf in self.fixed(name):
+                if leaf in self.fixed(name) or leaf in config.form.buffers:
                     fixed[attribute] = None
                 else:
                     trained.add(attribute)
@@ -94,6 +94,8 @@ class LayerLeaves(nn.Module):
         config: Any = entry.config
         for leaf, (attribute, part) in config.form.places(entry.site).items():
             kind = Parameters if part is None else Modules
+            if leaf in config.form.buffers and leaf not in leaves:  # a constant that no file has
+                continue
             if leaf in entry.site.shared:
                 self._join(attribute, name, containers.get(leaf, kind))
             elif not self._is_own(attribute, kind):  # of a deleted adapter's method, it is empty
@@ -258,7 +260,7 @@ class LayerLeaves(nn.Module):
         config: Any = self._entries[name].config
         found = []
         for leaf, (attribute, part) in sorted(config.form.places(self._entries[name].site).items()):
-            container: Any = self._modules[attribute]
+            container: Any = self._modules.get(attribute, ())
             if name in container and (part is None or getattr(container[name], part, None) is not None):
                 found.append((leaf, container[name], attribute, part))
         return found
