@@ -41,7 +41,7 @@ class OSFConfig(AdapterConfig):
     made of the weights that it is bound to; files have only what is trained. Where no target is given and the type of
     the model is in no table, all linear layers are adapted but the output's, as in PEFT.
 
-    The functional style has plain gradients, as autograd has them: give them to `osf_gradients` before the step. In
+    The functional style, and a bank, has plain gradients, as autograd has them: `osf_gradients` is for the step. In
     place, as in PEFT, `backward` leaves projected ones in `.grad`; `torch.autograd.grad` has the plain ones, and so has
     a model that was sharded after the injection.
 

@@ -55,8 +55,6 @@ class UniLoraConfig(AdapterConfig):
     NumPy; factors are in single precision, rounded to the base's. An adapter is not the identity at first, as in the
     paper and in PEFT.
 
-    Where PEFT does otherwise: a second active adapter's output depends on the first one's dtype; here it does not.
-
     Attributes:
         r: Rank.
         theta_d_length: Number of entries of the vector.
@@ -131,7 +129,7 @@ def deal(count: int, length: int, seed: int) -> Tensor:
     except ImportError as error:
         raise ImportError("Uni-LoRA's indices are drawn by NumPy, which is not installed; install numpy") from error
     generator, times = np.random.default_rng(seed), count // length
-    dealt = np.repeat(np.arange(length), times)
+    dealt: Any = np.repeat(np.arange(length), times)
     if count % length:
         dealt = np.concatenate([dealt, generator.choice(length, size=count % length, replace=False)])
     generator.shuffle(dealt)

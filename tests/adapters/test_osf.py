@@ -1,6 +1,7 @@
 """OSF against its equation and against PEFT: gradients orthogonal to what stays, ranks, targets."""
 
 import copy
+import io
 
 import peft
 import pytest
@@ -101,6 +102,18 @@ def test_backward_in_place_leaves_pefts_gradients(copied):
     wanted = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
     assert given.keys() == wanted.keys() and len(given) == 9
     close(given, wanted)
+
+
+def test_other_dtypes_and_files_keep_the_hooks():
+    model = inject_adapter_in_model(OSFConfig(**FIELDS), net()).float()
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for one in (model, torch.load(stored, weights_only=False)):
+        one(X.float()).square().sum().backward()
+        grad = one[0].osf_svd_params["default"]["U_low"].grad
+        u = torch.linalg.svd(net()[0].weight)[0][:, :2].float()
+        assert (u.T @ grad).abs().max() < 1e-5 < grad.abs().max()
 
 
 def test_what_starts_frozen_has_projected_gradients_later():
