@@ -49,8 +49,8 @@ ORDER = {
         _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens
-        _inplace/layer: reads containers holders leaves weights called_base shell decided active values scaled names
-            tuner_layer parameters
+        _inplace/layer: reads containers gradients holders leaves weights called_base shell decided active values scaled
+            names tuner_layer parameters
         _inplace: walk switch merging
         _inplace/states: bare layouts embeddings base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, as_tree, unwrapped, whole
@@ -14,6 +13,7 @@ from ..._config.keys import SHARED, held_at, join
 from ..._methods.shared.called import make_dropout
 from ..placed import Layout, Slot
 from .containers import Dropouts, Modules, Parameters, SharedContainers
+from .gradients import hook_gradient
 from .holders import Holders, Traits, Watch, traits
 
 
@@ -169,28 +169,8 @@ class LayerLeaves(nn.Module):
             setattr(held, key, parameter)
         elif held._parameters.get(key) is not parameter:
             held[key] = parameter
-        self._hook(name, leaf, parameter)
+        hook_gradient(self._entries[name], leaf, parameter)
         self.refresh()
-
-    def hook_gradients(self) -> None:
-        """Have `backward` leave in `.grad` what methods say: hooks, which copies of parameters do not have."""
-        for name in self._entries:
-            for leaf, parameter in self.leaves(name).items():
-                self._hook(name, leaf, parameter)
-
-    def _hook(self, name: str, leaf: str, parameter: nn.Parameter) -> None:
-        config: Any = self._entries[name].config
-        change = config.form.gradients(config, self._entries[name].site, leaf)
-        if change is None:
-            return
-
-        @torch.no_grad()
-        def accumulated(parameter: Any) -> None:
-            parameter.grad.copy_(change(parameter.grad))
-
-        trained = parameter.requires_grad
-        parameter.requires_grad_().register_post_accumulate_grad_hook(accumulated)
-        parameter.requires_grad_(trained)
 
     def _container(self, leaf: str) -> Any:
         """Return what holds one of the leaves of all adapters, by adapter name."""
