@@ -118,6 +118,7 @@ from ._methods.loreft import LoReftConfig as LoReftConfig
 from ._methods.loreft import edited_positions as edited_positions
 from ._methods.miss import MissConfig as MissConfig
 from ._methods.oft import OFTConfig as OFTConfig
+from ._methods.osf import OSFConfig as OSFConfig
 from ._methods.peanut import PeanutConfig as PeanutConfig
 from ._methods.psoft import PsoftConfig as PsoftConfig
 from ._methods.pvera import PveraConfig as PveraConfig
@@ -125,14 +126,17 @@ from ._methods.pvera import sample_latent as sample_latent
 from ._methods.randlora import RandLoraConfig as RandLoraConfig
 from ._methods.road import RoadConfig as RoadConfig
 from ._methods.shira import ShiraConfig as ShiraConfig
+from ._methods.supertuning import SupertuningConfig as SupertuningConfig
 from ._methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from ._methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from ._methods.unilora import UniLoraConfig as UniLoraConfig
 from ._methods.vblora import VBLoRAConfig as VBLoRAConfig
 from ._methods.vera import VeraConfig as VeraConfig
 from ._methods.waveft import WaveFTConfig as WaveFTConfig
 from ._optim.lora_fa import LoraFA as LoraFA
 from ._optim.lora_fa import lora_fa_gradients as lora_fa_gradients
 from ._optim.lora_plus import lora_plus_groups as lora_plus_groups
+from ._optim.osf import osf_gradients as osf_gradients
 from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft

@@ -30,6 +30,7 @@ OPTIONAL = {
     "adapters/_calibration/progress.py": {"tqdm"},
     "adapters/_command/inspecting.py": {"matplotlib"},
     "adapters/_command/output.py": {"tqdm"},
+    "adapters/_methods/unilora.py": {"numpy"},
     "adapters/_peft/auto.py": {"transformers", "<computed name>"},  # a base model's library, of a list of few
 }
 """What a file imports within a function, where it is installed."""
@@ -41,15 +42,15 @@ ORDER = {
             experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called embedding_grad fused low_rank principal projections remade rotated scalings siteless
-            lycoris spectra wavelets
+            lycoris sparse spectra wavelets
         _methods: *
         _methods/lora: activated constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
         _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens
-        _inplace/layer: reads containers holders leaves weights called_base shell decided active values scaled names
-            tuner_layer parameters
+        _inplace/layer: reads containers gradients holders leaves weights called_base shell decided active values scaled
+            names tuner_layer parameters
         _inplace: walk switch merging
         _inplace/states: bare layouts embeddings base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
@@ -63,7 +64,7 @@ ORDER = {
         _files: configs packed fit stored save into_graft into_model load inspected stacks
         _checkpoints: folder skeleton rows changes shard merge
         _calibration: observing redistributed statistics
-        _optim: lora_plus lora_fa
+        _optim: lora_plus lora_fa osf
         _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments
             gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
             replicated

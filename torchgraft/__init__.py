@@ -77,14 +77,17 @@ if TYPE_CHECKING:
     from .adapters import LoReftConfig as LoReftConfig
     from .adapters import MissConfig as MissConfig
     from .adapters import OFTConfig as OFTConfig
+    from .adapters import OSFConfig as OSFConfig
     from .adapters import PeanutConfig as PeanutConfig
     from .adapters import PsoftConfig as PsoftConfig
     from .adapters import PveraConfig as PveraConfig
     from .adapters import RandLoraConfig as RandLoraConfig
     from .adapters import RoadConfig as RoadConfig
     from .adapters import ShiraConfig as ShiraConfig
+    from .adapters import SupertuningConfig as SupertuningConfig
     from .adapters import TinyLoraConfig as TinyLoraConfig
     from .adapters import TrainableTokensConfig as TrainableTokensConfig
+    from .adapters import UniLoraConfig as UniLoraConfig
     from .adapters import VBLoRAConfig as VBLoRAConfig
     from .adapters import VeraConfig as VeraConfig
     from .adapters import WaveFTConfig as WaveFTConfig
@@ -113,8 +116,9 @@ _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
     "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
     "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig", "MissConfig",
-    "OFTConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig",
-    "TinyLoraConfig", "TrainableTokensConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
+    "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
+    "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig",
+    "VeraConfig", "WaveFTConfig", "extract_params",
     "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (

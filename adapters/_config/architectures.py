@@ -129,6 +129,18 @@ _ALONE: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)),
     },
     "TRAINABLE_TOKENS": {},
+    "OSF": {
+        **dict.fromkeys(
+            ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"),
+            ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"),
+        ),
+        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj")),
+        "bloom": ("query_key_value", "dense_4h_to_h"),
+        "falcon": ("query_key_value", "dense_4h_to_h"),
+        "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+        "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    },
 }
 """Targets of methods for which LoRA's cannot stand."""
 

@@ -78,6 +78,8 @@ class PeftFormat:
             is the outermost.
         reads: Fields that change what `apply` computes beyond what `plan` makes of them; dropout, which is for training
             alone, is not among them.
+        gradients: `(config, site, leaf) -> (gradient) -> gradient`, what `backward` leaves in `.grad` of an injected
+            layer, where PEFT has such hooks; `None` for what it is.
         check: `(config, {path: {leaf: tensor}}) -> None`, raises a `ValueError` where such tensors cannot be the
             config's. It runs before `plan`, for methods whose `plan` makes tensors as large as the config says.
         pack: `(config, {key: tensor}) -> {key: tensor}`, leaves as state dicts and files hold them, where these have
@@ -110,6 +112,7 @@ class PeftFormat:
     express: Callable[[Any, Mapping[str, Site]], dict[str, Any]] | None = None
     input_side: Callable[[Site], bool] = lambda site: False
     reads: tuple[str, ...] = ()
+    gradients: Callable[[Any, Site, str], Callable[[Tensor], Tensor] | None] = lambda config, site, leaf: None
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are

@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, KeepsDtype, Layer, Method, Site, Varying, Weights, widen
+from torchgraft.functional import Constants, KeepsDtype, Layer, Method, Site, Varying, Weights
 from torchgraft.functional.extending import add_scaled
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
-from .shared import fused
+from .shared.sparse import add_sparse, dense
 
 INDICES = "shira_indices"
 """The constant that has row and column of each entry of the mask."""
@@ -169,34 +169,15 @@ def init(
 
 
 def apply(config: ShiraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
-    """`base(x) + s S x`, the sum in the wider dtype and rounded once to the base's.
-
-    A linear layer in single precision or more is one product with `W + s S`, made for it and made again in the
-    backward. Elsewhere `S` is made, as large as the weight.
-    """
-    values, places = _entries(config, site, leaves)
-    linear = None if torch.compiler.is_compiling() or site.kind != "linear" else base.as_linear
-    if (
-        linear is not None
-        and values.itemsize > 2
-        and linear[0].is_contiguous()
-        and fused.fits(x, linear[0], values, values)
-    ):
-        arguments = (x, *linear, values, places)
-        if not torch.is_grad_enabled():
-            return fused.shaped(_forward(*arguments), x)
-        result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
-        return result
-    y = base(x)
-    x, values = widen(x, values)
-    return add_scaled(y, site.call(x, _dense(site, values, places)), 1.0)
+    """`base(x) + s S x`, the sum in the wider dtype and rounded once to the base's."""
+    return add_sparse(site, base, x, *_entries(config, site, leaves))
 
 
 def merge(
     config: ShiraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + s S`."""
-    return add_scaled(weight, _dense(site, *_entries(config, site, leaves)), 1.0), bias
+    return add_scaled(weight, dense(site, *_entries(config, site, leaves)), 1.0), bias
 
 
 def _entries(config: ShiraConfig, site: Site, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -218,44 +199,6 @@ def _check_known(config: ShiraConfig, site: Site, indices: Tensor) -> None:
         f"mask_type is {config.mask_type!r} at {site.path}, and neither mask_fn nor a file says what the mask is; set "
         "mask_fn, or load the adapter with load_adapter(model, path), which takes the file's",
     )
-
-
-def _dense(site: Site, values: Tensor, places: Tensor) -> Tensor:
-    """Return `S` in the shape of the weight."""
-    zeros = torch.zeros(math.prod(site.weight_shape), dtype=values.dtype, device=values.device)
-    return zeros.scatter_add(0, places, values).view(site.weight_shape)
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, places: Tensor) -> Tensor:
-    """`x (W + S)^T + bias` as `"tokens out"`."""
-    changed = weight.clone()
-    changed.view(-1).scatter_add_(0, places, values)
-    return fused.base_output(x, changed, bias)
-
-
-class _Linear(torch.autograd.Function):
-    """`x (W + S)^T + bias`, of which the backward makes the weight anew."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, weight, _, values, places = args
-        ctx.save_for_backward(x, weight, values, places)
-        return fused.shaped(_forward(*args), x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, values, places = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_values, _ = ctx.needs_input_grad
-        g = g.reshape(-1, g.shape[-1])
-        gx = gw = gv = gb = None
-        if for_x:
-            gx = (g @ weight.flatten().scatter_add(0, places, values).view(weight.shape)).view(x.shape)
-        if for_values or for_weight:
-            gw = g.mT @ x.reshape(-1, x.shape[-1])
-            gv = gw.flatten().index_select(0, places)
-        if for_bias:
-            gb = g.sum(0)
-        return gx, gw if for_weight else None, gb, gv if for_values else None, None
 
 
 ShiraConfig.method = Method(

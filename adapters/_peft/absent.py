@@ -15,14 +15,11 @@ _NAMES = {
     "FROD": "FrodConfig FrodLayer FrodModel",
     "LILY": "LilyConfig LilyLayer LilyModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
-    "OSF": "OSFConfig OSFLayer OSFModel",
     "POLY": "PolyConfig PolyLayer PolyModel",
     "PREFIX_TUNING": "PrefixTuningConfig PrefixEncoder",
     "PROMPT_TUNING": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "P_TUNING": "PromptEncoderConfig PromptEncoder PromptEncoderReparameterizationType",
     "SHADOW": "ShadowConfig ShadowLayer ShadowModel",
-    "SUPERTUNING": "SupertuningConfig SupertuningLayer SupertuningModel",
-    "UNILORA": "UniLoraConfig UniLoraLayer UniLoraModel",
     "XLORA": "XLoraConfig XLoraModel",
 }
 _VARIANTS = {

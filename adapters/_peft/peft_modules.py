@@ -241,7 +241,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_ERRORS,
         "PeftWarning": PeftWarning,
         **_FILES,
-        **{name: one for name, one in _TARGETS.items() if "HIRA" not in name},  # which PEFT forgot to export
+        **{name: one for name, one in _TARGETS.items() if "HIRA" not in name and "OSF" not in name},  # not exported
         "INCLUDE_LINEAR_LAYERS_SHORTHAND": _NAMES["INCLUDE_LINEAR_LAYERS_SHORTHAND"],
         **_STATE,
         **_BASE_STATE,

@@ -62,5 +62,6 @@ def insert_name(key: str, adapter_name: str, configs: Iterable[Any]) -> str:
             path, leaf = split
             if path == SHARED_LEAVES:
                 return key
-            return f"{path}.{config.form.key(leaf).replace(leaf, f'{leaf}.{adapter_name}', 1)}"
+            attribute, _ = config.form.place(leaf)
+            return f"{path}.{config.form.key(leaf).replace(attribute, f'{attribute}.{adapter_name}', 1)}"
     return key.removeprefix(PREFIX)

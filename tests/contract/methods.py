@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,13 +51,16 @@ from torchgraft.adapters import (
     LoReftConfig,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PsoftConfig,
     PveraConfig,
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
+    SupertuningConfig,
     TinyLoraConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
@@ -267,6 +271,46 @@ def shira(config, where, leaves, weight, bias):
     chosen[torch.randperm(weight.numel(), generator=generator)[:count]] = True
     delta = torch.where(chosen, leaves["shira_weight"][(chosen.cumsum(0) - 1).clamp(min=0)], 0.0)
     return weight + delta.view(weight.shape), bias
+
+
+def supertuning(config, where, leaves, weight, bias):
+    """`W + S + s B A`, with numbers at the largest, or smallest, entries of `W`; torch picks of equal ones: 2026."""
+    sizes, values = weight.detach().to(where.dtype).abs().flatten(), leaves["supertuning_values"]
+    largest = sizes.topk(len(values), largest=config.select_top).indices
+    delta = torch.zeros_like(weight).flatten().index_put((largest,), values).view(weight.shape)
+    if config.r is not None:
+        delta = delta + config.lora_alpha / config.r * leaves["supertuning_lora_B"] @ leaves["supertuning_lora_A"]
+    return weight + delta, bias
+
+
+def osf(config, where, leaves, weight, bias):
+    """`U1 S1 V1 + U S V`, the weight with the leaves in the place of its smaller triplets: Nayak et al., 2025."""
+    k = {"first": 1}.get(where.path) if config.rank_pattern else None
+    k = min(weight.shape) // 2 if k is None and config.effective_rank is None else k or config.effective_rank
+    parts = torch.linalg.svd(weight.detach().to(torch.float32), full_matrices=False)
+    u, s, v = (part.to(where.dtype).to(weight) for part in parts)
+    smaller = sum(s[i] * torch.outer(u[:, i], v[i]) for i in range(k, len(s)))
+    low = [leaves[f"osf_svd_params.{part}_low"] for part in "USV"]
+    return weight - smaller + low[0] @ low[1].diag() @ low[2], bias
+
+
+def unilora(config, where, leaves, weight, bias):
+    """`W + B A`, entries `theta_k / sqrt(n_k)`, of indices that NumPy deals and roots in float32: Li et al., 2025."""
+    shapes = {path: ((config.r, inputs), (out, config.r)) for path, (out, inputs) in where.sizes.items()}
+    count, n = sum(math.prod(shape) for pair in shapes.values() for shape in pair), config.theta_d_length
+    generator = np.random.default_rng(config.proj_seed)
+    more = generator.choice(n, size=count % n, replace=False) if count % n else []
+    dealt = np.array([*sorted(list(range(n)) * (count // n)), *more])
+    generator.shuffle(dealt)
+    dealt, start = torch.tensor(dealt), sum(math.prod(s) for path in shapes for s in shapes[path] if path < where.path)
+    matrices = []
+    for shape in shapes[where.path]:
+        index = dealt[start : start + math.prod(shape)]
+        often = torch.tensor([(dealt == k).sum().item() for k in index.tolist()])
+        entries = leaves["unilora_theta_d"][index] * (1 / often.float().sqrt()).to(where.dtype).double()
+        matrices.append(entries.view(shape))
+        start += math.prod(shape)
+    return weight + matrices[1] @ matrices[0], bias
 
 
 def vblora(config, where, leaves, weight, bias):
@@ -642,6 +686,7 @@ OF_OFT = (
 )
 CHANNELS = frozenset({"conv1d", "conv2d", "conv2d (dilated)", "conv3d"})
 LINEAR_IN_PEFT = "PEFT's layers are linear ones"
+NO_CONV1D = Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), TypeError)
 ALWAYS_LINEAR = Exempt(
     NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "embedding"}, (TypeError, ValueError)
 )
@@ -663,6 +708,14 @@ NO_IDENTITY = (
     "test_identity_at_init",
     "test_identity_at_init_bit_for_bit",
     "test_layouts_of_memory_keep_the_identity_bit_for_bit",
+)
+RANDOM_FACTORS = (
+    Exempt(NO_IDENTITY, "both factors are random at first, in the paper and in PEFT"),
+    Exempt(
+        ("test_named_beside_others",),
+        "both factors are random at first, so that a name that is new changes the output",
+        frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"}),
+    ),
 )
 OF_SPECTRA = (Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS, (TypeError, ValueError)),)
 OF_BOFT = (
@@ -1130,6 +1183,71 @@ METHODS = {
         ),
         exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, TypeError),),
     ),
+    "supertuning": Row(
+        SupertuningConfig(sparsity=0.7, **BOTH),
+        supertuning,
+        SupertuningConfig(sparsity=0.5, select_top=False, init_weights=False, **BOTH),
+        {"r": 2},
+        (
+            ({"sparsity": 1.0}, "SupertuningConfig: sparsity is 1.0, expected 0 <= share < 1"),
+            (
+                {"sparsity": 0.99},
+                "at first, whose weight has 24 entries, so that none is trained; expected sparsity <=",
+            ),
+            ({"lora_alpha": 2.0}, "lora_alpha is 2.0 and r is None, without which it has no effect; set r, or leave"),
+        ),
+        exempt=(NO_CONV1D,),
+    ),
+    "supertuning and lora": Row(
+        SupertuningConfig(sparsity=0.7, select_top=False, r=2, lora_alpha=3, **BOTH),
+        supertuning,
+        SupertuningConfig(sparsity=0.6, r=2, lora_alpha=5, init_weights=False, **BOTH),
+        {"lora_dropout": 0.5},
+        (
+            ({"r": 0}, "SupertuningConfig: r is 0, expected a positive integer or None"),
+            ({"lora_dropout": 1.0}, "SupertuningConfig: lora_dropout is 1.0, expected 0 <= p < 1"),
+        ),
+        exempt=(NO_CONV1D,),
+    ),
+    "unilora": Row(
+        UniLoraConfig(r=2, theta_d_length=7, init_theta_d_bound=1.0, **BOTH),
+        unilora,
+        UniLoraConfig(r=3, theta_d_length=9, proj_seed=3, init_weights=False, **BOTH),
+        {"unilora_dropout": 0.5},
+        (
+            ({"r": 0}, "UniLoraConfig: r is 0, expected a positive integer"),
+            ({"theta_d_length": 0}, "UniLoraConfig: theta_d_length is 0, expected a positive integer"),
+            ({"proj_seed": -1}, "UniLoraConfig: proj_seed is -1, expected an integer >= 0"),
+            ({"unilora_dropout": 1.0}, "UniLoraConfig: unilora_dropout is 1.0, expected 0 <= p < 1"),
+            ({"init_theta_d_bound": 0.0}, "UniLoraConfig: init_theta_d_bound is 0.0, expected a positive number"),
+        ),
+        exempt=RANDOM_FACTORS,
+    ),
+    "unilora with indices": Row(
+        UniLoraConfig(r=1, theta_d_length=5, save_indices=True, init_weights=False, **BOTH),
+        unilora,
+        UniLoraConfig(r=2, theta_d_length=50, save_indices=True, **BOTH),
+        {"bias": "all"},
+        (),
+        exempt=RANDOM_FACTORS,
+    ),
+    "osf": Row(
+        OSFConfig(rank_pattern={"first": 1}, **BOTH),
+        osf,
+        OSFConfig(effective_rank=3, init_weights=False, **BOTH),
+        {"bias": "all"},
+        (
+            ({"rank_pattern": {"first": 4}}, "effective_rank keeps 4 singular triplets at first, whose weight has 4"),
+            ({"effective_rank": 0, "rank_pattern": None}, "keeps 0 singular triplets at first, whose weight has 4; ex"),
+        ),
+        exempt=(
+            Exempt(
+                NOT_IN_PEFTS,
+                "PEFT leaves what is no linear layer of torch as it is, without a word",
+                frozenset({"linear (Conv1D)"}),
+            ),
+        ),
+    ),
     "vblora": Row(
         VBLoRAConfig(r=2, num_vectors=5, vector_length=2, init_vector_bank_bound=2.0, **BOTH),
         vblora,
@@ -1142,21 +1260,7 @@ METHODS = {
             ({"vblora_dropout": 1.0}, "VBLoRAConfig: vblora_dropout is 1.0, expected 0 <= p < 1"),
             ({"init_logits_std": -1.0}, "VBLoRAConfig: init_logits_std is -1.0, expected a number >= 0"),
         ),
-        exempt=(
-            Exempt(
-                (
-                    "test_identity_at_init",
-                    "test_identity_at_init_bit_for_bit",
-                    "test_layouts_of_memory_keep_the_identity_bit_for_bit",
-                ),
-                "both factors are random at first, in the paper and in PEFT",
-            ),
-            Exempt(
-                ("test_named_beside_others",),
-                "both factors are random at first, so that a name that is new changes the output",
-                frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"}),
-            ),
-        ),
+        exempt=RANDOM_FACTORS,
     ),
     "tinylora": Row(
         TinyLoraConfig(r=2, u=5, **BOTH),

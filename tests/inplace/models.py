@@ -80,9 +80,12 @@ SIZES = {
     "HRA": {"r": 4},
     "LOKR": {"r": 2, "alpha": 4},
     "MISS": {"r": 2},
+    "OSF": {"effective_rank": 1},
     "PVERA": {"r": 3},
     "RANDLORA": {"r": 3, "randlora_alpha": 3},
     "ROAD": {"group_size": 2},
+    "SUPERTUNING": {"sparsity": 0.5, "r": 2},
+    "UNILORA": {"r": 2, "theta_d_length": 9},
     "WAVEFT": {"n_frequency": 20, "scaling": 1.0},
     "PEANUT": {"r": 3},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
@@ -112,11 +115,14 @@ OWN = (
     "hra_",
     "lokr_",
     "miss_",
+    "osf_",
     "pvera_lambda",
     "randlora_lambda",
     "randlora_gamma",
     "road_",
+    "supertuning_",
     "tinylora_",
+    "unilora_",
     "vblora_",
     "waveft_",
     "modules_to_save",
@@ -137,7 +143,7 @@ def inject(model, method, name="default", **fields):
 def inject_peft(model, method, name="default", **fields):
     """PEFT's injection; it has no low-level one for methods whose layers share something."""
     config = configs(method, **fields)[1]
-    if method not in ("PVERA", "RANDLORA", "VBLORA", "VERA"):
+    if method not in ("PVERA", "RANDLORA", "UNILORA", "VBLORA", "VERA"):
         with quiet("Already found a `peft_config` attribute"):
             return peft.inject_adapter_in_model(config, model, name)
     wrapper = vars(model).get("wrapper")

@@ -13,6 +13,7 @@ from ..._config.keys import SHARED, held_at, join
 from ..._methods.shared.called import make_dropout
 from ..placed import Layout, Slot
 from .containers import Dropouts, Modules, Parameters, SharedContainers
+from .gradients import hook_gradient
 from .holders import Holders, Traits, Watch, traits
 
 
@@ -63,7 +64,7 @@ class LayerLeaves(nn.Module):
         for name, entry in self._entries.items():
             config: Any = entry.config
             for leaf, (attribute, _) in config.form.places(entry.site).items():
-                if leaf in self.fixed(name):
+                if leaf in self.fixed(name) or leaf in config.form.buffers:
                     fixed[attribute] = None
                 else:
                     trained.add(attribute)
@@ -93,6 +94,8 @@ class LayerLeaves(nn.Module):
         config: Any = entry.config
         for leaf, (attribute, part) in config.form.places(entry.site).items():
             kind = Parameters if part is None else Modules
+            if leaf in config.form.buffers and leaf not in leaves:  # a constant that no file has
+                continue
             if leaf in entry.site.shared:
                 self._join(attribute, name, containers.get(leaf, kind))
             elif not self._is_own(attribute, kind):  # of a deleted adapter's method, it is empty
@@ -166,6 +169,7 @@ class LayerLeaves(nn.Module):
             setattr(held, key, parameter)
         elif held._parameters.get(key) is not parameter:
             held[key] = parameter
+        hook_gradient(self._entries[name], leaf, parameter)
         self.refresh()
 
     def _container(self, leaf: str) -> Any:
@@ -236,7 +240,7 @@ class LayerLeaves(nn.Module):
         config: Any = self._entries[name].config
         found = []
         for leaf, (attribute, part) in sorted(config.form.places(self._entries[name].site).items()):
-            container: Any = self._modules[attribute]
+            container: Any = self._modules.get(attribute, ())
             if name in container and (part is None or getattr(container[name], part, None) is not None):
                 found.append((leaf, container[name], attribute, part))
         return found

@@ -14,6 +14,7 @@ from ..placed import own_modules
 from ..switched import Switched
 from .active import ActiveAdapters
 from .containers import Container
+from .gradients import hook_gradients
 from .names import NamedLayer
 from .reads import computes
 from .values import Values
@@ -190,6 +191,7 @@ class BaseTunerLayer(Switched, NamedLayer):
         for container in self._modules.values():
             if isinstance(container, Container):
                 container.tell(self)
+        hook_gradients(self)
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
