@@ -38,6 +38,7 @@ RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
 SIZES: dict[str, dict[str, Any]] = {
     "AdaLoraConfig": {"init_r": 4, "target_r": 4, "total_step": 1000},
     "BOFTConfig": {"boft_block_size": 4},
+    "BottleneckConfig": {"r": 4},
     "C3AConfig": {"block_size": 32},
     "DeftConfig": {"r": 4},
     "DeloraConfig": {"r": 4},
@@ -50,6 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "LoHaConfig": {"r": 4},
     "LoKrConfig": {"r": 4},
     "LoraConfig": {"r": 4},
+    "LoReftConfig": {"r": 4},
     "LoraXSConfig": {"r": 8},
     "MissConfig": {"r": 4},
     "OFTConfig": {"oft_block_size": 8},
@@ -60,6 +62,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "RoadConfig": {"group_size": 32},
     "ShiraConfig": {"r": 4, "random_seed": 0},
     "TinyLoraConfig": {"r": 2, "u": 32},
+    "UniLoraConfig": {"r": 4, "theta_d_length": 1024},
     "VBLoRAConfig": {"r": 4, "num_vectors": 64, "vector_length": 32},
     "VeraConfig": {"r": 64},
     "WaveFTConfig": {"n_frequency": 256},

@@ -23,10 +23,13 @@ from torchgraft.adapters._config.base import config_types
 from .cases import close
 from .test_peft import PREFIX, SHARED, state_of
 
-CONFIGS = {name: cls for name, cls in config_types().items() if hasattr(peft, cls.__name__)}
+CONFIGS = {name: cls for name, cls in config_types().items() if hasattr(peft, cls.__name__) and cls.method.kinds}
+"""Those that have layers of their own, and that PEFT has."""
 
 SEEDS, DROPOUTS, RANKS = [0, 3], [0.0, 0.5], [1, 2, 3, 4, 8]
 CHOICES = {
+    "ab_svd_init": ["psoft_init", "pissa_init"],
+    "act_fn": ["relu", "gelu", "tanh"],
     "alpha": [1, 5, 16],
     "alpha_pattern": [{}, {"first": 3}],
     "bias": ["none", "all"],
@@ -35,10 +38,17 @@ CHOICES = {
     "boft_block_num": [0, 2],
     "boft_block_size": [0, 2, 4],
     "boft_n_butterfly_factor": [1, 2],
+    "cayley_neumann_eps": [None, 0.5],
+    "config_A_B": ["lora", "vector", "constant", "none"],
+    "config_C": ["lora", "vector", "none"],
+    "config_D_E": ["constant", "vector", "none"],
     "d_initial": [0.1, 1.0],
+    "decomposition_method": ["relu", "qr"],
     "decompose_factor": [-1, 2, 4],
     "delora_lambda": [1, 15],
     "deltaT": [1, 2],
+    "depth": [0, 1, 2],
+    "effective_rank": [None, 2, 0.5],
     "eps": [6e-5, 0.1],
     "exclude_modules": [None, ["second"], ".*second"],
     "feedforward_modules": [[], ["first"]],
@@ -48,6 +58,8 @@ CHOICES = {
     "hybrid_r": [0, 2],
     "init_logits_std": [0.1, 1.0],
     "init_r": [2, 4],
+    "init_scale": [1.0, 0.1],
+    "init_theta_d_bound": [0.02, 1.0],
     "init_v_bound": [0.0, 0.02],
     "init_vector_bank_bound": [0.02, 1.0],
     "lambda_pattern": [{}, {"first": 3.0}],
@@ -58,16 +70,22 @@ CHOICES = {
     "num_cayley_neumann_terms": [2, 5],
     "num_vectors": [8, 16],
     "oft_block_size": [0, 2, 4],
+    "proj_seed": SEEDS,
     "projection_prng_key": SEEDS,
     "projection_seed": SEEDS,
+    "psoft_alpha": [1, 32],
+    "psoft_svd": ["full", "lowrank"],
+    "psoft_svd_lowrank_niter": [2, 10],
     "r": RANKS,
     "randlora_alpha": [1, 640],
     "random_loc_seed": SEEDS,
     "random_seed": SEEDS,
     "rank_pattern": [{}, {"first": 3}, {"^second": 1}],
     "scaling": [1.0, 25.0],
+    "sparsity": [0.5, 0.9],
     "target_modules": [["first", "second"], ["first"], "second|first", "all-linear"],
     "target_r": [1, 2],
+    "theta_d_length": [9, 32],
     "topk": [1, 2, 3],
     "u": [1, 3],
     "variant": ["road_1", "road_2", "road_4"],
@@ -83,12 +101,17 @@ OWN = {
     "LOKR": {"init_weights": [True, False]},
     "LORA": {"init_lora_weights": [True, False, "gaussian", "olora", "orthogonal", "pissa"]},
     "MISS": {"init_weights": [True, False, "mini", "bat"]},
+    "DEFT": {"alpha": [None, 5, 16]},
     "OFT": {"r": [0, 2, 4]},
+    "OSF": {"rank_pattern": [None, {"first": 3}], "init_weights": [True, False]},
+    "PEANUT": {"scaling": [1.0, 3.0]},
+    "SUPERTUNING": {"r": [None, 2], "lora_alpha": [None, 4]},
     "TINYLORA": {"init_weights": [True, "uniform"]},
 }
 """Values that fields of one method have."""
 ELSEWHERE = {
     "modules_to_save",  # their trained biases are in PEFT's state dicts twice
+    "target_svd_config",
     "token_indices",
     *("alora_invocation_tokens", "arrow_config", "beta1", "beta2", "corda_config", "ensure_weight_tying", "eva_config"),
     *("kasa_config", "layer_replication", "loftq_config", "lora_ga_config", "mask_fn", "mask_type", "megatron_config"),
@@ -159,7 +182,7 @@ def test_each_field_has_values_or_tests_elsewhere(method):
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_peft_takes_is_pefts_here(method, data):
     fields = data.draw(fields_of(method))
