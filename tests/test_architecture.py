@@ -68,7 +68,7 @@ ORDER = {
         _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments
             gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
             replicated
-        _peft: names absent configs tuners card conversion tuner_classes status weights wrapper ranks hotswap peft_model
+        _peft: names absent configs conversion tuners card tuner_classes status weights wrapper ranks hotswap peft_model
             tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva renamed_keys
             peft_modules alias
         _command: output files inspecting making main

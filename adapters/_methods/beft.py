@@ -23,7 +23,7 @@ from torchgraft.functional import (
     Rows,
     Site,
     TakesComplex,
-    UnsupportedCall,
+    UnsupportedConfig,
     Weights,
 )
 from torchgraft.functional.extending import add_scaled
@@ -95,10 +95,10 @@ def merge(
     """`b' = bias + b`.
 
     Raises:
-        UnsupportedCall: A module without a bias.
+        UnsupportedConfig: A module without a bias.
     """
     if bias is None:
-        raise UnsupportedCall(
+        raise UnsupportedConfig(
             f"{site.path}: BEFT adds a bias, and this module has none to merge it into; call the graft instead, give "
             "the module a bias, or leave it out of target_modules"
         )

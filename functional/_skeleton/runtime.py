@@ -54,8 +54,9 @@ class SiteRuntime:
         vars(self)["step"] = None if step is None else (step, name, adapter.site.path)
 
     def check(self, leaves: Mapping[str, Tensor]) -> None:
-        """Refuse leaves that got other shapes after their tree was accepted."""
-        check_tree({self.path: leaves}, {self.path: self._shapes})
+        """Refuse leaves that got other shapes after their tree was accepted; trained biases beside them are no part."""
+        own = {leaf: tensor for leaf, tensor in leaves.items() if leaf in self._shapes}
+        check_tree({self.path: own}, {self.path: self._shapes})
 
     @functools.cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -268,7 +268,7 @@ def training(peft, method, folder):
         yield outputs(model)
         model.unmerge_adapter()
         yield outputs(model)
-    if method != "GloraConfig":  # whose layers pass over it in PEFT
+    if method not in ("GloraConfig", "OSFConfig"):  # whose layers pass over it in PEFT
         model.unmerge_adapter()  # a warning
     yield outputs(model.merge_and_unload())
 

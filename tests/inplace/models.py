@@ -90,9 +90,9 @@ SIZES = {
     "PEANUT": {"r": 3},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
 }
-APART = {"LN_TUNING", "LORA_XS", "PSOFT", "TINYLORA", "TRAINABLE_TOKENS"}
+APART = {"BOTTLENECK", "LN_TUNING", "LOREFT", "LORA_XS", "PSOFT", "TINYLORA", "TRAINABLE_TOKENS"}
 """Methods whose fixed tensors are parameters in PEFT's layers, PSOFT, which PEFT has not in double precision,
-LoRA-XS, which it has not, and those without layers of their own; their own tests compare."""
+bottlenecks, LoReFT and LoRA-XS, which it has not, and those without layers of their own; their own tests compare."""
 EXACT = {"C3A": 1e-6, "DEFT": 1e-5, "FOURIERFT": 1e-5}
 """How exact PEFT is where that is not double precision: spectra and DEFT's sums are in float32."""
 OWN = (
