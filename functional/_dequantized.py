@@ -120,7 +120,7 @@ def _plain_parameter(name: str, parameter: Any) -> Tensor:
     """
     form = quantised_form(parameter)
     if form is None or type(parameter) in (Tensor, nn.Parameter):
-        return parameter  # type: ignore[no-any-return]
+        return parameter  # type: ignore[no-any-return,unused-ignore]
     if not callable(getattr(parameter, "dequantize", None)):
         raise TypeError(f"{name}: is {form}, which cannot be dequantised here; load the model as it was before that")
     return nn.Parameter(parameter.dequantize(), requires_grad=False)

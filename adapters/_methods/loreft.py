@@ -140,7 +140,9 @@ def _orthonormal(rows: Tensor) -> Tensor:
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     empty = torch.diag_embed((rows == 0).all(-1).to(rows.dtype))
     with torch.autocast(rows.device.type, enabled=False):
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.mT + empty), rows, upper=False)
+        lower = torch.linalg.cholesky(rows @ rows.mT + empty)
+        result: Tensor = torch.linalg.solve_triangular(lower, rows, upper=False)
+    return result
 
 
 def apply(config: LoReftConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:

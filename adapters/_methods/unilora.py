@@ -13,7 +13,7 @@ distributions are those of PEFT's `tuners/unilora`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -158,7 +158,8 @@ def apply(config: UniLoraConfig, site: Site, leaves: dict[str, Any], base: Layer
 
 def routed(config: UniLoraConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor, rows: Rows) -> Any:
     """`apply` with a vector for each row."""
-    theta, factors = leaves[THETA], []
+    theta = leaves[THETA]
+    factors: list[Tensor] = []
     for one, other in zip(INDICES, SCALES, strict=True):
         index, scales = (getattr(site.constants, name) for name in (one, other))
         index, scales = (
@@ -167,7 +168,8 @@ def routed(config: UniLoraConfig, site: Site, leaves: dict[str, Tensor], base: L
         )
         entries, scales = widen(theta.gather(1, index.flatten(1)).view(index.shape), scales)
         factors.append(entries * scales)
-    return route_to_linear(base, x, *factors, 1.0, config.unilora_dropout, rows)
+    a, b = factors
+    return route_to_linear(base, x, a, b, 1.0, config.unilora_dropout, rows)
 
 
 def merge(
@@ -215,6 +217,10 @@ def _infer(config: UniLoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> 
     return {**({"r": max(ranks)} if ranks else {}), **({} if theta is None else {"theta_d_length": len(theta)})}
 
 
+def _constant(name: str) -> Callable[[UniLoraConfig, Site], Any]:
+    return lambda config, site: getattr(site.constants, name)
+
+
 UniLoraConfig.form = PeftFormat(
     prefix="unilora_",
     dropout="unilora_dropout",
@@ -224,7 +230,7 @@ UniLoraConfig.form = PeftFormat(
     buffers=FIXED,
     values={
         "r": Value(lambda config, site: config.r),
-        **{name: Value(lambda config, site, name=name: getattr(site.constants, name)) for name in FIXED},
+        **{name: Value(_constant(name)) for name in FIXED},
     },
     infer=_infer,
     only_here=("exclude_modules",),
