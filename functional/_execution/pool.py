@@ -36,8 +36,9 @@ _REGISTRIES = (
 class Watch:
     """A check, in microseconds, that the user's model is still what the skeletons were made from.
 
-    It notices whatever a module refers to that becomes another object, and the storages of all tensors, so that
-    `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module and a new hook are all seen.
+    It notices whatever a module refers to that becomes another object, the modules' classes, and the storages of all
+    tensors, so that `eval()`, `to()`, `load_state_dict(assign=True)`, a replaced module, a new hook and another
+    `__class__` are all seen.
 
     Args:
         modules: The modules.
@@ -46,6 +47,7 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[dict[str, Any]] = ()):
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self._modules, self._classes = modules, list(map(type, modules))
         dicts = [one for m in modules for one in (vars(m), *(vars(m)[name] for name in _REGISTRIES))]
         dicts += others
         self._contents = DictContents(one for one in dicts if one)
@@ -65,7 +67,8 @@ class Watch:
     def same(self) -> bool:
         """Return whether nothing has changed."""
         try:
-            return not any(self._empty) and self._contents.same() and self.same_tensors()
+            known = not any(self._empty) and list(map(type, self._modules)) == self._classes
+            return known and self._contents.same() and self.same_tensors()
         except Exception:  # tensors that were exchanged may refuse to say where they are
             return False
 

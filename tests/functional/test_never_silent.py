@@ -504,3 +504,19 @@ def test_a_container_in_a_global_is_looked_into_and_names_of_attributes_are_no_g
             return self.GLOBAL(x)
 
     assert_adapted(Model(), X)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_another_class_of_a_module_is_seen():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2))), torch.randn(3, 4)
+    graft = bind(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    params = graft.init(torch.Generator().manual_seed(0))
+    before = graft(params, x)
+    model[1].__class__ = Doubled
+    torch.testing.assert_close(graft(params, x), 2 * before)
+    model.__class__ = Doubled
+    torch.testing.assert_close(graft(params, x), 4 * before)
