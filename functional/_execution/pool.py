@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,7 +48,8 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[dict[str, Any]] = ()):
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        self._modules, self._classes = modules, list(map(type, modules))
+        self._modules = list(map(weakref.ref, modules))  # which may go, with all that is of the user's
+        self._classes = list(map(type, modules))
         dicts = [one for m in modules for one in (vars(m), *(vars(m)[name] for name in _REGISTRIES))]
         dicts += others
         self._contents = DictContents(one for one in dicts if one)
@@ -67,7 +69,7 @@ class Watch:
     def same(self) -> bool:
         """Return whether nothing has changed."""
         try:
-            known = not any(self._empty) and list(map(type, self._modules)) == self._classes
+            known = not any(self._empty) and [type(module()) for module in self._modules] == self._classes
             return known and self._contents.same() and self.same_tensors()
         except Exception:  # tensors that were exchanged may refuse to say where they are
             return False

@@ -506,7 +506,7 @@ def test_a_container_in_a_global_is_looked_into_and_names_of_attributes_are_no_g
     assert_adapted(Model(), X)
 
 
-class Doubled(nn.Sequential):
+class Twice(nn.Sequential):
     def forward(self, x):
         return 2 * super().forward(x)
 
@@ -516,7 +516,7 @@ def test_another_class_of_a_module_is_seen():
     graft = bind(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     params = graft.init(torch.Generator().manual_seed(0))
     before = graft(params, x)
-    model[1].__class__ = Doubled
+    model[1].__class__ = Twice
     torch.testing.assert_close(graft(params, x), 2 * before)
-    model.__class__ = Doubled
+    model.__class__ = Twice
     torch.testing.assert_close(graft(params, x), 4 * before)
