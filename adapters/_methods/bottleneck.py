@@ -13,7 +13,7 @@ Houlsby et al., *Parameter-Efficient Transfer Learning for NLP*, 2019, arXiv:190
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -26,6 +26,7 @@ from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat
 from .shared.rotated import laid_out
+from .shared.scalings import same_rank
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 """Nonlinearities; each is 0 at 0, so that what pads a narrower adapter adds nothing."""
@@ -147,16 +148,10 @@ BottleneckConfig.method = Method(
 )
 
 
-def _infer(config: BottleneckConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Return the width, where all modules have the same."""
-    widths = {leaves["bottleneck_down"].shape[0] for leaves in found.values() if "bottleneck_down" in leaves}
-    return {"r": widths.pop()} if len(widths) == 1 else {}
-
-
 BottleneckConfig.form = PeftFormat(
     prefix="bottleneck_",
     parameters=("bottleneck_down", "bottleneck_down_bias", "bottleneck_up", "bottleneck_up_bias"),
-    infer=_infer,
+    infer=same_rank("bottleneck_down"),
     ranked=("bottleneck_down",),
     reads=("non_linearity",),
 )

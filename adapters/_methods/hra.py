@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +30,7 @@ from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared.low_rank import add_product, add_routed
 from .shared.rotated import laid_out
+from .shared.scalings import same_rank
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -184,12 +184,6 @@ HRAConfig.method = Method(
 )
 
 
-def _infer(config: HRAConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Return the number of reflections, where all modules have the same."""
-    ranks = {leaves["hra_u"].shape[1] for leaves in found.values() if "hra_u" in leaves}
-    return {"r": ranks.pop()} if len(ranks) == 1 else {}
-
-
 HRAConfig.form = PeftFormat(
     prefix="hra_",
     layers="HRA{}",
@@ -198,7 +192,7 @@ HRAConfig.form = PeftFormat(
         "hra_r": Value(lambda config, site: config.r),
         "hra_apply_GS": Value(lambda config, site: config.apply_GS),
     },
-    infer=_infer,
+    infer=same_rank("hra_u", 1),
     reads=("apply_GS",),
     only_here=("fan_in_fan_out",),
 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat
 from .shared.rotated import laid_out
+from .shared.scalings import same_rank
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -205,15 +205,9 @@ LoReftConfig.method = Method(
 )
 
 
-def _infer(config: LoReftConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Return the dimension, where all modules have the same."""
-    ranks = {leaves["loreft_rotate"].shape[0] for leaves in found.values() if "loreft_rotate" in leaves}
-    return {"r": ranks.pop()} if len(ranks) == 1 else {}
-
-
 LoReftConfig.form = PeftFormat(
     prefix="loreft_",
     parameters=("loreft_rotate", "loreft_weight", "loreft_bias"),
-    infer=_infer,
+    infer=same_rank("loreft_rotate"),
     ranked=("loreft_rotate",),
 )

@@ -147,3 +147,12 @@ def test_errors():
     meta = bind(model.to("meta"), LoHaConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="0: the base's weight is on the meta device, without values"):
         to_lora(meta, meta.init(device="cpu"))
+
+
+def test_values_that_are_not_finite_are_an_error_that_names_the_module():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    graft = bind(model, LoHaConfig(r=2, target_modules=["0", "1"]))
+    params = graft.init()
+    params["1"]["hada_w1_a"] = torch.full_like(params["1"]["hada_w1_a"], float("nan"))
+    with pytest.raises(ValueError, match="1: the weight with the adapters in has values that are not finite"):
+        to_lora(graft, params, rank=2)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -86,6 +86,20 @@ def warn_of_unused_patterns(
 def ranks_of(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the fields of a config that gives modules these ranks, by path; none where it does already."""
     return patterns_of(config, ranks, "r", "rank_pattern")
+
+
+def same_rank(leaf: str, axis: int = 0) -> Callable[[Any, Mapping[str, Mapping[str, Tensor]]], dict[str, Any]]:
+    """Return what finds `r` from leaves of files: the size of an axis, where all modules have the same.
+
+    >>> same_rank("hra_u", 1)(None, {"a": {"hra_u": torch.ones(4, 2)}, "b": {"hra_u": torch.ones(3, 2)}})
+    {'r': 2}
+    """
+
+    def infer(config: Any, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        ranks = {leaves[leaf].shape[axis] for leaves in found.values() if leaf in leaves}
+        return {"r": ranks.pop()} if len(ranks) == 1 else {}
+
+    return infer
 
 
 def patterns_of(config: Any, values: Mapping[str, Any], field: str, patterns: str) -> dict[str, Any]:
