@@ -165,11 +165,16 @@ def _factors(path: str, here: Sequence[tuple[Product, Scalar]], mixing: Mixing) 
         rank = max(a.shape[-2] for a in all_a) if mixing.rank is None else mixing.rank
         if mixing.rank is not None and here[0][0].layout.kind == "groups":
             rank = max(1, rank // len(all_a[0]))
-        if mixing.how == "svd":
-            a, b = truncate(*_side_by_side(all_a, all_b, scaled), rank)
-        else:
-            changes = [product.dense for product, _ in here]
-            a, b = truncate_matrix(mix(changes, [weight for _, weight in here], mixing), rank)
+        try:
+            if mixing.how == "svd":
+                a, b = truncate(*_side_by_side(all_a, all_b, scaled), rank)
+            else:
+                changes = [product.dense for product, _ in here]
+                a, b = truncate_matrix(mix(changes, [weight for _, weight in here], mixing), rank)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"combine: {path} has no singular values; check its leaves and the weights: {error}"
+            ) from error
         return (a, b) if mixing.clamp is None else clamped(a, b, mixing.clamp)
     if mixing.how == "cat":
         return _side_by_side(all_a, all_b, scaled)

@@ -56,7 +56,7 @@ def changes(graft: Graft, active: dict[str, Tree]) -> Iterator[Change]:
         active: Its trees, by adapter name.
 
     Raises:
-        ValueError: A base without values, a weight that is not finite; names the path.
+        ValueError: A base without values; names the path.
     """
     given = merged(modules_of(graft.model), graft.binding.replaced, active)
     for site, layer in adapted_layers(graft.binding, active, given, _Wide):
@@ -65,11 +65,6 @@ def changes(graft: Graft, active: dict[str, Tree]) -> Iterator[Change]:
             raise ValueError(f"{site.path}: the base's weight is on the meta device, without values; load it first")
         weight, bias = layer.dense()
         moved = bias is not None and (base_bias is None or not torch.equal(bias, base_bias))
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"{site.path}: the weight with the adapters in has values that are not finite, of which there is no "
-                "nearest product; check the adapters' leaves and the base's weight there"
-            )
         blocks = in_blocks(site, weight - base)
         yield Change(site, blocks, bias, moved, rounding_floor(in_blocks(site, weight), weight.dtype))
 

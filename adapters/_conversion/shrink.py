@@ -102,6 +102,8 @@ def _products(config: LoraConfig, params: Tree, what: str) -> dict[str, Product]
         raise ValueError(f"{what}: params has no factors of LoRA; give the tree that goes with the config")
     for path, product in found.items():
         product.check_whole(path, what)
+        if not all(bool(torch.isfinite(factor).all()) for factor in (product.a, product.b)):
+            raise ValueError(f"{what}: {path} has factors with values that are not finite; check its leaves")
     return {path: _wide(product) for path, product in found.items()}
 
 

@@ -189,7 +189,15 @@ def converted(
         wanted: How much of it to keep.
         dtype: Dtype of the leaves.
         floor: Singular values up to this are rounding errors.
+
+    Raises:
+        ValueError: A change that is not finite; names the path.
     """
+    if not bool(torch.isfinite(change).all()):
+        raise ValueError(
+            f"{site.path}: the change of its weight has values that are not finite, to which no product is nearest; "
+            "check the weights and the adapters' leaves there"
+        )
     if wanted.rank is not None and site.groups > 1:
         wanted = Wanted(max(1, wanted.rank // site.groups))
     dtype = torch.promote_types(dtype, torch.complex64) if change.is_complex() else dtype

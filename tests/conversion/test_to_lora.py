@@ -1,5 +1,7 @@
 """Any method as a LoRA: exact, by merging in float64, where its change has the rank; the nearest, elsewhere."""
 
+import math
+
 import optree
 import pytest
 import torch
@@ -7,7 +9,17 @@ from torch import nn
 
 from tests.contract.cases import KINDS, case
 from tests.contract.methods import METHODS
-from torchgraft.adapters import IA3Config, LoHaConfig, LoraConfig, OFTConfig, to_lora
+from torchgraft.adapters import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    canonical,
+    combine,
+    extract_lora,
+    shrink,
+    to_lora,
+)
 from torchgraft.functional import UnsupportedConfig, bind, merge, route, stack
 
 pairs = [(name, site) for name in METHODS for site in KINDS[name]]
@@ -151,8 +163,20 @@ def test_errors():
 
 def test_values_that_are_not_finite_are_an_error_that_names_the_module():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    graft = bind(model, LoHaConfig(r=2, target_modules=["0", "1"]))
-    params = graft.init()
-    params["1"]["hada_w1_a"] = torch.full_like(params["1"]["hada_w1_a"], float("nan"))
-    with pytest.raises(ValueError, match="1: the weight with the adapters in has values that are not finite"):
-        to_lora(graft, params, rank=2)
+    plain = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    for config in (plain, LoHaConfig(r=2, target_modules=["0", "1"], init_weights=False)):
+        graft = bind(model, config)
+        params = graft.init()
+        params["1"] = {leaf: torch.full_like(tensor, float("nan")) for leaf, tensor in params["1"].items()}
+        with pytest.raises(ValueError, match=r"\b1(:| has) .*values that are not finite.*check"):
+            to_lora(graft, params, rank=2)
+    params = bind(model, plain).init()
+    params["1"]["lora_A"] = params["1"]["lora_A"] * math.inf
+    for call in (lambda: shrink(plain, params, 1), lambda: canonical(plain, params)):
+        with pytest.raises(ValueError, match=": 1 has factors with values that are not finite; check its leaves"):
+            call()
+    with pytest.raises(ValueError, match="combine: 1 has no singular values; check its leaves and the weights"):
+        combine([(plain, params)] * 2, [1, 1], "svd", rank=1)
+    state = model.state_dict()
+    with pytest.raises(ValueError, match="1: the change of its weight has values that are not finite"):
+        extract_lora(state, {**state, "1.weight": state["1.weight"] * math.nan}, 2)
