@@ -34,6 +34,10 @@ FILES = [
 """What is run where nothing is named: files that are about methods, or about what all share."""
 
 
+MARKERS = ("bitsandbytes", "multi_gpu_tests", "regression", "single_gpu_tests", "slow")
+"""Marks of PEFT's tests."""
+
+
 def unpacked(folder: Path) -> Path:
     """Fetch PEFT's source distribution, of the version that is installed, and return where it is unpacked."""
     version = importlib.metadata.version("peft")
@@ -44,6 +48,13 @@ def unpacked(folder: Path) -> Path:
     return folder / f"peft-{version}"
 
 
+def prepare(source: Path) -> None:
+    """Put our own conftest beside the tests, which are a package, and our settings in the place of PEFT's."""
+    (source / "tests" / "__init__.py").touch()
+    shutil.copy(HERE / "suite_conftest.py", source / "tests" / "conftest.py")
+    (source / "pytest.ini").write_text("[pytest]\nmarkers =\n" + "".join(f"    {name}\n" for name in MARKERS))
+
+
 def results(source: Path, name: str, home: Path, real: bool, every: int, limit: int) -> dict[str, list[str]]:
     """Run a file of tests in a process of its own; return outcome, error and place by name of the test."""
     report = home / "report.json"
@@ -52,12 +63,15 @@ def results(source: Path, name: str, home: Path, real: bool, every: int, limit: 
     own |= {"REPORT": str(report), "REAL": "1" if real else "", "EVERY": str(every)}
     flags = ["--tb=short", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"tests/test_{name}.py"]
     command = [sys.executable, "-m", "pytest", *flags]
-    with open(home / f"{name}-{'peft' if real else 'here'}.log", "w") as log:
+    output = home / f"{name}-{'peft' if real else 'here'}.log"
+    with open(output, "w") as log:
         try:
             subprocess.run(command, cwd=source, env=os.environ | own, stdout=log, stderr=log, timeout=limit)
         except subprocess.TimeoutExpired:
-            print(f"{name}: not done after {limit} seconds; its results are left out")
+            raise SystemExit(f"{name}: not done after {limit} seconds; give a longer --limit, or --every") from None
     found: dict[str, list[str]] = json.loads(report.read_text()) if report.exists() else {}
+    if not found:
+        raise SystemExit(f"{name}: no test ran. The end of what pytest said:\n{output.read_text()[-2000:]}")
     return found
 
 
@@ -89,7 +103,7 @@ def main() -> int:
         source = given.source or unpacked(folder)
         home = (given.home or folder / "home").resolve()
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copy(HERE / "suite_conftest.py", source / "tests" / "conftest.py")
+        prepare(source)
         if not (home / "hub").is_dir():
             subprocess.run([sys.executable, HERE / "stand_ins.py", home], check=True)
         for name in given.files or FILES:
