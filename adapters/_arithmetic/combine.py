@@ -171,7 +171,7 @@ def _factors(path: str, here: Sequence[tuple[Product, Scalar]], mixing: Mixing) 
             else:
                 changes = [product.dense for product, _ in here]
                 a, b = truncate_matrix(mix(changes, [weight for _, weight in here], mixing), rank)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # public, and not in torch's stubs
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined,unused-ignore] # strict alone sees it
             raise ValueError(
                 f"combine: {path} has no singular values; check its leaves and the weights: {error}"
             ) from error
