@@ -1,8 +1,10 @@
-"""Bytes of tensors: what autograd keeps, and the most that a call has at once."""
+"""Bytes: what autograd keeps, the most that a call has at once, and the most that a process had."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,3 +41,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+def most_mb() -> float:
+    """The most RAM that this process had, on Linux; what `getrusage` says begins with its parent's."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, "/proc/self/status has no VmHWM"
+    return int(found[1]) / 1024

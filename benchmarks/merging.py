@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import most_mb
 from _results import apart, folder, write
 from _rounds import measure, ratios, spread, table
 
@@ -110,13 +111,11 @@ MERGERS = {"torchgraft": by_torchgraft, "PEFT": by_peft, "mergekit": by_mergekit
 
 def child(name: str, base: Path, adapter: Path, out: Path) -> None:
     """Merge in this process, and print the seconds and the most memory."""
-    import resource
-
     run = MERGERS[name](base, adapter, out)
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"seconds": seconds, "peak_mb": most_mb()}))
 
 
 def merging(hidden: int, layers: int, rounds: int) -> dict[str, Any]:

@@ -322,17 +322,20 @@ def test_tensors_that_the_config_speaks_of_have_to_be_there(tmp_path):
 
 
 PROGRAM = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from torchgraft.adapters import merge_files
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def most():  # of this process alone: what getrusage says begins with the parent's
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+before = most()
 merge_files(*sys.argv[1:4], report=lambda done, total: print(done, total, flush=True))
-print("peak", before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print("peak", before, most())
 """
 
 
 @pytest.mark.full
 def test_a_merge_that_was_killed_goes_on_in_bounded_memory(tmp_path):
-    wide, count = 2048, 12
+    wide, count = 1024, 96
     made = nn.ModuleDict(
         {"layers": nn.ModuleList([nn.Linear(wide, wide, bias=False, dtype=torch.bfloat16) for _ in range(count)])}
     )
@@ -348,6 +351,6 @@ def test_a_merge_that_was_killed_goes_on_in_bounded_memory(tmp_path):
     assert run.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     before, peak = map(int, done[-1].split()[1:])
-    assert (peak - before) * 1024 < size / 2, "of a model of 100 MB"
+    assert (peak - before) * 1024 < size / 2, "of a model of 200 MB"
     whole = merge_files(base, adapter, tmp_path / "whole")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
