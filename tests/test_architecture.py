@@ -58,7 +58,7 @@ ORDER = {
         _inplace: inject __init__
         _arithmetic: products mixing truncated given combine vectors soups weighted
         _calibration: progress
-        _conversion: wanted report changes shrink to_lora sources extract factors fused adapterhub
+        _conversion: wanted report changes shrink to_lora sources extract factors fused original_unet adapterhub
             pipelines formats requantized
         _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks

@@ -61,9 +61,17 @@ def read_any(path: str | os.PathLike[str], prefix: str | None = None, model: str
         return read_adapter(path)
     with about(file):
         shards = open_shards(file)
-        names = () if model is None else (name.rpartition(".")[0] for name in open_shards(model).specs)
         tensors = {name: shards.read(name) for name in shards.specs}
-        return from_format(tensors, prefix=prefix, modules=sorted({*names}) or None)
+        return from_format(tensors, prefix=prefix, modules=module_names(model))
+
+
+def module_names(model: str | None) -> list[str] | None:
+    """Return the names of the modules that have tensors in a model's files.
+
+    Raises:
+        FileNotFoundError, ValueError: No such files, or damaged ones.
+    """
+    return None if model is None else sorted({name.rpartition(".")[0] for name in open_shards(model).specs})
 
 
 def write_form(path: str | os.PathLike[str], made: Formatted) -> Path:

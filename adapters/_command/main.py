@@ -115,7 +115,7 @@ def _add_making(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     one.add_argument("--to", dest="form", choices=FORMS, help="the program's form")
     one.add_argument("--rank", type=int, help="the rank to cut to, with the error that this makes")
     one.add_argument("--prefix", help="what stands before names: the part of a pipeline, an adapter's name")
-    one.add_argument("--model", metavar="DIR", help="the model, for names that kohya's keys do not tell")
+    one.add_argument("--model", metavar="DIR", help="the model, for names that kohya's and SDXL's keys need")
     one.set_defaults(run=making.convert)
 
     one = commands.add_parser("extract", help="the LoRA of what fine-tuning changed")

@@ -14,7 +14,7 @@ from .._conversion.formats import to_format
 from .._conversion.shrink import shrink
 from .._files.servers.engines import server_of
 from .._files.servers.form import as_served_files
-from .files import new_folder, read_adapter, read_any, write_adapter, write_form
+from .files import module_names, new_folder, read_adapter, read_any, write_adapter, write_form
 from .output import bar, on_terminal
 
 
@@ -67,7 +67,7 @@ def convert(
     if form in (None, "peft"):
         print(write_adapter(out, config, tree))
     else:
-        print(write_form(out, to_format(config, tree, form, prefix=prefix)))
+        print(write_form(out, to_format(config, tree, form, prefix=prefix, modules=module_names(model))))
     return 0
 
 

@@ -17,9 +17,10 @@ from .._config.messages import names_of
 from .._methods.lora.lora import LoraConfig
 from .adapterhub import from_adapterhub, to_adapterhub
 from .factors import adapter_of, factors_of
+from .original_unet import original_names
 from .pipelines import SUFFIXES, read_pipeline, write_pipeline
 
-FORMS = ("peft", "diffusers", "kohya", "adapterhub")
+FORMS = ("peft", "diffusers", "kohya", "sdxl", "adapterhub")
 
 
 class Formatted(NamedTuple):
@@ -34,7 +35,14 @@ class Formatted(NamedTuple):
     fields: dict[str, Any]
 
 
-def to_format(config: LoraConfig, params: Tree, form: str, *, prefix: str | None = None) -> Formatted:
+def to_format(
+    config: LoraConfig,
+    params: Tree,
+    form: str,
+    *,
+    prefix: str | None = None,
+    modules: nn.Module | Iterable[str] | None = None,
+) -> Formatted:
     """Return a plain LoRA as another program's files have it; exact, but for rounding where a factor goes into `B`.
 
     - `"peft"`: PEFT's keys, `base_model.model.<module>.lora_A.weight`; fields are those of `adapter_config.json`.
@@ -43,6 +51,8 @@ def to_format(config: LoraConfig, params: Tree, form: str, *, prefix: str | None
     - `"kohya"`: `<prefix>_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`, dots of the module's name as
       underscores, with `prefix` `"lora_unet"` by default, or `"lora_te"`, `"lora_te1"`, `"lora_te2"`: what kohya's
       sd-scripts write and ComfyUI reads, which knows a UNet's modules by diffusers' names and by its own.
+    - `"sdxl"`: as kohya's, with the names that a UNet's modules have in the original implementation
+      (`input_blocks_4_1_...` for `down_blocks.1.attentions.0...`), as files for SDXL have them. Needs `modules`.
     - `"adapterhub"`: `<module>.loras.<prefix>.lora_A`, where `prefix`, `"default"` by default, is the adapter's name;
       fields are those of its `adapter_config.json`.
 
@@ -54,9 +64,10 @@ def to_format(config: LoraConfig, params: Tree, form: str, *, prefix: str | None
         params: Its tree.
         form: One of these.
         prefix: What stands before names.
+        modules: The UNet, or the names of all its modules, for `"sdxl"`.
 
     Raises:
-        ValueError: Another form; modules whose names become one.
+        ValueError: Another form; modules whose names become one, or that are not of the UNet.
         TypeError, UnsupportedConfig: No plain LoRA, or modules that the form has nothing for; names them.
 
     >>> import torch
@@ -71,6 +82,8 @@ def to_format(config: LoraConfig, params: Tree, form: str, *, prefix: str | None
     found = factors_of(config, params, "to_format")
     if form == "adapterhub":
         return Formatted(*to_adapterhub(found, prefix or "default"))
+    if form == "sdxl":
+        return Formatted(write_pipeline(found, "kohya", prefix, _originals(found, _names(modules))), {})
     return Formatted(write_pipeline(found, form, prefix), {})
 
 
@@ -89,7 +102,8 @@ def from_format(
         form: As for `to_format`; by default what the keys look like. Diffusers' older keys are read too.
         prefix: The part of a pipeline to take: `"unet"`, `"lora_te1"`; by default the only one. Of AdapterHub's, the
             name of the adapter.
-        modules: The model, or the names of its modules, which kohya's keys do not tell: `a_b` may be `a.b` or `a_b`.
+        modules: The model, or the names of its modules, which kohya's keys do not tell: `a_b` may be `a.b` or `a_b`. A
+            UNet's are known by the names of the original implementation too.
         fields: The config that belongs to the file: `adapter_config.json`, or diffusers' `lora_adapter_metadata`. PEFT
             and AdapterHub need it, for their tensors do not tell the scaling factor.
 
@@ -108,12 +122,13 @@ def from_format(
     """
     form = detect_format(tensors) if form is None else form
     _check_form(form, "from_format")
-    names = list(modules_of(modules)) if isinstance(modules, nn.Module) else list(modules or ())
+    names = _names(modules)
     if form == "peft":
         return _from_peft(tensors, fields)
     if form == "adapterhub":
         return adapter_of(from_adapterhub(tensors, prefix, fields), names)
-    return adapter_of(read_pipeline(tensors, form, prefix, names, fields), names)
+    read = read_pipeline(tensors, "kohya" if form == "sdxl" else form, prefix, names, fields)
+    return adapter_of(read, names)
 
 
 def detect_format(tensors: Iterable[str]) -> str:
@@ -138,6 +153,25 @@ def detect_format(tensors: Iterable[str]) -> str:
     raise ValueError(
         f"detect_format: {names_of(keys)} look like none of {', '.join(FORMS)}; give form, and only a LoRA's tensors"
     )
+
+
+def _names(modules: nn.Module | Iterable[str] | None) -> list[str]:
+    return list(modules_of(modules)) if isinstance(modules, nn.Module) else list(modules or ())
+
+
+def _originals(paths: Iterable[str], names: list[str]) -> dict[str, str]:
+    """Return the original name of each module.
+
+    Raises:
+        ValueError: A module that has none among these names.
+    """
+    if not names:
+        raise ValueError("to_format: 'sdxl' needs all names of the UNet's modules; pass modules=model, or the names")
+    known = original_names(names)
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise ValueError(f"to_format: {names_of(missing)} is no part of a UNet that 'sdxl' has a name for; use 'kohya'")
+    return {path: known[path] for path in paths}
 
 
 def _check_form(form: str, what: str) -> None:

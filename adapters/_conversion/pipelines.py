@@ -17,6 +17,7 @@ from torchgraft.functional import Site
 from .._methods.lora.lora import LoraConfig
 from .._methods.shared.scalings import alpha_at, rank_at, scaling_of
 from .factors import Factors
+from .original_unet import original_names
 
 SUFFIXES = {
     "kohya": {".lora_down.weight": "a", ".lora_up.weight": "b", ".alpha": "alpha"},
@@ -46,22 +47,26 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 """Names that diffusers' oldest files have for a text encoder's projections."""
 
 
-def write_pipeline(found: Mapping[str, Factors], form: str, prefix: str | None) -> dict[str, Tensor]:
+def write_pipeline(
+    found: Mapping[str, Factors], form: str, prefix: str | None, renamed: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Return the tensors of a file.
 
     Args:
         found: Factors by module.
         form: `"diffusers"` or `"kohya"`.
         prefix: The part of a pipeline; by default the first that the form knows.
+        renamed: What a module is called there, where it has another name.
 
     Raises:
         ValueError: Modules whose names become one.
     """
+    renamed = renamed or {}
     part = _PREFIXES[form][0] if prefix is None else prefix
     tensors: dict[str, Tensor] = {}
     written = {leaf: suffix for suffix, leaf in reversed(SUFFIXES[form].items())}
     for path, one in found.items():
-        name = _joined(part, path, form)
+        name = _joined(part, renamed.get(path, path), form)
         if name + written["a"] in tensors:
             raise ValueError(f"to_format: {path} and another module both become {name}; leave one out")
         own = one.folded if form == "diffusers" else one
@@ -152,6 +157,8 @@ def _leaves(
 def _module(key: str, flat: str, names: Collection[str]) -> str:
     """Return the module whose name became this with underscores."""
     meant = [name for name in names if name.replace(".", "_") == flat]
+    if not meant:
+        meant = [name for name, original in original_names(names).items() if original.replace(".", "_") == flat]
     if len(meant) == 1:
         return meant[0]
     if not names:
@@ -159,8 +166,8 @@ def _module(key: str, flat: str, names: Collection[str]) -> str:
     if meant:
         raise ValueError(f"from_format: {key!r} may be any of {meant}; give those names of modules that are meant")
     raise ValueError(
-        f"from_format: {key!r} is of no module of these {len(names)}; perhaps the file is of another model, or names "
-        "its modules as the original implementation does"
+        f"from_format: {key!r} is of no module of these {len(names)}, neither by its own name nor by the one that the "
+        "original UNet has for it; perhaps the file is of another model, or modules are not all of the model's"
     )
 
 

@@ -19,6 +19,7 @@ from torchgraft.adapters import (
     split_projections,
     to_format,
 )
+from torchgraft.adapters._conversion.original_unet import original_names
 from torchgraft.functional import UnsupportedConfig
 
 PLAIN = ["up", "down", "conv", "grid"]
@@ -99,6 +100,55 @@ def test_diffusers_reads_what_is_written_for_kohya():
     assert sorted(read) == sorted(to_format(*one, "diffusers").tensors)
     _, back = from_format(theirs)  # as they have it, with alphas beside
     assert all(torch.equal(back[path][leaf], t) for path, leaves in one[1].items() for leaf, t in leaves.items())
+
+
+SDXL = dict(  # noqa: C408 - as it is passed
+    sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(8, 16, 16), norm_num_groups=4,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=8,
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 1),
+    attention_head_dim=(1, 2, 2), use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unet():
+    models = pytest.importorskip("diffusers.models")
+    return models.UNet2DConditionModel(**SDXL).double()
+
+
+def test_an_sdxl_file_has_the_names_of_the_original_unet(unet):
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    names = [*UNET, "to_v", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv", "conv_shortcut"]
+    names += ["time_emb_proj", "conv_in", "conv_out"]
+    one = adapter(unet, LoraConfig(r=2, lora_alpha=5, target_modules=names))
+    tensors = to_format(*one, "sdxl", modules=unet).tensors
+    starts = {key.split(".")[0] for key in tensors}
+    assert {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_unet_input_blocks_3_0_op"} <= starts
+    assert {"lora_unet_middle_block_2_in_layers_2", "lora_unet_output_blocks_2_2_conv"} <= starts
+    _, back = from_format(tensors, modules=unet)
+    assert back.keys() == one[1].keys()
+    assert all(torch.equal(back[path][leaf], t) for path, leaves in one[1].items() for leaf, t in leaves.items())
+    mapped = utils._maybe_map_sgm_blocks_to_diffusers(dict(tensors), unet.config)
+    theirs, _ = utils._convert_non_diffusers_lora_to_diffusers(mapped)
+    _, read = from_format(theirs)
+    assert read.keys() == back.keys()
+    assert all(torch.equal(read[path][leaf], t) for path, leaves in back.items() for leaf, t in leaves.items())
+
+
+def test_names_of_the_original_unet_are_each_modules_own(unet):
+    names = [name for name, module in unet.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    found = original_names(names)
+    assert len({*found.values()}) == len(found) == len(names)
+    assert found["add_embedding.linear_2"] == "label_emb.0.2" and found["conv_norm_out"] == "out.0"
+
+
+def test_sdxl_needs_the_unet():
+    one = LoraConfig(r=1, target_modules=["q"]), {"q": {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)}}
+    with pytest.raises(ValueError, match="'sdxl' needs all names of the UNet's modules; pass modules=model"):
+        to_format(*one, "sdxl")
+    with pytest.raises(ValueError, match="'q' is no part of a UNet that 'sdxl' has a name for; use 'kohya'"):
+        to_format(*one, "sdxl", modules=["q", "conv_in"])
 
 
 def test_diffusers_metadata_says_the_scaling_factor():
