@@ -62,7 +62,7 @@ ORDER = {
             pipelines formats requantized
         _files/servers: engines rules form check
         _files: configs packed fit stored save into_graft into_model load inspected stacks
-        _checkpoints: folder skeleton rows changes shard merge
+        _checkpoints: stacked folder skeleton rows changes shard merge
         _calibration: observing redistributed statistics
         _optim: lora_plus lora_fa osf
         _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments

@@ -28,7 +28,7 @@ from .._files.packed import unpacked
 from .._files.stored import Stored
 from .._inplace import extract_graft, extract_params
 from .folder import ModelFolder
-from .rows import parts_of
+from .rows import Part, expert_of, parts_of
 from .skeleton import is_embedding, skeleton_of
 
 
@@ -65,8 +65,10 @@ class Changes:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of the tensors that change."""
-        return frozenset({*self.instead, *self.rows, *self.sites})
+        """The names of the files' tensors that change."""
+        pieces = [name for name, piece in self.base.tensors.pieces.items() if piece.parameter in self.sites]
+        whole = {*self.instead, *self.rows, *self.sites}
+        return frozenset({*whole, *pieces} - self.base.tensors.stacks.keys())
 
     def merged(self, name: str, most: int) -> Iterator[Tensor]:
         """Yield a merged tensor, part by part, as the file has it, in the base's dtype.
@@ -75,20 +77,27 @@ class Changes:
             name: Its name.
             most: Bytes of the base's that a part may have, where the method can be merged in parts.
         """
-        dtype = self.base.spec(name).dtype
-        if name not in self.sites:
-            yield self._read(name).to(dtype)
-            return
-        adapter, leaf = self.sites[name]
+        spec, piece = self.base.spec(name), self.base.tensors.pieces.get(name)
+        if piece is not None and piece.parameter in self.sites:
+            adapter, leaf = self.sites[piece.parameter]
+            part = expert_of(adapter, adapter.leaves(self.tree), piece.expert)
+            yield self._merged(adapter, part, leaf)[0, slice(*piece.rows)].to(spec.dtype)
+        elif name in self.sites:
+            adapter, leaf = self.sites[name]
+            count = -(-(spec.end - spec.start) // most)
+            for part in parts_of(adapter, adapter.leaves(self.tree), leaf, count):
+                yield self._merged(adapter, part, leaf).to(spec.dtype)
+        else:
+            yield self._read(name).to(spec.dtype)
+
+    def _merged(self, adapter: SiteAdapter, part: Part, leaf: str) -> Tensor:
+        """Merge a part of a site."""
         site = adapter.site
-        spec = self.base.spec(name)
-        count = -(-(spec.end - spec.start) // most)
-        for part in parts_of(adapter, adapter.leaves(self.tree), leaf, count):
-            names = (*site.weight_names, *((site.bias_name,) if site.has_bias else ()))
-            tensors = {one: self._part(f"{site.owner}.{one}", part.rows.get(one)) for one in names}
-            own = SiteAdapter(adapter.config, part.site)
-            weight, bias = own.merge(part.leaves, *part.site.read(self.modules[site.owner], tensors))
-            yield part.site.stored(weight, bias)[leaf].to(dtype)
+        names = (*site.weight_names, *((site.bias_name,) if site.has_bias else ()))
+        tensors = {one: self._part(f"{site.owner}.{one}", part.rows.get(one)) for one in names}
+        own = SiteAdapter(adapter.config, part.site)
+        weight, bias = own.merge(part.leaves, *part.site.read(self.modules[site.owner], tensors))
+        return part.site.stored(weight, bias)[leaf]
 
     def _part(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         return self._read(name) if rows is None else self._read(name, *rows)

@@ -11,8 +11,9 @@ from typing import Any
 from torchgraft.functional.extending import did_you_mean
 
 from .._files.disk.headers import Spec
-from .._files.disk.shards import Shards, open_shards
+from .._files.disk.shards import open_shards
 from .._files.disk.strict_json import parse_object
+from .stacked import StackedShards, with_stacked
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 """Ends of files that hold weights, which are not copied beside merged ones."""
@@ -24,11 +25,11 @@ class ModelFolder:
 
     Attributes:
         path: The folder.
-        tensors: Its tensors.
+        tensors: Its tensors, and parameters that stack experts which the files keep apart.
     """
 
     path: Path
-    tensors: Shards
+    tensors: StackedShards
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""
@@ -72,4 +73,4 @@ def model_folder(path: str | os.PathLike[str]) -> ModelFolder:
     folder = Path(path)
     if folder.is_file():
         raise NotADirectoryError(f"{folder}: is a file, expected the directory of a model: {str(folder.parent)!r}")
-    return ModelFolder(folder, open_shards(folder))
+    return ModelFolder(folder, with_stacked(open_shards(folder)))

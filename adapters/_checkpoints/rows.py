@@ -67,6 +67,11 @@ def parts_of(adapter: SiteAdapter, leaves: Leaves, leaf: str, count: int) -> Ite
         yield cut(site, leaves, start, min(start + step, total))
 
 
+def expert_of(adapter: SiteAdapter, leaves: Leaves, expert: int) -> Part:
+    """Return one of a site's stacked experts."""
+    return _experts(adapter.site, leaves, expert, expert + 1)
+
+
 def _outputs(site: Site, leaves: Leaves, start: int, stop: int) -> Part:
     """Return some outputs of a linear layer."""
     by_output = ("lora_B", MAGNITUDE, BIAS)
