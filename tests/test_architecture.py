@@ -81,7 +81,7 @@ ORDER = {
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around noise base adapted projection routed gathered no_weight compose
-        _binding: tied replaced plan leaves binding joined stacking stacked padded members
+        _binding: tied replaced plan leaves binding padding joined stacking stacked padded members
         _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries
             row_weights followed row_groups parameters skeleton swaps
         _routing: route owners
