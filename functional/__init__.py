@@ -9,6 +9,7 @@ from ._abilities import AddsProduct as AddsProduct
 from ._abilities import DrawsNoise as DrawsNoise
 from ._abilities import KeepsDtype as KeepsDtype
 from ._abilities import MergesOver as MergesOver
+from ._abilities import PadsInBlocks as PadsInBlocks
 from ._abilities import Precomputes as Precomputes
 from ._abilities import RunsInOneStep as RunsInOneStep
 from ._abilities import SharesLeaves as SharesLeaves

@@ -58,6 +58,20 @@ class AddsProduct:
 
 
 @dataclasses.dataclass(frozen=True)
+class PadsInBlocks:
+    """The ability to be stacked with other ranks at sites whose leaves are made of pieces (`Site.pieces`).
+
+    The first axis of some leaves has a block for each expert or group, and a smaller rank has zeros behind each block.
+    What `apply` and the other functions make of such a tree is what the smaller one means.
+
+    Attributes:
+        blocks: `(config, site) -> {leaf: number}` of those that have more than one; others are padded at their ends.
+    """
+
+    blocks: Callable[[Any, Site], Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
 class AddsLeafwise:
     """A change of the weight that is linear in the leaves, so that adapters of one config add up leaf by leaf.
 

@@ -101,7 +101,8 @@ class StackedGraft(Graft):
         return self.binding.stack(adapters)
 
     def unstack(self, stacked: Tree) -> list[Tree]:
-        """Split a stack into trees of each config's own shapes and sites; their leaves are views.
+        """Split a stack into trees of each config's own shapes and sites; their leaves are views, but for what
+        has padding between experts or groups.
 
         Raises:
             KeyError, TypeError, ValueError: A stack that does not fit, or with numbers in its padding.

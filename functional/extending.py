@@ -9,6 +9,10 @@ from ._abilities import Step as Step
 from ._base_with_weights import with_weights as with_weights
 from ._binding.joined import JoinedBinding as JoinedBinding
 from ._binding.leaves import shared_shapes as shared_shapes
+from ._binding.padding import Blocks as Blocks
+from ._binding.padding import cut_to as cut_to
+from ._binding.padding import pad_to as pad_to
+from ._binding.padding import view_of_part as view_of_part
 from ._binding.plan import structure_for as structure_for
 from ._binding.plan import weights_of as weights_of
 from ._binding.plan import with_parts as with_parts
@@ -22,7 +26,6 @@ from ._binding.replaced import tensor_at as tensor_at
 from ._binding.stacked import StackedBinding as StackedBinding
 from ._binding.stacking import NoRoomError as NoRoomError
 from ._binding.stacking import SharedFieldError as SharedFieldError
-from ._binding.stacking import pad_to as pad_to
 from ._binding.tied import TiedAdapter as TiedAdapter
 from ._binding.tied import TiedSite as TiedSite
 from ._binding.tied import TiedSites as TiedSites

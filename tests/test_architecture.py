@@ -41,7 +41,7 @@ ORDER = {
         _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
             experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
-        _methods/shared: called embedding_grad fused low_rank principal projections remade rotated scalings siteless
+        _methods/shared: called embedding_grad fused low_rank padded principal projections remade rotated scalings siteless
             lycoris sparse spectra wavelets
         _methods: *
         _methods/lora: activated constants bases dora fields parameters forward leaves lora to_plain
@@ -81,7 +81,7 @@ ORDER = {
         .: _abilities _method _trees _trainable _norms _grads
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around noise base adapted projection routed gathered no_weight compose
-        _binding: tied replaced plan leaves binding joined stacking stacked padded members
+        _binding: tied replaced plan leaves binding padding joined stacking stacked padded members
         _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries
             row_weights followed row_groups parameters skeleton swaps
         _routing: route owners

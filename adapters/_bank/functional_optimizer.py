@@ -10,9 +10,9 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from torchgraft.functional.extending import Tree, given_type
+from torchgraft.functional.extending import Tree, cut_to, given_type
 
-from .layout import Layout
+from .layout import Layout, Shapes
 from .optimizers import Row, check_known, equal_hyper
 from .together import (
     Outcome,
@@ -52,14 +52,20 @@ class Functional:
     def family(self) -> Hashable:
         return self.name, self.make
 
-    def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
-        leaves: list[Any] = optree.tree_leaves(self.make(**self.hyper).init(layout.views(row.clone())))
+    def buffers(self, row: Tensor, layout: Layout, own: Shapes) -> dict[str, Tensor]:
+        leaves, mine = (
+            optree.tree_leaves(self.make(**self.hyper).init(layout.tree(row.clone(), cut)))
+            for cut in (layout.shapes, {**layout.shapes, **own})
+        )
         if other := next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None):
             raise TypeError(
                 f"{self.name}: its state has {given_type(other)} in it, and slots hold tensors; give an optimizer "
                 "whose state is a tree of tensors"
             )
-        return {str(i): leaf.detach().clone() for i, leaf in enumerate(leaves)}
+        made = {str(i): leaf.detach().clone() for i, leaf in enumerate(leaves)}
+        for whole, part in zip(made.values(), mine, strict=True):
+            cut_to(whole, part.shape).copy_(part)
+        return made
 
     def check(self, layout: Layout) -> None:
         pass

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchgraft.functional.extending import Tree
+from torchgraft.functional.extending import Blocks, Tree, view_of_part
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Mapping[str, Shape]]
@@ -27,14 +27,16 @@ class Layout:
         shapes: The shape of each leaf, by path and name.
         offsets: Where each begins, in numbers.
         size: How many numbers a row has.
+        blocks: The blocks along the first axis of leaves: a smaller leaf has padding behind each.
     """
 
     shapes: Shapes
     offsets: Mapping[str, Mapping[str, int]]
     size: int
+    blocks: Blocks = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, shapes: Shapes, dtype: torch.dtype) -> Layout:
+    def of(cls, shapes: Shapes, dtype: torch.dtype, blocks: Blocks | None = None) -> Layout:
         """Lay out leaves one after the other, each at a multiple of 16 bytes.
 
         >>> Layout.of({"0": {"a": (3,), "b": (2, 2)}}, torch.float32).offsets
@@ -48,7 +50,7 @@ class Layout:
             for name, shape in leaves.items():
                 offsets[path][name] = size
                 size += -(-math.prod(shape) // step) * step
-        return cls(shapes, offsets, size)
+        return cls(shapes, offsets, size, blocks or {})
 
     def leaves(self) -> Iterator[tuple[str, str, Shape, int]]:
         """Yield path, name, shape and offset of each leaf."""
@@ -57,7 +59,7 @@ class Layout:
                 yield path, name, shape, self.offsets[path][name]
 
     def views(self, rows: Tensor, cut: Shapes | None = None) -> Tree:
-        """Return the tree of leaves that rows hold, as views.
+        """Return the tree of leaves that rows hold, as views: where blocks are cut, they have an axis of their own.
 
         Args:
             rows: `"size"`, or `"n size"` for a stack of `n`.
@@ -74,8 +76,19 @@ class Layout:
             if kept is None:
                 continue
             leaf = rows[..., offset : offset + math.prod(shape)].view((*lead, *shape))
-            tree.setdefault(path, {})[name] = leaf if kept == shape else cut_to(leaf, kept)
+            tree.setdefault(path, {})[name] = view_of_part(leaf, kept, self.blocks_of(path, name))
         return tree
+
+    def tree(self, row: Tensor, cut: Shapes) -> Tree:
+        """Return the tree of leaves that a row holds, in these shapes; views, but for blocks that are cut."""
+        return {
+            path: {name: leaf.reshape(cut[path][name]) for name, leaf in leaves.items()}
+            for path, leaves in self.views(row, cut).items()
+        }
+
+    def blocks_of(self, path: str, name: str) -> int:
+        """Return how many blocks a leaf has."""
+        return self.blocks.get(path, {}).get(name, 1)
 
     def write(self, row: Tensor, tree: Tree) -> None:
         """Write a tree into a row, `"size"`, with zeros wherever it has none."""
@@ -83,35 +96,24 @@ class Layout:
         own = {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()}
         for path, leaves in self.views(row, own).items():
             for name, leaf in leaves.items():
-                leaf.copy_(tree[path][name].detach())
+                leaf.copy_(tree[path][name].detach().view(leaf.shape))
 
 
-def cut_to(leaf: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the beginning of a leaf along its last axes, as a view.
-
-    >>> cut_to(torch.arange(6).view(1, 2, 3), (1, 2))
-    tensor([[[0, 1]]])
-    """
-    for axis, length in enumerate(shape, start=leaf.ndim - len(shape)):
-        if leaf.shape[axis] != length:
-            leaf = leaf.narrow(axis, 0, length)
-    return leaf
-
-
-def rounded(shapes: Shapes, most: Shapes, least: Shapes) -> Shapes:
+def rounded(shapes: Shapes, layout: Layout, least: Shapes) -> Shapes:
     """Return shapes of all leaves that there can be, lengths that are not the most cut to one power of two of it.
 
     So compiled calls meet few shapes, whatever the ranks and sites of adapters are.
 
     Args:
         shapes: What has to fit.
-        most: The largest shapes, of all leaves.
+        layout: The largest shapes, of all leaves.
         least: The smallest that were ever seen: an axis that is shorter here is one that differs between adapters.
 
-    >>> most = {"0": {"a": (16, 5)}, "1": {"a": (16, 2)}}
-    >>> rounded({"0": {"a": (3, 5)}}, most, {"0": {"a": (3, 5)}, "1": {"a": (8, 2)}})
+    >>> layout = Layout.of({"0": {"a": (16, 5)}, "1": {"a": (16, 2)}}, torch.float32)
+    >>> rounded({"0": {"a": (3, 5)}}, layout, {"0": {"a": (3, 5)}, "1": {"a": (8, 2)}})
     {'0': {'a': (4, 5)}, '1': {'a': (4, 2)}}
     """
+    most = layout.shapes
     pairs = [
         (length, full)
         for path, leaves in shapes.items()
@@ -122,12 +124,14 @@ def rounded(shapes: Shapes, most: Shapes, least: Shapes) -> Shapes:
     halvings = min(((full // length).bit_length() - 1 for length, full in pairs), default=0)
 
     def cut(path: str, name: str, full: Shape) -> Shape:
-        own = shapes.get(path, {}).get(name)
+        own, units = shapes.get(path, {}).get(name), (layout.blocks_of(path, name), *(1 for _ in full[1:]))
         if own is None:  # nobody here has it
-            seen = least.get(path, {}).get(name, full)
-            own = tuple(min(short, 1) if short < long else long for short, long in zip(seen, full, strict=True))
-        axes = zip(own, full, strict=True)
-        return tuple(long if short == long else max(short, long >> halvings) for short, long in axes)
+            seen = zip(least.get(path, {}).get(name, full), full, units, strict=True)
+            own = tuple(min(short, unit) if short < long else long for short, long, unit in seen)
+        axes = zip(own, full, units, strict=True)
+        return tuple(
+            long if short == long else max(short, (long // unit >> halvings) * unit) for short, long, unit in axes
+        )
 
     return {path: {name: cut(path, name, full) for name, full in leaves.items()} for path, leaves in most.items()}
 

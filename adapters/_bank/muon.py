@@ -81,9 +81,12 @@ def _step_row(row: Row, hyper: Mapping[str, Any]) -> None:
             gradient, velocity = trees[1][path][name], trees[2][path][name]
             velocity.lerp_(gradient, 1 - momentum)
             update = gradient.lerp(velocity, momentum) if hyper["nesterov"] else velocity
-            update = orthogonal(update, hyper["ns_coefficients"], hyper["ns_steps"], hyper["eps"])
+            rows, columns = row.own[path][name]
+            update = orthogonal(
+                update.reshape(rows, columns), hyper["ns_coefficients"], hyper["ns_steps"], hyper["eps"]
+            )
             weight.mul_(1 - lr * hyper["weight_decay"])
-            weight.add_(update, alpha=-lr * _ratio(hyper["adjust_lr"], *weight.shape))
+            weight.add_(update.reshape(weight.shape), alpha=-lr * _ratio(hyper["adjust_lr"], rows, columns))
 
 
 def _ratio(adjust: str, rows: int, columns: int) -> float:

@@ -72,8 +72,8 @@ class RowOptimizer(Protocol):
         """What is equal for optimizers that differ in their hyper-parameters only."""
         ...
 
-    def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """Return the moments of a row before its first step, by name, for parameters `"P"`."""
+    def buffers(self, row: Tensor, layout: Layout, own: Shapes) -> dict[str, Tensor]:
+        """Return the moments of a row before its first step, by name, for parameters `"P"` and an adapter's shapes."""
         ...
 
     def check(self, layout: Layout) -> None:
@@ -118,7 +118,7 @@ class Kernel:
     def family(self) -> Hashable:
         return self.name, self.step
 
-    def buffers(self, row: Tensor, layout: Layout) -> dict[str, Tensor]:
+    def buffers(self, row: Tensor, layout: Layout, own: Shapes) -> dict[str, Tensor]:
         return {name: torch.zeros_like(row) for name in self.moments}
 
     def check(self, layout: Layout) -> None:

@@ -39,8 +39,8 @@ class Slots:
     """
 
     def __init__(self, graft: StackedGraft, count: int, like: Tensor):
-        self._graft, self._shapes = graft, graft.binding.shapes[""]
-        self.layout = Layout.of(self._shapes, like.dtype)
+        self._graft = graft
+        self.layout = Layout.of(graft.binding.shapes[""], like.dtype, graft.binding.blocks)
         self.kinds = Kinds(graft)
         self.state = State.empty(count, self.layout.size, like.dtype, like.device)
         for name, layout in self.kinds.layouts.items():
@@ -57,7 +57,7 @@ class Slots:
 
     def make_room(self, optimizer: RowOptimizer) -> None:
         """Make the buffers of an optimizer's moments, once."""
-        for name, fresh in optimizer.buffers(self.state.parameters[0], self.layout).items():
+        for name, fresh in optimizer.buffers(self.state.parameters[0], self.layout, self.layout.shapes).items():
             key = _key(optimizer, name)
             if key not in self.state.moments:
                 self.state.moments[key] = fresh.new_zeros(len(self), *fresh.shape)
@@ -66,8 +66,9 @@ class Slots:
         """Put a new adapter into a free slot."""
         slot = self._take(resident)
         self.layout.write(self.state.parameters[slot], params)
-        for name, fresh in resident.optimizer.buffers(self.state.parameters[slot], self.layout).items():
-            self.state.moments[_key(resident.optimizer, name)][slot].copy_(fresh)
+        fresh = resident.optimizer.buffers(self.state.parameters[slot], self.layout, resident.kind.shapes)
+        for name, value in fresh.items():
+            self.state.moments[_key(resident.optimizer, name)][slot].copy_(value)
 
     def put(self, resident: Resident, numbers: Numbers) -> None:
         """Put an adapter that was lifted into a free slot."""
@@ -108,7 +109,7 @@ class Slots:
         Raises:
             ValueError: Names or shapes of other adapters, or of another optimizer.
         """
-        fresh = resident.optimizer.buffers(self.state.parameters[0], self.layout)
+        fresh = resident.optimizer.buffers(self.state.parameters[0], self.layout, self.layout.shapes)
         shapes = {f"moments.{_key(resident.optimizer, name)}": value.shape for name, value in fresh.items()}
         shapes |= {"steps": torch.Size(), "tokens": torch.Size()}
         shapes |= {"sums": self.state.sums[0].shape} if resident.pending else {}
@@ -130,8 +131,8 @@ class Slots:
         resident.slot = resident.row = None
 
     def own_tree(self, resident: Resident) -> Tree:
-        """Return an adapter's parameters in its own shapes, as views."""
-        return self.layout.views(self.state.parameters[resident.place], resident.kind.shapes)
+        """Return an adapter's parameters in its own shapes; views where it needs no copies."""
+        return self.layout.tree(self.state.parameters[resident.place], resident.kind.shapes)
 
     def gather(
         self,
@@ -151,7 +152,7 @@ class Slots:
             state: The numbers, where they are not the slots' own.
         """
         own = largest([resident.kind.shapes for resident in present])
-        cut = rounded(own, self._shapes, self.kinds.least) if self.kinds.cuts else self._shapes
+        cut = rounded(own, self.layout, self.kinds.least) if self.kinds.cuts else self.layout.shapes
         places = [resident.place for resident in present]
         gathered = gather(
             self.state if state is None else state, places, self.layout, self.kinds.layouts, cut, grad=grad

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchgraft.functional.extending import Tree
+from torchgraft.functional.extending import Tree, view_of_part
 
-from .layout import Layout, Shapes, cut_to
+from .layout import Layout, Shapes
 
 
 class State(NamedTuple):
@@ -107,7 +107,10 @@ def gather(
     index = torch.tensor(slots, device=state.parameters.device)
     with torch.no_grad():
         tree = {
-            path: {name: leaf.index_select(0, index).requires_grad_(grad) for name, leaf in leaves.items()}
+            path: {
+                name: leaf.index_select(0, index).view(-1, *cut[path][name]).requires_grad_(grad)
+                for name, leaf in leaves.items()
+            }
             for path, leaves in layout.views(state.parameters, cut).items()
         }
         held = {dtype: constants[dtype].views(all_.index_select(0, index)) for dtype, all_ in state.constants.items()}
@@ -150,7 +153,8 @@ def accumulate(
             for name, sums in leaves.items():
                 new = gradients.get(path, {}).get(name)
                 new = sums.new_zeros(len(slots), *sums.shape[1:]) if new is None else new
-                sums = cut_to(sums, new.shape[1:])
+                sums = view_of_part(sums, new.shape[1:], layout.blocks_of(path, name))
+                new = new.reshape(-1, *sums.shape[1:])
                 if len(again):
                     new = new.index_add(0, again, sums.index_select(0, index[again]))
                 sums.index_copy_(0, index, new)

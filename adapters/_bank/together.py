@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torchgraft.functional.extending import Tree
+from torchgraft.functional.extending import Tree, cut_to
 
-from .layout import cut_to
 from .optimizers import Row
 
 Outcome = tuple[Tree, list[Tensor]]
@@ -116,7 +115,7 @@ def agree(found: Any, expected: Any, dtype: torch.dtype) -> bool:
 def trees_of(row: Row) -> tuple[Tree, Tree]:
     """Return the parameters and gradients of one adapter, of sites that it has not too, in one structure for all."""
     cut = {**row.layout.shapes, **row.own}
-    return row.layout.views(row.parameters, cut), row.layout.views(row.scaled(), cut)
+    return row.layout.tree(row.parameters, cut), row.layout.tree(row.scaled(), cut)
 
 
 def held_by(row: Row, fresh: Any) -> list[Tensor]:
@@ -159,6 +158,6 @@ def write(rows: Sequence[Row], stepped: Outcome) -> None:
         for path, leaves in row.layout.views(row.parameters, row.own).items():
             for name, leaf in leaves.items():
                 if name in updates.get(path, {}):
-                    leaf.add_(updates[path][name][i])
+                    leaf.add_(updates[path][name][i].reshape(leaf.shape))
         for number, new in enumerate(states):
             cut_to(row.moments[str(number)], new.shape[1:]).copy_(new[i])

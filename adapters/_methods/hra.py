@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional import Constants, Layer, Method, Rows, Site, Weights, widen
+from torchgraft.functional import Constants, Layer, Method, Rows, Site, Varying, Weights, widen
 
 from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared.low_rank import add_product, add_routed
+from .shared.padded import unpadded
 from .shared.rotated import laid_out
 from .shared.scalings import same_rank
 
@@ -65,7 +66,14 @@ class HRAConfig(AdapterConfig):
         require(self.r > 0, self, f"r is {self.r}, expected a positive integer")
 
 
-def plan(config: HRAConfig, sites: list[Site], weights: Weights) -> dict[str, Constants]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class HRAConstants(Constants):
+    """Number of reflections."""
+
+    r: Varying[int]
+
+
+def plan(config: HRAConfig, sites: list[Site], weights: Weights) -> dict[str, HRAConstants]:
     """Check that vectors that are made orthonormal can be."""
     for site in sites:
         size = _width(site)
@@ -75,7 +83,7 @@ def plan(config: HRAConfig, sites: list[Site], weights: Weights) -> dict[str, Co
             f"r is {config.r} at {site.path}, whose vectors have {size} entries; apply_GS makes them orthonormal, "
             f"which needs r <= {size}",
         )
-    return {site.path: Constants() for site in sites}
+    return {site.path: HRAConstants(config.r) for site in sites}
 
 
 def _width(site: Site) -> int:
@@ -120,7 +128,7 @@ def init(
 
 def apply(config: HRAConfig, site: Site, leaves: dict[str, Tensor], base: Layer, x: Tensor) -> Tensor:
     """`base(x + A C x)`, the input rounded once to its dtype; a convolution `base(x) + (W A) C x`."""
-    down, up = _factors(config, leaves["hra_u"])
+    down, up = _factors(config, site, leaves)
     if site.kind == "linear":
         wide, down, up = widen(x, down, up)
         return base(laid_out(add_product(wide, F.linear(wide, down), up, 1.0).to(x.dtype), x))
@@ -137,7 +145,7 @@ def routed(config: HRAConfig, site: Site, leaves: dict[str, Tensor], base: Layer
     """`apply` for linear layers, each row reflected by its own adapter, and all of them one input of the base."""
     if site.kind != "linear":
         return NotImplemented
-    wide, down, up = widen(x, *_factors(config, leaves["hra_u"]))
+    wide, down, up = widen(x, *_factors(config, site, leaves))
     return base(laid_out(add_routed(wide, wide, down, up, 1.0, rows).to(x.dtype), x))
 
 
@@ -145,13 +153,14 @@ def merge(
     config: HRAConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`W' = W + (W A) C`."""
-    down, up = _factors(config, leaves["hra_u"])
+    down, up = _factors(config, site, leaves)
     flat = weight.flatten(1)
     return torch.addmm(flat, flat @ up, down).reshape(weight.shape), bias
 
 
-def _factors(config: HRAConfig, u: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(config: HRAConfig, site: Site, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """`C`, `"... r in"`, and `A`, `"... in r"`, in float32 or wider; an odd `r` is one more, by a vector of zeros."""
+    u = unpadded(leaves["hra_u"], site.constants.r)
     vectors = u.to(torch.promote_types(u.dtype, torch.float32)).mT.contiguous()
     square = vectors.square().sum(-1, keepdim=True)
     unit = vectors * torch.where(square == 0, 1, square).rsqrt()
@@ -179,6 +188,7 @@ HRAConfig.method = Method(
     init=init,
     apply=apply,
     merge=merge,
+    constants=HRAConstants,
     routed=routed,
     varying=frozenset({"r", "init_weights"}),
 )

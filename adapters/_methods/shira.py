@@ -26,6 +26,7 @@ from torchgraft.functional.extending import add_scaled
 from .._config.base import AdapterConfig
 from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
+from .shared.padded import unpadded
 from .shared.sparse import add_sparse, dense
 
 INDICES = "shira_indices"
@@ -89,9 +90,10 @@ class ShiraConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShiraConstants(Constants):
-    """What the entries are multiplied with, and row and column of each, `"2 entries"`, by rows."""
+    """What the entries are multiplied with, how many there are, and row and column of each, `"2 entries"`, by rows."""
 
     scaling: Varying[float]
+    count: Varying[int]
     shira_indices: Varying[Tensor]
 
 
@@ -112,7 +114,7 @@ def plan(config: ShiraConfig, sites: list[Site], weights: Weights) -> dict[str, 
             indices = torch.empty((2, count), dtype=torch.int32, device="meta")
         else:
             indices = _made(config, config.mask_fn, site, weight.flatten(1), count)
-        planned[site.path] = ShiraConstants(1.0, indices)
+        planned[site.path] = ShiraConstants(1.0, count, indices)
     return planned
 
 
@@ -182,7 +184,7 @@ def merge(
 
 def _entries(config: ShiraConfig, site: Site, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the values that are added, and where in the flat weight; of equal places, which padding has, each."""
-    values, scaling = leaves["shira_weight"], site.constants.scaling
+    values, scaling = unpadded(leaves["shira_weight"], site.constants.count), site.constants.scaling
     rows, columns = leaves.get(INDICES, site.constants.shira_indices).to(torch.long)
     _check_known(config, site, rows)
     if isinstance(scaling, Tensor):

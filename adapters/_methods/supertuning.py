@@ -28,6 +28,7 @@ from .._config.messages import require
 from .._config.peft_format import PeftFormat, Value
 from .shared.called import DROPOUT, Called, dropped
 from .shared.low_rank import add_called, add_product
+from .shared.padded import unpadded
 from .shared.sparse import add_sparse, dense, of_changed
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
@@ -82,8 +83,9 @@ class SupertuningConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SupertuningConstants(Constants):
-    """Places of the entries in the flat weight, `"entries"`; the factor of `B A`, where that is there."""
+    """Number of entries, their places in the flat weight, `"entries"`; the factor of `B A`, where that is there."""
 
+    count: Varying[int]
     supertuning_indices: Varying[Tensor]
     scaling: Varying[float | None]
 
@@ -97,7 +99,7 @@ def plan(config: SupertuningConfig, sites: list[Site], weights: Weights) -> dict
         what = f"sparsity is {config.sparsity} at {site.path}, whose weight has {entries} entries"
         require(count > 0, config, f"{what}, so that none is trained; expected sparsity <= {1 - 1 / entries:.6g}")
         places = weights(site.path).abs().flatten().topk(count, largest=config.select_top).indices
-        planned[site.path] = SupertuningConstants(places.to(torch.int32), scaling)
+        planned[site.path] = SupertuningConstants(count, places.to(torch.int32), scaling)
     return planned
 
 
@@ -161,7 +163,8 @@ def merge(
 
 def _entries(site: Site, leaves: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return values and places; an injected layer has the places among its leaves."""
-    return leaves[VALUES], leaves.get(INDICES, site.constants.supertuning_indices).to(torch.long)
+    places = leaves.get(INDICES, site.constants.supertuning_indices)
+    return unpadded(leaves[VALUES], site.constants.count), places.to(torch.long)
 
 
 SupertuningConfig.method = Method(

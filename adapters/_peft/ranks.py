@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchgraft.functional import Site
-from torchgraft.functional.extending import TiedAdapter
+from torchgraft.functional.extending import TiedAdapter, pad_to
 
 from .._inplace.walk import layers
 from .._methods.shared.scalings import of_patterns, ranks_of
@@ -63,16 +63,7 @@ def grown_shape(leaf: str, shape: Sequence[int], rank: int, site: Site) -> tuple
 
 def grown(leaf: str, tensor: Tensor, rank: int, site: Site) -> Tensor:
     """Return a leaf with zeros in the place of what a larger rank has more, in each group of a convolution."""
-    shape = grown_shape(leaf, tensor.shape, rank, site)
-    if shape == tuple(tensor.shape):
-        return tensor
-    new, groups = tensor.new_zeros(shape), site.groups if leaf.endswith("_A") else 1
-    axis = 1 if leaf.endswith("_B") or groups > 1 else 0
-    if groups > 1:
-        tensor = tensor.unflatten(0, (groups, -1))
-    grouped = new.unflatten(0, (groups, -1)) if groups > 1 else new
-    grouped.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
-    return new
+    return pad_to(tensor, grown_shape(leaf, tensor.shape, rank, site), site.groups if leaf.endswith("_A") else 1)
 
 
 def check_growth(name: str, at: Mapping[str, Any], ranks: Mapping[str, int], most: bool = False) -> None:

@@ -19,15 +19,14 @@ from .._sites.site import Site
 from .._tensors.wrappers import modules_of
 from .._trees import check_tree, sort
 from .binding import Binding, Shapes
+from .padding import Blocks, blocks_of, check_padding, cut_to, pad_to, whole_by
 from .plan import for_model, structure_for
 from .stacking import (
     NoRoomError,
     check_configs,
     check_leaves,
-    check_padding,
     constants_in_places,
     largest,
-    pad_to,
     union,
 )
 
@@ -39,10 +38,12 @@ class StackedBinding(Binding):
     Attributes:
         members: The configs, in the order of the stack.
         singles: The binding of each config alone; leaves of the stack are as large as the largest of theirs.
+        blocks: The blocks of leaves, behind each of which there may be padding.
     """
 
     members: Sequence[Config] = ()  # type: ignore[misc]
     singles: Sequence[Binding] = ()
+    blocks: Blocks = dataclasses.field(default_factory=dict)
 
     @property
     def plans(self) -> list[Mapping[str, Site]]:
@@ -99,7 +100,7 @@ class StackedBinding(Binding):
             )
         sites = union(members[0], [single.sites[""] for single in singles], model)
         paths = sorted({path for shapes in member_shapes for path in shapes})
-        shapes = {path: largest(path, sites.get(path), member_shapes) for path in paths}
+        shapes = {path: largest(path, members[0], sites.get(path), member_shapes) for path in paths}
         first = singles[0]
         return cls(
             model,
@@ -111,6 +112,7 @@ class StackedBinding(Binding):
             shapes={"": shapes},
             members=members,
             singles=singles,
+            blocks=blocks_of(members[0], sites),
         )
 
     def append(self, config: Config) -> StackedBinding:
@@ -151,7 +153,8 @@ class StackedBinding(Binding):
             for name, shape in leaves.items():
                 given = [tree.get(path, {}).get(name) for tree in adapters]
                 having = next(leaf for leaf in given if leaf is not None)
-                parts = [having.new_zeros(shape) if leaf is None else pad_to(leaf, shape) for leaf in given]
+                blocks = self._blocks(path, name)
+                parts = [having.new_zeros(shape) if leaf is None else pad_to(leaf, shape, blocks) for leaf in given]
                 stacked[path][name] = torch.stack(parts)
         return sort(stacked)
 
@@ -167,7 +170,7 @@ class StackedBinding(Binding):
                         f"pad: {name} of {path!r} has shape {tuple(leaf.shape)}, and this graft was bound with room "
                         f"for {room or 'none'}"
                     )
-                padded.setdefault(path, {})[name] = pad_to(leaf, room)
+                padded.setdefault(path, {})[name] = pad_to(leaf, room, self._blocks(path, name))
         for path, leaves in self.shapes[""].items():
             for name, room in leaves.items():
                 if name not in padded.setdefault(path, {}):
@@ -177,14 +180,20 @@ class StackedBinding(Binding):
     def unstack(self, stacked: Tree) -> list[Tree]:
         """Split a stack, as `StackedGraft.unstack` does."""
         check_tree(stacked, self.shapes[""], "the stack", stacked=len(self.members))
-        check_padding(stacked, self.shapes[""], self.own)
+        check_padding(stacked, self.shapes[""], self.own, self.blocks)
         return [
             {
-                path: {name: stacked[path][name][(i, *map(slice, shape))] for name, shape in leaves.items()}
+                path: {
+                    name: cut_to(stacked[path][name][i], shape, self._blocks(path, name))
+                    for name, shape in leaves.items()
+                }
                 for path, leaves in shapes.items()
             }
             for i, shapes in enumerate(self.own)
         ]
+
+    def _blocks(self, path: str, name: str) -> int:
+        return self.blocks.get(path, {}).get(name, 1)
 
     def active(self, params: Any, in_steps: bool = False) -> dict[str, Any]:
         if isinstance(params, dict):
@@ -257,12 +266,12 @@ class StackedBinding(Binding):
         for path, leaves in shapes.items():
             most = self.shapes[""].get(path, {})
             site = self.sites[""].get(path)
-            whole = site is not None and site.pieces is not None
+            whole = whole_by(self.members[0], site)
             for leaf, shape in leaves.items():
                 room = most.get(leaf, ())
                 fits = len(room) == len(shape) and all(a <= b for a, b in zip(shape, room, strict=True))
-                if not fits or (whole and shape != room):
-                    pieces = site.pieces if fits and site is not None else None
+                if not fits or (whole is not None and shape != room):
+                    pieces = whole if fits else None
                     remedy = (
                         f"give it the same rank, for {pieces}" if pieces else "bind it with a config that is as large"
                     )

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._method import Config, Tree
-from .._rows import PerAdapter, is_readable
+from .._method import Config
+from .._rows import PerAdapter
 from .._sites.parameters import Key, key_of
 from .._sites.site import Site
 from .._tensors.wrappers import modules_of
 from .binding import Binding, Shapes
+from .padding import pad_to, whole_by
 
 
 class SharedFieldError(ValueError):
@@ -164,51 +164,22 @@ def _padded_stack(values: Sequence[Any]) -> Tensor:
     return torch.stack([present[0].new_zeros(shape) if t is None else pad_to(t, shape) for t in tensors])
 
 
-def largest(path: str, site: Site | None, member_shapes: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
+def largest(
+    path: str, config: Config, site: Site | None, member_shapes: Sequence[Shapes]
+) -> dict[str, tuple[int, ...]]:
+    """Return the room that each leaf of a path needs for the adapters of a stack.
+
+    Raises:
+        ValueError: Leaves of several shapes that cannot be padded.
+    """
     having = [shapes[path] for shapes in member_shapes if path in shapes]
-    largest = {}
+    largest, whole = {}, whole_by(config, site)
     for name in {name: None for shapes in having for name in shapes}:
         sizes = [shapes[name] for shapes in having if name in shapes]
         largest[name] = tuple(map(max, zip(*sizes, strict=True)))
-        if site is not None and site.pieces is not None and len(set(sizes)) > 1:
+        if whole is not None and len(set(sizes)) > 1:
             raise ValueError(
-                f"{path}: {site.pieces}, which padding would shift, and {name} has shapes {sorted(set(sizes))}; give "
+                f"{path}: {whole}, which padding would shift, and {name} has shapes {sorted(set(sizes))}; give "
                 "it one rank in all configs"
             )
     return largest
-
-
-def check_padding(stacked: Tree, shapes: Shapes, own: Sequence[Shapes]) -> None:
-    """Refuse a stack whose padding has numbers: they take part in its outputs, and no member would have them.
-
-    Args:
-        stacked: The stack; one that `torch.compile` or `torch.vmap` traces is not looked at.
-        shapes: The room that each adapter has for each leaf.
-        own: What each adapter has of it.
-    """
-    for path, leaves in shapes.items():
-        for name, room in leaves.items():
-            none, leaf = (0,) * len(room), stacked[path][name].detach()
-            parts: list[tuple[int, ...]] = [one[path].get(name, none) if path in one else none for one in own]
-            if torch.compiler.is_compiling() or not is_readable(leaf) or all(part == room for part in parts):
-                continue
-            padding = torch.ones_like(leaf, dtype=torch.bool)
-            for i, part in enumerate(parts):
-                own_part: Any = (i, *map(slice, part))
-                padding[own_part] = False
-            found = (padding & (leaf != 0)).flatten(1).any(1).tolist()
-            if True in found:
-                i = found.index(True)
-                raise ValueError(
-                    f"unstack: {name} of {path!r} has numbers in the padding of adapter {i}, which has {parts[i]} of "
-                    f"{tuple(room)}; they take part in the stack's outputs, and would be lost. Add noise and the like "
-                    "to adapters one by one, graft.stack([tree, ...])"
-                )
-
-
-def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor with zeros behind it along each axis, up to a shape."""
-    missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
-    if not any(missing):
-        return tensor
-    return F.pad(tensor, [edge for size in reversed(missing) for edge in (0, size)])

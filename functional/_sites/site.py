@@ -81,8 +81,8 @@ class Kind:
         joined: `(site, stored) -> weight`: the canonical weight from the tensors that hold it.
         split: `(site, weight) -> tensors` by name; the inverse of `joined`.
         check_readable: `site -> None`, an error for a weight that is not fixed.
-        pieces: `site -> words` of what leaves are made of, piece by piece, so that padding would shift them; `None`
-            where it would not.
+        pieces: `site -> words` of what leaves are made of, piece by piece, so that zeros at their ends would shift
+            them; `None` where they would not.
         registration: How classes of this kind are that users register; `None` where they cannot.
     """
 
@@ -195,7 +195,7 @@ class Site:
 
     @property
     def pieces(self) -> str | None:
-        """What its leaves are made of, piece by piece, in words; `None` where they can be padded as a whole."""
+        """What its leaves are made of, piece by piece, in words; `None` where zeros at their ends change nothing."""
         return KINDS[self.kind].pieces(self)
 
     @property

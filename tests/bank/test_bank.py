@@ -10,61 +10,11 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from torchgraft import adapters
-from torchgraft.adapters import Bank, LoraConfig, load_adapter, sgd
+from torchgraft.adapters import Bank, LoraConfig, sgd
 from torchgraft.functional import bind
 
 from .alone import Alone, distance, lora, model
-
-ALL = {"target_modules": ["0", "2"]}
-METHODS: dict[str, list[Any]] = {
-    "ranks and alphas": [LoraConfig(r=1, lora_alpha=3, **ALL), LoraConfig(r=4, use_rslora=True, **ALL)],
-    "dora": [LoraConfig(r=r, use_dora=True, **ALL) for r in (2, 4)],
-    "starts": [LoraConfig(r=3, init_lora_weights=start, **ALL) for start in ("pissa", True, "olora")],
-    "patterns": [LoraConfig(r=4, **ALL), LoraConfig(r=2, rank_pattern={"0": 1}, alpha_pattern={"2": 9}, **ALL)],
-    "saved modules": [LoraConfig(r=r, target_modules=["0"], modules_to_save=["2"]) for r in (2, 4)],
-    "biases": [LoraConfig(r=r, bias="all", **ALL) for r in (2, 4)],
-    "ia3": [adapters.IA3Config(target_modules=names, feedforward_modules=[]) for names in (["0", "2"], ["2"])],
-    "vera": [adapters.VeraConfig(r=r, **ALL) for r in (2, 4)],
-    "loha": [adapters.LoHaConfig(r=r, alpha=3, **ALL) for r in (2, 4)],
-    "oft": [adapters.OFTConfig(r=1, oft_block_size=0, target_modules=["0"])] * 2,
-    "c3a": [adapters.C3AConfig(block_size=1, target_modules=["0"])] * 2,
-    "vblora": [adapters.VBLoRAConfig(r=2, vector_length=1, num_vectors=4, topk=2, **ALL)] * 2,
-}  # fmt: skip
-
-
-def trained(tree: Any) -> Any:
-    """A copy of a tree whose leaves require gradients."""
-    return {path: {n: t.detach().clone().requires_grad_() for n, t in leaves.items()} for path, leaves in tree.items()}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_any_method_that_stacks_is_in_a_bank_what_it_is_alone(name: str, tmp_path: Path) -> None:
-    configs = METHODS[name]
-    bank = Bank(bind(model(), configs), slots=len(configs), optimizer=sgd(lr=0.05, momentum=0.5))
-    given = [*map(str, range(len(configs))), "0", "1"]
-    x = torch.randn(len(given), 5, dtype=torch.float64)
-    runs = {}
-    for i, config in enumerate(configs):
-        graft = bind(bank.graft.model, config)
-        params = trained(graft.init(torch.Generator().manual_seed(i)))
-        bank.add(str(i), config, params=params)
-        leaves = [leaf for leaves in params.values() for leaf in leaves.values()]
-        runs[str(i)] = graft, params, torch.optim.SGD(leaves, lr=0.05, momentum=0.5)
-    for _ in range(3):
-        with bank.rows(given) as adapted:
-            adapted(x).square().sum().backward()
-        bank.step([*runs])
-        for one, (graft, params, optimizer) in runs.items():
-            optimizer.zero_grad()
-            graft(params, x[torch.tensor([name == one for name in given])]).square().sum().backward()
-            optimizer.step()
-    for one, (graft, params, _) in runs.items():
-        for path, leaves in bank.tensors(one).items():
-            for leaf, value in leaves.items():
-                torch.testing.assert_close(value, params[path][leaf].detach(), rtol=1e-9, atol=1e-10)
-        loaded = load_adapter(graft, bank.save(one, tmp_path / one), dtype=torch.float64)
-        assert all(torch.equal(loaded[p][n], t) for p, leaves in bank.tensors(one).items() for n, t in leaves.items())
+from .subjects import trained
 
 
 def test_adapters_of_several_ranks_are_cut_to_the_largest_that_is_there() -> None:

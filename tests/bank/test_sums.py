@@ -17,21 +17,23 @@ SHAPES = {"0": {"a": (4, 3), "b": (2, 4)}, "1": {"c": (5,)}}
 RANKS = [1, 2, 4, 1, 2]
 
 
+@pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_sums_and_norms_are_those_of_all_gradients_since_they_began(dtype: torch.dtype) -> None:
+def test_sums_and_norms_are_those_of_all_gradients_since_they_began(dtype: torch.dtype, experts: int) -> None:
     draw = random.Random(0)
-    layout = Layout.of(SHAPES, dtype)
+    layout = Layout.of({**SHAPES, "0": {"a": (experts * 4, 3), "b": (2, 4)}}, dtype, {"0": {"a": experts}})
     state = State.empty(5, layout.size, dtype, torch.device("cpu"))
     expected = torch.zeros(5, layout.size, dtype=torch.float64)
     for _ in range(30):
         slots = draw.sample(range(5), draw.randint(1, 5))
         fresh = [slot for slot in slots if draw.random() < 0.4]
         r = draw.choice([r for r in (1, 2, 4) if r >= max(RANKS[slot] for slot in slots)])
-        gradients = {"0": {"a": torch.randn(len(slots), r, 3).to(dtype), "b": torch.randn(len(slots), 2, r).to(dtype)}}
+        each = torch.randn(len(slots), experts, r, 3).to(dtype)
+        gradients = {"0": {"a": each.flatten(1, 2), "b": torch.randn(len(slots), 2, r).to(dtype)}}
         if draw.random() < 0.7:
             gradients["1"] = {"c": torch.randn(len(slots), 5).to(dtype)}
         for i, slot in enumerate(slots):
-            gradients["0"]["a"][i, RANKS[slot] :] = 0
+            each[i, :, RANKS[slot] :] = 0
             gradients["0"]["b"][i, :, RANKS[slot] :] = 0
             row = torch.zeros(layout.size, dtype=torch.float64)
             layout.write(row, {path: {n: leaf[i] for n, leaf in leaves.items()} for path, leaves in gradients.items()})

@@ -124,11 +124,6 @@ def parameters(paths: Sequence[str]) -> Mapping[str, Any]:
     return {"target_modules": [], "target_parameters": [f"{path}.weight" for path in paths]}
 
 
-SHIFTED = Exempt(
-    ("test_a_stack_of_different_configs_is_each_alone",),
-    "all experts have their ranks in one leaf, which padding would shift",
-    raises=ValueError,
-)
 TWICE = Exempt(PEFTS, "PEFT adds what out_proj's adapter says twice")
 MERGED = (
     "test_merged_weights_are_the_formulas",
@@ -176,14 +171,11 @@ SITES = {
         (SAME_SIZES,),
     ),
     "parameter": Setting(lambda: Model(Matrix(6, 4), Matrix(4, 6)), (5, 4), targets=parameters),
-    "experts": Setting(
-        lambda: Model(Experts(3, 6, 4), Experts(2, 4, 6)), (5, 4), targets=parameters, exempt=(SHIFTED,)
-    ),
+    "experts": Setting(lambda: Model(Experts(3, 6, 4), Experts(2, 4, 6)), (5, 4), targets=parameters),
     "experts (transposed)": Setting(
         lambda: Model(TransposedExperts(3, 4, 6), TransposedExperts(2, 6, 4)),
         (5, 4),
         targets=parameters,
-        exempt=(SHIFTED,),
     ),
 }
 

@@ -136,6 +136,15 @@ def test_a_stack_of_different_configs_is_each_alone(name, site):
     close(graft(route(many, torch.tensor(rows)), one.x), looped)
     alone = torch.vmap(lambda i, params: graft.at(i)(params, one.x))(torch.arange(2), many)
     close(alone, torch.stack(expected))
+    seed = torch.randn_like(looped)
+
+    def loss_alone(tree, i):
+        mine = torch.tensor(rows) == i
+        return (graft.member(i)(tree, one.x)[mine] * seed[mine]).sum()
+
+    own = graft.stack([grad(loss_alone)(tree, i) for i, tree in enumerate(trees)])  # none where there is padding
+    given = grad(lambda many: (graft(route(many, torch.tensor(rows)), one.x) * seed).sum())(many)
+    close(optree.tree_leaves(given), optree.tree_leaves(own))
 
 
 def test_a_stack_refuses_configs_that_differ_in_what_one_call_cannot(name):

@@ -334,14 +334,20 @@ def test_checkpointed_activations_find_their_adapter():
 def test_stacks_of_several_configs():
     torch.manual_seed(0)
     model, x = Gathered(), torch.randn(TOKENS, INNER, dtype=torch.float64)
-    graft = bind(model, [LoraConfig(**FIELDS), LoraConfig(**{**FIELDS, "lora_alpha": 7, "target_parameters": ["up"]})])
+    others = [{"lora_alpha": 7, "target_parameters": ["up"]}, {"r": 5}, {"r": 1}]
+    graft = bind(model, [LoraConfig(**{**FIELDS, **other}) for other in ({}, *others)])
     trees = graft.unstack(graft.init(dtype=torch.float64))
-    many = graft.stack([optree.tree_map(torch.randn_like, tree) for tree in trees])
-    y = vmap(lambda i, params: graft.at(i)(params, x))(torch.arange(2), many)
+    given = [optree.tree_map(torch.randn_like, tree) for tree in trees]
+    many = graft.stack(given)
+    y = vmap(lambda i, params: graft.at(i)(params, x))(torch.arange(4), many)
+    assert many["down"]["lora_A"].shape == (4, 3 * 5, OUTER)
     for i, tree in enumerate(graft.unstack(many)):
+        assert optree.tree_all(optree.tree_map(torch.equal, tree, given[i]))
+        assert optree.tree_all(optree.tree_map(torch.equal, unstack(many)[i], graft.pad(tree)))
         torch.testing.assert_close(y[i], graft.member(i)(tree, x), **CLOSE)
-    with pytest.raises(ValueError, match="down: a parameter of 3 experts .* padding would shift.*one rank"):
-        bind(model, [LoraConfig(**FIELDS), LoraConfig(**{**FIELDS, "r": 3})])
+    many["down"]["lora_A"][3, 2] = 1.0  # behind the rank of the first expert
+    with pytest.raises(ValueError, match=r"unstack: lora_A of 'down' has numbers in the padding of adapter 3"):
+        graft.unstack(many)
 
 
 def test_autocast_and_half_precision_round_once():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
-from torchgraft.adapters import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
+from torchgraft.adapters import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
 from torchgraft.functional import bind, clip_by_norm, merge, norms, route, value_and_grad
 
 CONFIGS = {
@@ -165,7 +165,7 @@ def test_one_adapter_merges_from_its_member():
 
 def test_convolutions_of_several_ranks():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1, groups=2)).double()
-    graft = bind(model, [LoraConfig(r=r, target_modules=["0"]) for r in (1, 3)])
+    graft = bind(model, [LoraConfig(r=r, target_modules=["0", "1"]) for r in (2, 6)])
     trees = [
         optree.tree_map(lambda t: t + torch.randn_like(t), graft.member(i).init(torch.Generator().manual_seed(i)))
         for i in range(2)
@@ -174,8 +174,10 @@ def test_convolutions_of_several_ranks():
     y = graft(route(graft.stack(trees), torch.tensor([1, 0])), x)
     expected = torch.stack([graft.member(1)(trees[1], x)[0], graft.member(0)(trees[0], x)[1]])
     torch.testing.assert_close(y, expected)
-    with pytest.raises(ValueError, match=r"1: a convolution with 2 groups has parameters group by group"):
-        bind(model, [LoraConfig(r=r, target_modules=["1"]) for r in (2, 4)])
+    for i, tree in enumerate(graft.unstack(graft.stack(trees))):
+        assert optree.tree_all(optree.tree_map(torch.equal, tree, trees[i]))
+    with pytest.raises(ValueError, match=r"1: a convolution with 2 groups has parameters group by group.*one rank"):
+        bind(model, [LoHaConfig(r=r, target_modules=["1"]) for r in (2, 4)])
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,17 @@ def moved(model):
     return model
 
 
+class Experts(nn.Module):
+    """Three matrices, of which each row of the input meets all."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return torch.stack([torch.nn.functional.linear(x, self.weight[i]).tanh() for i in range(3)]).sum(0)
+
+
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
@@ -213,6 +224,26 @@ def test_what_stands_beside_layers_is_each_rows_own(fields):
     set_requires_grad(model, ["a", "b", "c"])
     adapter_rows(model, names)(IDS)[2].sum().backward()
     assert expected and all(p.grad is not None for p in expected)
+
+
+def test_experts_and_groups_of_several_ranks_are_each_rows_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(12, 4), Experts()).double()
+    for name, r in (("a", 2), ("b", 6), ("c", 4)):
+        fields = {"target_modules": ["0", "2"], "target_parameters": ["3.weight"]}
+        inject_adapter_in_model(LoraConfig(r=r, **fields, **FIELDS), model, name)
+    x, names = torch.randn(4, 4, 2).double(), ["b", "a", "__base__", "c"]
+    equal_alone(model, names, x)
+    set_requires_grad(model, ["a", "b", "c"])
+    adapter_rows(model, names)(x)[1].sum().backward()
+    grads = {key: p.grad for key, p in model.named_parameters() if ".a" in key}
+    set_adapter(model, "a")
+    model.zero_grad()
+    model(x[1:2]).sum().backward()
+    assert len(grads) == 6
+    for key, parameter in model.named_parameters():
+        if key in grads:
+            torch.testing.assert_close(grads[key], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -45,7 +45,8 @@ class Group:
     def __init__(self, names: Sequence[str], binding: Binding, trees: Sequence[Tree]):
         self.numbers = {name: number for number, name in enumerate(names)}
         self.binding = binding
-        self._stacking = Stacking(trees, binding.shapes[""])
+        blocks = binding.blocks if isinstance(binding, StackedBinding) else {}
+        self._stacking = Stacking(trees, binding.shapes[""], blocks)
 
     def routed(self, names: Sequence[str | None], declared: Mapping[str, Any]) -> Routed | None:
         """Return the routed stack of those adapters that rows have; `None` where no row has one of these."""

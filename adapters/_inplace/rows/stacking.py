@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchgraft.functional.extending import Tree, pad_to, sort
+from torchgraft.functional.extending import Blocks, Tree, pad_to, sort
 
 Shape = tuple[int, ...]
 
@@ -21,9 +21,11 @@ class Stacking:
     Args:
         trees: The tree of each adapter; its leaves are the parameters themselves.
         shapes: The shape that leaves have in the stack, by path and name; smaller ones are padded with zeros.
+        blocks: The blocks of leaves, behind each of which there may be padding.
     """
 
-    def __init__(self, trees: Sequence[Tree], shapes: Mapping[str, Mapping[str, Shape]]):
+    def __init__(self, trees: Sequence[Tree], shapes: Mapping[str, Mapping[str, Shape]], blocks: Blocks):
+        self._blocks = blocks
         self._slots: dict[tuple[Shape, torch.device, torch.dtype], list[tuple[str, str]]] = {}
         self._leaves: dict[tuple[str, str], list[Tensor | None]] = {}
         for path, leaves in shapes.items():
@@ -56,6 +58,6 @@ class Stacking:
         leaves = self._leaves[slot]
         if slot not in self._uneven:
             return [leaves[member] for member in members]
-        zeros = torch.zeros(shape, device=device, dtype=dtype)
+        zeros, blocks = torch.zeros(shape, device=device, dtype=dtype), self._blocks.get(slot[0], {}).get(slot[1], 1)
         given = [leaves[member] for member in members]
-        return [zeros if leaf is None else pad_to(leaf, shape) for leaf in given]
+        return [zeros if leaf is None else pad_to(leaf, shape, blocks) for leaf in given]

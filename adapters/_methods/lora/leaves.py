@@ -45,6 +45,12 @@ def _drawn_shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def blocks(config: LoraConfig, site: Site) -> dict[str, int]:
+    """Return how many blocks `A` has along its ranks: one for each expert, or for each group of a convolution."""
+    count = max(site.experts, site.groups)
+    return {names(site)[0]: count} if count > 1 else {}
+
+
 def fixed_leaves(config: LoraConfig, site: Site) -> tuple[str, ...]:
     """Return leaves that are not trained: constants of the site, which files hold."""
     return names(site)[1:] if kind_of(config.init_lora_weights) == "mica" else ()

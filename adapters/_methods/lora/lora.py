@@ -23,6 +23,7 @@ from torchgraft.functional import (
     KeepsDtype,
     MergesOver,
     Method,
+    PadsInBlocks,
     Precomputes,
     RunsInOneStep,
     Site,
@@ -53,7 +54,7 @@ from . import dora, forward
 from .constants import LoraConstants
 from .fields import LoraFields
 from .forward import BIAS
-from .leaves import fixed_leaves, init, part, shapes
+from .leaves import blocks, fixed_leaves, init, part, shapes
 from .parameters import check_parameter, factors_of_parameter
 
 
@@ -227,6 +228,7 @@ LoraConfig.method = Method(
         RunsInOneStep(forward.decide),
         SplitsProjection(part),
         AddsProduct(factors_of_parameter),
+        PadsInBlocks(blocks),
         MergesOver(forward.merge_over),
         Precomputes(forward.precompute),
         KeepsDtype(frozenset({dora.MAGNITUDE})),
