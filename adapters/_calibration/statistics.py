@@ -151,7 +151,7 @@ def _components(directions: Directions, rank: int, how: EvaConfig) -> Tensor:
     """Return the first directions, `"rank in"`, of an input."""
     assert directions.components is not None
     scale = directions.values[:rank, None].sqrt() if how.whiten else 1
-    return (directions.components[:rank] / scale).clone()
+    return (directions.components[:rank] / scale).to(directions.dtype, copy=True)
 
 
 def _ranks(

@@ -270,7 +270,7 @@ class AdapterConfig:
         Raises:
             FileNotFoundError, ValueError: No such file, or one that is no config; names the file and the field. A file
                 without a `peft_type` is read by the class of a method, if it has no unknown fields.
-            TypeError: The config of another method than this class's.
+            TypeError: The config of another method than this class's, or a file without a `peft_type` that has others.
         """
         typed = hasattr(cls, "method")
         file, fields = read_fields(pretrained_model_name_or_path, subfolder, revision, cache_dir, needs_type=not typed)

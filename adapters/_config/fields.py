@@ -101,10 +101,14 @@ def own_type(cls: Any, given: Any) -> PeftType | str:
 
 
 def check_own_fields(cls: Any, fields: Mapping[str, Any]) -> None:
-    """Refuse a file that does not say its method and has what the class has no field for: it is no adapter's."""
+    """Refuse a file that does not say its method and has what the class has no field for: it is no adapter's.
+
+    Raises:
+        TypeError: As PEFT's.
+    """
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(fields.keys() - known - {"runtime_config"}):
-        raise ValueError(
+        raise TypeError(
             f"has no peft_type, and {names_of(unknown)}, which {cls.__name__} has no field for; expected the config of "
             "an adapter, such as LORA"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def require(condition: bool, config: Any, message: str, error: type[ValueError] = ValueError) -> None:
+def require(condition: bool, config: Any, message: str, error: type[ValueError] | type[TypeError] = ValueError) -> None:
     """Raise a `ValueError`, or one of this class, that starts with the config's name, unless the condition holds."""
     if not condition:
         raise error(f"{type(config).__name__}: {message}")

@@ -5,9 +5,10 @@ Fields, names and keys are those of PEFT's `tuners/tuners_utils.py` and `utils/o
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from .tokens import LEAF, find_tokens
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 Plan = dict[str, dict[str, Replaced]]
+C = TypeVar("C", bound=Any)
 
 
 def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Module, paths: Iterable[str]) -> Plan:
@@ -70,9 +72,26 @@ HEADS = {
 """The modules that PEFT's `get_peft_model` trains as a whole, by `task_type`."""
 
 
+def heads_of(config: Any) -> tuple[str, ...]:
+    """Return names of the new heads that models of a config's task have."""
+    return HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+
+
+def with_heads(config: C, names: Iterable[str], heads: Sequence[str]) -> C:
+    """Return a config whose `modules_to_save` has the new heads of a task, if one of them is among these names.
+
+    >>> from torchgraft.adapters import LoraConfig
+    >>> with_heads(LoraConfig(), ["model.score"], ["classifier", "score"]).modules_to_save
+    ['classifier', 'score']
+    """
+    if not {name.rpartition(".")[2] for name in names}.intersection(heads):
+        return config
+    return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*(config.modules_to_save or ()), *heads])))
+
+
 def _warn_of_heads(config: Any, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
     """Say which new heads stay frozen, that a config's task has and its `modules_to_save` leave out."""
-    heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    heads = heads_of(config)
     if not heads or config.inference_mode:
         return
     given = set(config.modules_to_save or ()) | set(paths)
@@ -162,6 +181,7 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
                 not isinstance(module, _CONTAINERS),
                 config,
                 f"modules_to_save names {path}, a {type(module).__name__}, which has no forward; name what is in it",
+                TypeError,
             )
             found.setdefault(id(module), (path, module))
     for path in config.whole_modules(modules):

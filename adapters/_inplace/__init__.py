@@ -23,6 +23,7 @@ from .states.state import set_peft_model_state_dict as set_peft_model_state_dict
 from .switch import active_adapters as active_adapters
 from .switch import adapter_names as adapter_names
 from .switch import cast_adapter_dtype as cast_adapter_dtype
+from .switch import check_removable as check_removable
 from .switch import delete_adapter as delete_adapter
 from .switch import disable_adapter as disable_adapter
 from .switch import disable_adapter_layers as disable_adapter_layers

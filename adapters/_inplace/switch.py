@@ -217,13 +217,8 @@ def delete_adapter(
         ValueError: A name that the model does not have, or one that is merged.
     """
     model = unwrap(model)
-    check_known(model, [adapter_name])
+    check_removable(model, [adapter_name])
     found = [layer for layer in layers(model).values() if isinstance(layer, layer_cls)]
-    merged = [name for name, layer in layers(model).items() if adapter_name in layer.merged_adapters]
-    if merged:
-        raise ValueError(
-            f"adapter {adapter_name!r} is merged ({merged[0]} and others); call unmerge_adapter(model) first"
-        )
     chosen = _of_class(parts(model), layer_cls)
     active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
     if active is not None:
@@ -240,6 +235,15 @@ def delete_adapter(
     forget(model)
     now = next((layer.active_adapters for layer in found), [])
     return list(now) or None
+
+
+def check_removable(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to remove adapters that the model does not have, or that are merged."""
+    names = list(names)
+    check_known(model, names)
+    for path, layer in layers(model).items():
+        if merged := [name for name in names if name in layer.merged_adapters]:
+            raise ValueError(f"adapter {merged[0]!r} is merged ({path} and others); call unmerge_adapter(model) first")
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -13,15 +13,8 @@ from torch import nn
 
 from .._config.base import AdapterConfig
 from .._files.disk.hub import local_folder
+from . import tasks  # noqa: F401  its classes are those of PeftModel.of_task
 from .peft_model import PeftModel
-from .tasks import (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
 
 LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 """What a file may name as the library of its base model, which is imported."""
@@ -42,6 +35,15 @@ class AutoPeftModel:
     """Name of the class of transformers that loads the base model."""
     model_class: ClassVar[type[PeftModel]] = PeftModel
     """The class of the result."""
+    of_task: ClassVar[dict[str, type[AutoPeftModel]]] = {}
+    """The class for each `task_type`."""
+
+    def __init_subclass__(cls, task: str | None = None, auto_class: str | None = None) -> None:
+        super().__init_subclass__()
+        if task is not None:
+            cls.auto_class = auto_class or cls.__name__.replace("Peft", "")
+            cls.model_class = PeftModel.of_task[task]
+            AutoPeftModel.of_task[task] = cls
 
     def __init__(self, *_: Any, **__: Any):
         name = type(self).__name__
@@ -116,49 +118,37 @@ class AutoPeftModel:
         task = stored.task_type
         if task is None:
             return _mapped_class(cls.__name__, stored, LIBRARIES if allowed is None else allowed)
-        wanted = next(one for one in AUTO_MODELS if one.model_class is PeftModel.of_task[str(task)])
-        if wanted is not cls:
-            raise ValueError(f"{cls.__name__}: the config's task_type is {str(task)!r}; use {wanted.__name__}")
+        if cls.model_class is not PeftModel.of_task[str(task)]:
+            wanted = cls.of_task[str(task)].__name__
+            raise ValueError(f"{cls.__name__}: the config's task_type is {str(task)!r}; use {wanted}")
         return getattr(_transformers(cls.__name__), str(cls.auto_class))
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
+class AutoPeftModelForCausalLM(AutoPeftModel, task="CAUSAL_LM"):
     """`AutoPeftModel` for `task_type="CAUSAL_LM"`."""
 
-    auto_class, model_class = "AutoModelForCausalLM", PeftModelForCausalLM
 
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task="SEQ_2_SEQ_LM"):
     """`AutoPeftModel` for `task_type="SEQ_2_SEQ_LM"`."""
 
-    auto_class, model_class = "AutoModelForSeq2SeqLM", PeftModelForSeq2SeqLM
 
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task="SEQ_CLS"):
     """`AutoPeftModel` for `task_type="SEQ_CLS"`."""
 
-    auto_class, model_class = "AutoModelForSequenceClassification", PeftModelForSequenceClassification
 
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
+class AutoPeftModelForTokenClassification(AutoPeftModel, task="TOKEN_CLS"):
     """`AutoPeftModel` for `task_type="TOKEN_CLS"`."""
 
-    auto_class, model_class = "AutoModelForTokenClassification", PeftModelForTokenClassification
 
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task="QUESTION_ANS"):
     """`AutoPeftModel` for `task_type="QUESTION_ANS"`."""
 
-    auto_class, model_class = "AutoModelForQuestionAnswering", PeftModelForQuestionAnswering
 
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task="FEATURE_EXTRACTION", auto_class="AutoModel"):
     """`AutoPeftModel` for `task_type="FEATURE_EXTRACTION"`."""
 
-    auto_class, model_class = "AutoModel", PeftModelForFeatureExtraction
 
-
-AUTO_MODELS: tuple[type[AutoPeftModel], ...] = (AutoPeftModel, *AutoPeftModel.__subclasses__())
+AUTO_MODELS: tuple[type[AutoPeftModel], ...] = (AutoPeftModel, *AutoPeftModel.of_task.values())
 """The classes, one for each task."""
 
 

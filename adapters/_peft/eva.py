@@ -62,7 +62,7 @@ def get_eva_state_dict(
         ValueError: No config, or one for another initialisation; no batches.
     """
     inner, prefix = unwrap(model), PREFIX if is_wrapped(model) else ""
-    config: Any = peft_config if peft_config is not None else getattr(inner, "peft_config", {}).get(adapter_name)
+    config = _config_of(inner, adapter_name) if peft_config is None else peft_config
     if config is None:
         raise ValueError(f"peft_config is None, and the model has no adapter {adapter_name!r}; give a LoraConfig")
     prepared: list[Any] = [None, None]  # the last batch, and what was made of it
@@ -109,14 +109,14 @@ def initialize_lora_eva_weights(
         ValueError: Neither batches nor a state dict, another initialisation, several active adapters, or names and
             shapes that are not the model's.
     """
-    inner: Any = unwrap(model)
-    config: Any = getattr(inner, "peft_config", {}).get(adapter_name)
+    inner = unwrap(model)
+    config = _config_of(inner, adapter_name)
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
         raise ValueError(
             f"adapter {adapter_name!r} of the model has no LoraConfig with init_lora_weights='eva'; inject one first"
         )
-    if len(inplace.active_adapters(inner)) > 1:
-        raise ValueError(f"several adapters are active, {inplace.active_adapters(inner)}; set one, EVA is for that")
+    if len(active := inplace.active_adapters(inner)) > 1:
+        raise ValueError(f"several adapters are active, {active}; set one, EVA is for that")
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("dataloader and eva_state_dict are both None; give batches, or what they said")
@@ -133,6 +133,11 @@ def initialize_lora_eva_weights(
         )
     parts = {key.removeprefix(PREFIX): tensor for key, tensor in eva_state_dict.items()}
     _start_again(inner, config, adapter_name, parts)
+
+
+def _config_of(model: nn.Module, name: str) -> Any:
+    """Return the config of an adapter of a model, `None` if it has none."""
+    return getattr(model, "peft_config", {}).get(name)
 
 
 def _start_again(model: nn.Module, config: LoraConfig, name: str, parts: Mapping[str, Tensor]) -> None:

@@ -86,7 +86,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         num_adapter_layers=len(rows),
         enabled=_agreed(row.enabled for row in rows),
         active_adapters=_agreed(row.active_adapters for row in rows),
-        merged_adapters=_agreed(row.merged_adapters for row in rows),
+        merged_adapters=_merged_in(rows),
         requires_grad={
             name: _agreed(row.requires_grad[name] for row in rows if name in row.requires_grad) for name in names
         },
@@ -149,6 +149,14 @@ def _packed_by(module: nn.Module) -> str | None:
     kind = type(getattr(module, "weight", None))
     packed = "torchao" if kind.__module__.startswith("torchao.") else None
     return {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}.get(kind.__name__, packed)
+
+
+def _merged_in(rows: Iterable[LayerStatus]) -> list[str] | Literal["irregular"]:
+    """Return names of the adapters that are merged wherever they are, `"irregular"` where one is so in a part alone."""
+    rows = [*rows]
+    merged = {name for row in rows for name in row.merged_adapters}
+    everywhere = all(merged.intersection(row.available_adapters) <= {*row.merged_adapters} for row in rows)
+    return sorted(merged) if everywhere else "irregular"
 
 
 def _agreed(values: Iterable[Any]) -> Any:

@@ -39,10 +39,9 @@ class PeftMixedModel(PeftModel):
         return MixedModel
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
-        """Remove one adapter or several; all of them are there, or none is removed."""
+        """Remove one adapter or several; all of them can be removed, or none is."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if unknown := sorted(set(names) - set(self.peft_config)):
-            raise ValueError(f"the model has no adapter {unknown[0]!r}; it has {list(self.peft_config)}")
+        inplace.check_removable(self.get_base_model(), names)
         for name in names:
             super().delete_adapter(name)
 

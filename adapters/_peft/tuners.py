@@ -73,9 +73,10 @@ class BaseTuner(inplace.ModelWrapper):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Names of the modules that adapters are on, in the model's order."""
-        modules = inplace.bare_modules(self.model)
-        return [name for name in inplace.layers(self.model) if name in modules]
+        """Names of the modules that adapters are on: those of the first in the model's order, what others add, ..."""
+        modules, layers = inplace.bare_modules(self.model), inplace.layers(self.model)
+        order = [path for name in self.model.peft_config for path, layer in layers.items() if name in layer.entries]
+        return [path for path in dict.fromkeys(order) if path in modules]
 
     @property
     def targeted_parameter_names(self) -> list[str]:

@@ -17,7 +17,8 @@ from torchgraft.functional import UnsupportedCall
 from torchgraft.functional.extending import did_you_mean
 
 from .._config.base import AdapterConfig
-from .._config.keys import PREFIX, SHARED
+from .._config.keys import PREFIX, SHARED, split_key
+from .._config.replaced import heads_of, with_heads
 from .._files.disk.folder import WEIGHTS, find_folder, open_pair
 from .._files.disk.headers import open_weights
 from .._files.disk.hub import local_folder
@@ -152,6 +153,8 @@ def put_adapter(
         return IncompatibleKeys([], [])
     given = dataclasses.replace(config or AdapterConfig.from_pretrained(folder), inference_mode=not trained)
     tensors = load_peft_weights(folder, loading.device, loading.key_mapping)
+    whole = [key for key in tensors if split_key(given, key) is None]
+    given = with_heads(given, {part for key in whole for part in key.split(".")}, heads_of(given))
     with restoring(unwrap(model)):
         inject_adapter_in_model(given, model, name, activate=activate)
         return load_values(model, tensors, loading, folder)

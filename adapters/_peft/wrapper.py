@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.fields import own_type
 from .._config.peft_type import PeftType
+from .._config.replaced import with_heads
 from .._config.ties import others_tied_to
 from .conversion import supports_lora_conversion
 from .tuner_classes import tuner_class
@@ -45,7 +45,7 @@ class AdaptedModel(inplace.ModelWrapper):
     ):
         super().__init__()
         self.training = model.training
-        config = with_heads(peft_config, model, self.heads)
+        config = with_heads(peft_config, dict(model.named_modules()), self.heads)
         self.base_model = self.tuner_of(config)(model, config, adapter_name, low_cpu_mem_usage)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
         warn_of_ties(model, adapter_name)
@@ -165,7 +165,7 @@ class AdaptedModel(inplace.ModelWrapper):
     ) -> None:
         """Add an adapter that is frozen and not active yet; `set_adapter` makes it the active one."""
         model = self.get_base_model()
-        config = with_heads(peft_config, model, self.heads)
+        config = with_heads(peft_config, dict(model.named_modules()), self.heads)
         inplace.inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, activate=False)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
         warn_of_ties(model, adapter_name)
@@ -216,11 +216,3 @@ def warn_of_ties(model: nn.Module, adapter_name: str) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-def with_heads(config: AdapterConfig, model: nn.Module, heads: Sequence[str]) -> AdapterConfig:
-    """Return a config whose `modules_to_save` has the new heads of a task, if the model has one."""
-    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if not ends.intersection(heads):
-        return config
-    return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*(config.modules_to_save or ()), *heads])))

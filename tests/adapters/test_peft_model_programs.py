@@ -283,4 +283,7 @@ def test_mixed_models_do_here_what_peft_refuses(tmp_path):
     torch.testing.assert_close(outputs(again), outputs(model))
     with pytest.raises(ValueError, match=r"the model has no adapter 'c'; it has \['a', 'b'\]"):
         model.delete_adapter(["a", "c"])
+    model.merge_adapter(["b"])
+    with pytest.raises(ValueError, match=r"adapter 'b' is merged \(.*call unmerge_adapter\(model\) first"):
+        model.delete_adapter(["a", "b"])
     assert list(model.peft_config) == ["a", "b"]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 
 import pytest
 import torch
@@ -33,6 +34,27 @@ def names_of_targets(peft):
         yield bool(utils.check_target_module_exists(model.peft_config["default"], key))
     both = wrapped(peft, target_modules=["lin1"], target_parameters=["lin0.weight"], lora_dropout=0.0)
     yield [both.base_model.targeted_module_names, both.base_model.targeted_parameter_names]
+
+
+def rows_of_tokens(peft):
+    given = peft.TrainableTokensConfig(target_modules=["emb"], token_indices=[1, 2])
+    model = peft.get_peft_model(seeded(Embedded), given)
+    yield [model.emb.token_indices, model.emb.trainable_tokens_delta["default"]]
+    yield [model.emb.active_adapters, model.emb.weight]
+
+
+def adapters_on_some_layers(peft):
+    model = wrapped(peft, target_modules=["lin1"])
+    model.add_adapter("other", config(peft, "LoraConfig", target_modules=["lin0", "lin1"]))
+    yield model.base_model.targeted_module_names
+    for name in ("default", "other"):
+        model.merge_adapter([name])
+        yield model.get_model_status().merged_adapters
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of each layer that has nothing merged
+            model.unmerge_adapter()
+    model.lin1.merge(adapter_names=["other"])
+    yield model.get_model_status().merged_adapters
 
 
 def checkpoints(peft):
@@ -94,7 +116,10 @@ def configs_in_configs(peft, folder):
     yield [type(again.eva_config).__name__, again.eva_config.rho, again.lora_ga_config.direction]
 
 
-PROGRAMS = [statuses_of_what_is_beside_layers, names_of_targets, checkpoints, shared, rates, without_biases]
+PROGRAMS = [
+    *(statuses_of_what_is_beside_layers, names_of_targets, adapters_on_some_layers, checkpoints, shared, rates),
+    *(without_biases, rows_of_tokens),
+]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: one.__name__)
@@ -141,6 +166,14 @@ def test_layers_of_parameters_have_their_names_in_a_status():
         assert [one.name for one in model.get_layer_status()] == ["model.lin0.weight"]  # PEFT: model.lin0
 
 
+def test_a_status_of_an_injected_model_says_what_it_is():
+    """PEFT's says `"other"`, and no types."""
+    with as_peft():
+        peft = importlib.import_module("peft")
+        status = peft.get_model_status(peft.inject_adapter_in_model(config(peft, "LoraConfig"), seeded(Model)))
+        assert (status.base_model_type, status.peft_types) == ("Model", {"default": "LORA"})
+
+
 def test_what_pefts_refuses_works_here():
     with as_peft():
         peft = importlib.import_module("peft")
@@ -165,6 +198,22 @@ def test_what_pefts_refuses_works_here():
                 torch.testing.assert_close(rows[1], outputs(model)[1])
         grouped = wrapped(peft, "HiraConfig", model=nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"])
         assert grouped(torch.ones(1, 4, 5, 5)).isfinite().all()
+
+
+def test_adapters_of_parameters_are_summed_where_peft_refuses():
+    with as_peft():
+        peft = importlib.import_module("peft")
+        fields = {"target_modules": [], "target_parameters": ["0.weight"]}
+        model = wrapped(peft, model=nn.Sequential(nn.Linear(8, 4)).double(), **fields)
+        model.add_adapter("other", config(peft, "LoraConfig", **fields))
+        moved(model, "other")
+        model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum", "cat")
+        change = {}
+        for name in ("default", "other", "sum"):
+            model.set_adapter(name)
+            change[name] = outputs(model, X.double()) - outputs(model.get_base_model()[0].get_base_layer(), X.double())
+        torch.testing.assert_close(change["sum"], 0.5 * change["default"] - 2 * change["other"])
+        assert change["other"].abs().max() > 0.1
 
 
 def test_a_config_that_was_changed_since_does_not_change_what_is_plain(tmp_path):

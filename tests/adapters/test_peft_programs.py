@@ -541,6 +541,8 @@ def classified(peft, folder):
     model.save_pretrained(folder)
     again = peft.PeftModel.from_pretrained(bert(), folder)
     yield [sorted(peft.load_peft_weights(folder)), outputs(again, IDS)]
+    again = peft.PeftModel.from_pretrained(bert(), folder, config=peft.LoraConfig(task_type="SEQ_CLS", r=2))
+    yield [sorted(again.modules_to_save), outputs(again, IDS)]  # the head of the file is the config's too
 
 
 def checkpointed(peft):
@@ -611,6 +613,9 @@ def test_what_peft_passes_over_is_an_error():
                 call("x")
         with pytest.raises(ValueError, match=r"modules_to_save has 'other', which is no module of the model"):
             wrapped(peft, modules_to_save=["other"])
+        listed = nn.Sequential(nn.Linear(8, 4), nn.ModuleList([nn.Linear(4, 4)]))
+        with pytest.raises(TypeError, match=r"modules_to_save names 1, a ModuleList, which has no forward; name what"):
+            wrapped(peft, model=listed, target_modules=["0"], modules_to_save=["1"])  # of PEFT's class
         with pytest.raises(ValueError, match=r"target_parameters=\['x.y'\] match no parameter"):
             wrapped(peft, target_parameters=["x.y"])
         with pytest.raises(TypeError, match=r"model is a PeftModel already; call its add_adapter"):

@@ -112,8 +112,10 @@ def test_files_without_a_type_are_read_by_the_class_that_has_one(tmp_path):
     with pytest.raises(ValueError, match=r"has no peft_type, expected the config of an adapter"):
         adapters.PeftConfig.from_pretrained(tmp_path)
     file.write_text(json.dumps({"r": 3, "hidden_size": 8}))
-    with pytest.raises(ValueError, match="has no peft_type, and 'hidden_size', which LoraConfig has no field for"):
+    with pytest.raises(TypeError, match="has no peft_type, and 'hidden_size', which LoraConfig has no field for"):
         adapters.LoraConfig.from_pretrained(tmp_path)
+    with pytest.raises(TypeError):
+        peft.LoraConfig.from_pretrained(tmp_path)
 
 
 def test_configs_are_found_in_the_hubs_cache(tmp_path):

@@ -81,7 +81,7 @@ def compared(mine: dict[str, list[str]], theirs: dict[str, list[str]]) -> collec
     counts: collections.Counter[str] = collections.Counter()
     for name in passed:
         outcome, words, where = mine[name]
-        kind = "passed" if outcome == "passed" else kind_of(name, words, where)
+        kind = outcome if outcome in ("passed", "words") else kind_of(name, words, where)
         counts[kind] += 1
         if kind == "unexpected":
             print(f"  {name}\n    {words[:300]}")

@@ -32,6 +32,7 @@ class Directions:
         values: Their singular values.
         ratio: The share of the variance that each explains.
         found: Whether each is, up to `tau`, what it was a step ago.
+        dtype: That of the rows; from the second step on, decompositions are in float64, as PEFT's.
 
     >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     >>> directions = Directions(1, 0.99)
@@ -45,6 +46,7 @@ class Directions:
         self.components: Tensor | None = None
         self.values: Tensor
         self.ratio: Tensor
+        self.dtype: torch.dtype
         self.found = torch.zeros(count, dtype=torch.bool)
         self._seen = 0
         self._waiting: list[Tensor] = []
@@ -57,6 +59,7 @@ class Directions:
         if sum(map(len, self._waiting)) < self.count:
             return
         rows, self._waiting = torch.cat(self._waiting), []
+        self.dtype = rows.dtype
         before = self.components
         self._decompose(self._centred(rows))
         assert self.components is not None
@@ -72,7 +75,7 @@ class Directions:
             weight, shift = self._seen * new / (self._seen + new), self._mean - mean
             spread = self._spread + spread + weight * shift.square()
             past = self.values[:, None] * self.components
-            centred = torch.cat([past, centred, (weight**0.5 * shift).to(rows.dtype)[None]])
+            centred = torch.cat([past, centred, weight**0.5 * shift[None]])
             mean = mean + shift * (self._seen / (self._seen + new))
         self._seen, self._mean, self._spread = self._seen + new, mean, spread
         return centred

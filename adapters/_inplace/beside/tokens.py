@@ -302,13 +302,14 @@ class TrainableTokensWrapper(Switched, nn.Module):
         return self.token_adapter(own, others, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What the user's module has."""
+        """What the user's module has, or the rows beside it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("_") or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
-        return getattr(self.token_adapter.base_layer, name)
+        layer = self.token_adapter
+        return getattr(layer if name in ("token_indices", "trainable_tokens_delta") else layer.base_layer, name)
 
 
 def _has_rows(placed: Any, name: str, rows: Tensor) -> bool:
