@@ -14,16 +14,16 @@ from torch import Tensor
 from torch._C._dynamo.guards import dict_version as dict_version
 
 
-def last_write(dicts: Iterable[dict[Any, Any]]) -> int:
-    """Return the number of the last write to any of some dicts; each write has a larger one than all before it.
+def count_writes(dicts: Iterable[dict[Any, Any]]) -> int:
+    """Return a number that grows with each write to any of some dicts: the sum of the numbers of their last writes.
 
     >>> cache = {"a": 1}
-    >>> before = last_write([cache])
+    >>> before = count_writes([cache])
     >>> cache["a"] = 2
-    >>> last_write([cache]) > before
+    >>> count_writes([cache]) > before
     True
     """
-    return max(map(dict_version, dicts), default=0)
+    return sum(map(dict_version, dicts))
 
 
 class DictContents:
@@ -47,18 +47,22 @@ class DictContents:
 
     def __init__(self, dicts: Iterable[dict[Any, Any]]):
         self.dicts = tuple(dicts)
-        self._last = last_write(self.dicts)
+        self._note(count_writes(self.dicts))
         self.saved = [dict(one) for one in self.dicts]
 
     def same(self) -> bool:
         """Return whether each dict holds what it held, in the same order."""
-        last = last_write(self.dicts)
-        if last != self._last:
+        writes = count_writes(self.dicts)
+        if writes != self._writes:
             for one, saved in zip(self.dicts, self.saved, strict=True):
                 if dict_version(one) > self._last and not _is_equal(one, saved):
                     return False
-            self._last = last
+            self._note(writes)
         return True
+
+    def _note(self, writes: int) -> None:
+        """Remember the writes that there were, and the last of them."""
+        self._writes, self._last = writes, max(map(dict_version, self.dicts), default=0)
 
 
 def is_single(x: Any) -> bool:

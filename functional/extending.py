@@ -38,6 +38,7 @@ from ._given import check_config as check_config
 from ._given import check_module as check_module
 from ._given import check_no_view as check_no_view
 from ._layers.adapted import Adapted as Adapted
+from ._layers.adapted import check_shapes as check_shapes
 from ._layers.adapted import step_of as step_of
 from ._layers.around import Around as Around
 from ._layers.base import Base as Base
@@ -57,6 +58,7 @@ from ._method import beside as beside
 from ._rows import rows_of as rows_of
 from ._sites.attention import ProjectionSlice as ProjectionSlice
 from ._sites.kernels import has_rows as has_rows
+from ._sites.kernels import is_folded as is_folded
 from ._sites.kinds import describe as describe
 from ._sites.kinds import forward_class as forward_class
 from ._sites.kinds import is_linear as is_linear
@@ -103,7 +105,7 @@ from ._tensors.wrappers import submodule as submodule
 from ._tensors.wrappers import unwrapped as unwrapped
 from ._trees import check_tree as check_tree
 from ._trees import sort as sort
-from ._versions import last_write as last_write
+from ._versions import count_writes as count_writes
 
 __all__ = [name for name in sorted(globals()) if not name.startswith("_")]
 

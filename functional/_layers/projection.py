@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +31,9 @@ class Projection(Weighted):
     def _linear(self, x: Tensor) -> Tensor:
         weight, bias = self.dense()
         check_base(self.site.path, weight, x)
-        return folded(x, weight, bias) if is_folded(x, self._stored, bias) else F.linear(x, weight, bias)
+        if not torch.compiler.is_compiling() and is_folded(x, self._stored, bias):
+            return folded(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     @property
     def _stored(self) -> Tensor:

@@ -48,23 +48,26 @@ def has_rows(x: Tensor) -> bool:
     (True, False)
     """
     sizes, steps = x.shape, x.stride()
-    if len(sizes) == 3:  # most inputs: every call of a layer asks
+    if len(sizes) == 3:
         return steps[0] == steps[1] * sizes[1]
     return all(steps[i] == steps[i + 1] * sizes[i + 1] for i in range(len(sizes) - 2))
 
 
 def is_folded(x: Any, weight: Any, bias: Any) -> bool:
-    """Return whether the user's layer copies an input into rows here, though an alias of its weight would not."""
+    """Return whether the user's layer copies an input into rows here, though an alias of its weight would not.
+
+    Compiled calls do not ask: the compiler chooses kernels of its own.
+    """
     return (
         type(x) is Tensor
         and x.ndim > 2
+        and not x.is_nested
+        and not has_rows(x)  # which most inputs have, and every call of a layer asks
         and not (bias is not None and x.is_contiguous())
-        and not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
         and not torch._C._is_any_autocast_enabled()
         and type(weight) in (Tensor, torch.nn.Parameter)
         and not weight.requires_grad
-        and not has_rows(x)
         and is_trained(weight)
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .._abilities import Step
-from .._layers.adapted import Adapted, step_of
+from .._layers.adapted import Adapted, check_shapes, step_of
 from .._layers.base import Base
 from .._layers.compose import compose
 from .._layers.gathered import run_on_shards
@@ -22,10 +22,10 @@ from .._layers.projection import Projection
 from .._layers.routed import RoutedLayer
 from .._method import SiteAdapter
 from .._sites.attention import ProjectionSlice
+from .._sites.kernels import is_folded
 from .._sites.kinds import has_linear_forward
 from .._sites.site import Site
 from .._tensors.placement import is_sharded, resting
-from .._trees import check_tree
 from . import saving
 from .attention import AdaptedAttention
 from .context import CallContext
@@ -53,15 +53,25 @@ class SiteRuntime:
         (name, adapter), *_ = self.entries.items()
         vars(self)["step"] = None if step is None else (step, name, adapter.site.path)
 
-    def check(self, leaves: Mapping[str, Tensor]) -> None:
-        """Refuse leaves that got other shapes after their tree was accepted; trained biases beside them are no part."""
-        own = {leaf: tensor for leaf, tensor in leaves.items() if leaf in self._shapes}
-        check_tree({self.path: own}, {self.path: self._shapes})
+    def run_in_one_step(self, x: Any, module: Mapping[str, Any]) -> Tensor | None:
+        """Return the output of the one step; `None` unless a tree of one adapter is active, nobody looks, and it fits.
 
-    @functools.cached_property
-    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        (adapter,) = self.entries.values()
-        return adapter.config.method.shapes(adapter.config, adapter.site)
+        Args:
+            x: The input.
+            module: Attributes of the module.
+        """
+        assert self.step is not None
+        (step, name, path), context, held = self.step, self.context, module["_parameters"]
+        tree = None if context.trees is None or context.see is not None else context.trees.get(name)
+        if type(tree) is not dict or "weight" not in held:
+            return None
+        weight, bias, leaves = held["weight"], held["bias"], tree[path]
+        y = None if is_folded(x, weight, bias) else step(x, weight, bias, leaves, module["training"])
+        if context.reached is not None:
+            context.reached.add(self.path)
+        if y is None:
+            check_shapes(self.entries[name], leaves)
+        return y
 
     def run(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the adapted output."""
@@ -146,9 +156,10 @@ class AdaptedForward:
     """A base class in front of the class that `Site.kind` speaks of: its forward under the adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        runtime: SiteRuntime = self.__dict__["_runtime"]
+        own = self.__dict__
+        runtime: SiteRuntime = own["_runtime"]
         if runtime.step is not None and len(args) == 1 and not (kwargs or is_compiling()):
-            y = self._in_one_step(runtime, args[0], *runtime.step)
+            y = runtime.run_in_one_step(args[0], own)
             if y is not None:
                 return y
         if args:
@@ -159,20 +170,6 @@ class AdaptedForward:
             raise TypeError(f"{runtime.path}: forward() got no {runtime.argument!r}")
         runtime.enter(x)
         return runtime.run(x, args, kwargs)
-
-    def _in_one_step(self, runtime: SiteRuntime, x: Any, step: Step, name: str, path: str) -> Tensor | None:
-        """Return the output of the one step, where a tree of one adapter is active and nobody looks."""
-        own, context = self.__dict__, runtime.context
-        held, trees = own["_parameters"], context.trees
-        tree = None if trees is None or context.see is not None else trees.get(name)
-        if type(tree) is not dict or "weight" not in held:
-            return None
-        y = step(x, held["weight"], held["bias"], tree[path], own["training"])
-        if context.reached is not None:
-            context.reached.add(runtime.path)
-            if y is None:
-                runtime.check(tree[path])
-        return y
 
 
 class AdaptedModule:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchgraft.functional._versions import DictContents, last_write
+from torchgraft.functional._versions import DictContents, count_writes
 
 WRITES = {
     "attribute": lambda m: setattr(m, "scale", 2.0),
@@ -28,11 +28,11 @@ def test_each_write_is_noticed_and_its_undoing_too(write):
     nn.init.ones_(module.weight)
     module.scale = 1.0
     dicts = [vars(module), module._parameters, module._forward_hooks]
-    before, contents = last_write(dicts), DictContents(dicts)
-    assert contents.same() and last_write(dicts) == before
+    before, contents = count_writes(dicts), DictContents(dicts)
+    assert contents.same() and count_writes(dicts) == before
     saved = [one.copy() for one in dicts]
     WRITES[write](module)
-    assert last_write(dicts) > before
+    assert count_writes(dicts) > before
     assert not contents.same() and not contents.same()
     for one, old in zip(dicts, saved, strict=True):
         one.clear()

@@ -16,6 +16,7 @@ from torchgraft.functional.extending import (
     SiteAdapter,
     Step,
     beside,
+    check_shapes,
     forward_class,
     linear_tensors,
     step_of,
@@ -144,13 +145,14 @@ class ActiveAdapters:
             if y is not None:
                 self._decide(base)
                 return y
+            check_shapes(self.entries[0], leaves[0])
         if self.shell is None:
             return self.over(base, leaves, args, kwargs)(x)
         return self.shell.run(base, self.entries, leaves, x, args, kwargs)
 
     def _decide(self, base: Any) -> None:
         """Have later calls take the step at once, for as long as everything stays as it was found in this one."""
-        if {"weight", "bias"} <= base._parameters.keys() and not (self.decided and self.decided.same()):
+        if {"weight", "bias"} <= base._parameters.keys():
             registries = [self._containers, *(registry for _, _, registry, _, _ in self._hung)]
             step = cast(Step, self.step)
             self.decided = Decided(step, base, self.watch.modules, lambda: self.leaves()[0], registries)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.modules.module as torch_module
 from torch import Tensor
 
-from torchgraft.functional.extending import Leaves, Step, last_write
+from torchgraft.functional.extending import Leaves, Step, count_writes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{kind}") for kind in _HOOKS)
@@ -29,7 +29,7 @@ class Decided:
         registries: Other dicts that the decision depends on.
     """
 
-    __slots__ = ("_classes", "_dicts", "_held", "_hooks", "_last_write", "_leaves", "_modules", "_step", "_training")
+    __slots__ = ("_classes", "_dicts", "_hooks", "_modules", "_taken", "_writes")
 
     def __init__(
         self,
@@ -41,22 +41,19 @@ class Decided:
     ):
         self._modules = [base, *holders]
         own = [vars(module) for module in self._modules]
-        self._dicts = (*own, *(attributes["_parameters"] for attributes in own), *registries)
-        self._last_write = last_write(self._dicts)
-        self._classes = list(map(type, self._modules))
+        held = [attributes["_parameters"] for attributes in own]
         self._hooks = (*(attributes[name] for attributes in own for name in _HOOKS), *_GLOBAL_HOOKS)
-        self._step, self._held, self._training = step, own[0]["_parameters"], base.training
-        self._leaves = leaves()
-
-    def same(self) -> bool:
-        """Return whether nothing has changed."""
-        return not any(self._hooks) and (
-            last_write(self._dicts) == self._last_write and list(map(type, self._modules)) == self._classes
-        )
+        self._dicts = (*own, *(one for one in held if one), *registries)
+        self._writes, self._classes = count_writes(self._dicts), list(map(type, self._modules))
+        self._taken = step, held[0]["weight"], held[0]["bias"], leaves(), base.training
 
     def run(self, x: Tensor) -> Tensor | None:
         """Return the output; `None` where something has changed, or where the step cannot give it."""
-        if not self.same():
+        if (
+            any(self._hooks)
+            or count_writes(self._dicts) != self._writes
+            or list(map(type, self._modules)) != self._classes
+        ):
             return None
-        held = self._held
-        return self._step(x, held["weight"], held["bias"], self._leaves, self._training)
+        step, weight, bias, leaves, training = self._taken
+        return step(x, weight, bias, leaves, training)

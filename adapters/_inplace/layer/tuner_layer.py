@@ -139,7 +139,7 @@ class BaseTunerLayer(Switched, NamedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base with the active adapters."""
-        attributes = vars(self)  # those of modules take long to find
+        attributes = self.__dict__  # those of modules take long to find
         if not (kwargs or is_compiling()) and len(args) == 1:
             decided = attributes["_live"].decided
             y: Tensor | None = None if decided is None else decided.run(args[0])

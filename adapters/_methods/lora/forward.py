@@ -81,16 +81,20 @@ def decide(config: LoraConfig, site: Site) -> Step | None:
     scaling = constants.scaling
     if config.use_dora or config.lora_bias or type(scaling) is not float or any(one is not None for one in fixed):
         return None
-    return _step(scaling, config.lora_dropout, constants.r)
+    return _step(scaling, config.lora_dropout, (constants.r, site.in_features), (site.out_features, constants.r))
 
 
 @functools.lru_cache(maxsize=256)
-def _step(scaling: float, p: float, r: int) -> Step:
+def _step(scaling: float, p: float, down: tuple[int, int], up: tuple[int, int]) -> Step:
     """Return the step of all sites with these numbers: one object, which stays in the processor's caches."""
 
     def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
         a, b = leaves["lora_A"], leaves["lora_B"]
-        if a.is_meta or b.is_meta or x.is_nested or a.ndim != 2 or a.size(0) != r or not fused.fits(x, weight, a, b):
+        if a.shape != down or b.shape != up:
+            return None
+        if not (p and training) and fused.composes(x, weight, a, b):
+            return fused.composed(x, weight, bias, a, b, scaling)
+        if a.is_meta or b.is_meta or x.is_nested or not fused.fits(x, weight, a, b):
             return None
         return fused.linear(x, weight, bias, a, b, scaling, p if training else 0.0)
 

@@ -28,6 +28,7 @@ _level_of_transforms = torch._C._functorch.maybe_current_level
 _tracing_state = torch._C._get_tracing_state
 _is_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
+_WIDE = (torch.float32, torch.float64)
 
 
 def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -58,6 +59,34 @@ def pays(x: Tensor) -> bool:
     (True, True)
     """
     return torch.compiler.is_compiling() or x.numel() >= _LARGE or x.itemsize < 4
+
+
+def composes(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Return whether the adapted layer is torch's own functions composed, which give what `apply` gives there.
+
+    So it is for small inputs of any layout, in and out of transforms, where plain tensors of one dtype with values meet
+    that no precision is chosen for. Each call of a layer asks, so the questions are few and in one place.
+
+    >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
+    >>> composes(x, w, w, w), composes(x.half(), w, w, w)
+    (True, False)
+    """
+    dtype = x.dtype
+    return (
+        dtype in _WIDE
+        and weight.dtype is dtype
+        and a.dtype is dtype
+        and b.dtype is dtype
+        and x.numel() < _LARGE
+        and type(x) is Tensor
+        and type(weight) in _PLAIN
+        and not (weight.is_meta or a.is_meta or b.is_meta or x.is_nested or _is_autocast())
+    )
+
+
+def composed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`x W^T + bias + s x A^T B^T` in torch's own functions, whose first is the base's own call."""
+    return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, a), b), alpha=scaling)
 
 
 def is_eager(x: Tensor, weight: Tensor) -> bool:
@@ -99,7 +128,7 @@ def linear(
     tensor([[3.]])
     """
     if not p and a.ndim == 2 and not pays(x):
-        return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, a), b), alpha=scaling)
+        return composed(x, weight, bias, a, b, scaling)
     keep = None
     if p:
         keep, kept = draw(x, p)

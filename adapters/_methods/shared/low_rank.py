@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.functional import Layer, PerAdapter, Rows, Site, widen
-from torchgraft.functional.extending import add_scaled
+from torchgraft.functional.extending import add_scaled, is_folded
 
 from . import fused
 from .called import Called, Dropout, dropped
@@ -53,8 +53,11 @@ def add_to_linear(base: Layer, x: Tensor, a: Tensor, b: Tensor, scaling: Scaling
     if not isinstance(dropout, Called):
         p = dropout if base.training else 0.0
         linear = None if torch.compiler.is_compiling() else base.as_linear
-        if linear is not None and not isinstance(scaling, Tensor) and fused.fits(x, linear[0], a, b):
-            return fused.linear(x, *linear, a, b, scaling, p)
+        if linear is not None and not isinstance(scaling, Tensor):
+            if not p and fused.composes(x, linear[0], a, b) and not is_folded(x, *linear):
+                return fused.composed(x, *linear, a, b, scaling)
+            if fused.fits(x, linear[0], a, b):
+                return fused.linear(x, *linear, a, b, scaling, p)
     y = base(x)
     x, a, b = widen(dropped(x, dropout, base.training), a, b)
     return add_product(y, F.linear(x, a), b, scaling)
