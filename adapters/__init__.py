@@ -102,6 +102,7 @@ from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.deft import DeftConfig as DeftConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
 from ._methods.fourierft import FourierFTConfig as FourierFTConfig
+from ._methods.frod import FrodConfig as FrodConfig
 from ._methods.glora import GloraConfig as GloraConfig
 from ._methods.gralora import GraloraConfig as GraloraConfig
 from ._methods.hira import HiraConfig as HiraConfig

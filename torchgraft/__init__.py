@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .adapters import DeftConfig as DeftConfig
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import FourierFTConfig as FourierFTConfig
+    from .adapters import FrodConfig as FrodConfig
     from .adapters import GloraConfig as GloraConfig
     from .adapters import GraloraConfig as GraloraConfig
     from .adapters import HiraConfig as HiraConfig
@@ -114,11 +115,11 @@ if TYPE_CHECKING:
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
-    "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
-    "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig", "MissConfig",
-    "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
-    "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "WaveFTConfig", "extract_params",
+    "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig",
+    "IA3Config", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig",
+    "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig",
+    "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig",
+    "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
     "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (

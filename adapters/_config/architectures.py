@@ -74,6 +74,7 @@ OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "BEFT": _VALUES,
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "FROD": {"phi": ("q_proj", "v_proj"), "vit": ("query", "value")},
     "PVERA": {"phi": ("q_proj", "v_proj"), "dinov2": ("query", "value")},
     "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VBLORA": _ALL_LINEAR,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,7 +62,10 @@ class PeftFormat:
         probability: That field, where it has another name than the attribute.
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
-        shared: Constants that files hold once for the whole model, `base_model.<name>`.
+        shared: Constants that files hold once for all sites that have the same one, `base_model.<name>`.
+        shared_by: `site -> key` of the sites that share them, for `base_model.<name>.<key>`; `""` where all do.
+        follow_shared: `(config, site, weight, {name: tensor}) -> constants` of a site that go with other shared ones
+            than those that were planned; `weight()` is the base's.
         fixed: `(config, site) -> leaves` that are not trained but constants of the site, by the leaf's name. Files hold
             them as they hold leaves; an injected layer has them as frozen parameters.
         buffers: Those of them that a layer has as buffers instead, beside bare parameters.
@@ -103,6 +106,10 @@ class PeftFormat:
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()
+    shared_by: Callable[[Site], str] = lambda site: ""
+    follow_shared: Callable[[Any, Site, Callable[[], Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]] = (
+        lambda config, site, weight, given: given
+    )
     fixed: Callable[[Any, Site], tuple[str, ...]] = lambda config, site: ()
     buffers: tuple[str, ...] = ()
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -130,6 +137,24 @@ class PeftFormat:
     def fixed_tensors(self, config: Any, site: Site) -> dict[str, Tensor]:
         """Return the leaves of a site that are not trained, by name."""
         return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
+
+    def shared_names(self, site: Site) -> dict[str, str]:
+        """Return the names in files, after `base_model.`, of the constants that a site shares with others.
+
+        >>> form = PeftFormat("frod_", shared=("frod_V",), shared_by=lambda site: site.path.partition(".")[2])
+        >>> form.shared_names(Site("0.q", "linear", 2, 2))
+        {'frod_V': 'frod_V.q'}
+        """
+        key = self.shared_by(site) if self.shared else ""
+        return {constant: f"{constant}.{key}" if key else constant for constant in self.shared}
+
+    def shared_tensors(self, sites: Iterable[Site]) -> dict[str, Tensor]:
+        """Return the constants that files hold once for several sites, by their names there."""
+        found: dict[str, Tensor] = {}
+        for site in sites:
+            for constant, name in self.shared_names(site).items():
+                found.setdefault(name, getattr(site.constants, constant))
+        return found
 
     def dropout_of(self, config: Any) -> float:
         """Return the probability of dropout that a config says, 0 for methods without dropout modules."""

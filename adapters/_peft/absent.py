@@ -12,7 +12,6 @@ _NAMES = {
     "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "CPT": "CPTConfig CPTEmbedding",
-    "FROD": "FrodConfig FrodLayer FrodModel",
     "LILY": "LilyConfig LilyLayer LilyModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
     "POLY": "PolyConfig PolyLayer PolyModel",

@@ -32,6 +32,7 @@ _CLASSES = {
     "DEFT": ("DeftLinear", ""),
     "DELORA": ("DeloraLinear", ""),
     "FOURIERFT": ("FourierFTLinear", ""),
+    "FROD": ("Linear", ""),
     "GLORA": ("GloraLinear", ""),
     "GRALORA": ("", "Linear"),
     "HIRA": ("Linear Embedding Conv1d Conv2d Conv3d", ""),

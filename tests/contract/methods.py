@@ -39,6 +39,7 @@ from torchgraft.adapters import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
     GloraConfig,
     GraloraConfig,
     HiraConfig,
@@ -292,6 +293,29 @@ def osf(config, where, leaves, weight, bias):
     smaller = sum(s[i] * torch.outer(u[:, i], v[i]) for i in range(k, len(s)))
     low = [leaves[f"osf_svd_params.{part}_low"] for part in "USV"]
     return weight - smaller + low[0] @ low[1].diag() @ low[2], bias
+
+
+def frod(config, where, leaves, weight, bias):
+    """`W + U (S + diag(l - l0)) V^T` with `W V^-T = U diag(l0)`; `V` of one weight, and places of a seed: AAAI 2026."""
+    n, w = weight.shape[1], weight.detach().to(where.dtype).float().contiguous()
+    if len(w) < n:
+        v = torch.linalg.svd(w, full_matrices=True)[2].T
+    else:
+        q, r = torch.linalg.qr(w)
+        ridged = q.T @ q + config.regularization_alpha * torch.eye(n)
+        v = r.T @ torch.linalg.eigh(torch.zeros(n, n) + torch.linalg.inv(ridged))[1]
+    v = v.to(where.dtype).to(weight)
+    turned = torch.linalg.solve(v, weight.detach().to(where.dtype).double().T).T
+    start = turned.square().sum(0).sqrt()
+    u = (turned / start).float().to(where.dtype).to(weight)
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    for path, (_, inputs) in sorted(where.sizes.items()):
+        beside = [(i, j) for i in range(inputs) for j in range(inputs) if i != j]
+        drawn = torch.randperm(len(beside), generator=generator)[: int(inputs * inputs * config.sparse_rate)]
+        places = [beside[place] for place in drawn] if path == where.path else []
+        if places:
+            s = torch.zeros(n, n).to(weight).index_put(tuple(torch.tensor(places).T), leaves["frod_lambda_s_values"])
+    return weight + u @ (s + (leaves["frod_lambda_l"] - start.float().to(weight)).diag()) @ v.T, bias
 
 
 def unilora(config, where, leaves, weight, bias):
@@ -1376,6 +1400,17 @@ METHODS = {
                 CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (tied)", "embedding"},
                 KeyError,
             ),
+        ),
+    ),
+    "frod": Row(
+        FrodConfig(sparse_rate=0.2, **BOTH),
+        frod,
+        FrodConfig(sparse_rate=0.2, projection_prng_key=3, regularization_alpha=0.1, init_weights=False, **BOTH),
+        {"sparse_rate": 0.3},
+        (
+            ({"sparse_rate": 1.5}, "FrodConfig: sparse_rate is 1.5, expected 0 to 1, the share of the trained entries"),
+            ({"frod_dropout": 1.0}, "FrodConfig: frod_dropout is 1.0, expected 0 <= p < 1"),
+            ({"regularization_alpha": -1.0}, "FrodConfig: regularization_alpha is -1.0, expected 0 or more"),
         ),
     ),
     "psoft": Row(
