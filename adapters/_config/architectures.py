@@ -71,6 +71,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
 
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
+    "ADAMSS": {"vit": ("query", "value")},
     "BEFT": _VALUES,
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),

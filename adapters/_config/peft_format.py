@@ -52,6 +52,8 @@ class PeftFormat:
         bare_modules: The same, but their key in a file is the leaf's name.
         grouped: Leaves that are one of several parameters of a module, `<attribute>.<parameter>`, for
             `layer.<attribute>[adapter].<parameter>`; their key in a file is the leaf's name.
+        numbered: Leaves that are `<attribute>.<number>`, from 0: the attribute, and `site -> count`. Layers have a list
+            of them, `layer.<attribute>[adapter][<number>]`; their key in a file is the leaf's name.
         shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
             the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
             have the same container. Files hold each once for the whole model, `base_model.<name>`.
@@ -97,6 +99,7 @@ class PeftFormat:
     modules: tuple[str, ...] = ()
     bare_modules: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
+    numbered: Mapping[str, Callable[[Site], int]] = dataclasses.field(default_factory=dict)
     shared_leaves: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
@@ -164,8 +167,30 @@ class PeftFormat:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The leaves that a module can have of its own."""
+        """The leaves that a module can have of its own, but for numbered ones."""
         return (*self.modules, *self.biases, *self.parameters, *self.bare_modules, *self.grouped)
+
+    def is_numbered(self, leaf: str) -> bool:
+        """Return whether a name is that of a leaf that has a number.
+
+        >>> PeftFormat("adamss_", numbered={"adamss_A": lambda site: 2}).is_numbered("adamss_A.1")
+        True
+        """
+        attribute, _, number = leaf.partition(".")
+        return attribute in self.numbered and number.isdecimal()
+
+    def is_leaf(self, name: str) -> bool:
+        """Return whether a name is that of a leaf that a module can have of its own."""
+        return name in self.leaves or self.is_numbered(name)
+
+    def is_grouped(self, leaf: str) -> bool:
+        """Return whether layers have a leaf as one of several parameters of a module or a list."""
+        return leaf in self.grouped or self.is_numbered(leaf)
+
+    def leaves_at(self, site: Site) -> tuple[str, ...]:
+        """Return the leaves that a site can have of its own."""
+        counts = {attribute: count(site) for attribute, count in self.numbered.items()}
+        return (*self.leaves, *(f"{attribute}.{i}" for attribute, count in counts.items() for i in range(count)))
 
     def place(self, leaf: str) -> tuple[str, str | None]:
         """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
@@ -175,7 +200,7 @@ class PeftFormat:
         >>> PeftFormat("psoft_", grouped=("psoft_R.vector_a",)).place("psoft_R.vector_a")
         ('psoft_R', 'vector_a')
         """
-        if leaf in self.grouped:
+        if self.is_grouped(leaf):
             attribute, _, parameter = leaf.partition(".")
             return attribute, parameter
         if leaf in self.biases:
@@ -193,7 +218,7 @@ class PeftFormat:
         {'mix': ('mix', None), 'bank': ('bank', '0')}
         """
         shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in site.shared.items()}
-        return {leaf: self.place(leaf) for leaf in self.leaves} | shared
+        return {leaf: self.place(leaf) for leaf in self.leaves_at(site)} | shared
 
     def _shared_key(self, path: str, leaf: str, name: str) -> str | None:
         """Return what a shared leaf goes by among those of its adapter; `None` where it is the only one."""

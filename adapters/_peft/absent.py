@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 from torchgraft.functional import UnsupportedCall
 
 _NAMES = {
-    "ADAMSS": "AdamssConfig AdamssLayer AdamssModel",
     "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "CPT": "CPTConfig CPTEmbedding",

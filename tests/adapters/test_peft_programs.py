@@ -25,6 +25,7 @@ METHODS = {
     "LoKrConfig": {"r": 2, "init_weights": False},
     "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
+    "AdamssConfig": {"r": 3, "num_subspaces": 2, "init_weights": None},
     "BOFTConfig": {"boft_block_size": 2, "init_weights": False},
     "BeftConfig": {"init_weights": False},
     "C3AConfig": {"block_size": 2, "init_weights": "kaiming_uniform"},

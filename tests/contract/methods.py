@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from torch import nn
 
 from torchgraft.adapters import (
     AdaLoraConfig,
+    AdamssConfig,
     AdapterConfig,
     BeftConfig,
     BOFTConfig,
@@ -316,6 +318,32 @@ def frod(config, where, leaves, weight, bias):
         if places:
             s = torch.zeros(n, n).to(weight).index_put(tuple(torch.tensor(places).T), leaves["frod_lambda_s_values"])
     return weight + u @ (s + (leaves["frod_lambda_l"] - start.float().to(weight)).diag()) @ v.T, bias
+
+
+def bare(tensor):
+    """Return the numbers of a tensor that transforms of torch have wrapped."""
+    tensor = tensor.detach()  # itself wrapped again
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def adamss(config, where, leaves, weight, bias):
+    """`[W, b] + U' V`, rows of `U'` by clusters of scikit-learn, `V` with signs of the decomposition: Zheng, 2025."""
+    whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
+    plain = bare(whole)
+    with torch.random.fork_rng(devices=[]), torch._C._DisableFuncTorch():
+        torch.manual_seed(config.random_seed)
+        u, _, v = torch.svd_lowrank(plain.to(where.dtype).float(), q=config.r, niter=2)
+        means = KMeans(config.num_subspaces, init="random", n_init=1, max_iter=10, random_state=123456789)
+        labels = means.fit_predict(u.numpy()).tolist()
+    delta = torch.zeros_like(whole)
+    for row, cluster in enumerate(labels):
+        place = labels[:row].count(cluster)
+        b, a = leaves[f"adamss_B.{cluster}"][place], leaves[f"adamss_A.{cluster}"]
+        delta[row] = b @ a @ v.mT.to(where.dtype).to(weight)
+    inputs = weight.shape[1]
+    return weight + delta[:, :inputs], None if bias is None else bias + delta[:, inputs]
 
 
 def unilora(config, where, leaves, weight, bias):
@@ -1401,6 +1429,22 @@ METHODS = {
                 KeyError,
             ),
         ),
+    ),
+    "adamss": Row(
+        AdamssConfig(r=3, num_subspaces=2, subspace_rank=2, **BOTH),
+        adamss,
+        AdamssConfig(r=3, num_subspaces=2, subspace_rank=2, init_weights=None, use_asa=True, **BOTH),
+        {"num_subspaces": 3},
+        (
+            ({"r": 0}, "AdamssConfig: r is 0, expected a positive integer"),
+            ({"num_subspaces": -1}, "AdamssConfig: num_subspaces is -1, expected a positive integer"),
+            ({"init_weights": "zero"}, "AdamssConfig: init_weights is 'zero', expected 'orthogonal' or None"),
+            ({"svd_threshold": 1.0}, "AdamssConfig: svd_threshold is 1.0, expected 0 <= threshold < 1"),
+            ({"use_asa": True, "mask_interval": 0}, "AdamssConfig: mask_interval is 0, expected a positive number"),
+            ({"use_asa": True, "init_warmup": 2000}, "init_warmup is 2000 and final_warmup 1000, expected the first"),
+            ({"r": 1}, "rows at first has the rank 2, and there are 1 singular vectors; set subspace_rank=1"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), TypeError),),
     ),
     "frod": Row(
         FrodConfig(sparse_rate=0.2, **BOTH),

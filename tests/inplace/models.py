@@ -64,6 +64,7 @@ SIZES = {
     "LORA": {"r": 3},
     "IA3": {},
     "ADALORA": {"init_r": 3},
+    "ADAMSS": {"r": 3, "num_subspaces": 2},
     "LOHA": {"r": 4},  # PEFT rounds the factor alpha / r to float32
     "OFT": {"oft_block_size": 4},
     "VERA": {"r": 3},
@@ -97,6 +98,7 @@ bottlenecks, LoReFT and LoRA-XS, which it has not, and those without layers of t
 EXACT = {"C3A": 1e-6, "DEFT": 1e-5, "FOURIERFT": 1e-5, "FROD": 1e-4}
 """How exact PEFT is where that is not double precision: spectra, DEFT's sums and FRoD's weights are in float32."""
 OWN = (
+    "adamss_",
     "lora_",
     "ia3_",
     "hada_",
