@@ -95,6 +95,10 @@ from ._methods.adalora.budget import adalora_state as adalora_state
 from ._methods.adalora.budget import allocate as allocate
 from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
+from ._methods.adamss.adamss import AdamssConfig as AdamssConfig
+from ._methods.adamss.budget import adamss_state as adamss_state
+from ._methods.adamss.budget import allocate_subspaces as allocate_subspaces
+from ._methods.adamss.budget import freeze_subspaces as freeze_subspaces
 from ._methods.beft import BeftConfig as BeftConfig
 from ._methods.boft import BOFTConfig as BOFTConfig
 from ._methods.bottleneck import BottleneckConfig as BottleneckConfig
@@ -102,6 +106,7 @@ from ._methods.c3a import C3AConfig as C3AConfig
 from ._methods.deft import DeftConfig as DeftConfig
 from ._methods.delora import DeloraConfig as DeloraConfig
 from ._methods.fourierft import FourierFTConfig as FourierFTConfig
+from ._methods.frod import FrodConfig as FrodConfig
 from ._methods.glora import GloraConfig as GloraConfig
 from ._methods.gralora import GraloraConfig as GraloraConfig
 from ._methods.hira import HiraConfig as HiraConfig

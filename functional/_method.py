@@ -27,11 +27,16 @@ Tree = dict[str, Any]
 """A parameter tree: `{path: {leaf: tensor}}`, or `{name: {path: {leaf: tensor}}}`."""
 
 
-Weights = Callable[[str], Tensor]
-"""A function from the path of a site to the base's canonical weight there, detached and in its own dtype.
+class Weights(Protocol):
+    """The interface by which a method reads the base: each call reads, so a method that needs nothing costs nothing."""
 
-Each call computes the weight, so a method that needs none costs nothing.
-"""
+    def __call__(self, path: str, /) -> Tensor:
+        """Return the base's canonical weight at a site, detached and in its own dtype."""
+        ...
+
+    def bias(self, path: str, /) -> Tensor | None:
+        """Return its bias, detached; `None` where it has none."""
+        ...
 
 
 class ActiveTree(Protocol):

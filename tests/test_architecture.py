@@ -30,6 +30,7 @@ OPTIONAL = {
     "adapters/_calibration/progress.py": {"tqdm"},
     "adapters/_command/inspecting.py": {"matplotlib"},
     "adapters/_command/output.py": {"tqdm"},
+    "adapters/_methods/adamss/adamss.py": {"sklearn"},
     "adapters/_methods/unilora.py": {"numpy"},
     "adapters/_peft/auto.py": {"transformers", "<computed name>"},  # a base model's library, of a list of few
 }
@@ -46,6 +47,7 @@ ORDER = {
         _methods: *
         _methods/lora: activated constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
+        _methods/adamss: adamss budget
         _inplace: bound_states root switched placed
         _inplace/tensors: checksum gathering originals
         _inplace/beside: biases modules_to_save token_rows tokens

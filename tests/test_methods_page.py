@@ -67,11 +67,10 @@ def formula_of(name):
 
 
 def papers_of(name):
-    found = re.findall(r"arXiv:(\d{4}\.\d{5})|OpenReview\s+(\w+)", docstring(name))
-    assert found, f"{CONFIGS[name].__module__} names no paper: arXiv:... or OpenReview ..."
-    pages = [
-        f"[{a}](https://arxiv.org/abs/{a})" if a else f"[{b}](https://openreview.net/forum?id={b})" for a, b in found
-    ]
+    places = {"arXiv:": "arxiv.org/abs/", "OpenReview ": "openreview.net/forum?id=", "doi:": "doi.org/"}
+    found = re.findall(r"(arXiv:|OpenReview |doi:)((?:10\.[\d.]+/)?\w[\w.]*\w)", " ".join(docstring(name).split()))
+    assert found, f"{CONFIGS[name].__module__} names no paper: arXiv:..., doi:10... or OpenReview ..."
+    pages = [f"[{paper}](https://{places[place]}{paper})" for place, paper in found]
     return " ".join(dict.fromkeys(pages))
 
 

@@ -55,6 +55,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
+    from .adapters import AdamssConfig as AdamssConfig
     from .adapters import AdapterConfig as AdapterConfig
     from .adapters import Bank as Bank
     from .adapters import BeftConfig as BeftConfig
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .adapters import DeftConfig as DeftConfig
     from .adapters import DeloraConfig as DeloraConfig
     from .adapters import FourierFTConfig as FourierFTConfig
+    from .adapters import FrodConfig as FrodConfig
     from .adapters import GloraConfig as GloraConfig
     from .adapters import GraloraConfig as GraloraConfig
     from .adapters import HiraConfig as HiraConfig
@@ -113,13 +115,13 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
-    "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
-    "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig", "MissConfig",
-    "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
-    "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "WaveFTConfig", "extract_params",
-    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdamssConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig",
+    "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig", "GraloraConfig",
+    "HiraConfig", "HRAConfig", "IA3Config", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig",
+    "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig",
+    "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig",
+    "UniLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model",
+    "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

@@ -12,7 +12,6 @@ from torchgraft.functional import AddsLeafwise
 from torchgraft.functional.extending import Tree, sort
 
 from .._calibration.initial.configs import CONFIGS, PLAIN
-from .._config.base import AdapterConfig
 from .._methods.lora.forward import BIAS
 from .given import Chosen, Weights, check_adapters, check_alike, check_same_shape, selection, weighted_sum
 from .mixing import Mixing, Scalar, mix, sign, square_root
@@ -204,14 +203,14 @@ def _leafwise(adapters: Sequence[Adapter], chosen: Chosen, mixing: Mixing, ident
             f"combine: how is {mixing.how!r}, and {method.name} has no rank to cut to; use 'cat', the exact sum"
         )
     check_alike(adapters, first.site_fields | method.varying, "combine")
-    own = _own_leaves(first)
-    mine = [{path: leaves for path, leaves in tree.items() if own & leaves.keys()} for _, tree in adapters]
+    is_own = first.form.is_leaf
+    mine = [{path: leaves for path, leaves in tree.items() if any(map(is_own, leaves))} for _, tree in adapters]
     _check_told(adapters, mine)
     result: Tree = {}
     for path in sorted(frozenset().union(*mine)):
         weights = chosen.at(path)
         here = [(one[path], weight) for one, weight in zip(mine, weights, strict=True) if path in one]
-        result[path] = {leaf: _mixed_leaf(path, leaf, here, mixing, identity) for leaf in here[0][0] if leaf in own}
+        result[path] = {leaf: _mixed_leaf(path, leaf, here, mixing, identity) for leaf in here[0][0] if is_own(leaf)}
     selected = selection(adapters, [frozenset(one) for one in mine])
     if selected and first.form.infer is not None:
         selected |= first.form.infer(first, result)
@@ -242,15 +241,11 @@ def _check_told(adapters: Sequence[Adapter], mine: Sequence[Mapping[str, Mapping
 # -- tensors that are trained as a whole ---------------------------------------------------------------------------
 
 
-def _own_leaves(config: AdapterConfig) -> frozenset[str]:
-    return frozenset(config.form.leaves)
-
-
 def _replaced(adapters: Sequence[Adapter], chosen: Chosen, whole: bool) -> Tree:
     """Return the averages of copies of the base's tensors, by path."""
     trees = [tree for _, tree in adapters]
-    own = _own_leaves(adapters[0][0])
-    found = {(path, leaf): None for tree in trees for path in tree for leaf in tree[path] if leaf not in own}
+    is_own = adapters[0][0].form.is_leaf
+    found = {(path, leaf): None for tree in trees for path in tree for leaf in tree[path] if not is_own(leaf)}
     result: Tree = {}
     for path, leaf in found:
         if not all(leaf in tree.get(path, {}) for tree in trees) or not (whole or chosen.add_up_to_one(path)):

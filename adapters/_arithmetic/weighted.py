@@ -88,7 +88,7 @@ def add_weighted_adapter(
             clamp=svd_clamp if truncates else None,
         )
     if config.target_modules != given[0][0].target_modules:  # names that are whole ones in this model
-        own = [path for path, leaves in params.items() if set(config.form.leaves) & leaves.keys()]
+        own = [path for path, leaves in params.items() if any(map(config.form.is_leaf, leaves))]
         config = exact(config, own, inplace.bare_modules(model))
     inplace.inject_adapter_in_model(config, model, adapter_name, params=params, activate=False)
 

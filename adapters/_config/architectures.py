@@ -71,9 +71,11 @@ _VALUES: dict[str, tuple[str, ...]] = {
 
 OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "ADALORA": {**_ALL_LINEAR, "roberta": ("query", "key", "value", "dense")},
+    "ADAMSS": {"vit": ("query", "value")},
     "BEFT": _VALUES,
     "C3A": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
     "FOURIERFT": dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "FROD": {"phi": ("q_proj", "v_proj"), "vit": ("query", "value")},
     "PVERA": {"phi": ("q_proj", "v_proj"), "dinov2": ("query", "value")},
     "SHIRA": {"phi": ("q_proj", "v_proj")},
     "VBLORA": _ALL_LINEAR,

@@ -51,8 +51,7 @@ def to_keys(
     ['head.weight', 'layers.0.lora_A.weight', 'layers.0.lora_B.weight']
     """
     at = at or {}
-    own = set(config.form.leaves)
-    adapted = [path for path, leaves in tree.items() if not own.isdisjoint(leaves)]
+    adapted = [path for path, leaves in tree.items() if any(map(config.form.is_leaf, leaves))]
     keys: dict[str, Tensor] = {}
     for path, leaves in tree.items():
         if path == SHARED_LEAVES:
@@ -60,7 +59,8 @@ def to_keys(
             continue
         place = held_at(path, adapted)
         for leaf, tensor in leaves.items():
-            key = join(config, at.get(path, place), leaf) if leaf in own else replaced_key(place, leaf, path in adapted)
+            own = config.form.is_leaf(leaf)
+            key = join(config, at.get(path, place), leaf) if own else replaced_key(place, leaf, path in adapted)
             keys[prefix + key] = tensor
     return keys
 
@@ -108,7 +108,8 @@ def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
     if config.form.shared_name(name := key.removeprefix(SHARED)) is not None and name != key:
         return SHARED_LEAVES, name
     key = key.removeprefix(PREFIX)
-    for leaf in config.form.leaves:
+    last = ".".join(key.rsplit(".", 2)[-2:])
+    for leaf in (*config.form.leaves, *([last] if config.form.is_numbered(last) else [])):
         if key.endswith(suffix := f".{config.form.key(leaf)}"):
             return re.sub(r"\.base_layer(?=\.out_proj$)", "", key.removesuffix(suffix)), leaf
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class PeftFormat:
         bare_modules: The same, but their key in a file is the leaf's name.
         grouped: Leaves that are one of several parameters of a module, `<attribute>.<parameter>`, for
             `layer.<attribute>[adapter].<parameter>`; their key in a file is the leaf's name.
+        numbered: Leaves that are `<attribute>.<number>`, from 0: the attribute, and `site -> count`. Layers have a list
+            of them, `layer.<attribute>[adapter][<number>]`; their key in a file is the leaf's name.
         shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
             the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
             have the same container. Files hold each once for the whole model, `base_model.<name>`.
@@ -62,7 +64,10 @@ class PeftFormat:
         probability: That field, where it has another name than the attribute.
         values: Numbers that layers show for each adapter.
         facts: `(config, site) -> {attribute: value}` of the layer itself.
-        shared: Constants that files hold once for the whole model, `base_model.<name>`.
+        shared: Constants that files hold once for all sites that have the same one, `base_model.<name>`.
+        shared_by: `site -> key` of the sites that share them, for `base_model.<name>.<key>`; `""` where all do.
+        follow_shared: `(config, site, weight, {name: tensor}) -> constants` of a site that go with other shared ones
+            than those that were planned; `weight()` is the base's.
         fixed: `(config, site) -> leaves` that are not trained but constants of the site, by the leaf's name. Files hold
             them as they hold leaves; an injected layer has them as frozen parameters.
         buffers: Those of them that a layer has as buffers instead, beside bare parameters.
@@ -94,6 +99,7 @@ class PeftFormat:
     modules: tuple[str, ...] = ()
     bare_modules: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
+    numbered: Mapping[str, Callable[[Site], int]] = dataclasses.field(default_factory=dict)
     shared_leaves: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
@@ -103,6 +109,10 @@ class PeftFormat:
     values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     facts: Callable[[Any, Site], Mapping[str, Any]] = lambda config, site: {}
     shared: tuple[str, ...] = ()
+    shared_by: Callable[[Site], str] = lambda site: ""
+    follow_shared: Callable[[Any, Site, Callable[[], Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]] = (
+        lambda config, site, weight, given: given
+    )
     fixed: Callable[[Any, Site], tuple[str, ...]] = lambda config, site: ()
     buffers: tuple[str, ...] = ()
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -131,6 +141,24 @@ class PeftFormat:
         """Return the leaves of a site that are not trained, by name."""
         return {leaf: getattr(site.constants, leaf) for leaf in self.fixed(config, site)}
 
+    def shared_names(self, site: Site) -> dict[str, str]:
+        """Return the names in files, after `base_model.`, of the constants that a site shares with others.
+
+        >>> form = PeftFormat("frod_", shared=("frod_V",), shared_by=lambda site: site.path.partition(".")[2])
+        >>> form.shared_names(Site("0.q", "linear", 2, 2))
+        {'frod_V': 'frod_V.q'}
+        """
+        key = self.shared_by(site) if self.shared else ""
+        return {constant: f"{constant}.{key}" if key else constant for constant in self.shared}
+
+    def shared_tensors(self, sites: Iterable[Site]) -> dict[str, Tensor]:
+        """Return the constants that files hold once for several sites, by their names there."""
+        found: dict[str, Tensor] = {}
+        for site in sites:
+            for constant, name in self.shared_names(site).items():
+                found.setdefault(name, getattr(site.constants, constant))
+        return found
+
     def dropout_of(self, config: Any) -> float:
         """Return the probability of dropout that a config says, 0 for methods without dropout modules."""
         name = self.probability or self.dropout
@@ -139,8 +167,30 @@ class PeftFormat:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The leaves that a module can have of its own."""
+        """The leaves that a module can have of its own, but for numbered ones."""
         return (*self.modules, *self.biases, *self.parameters, *self.bare_modules, *self.grouped)
+
+    def is_numbered(self, leaf: str) -> bool:
+        """Return whether a name is that of a leaf that has a number.
+
+        >>> PeftFormat("adamss_", numbered={"adamss_A": lambda site: 2}).is_numbered("adamss_A.1")
+        True
+        """
+        attribute, _, number = leaf.partition(".")
+        return attribute in self.numbered and number.isdecimal()
+
+    def is_leaf(self, name: str) -> bool:
+        """Return whether a name is that of a leaf that a module can have of its own."""
+        return name in self.leaves or self.is_numbered(name)
+
+    def is_grouped(self, leaf: str) -> bool:
+        """Return whether layers have a leaf as one of several parameters of a module or a list."""
+        return leaf in self.grouped or self.is_numbered(leaf)
+
+    def leaves_at(self, site: Site) -> tuple[str, ...]:
+        """Return the leaves that a site can have of its own."""
+        counts = {attribute: count(site) for attribute, count in self.numbered.items()}
+        return (*self.leaves, *(f"{attribute}.{i}" for attribute, count in counts.items() for i in range(count)))
 
     def place(self, leaf: str) -> tuple[str, str | None]:
         """Where a layer holds a leaf: attribute, and the parameter of the module there; `None` for bare parameters.
@@ -150,7 +200,7 @@ class PeftFormat:
         >>> PeftFormat("psoft_", grouped=("psoft_R.vector_a",)).place("psoft_R.vector_a")
         ('psoft_R', 'vector_a')
         """
-        if leaf in self.grouped:
+        if self.is_grouped(leaf):
             attribute, _, parameter = leaf.partition(".")
             return attribute, parameter
         if leaf in self.biases:
@@ -168,7 +218,7 @@ class PeftFormat:
         {'mix': ('mix', None), 'bank': ('bank', '0')}
         """
         shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in site.shared.items()}
-        return {leaf: self.place(leaf) for leaf in self.leaves} | shared
+        return {leaf: self.place(leaf) for leaf in self.leaves_at(site)} | shared
 
     def _shared_key(self, path: str, leaf: str, name: str) -> str | None:
         """Return what a shared leaf goes by among those of its adapter; `None` where it is the only one."""

@@ -102,14 +102,14 @@ class _Wanted:
         shapes: The shape of each leaf, by path and name.
         tied: Further copies of a leaf: its path and name, and whether it is transposed.
         saved: The buffers of `modules_to_save`.
-        shared: The names of shared constants, by their whole key.
+        shared: Shared constants, by their whole key.
     """
 
     leaves: dict[str, tuple[str, str]]
     shapes: dict[tuple[str, str], tuple[int, ...]]
     tied: dict[str, tuple[str, str, bool]]
     saved: Mapping[str, Tensor]
-    shared: dict[str, str]
+    shared: dict[str, Tensor]
 
 
 def _wanted(
@@ -133,7 +133,8 @@ def _wanted(
         tied |= {
             join(config, path, own): (follow.source, leaf, follow.transposed) for own, leaf in follow.leaves.items()
         }
-    return _Wanted(leaves, shapes, tied, saved, {f"{SHARED}{name}": name for name in config.form.shared})
+    shared = {f"{SHARED}{name}": tensor for name, tensor in config.form.shared_tensors(sites.values()).items()}
+    return _Wanted(leaves, shapes, tied, saved, shared)
 
 
 def _take(
@@ -162,8 +163,8 @@ def _take(
         parts.saved[name] = key
         _check(weights, key, tuple(wanted.saved[name].shape), wanted.saved[name].dtype)
     elif key in wanted.shared:
-        parts.shared[wanted.shared[key]] = key
-        constant = getattr(next(iter(sites.values())).constants, wanted.shared[key])
+        parts.shared[key.removeprefix(SHARED)] = key
+        constant = wanted.shared[key]
         _check(weights, key, tuple(constant.shape), constant.dtype)
     else:
         return False
@@ -239,7 +240,7 @@ def _check_complete(config: AdapterConfig, weights: Weights, parts: Parts, wante
     ]
     missing += [f"{PREFIX}{name}" for name in wanted.saved if name not in parts.saved]
     if config.form.saves_shared(config) or parts.shared:
-        missing += [key for key, name in wanted.shared.items() if name not in parts.shared]
+        missing += [key for key in wanted.shared if key.removeprefix(SHARED) not in parts.shared]
     if missing:
         raise KeyError(
             f"{weights.file}: lacks {names_of(missing)}, which the config asks for on this model; it has "

@@ -161,7 +161,7 @@ def _odd_keys(config: AdapterConfig, weights: Weights) -> Iterator[str]:
     other = []
     for key in weights.specs:
         name = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
-        known = split_key(config, key) is not None or key.removeprefix(SHARED) in config.form.shared
+        known = split_key(config, key) is not None or key.removeprefix(SHARED).partition(".")[0] in config.form.shared
         known = known or name.endswith(f".{TOKENS}") or any(re.fullmatch(pattern, name) for pattern in whole)
         if not known:
             other.append(key)

@@ -58,10 +58,10 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
     )
     tensors = stored.read()
     stored.check_tied(parts, tensors)
-    for shared in other_shared(sites, parts, tensors):
+    for shared in other_shared(config, sites, parts, tensors):
         raise ValueError(
-            f"{stored.weights.file}: {parts.shared[shared]!r} is not what this graft has drawn from its seed; use "
-            "load_adapter(model, path), which takes the file's"
+            f"{stored.weights.file}: {parts.shared[shared]!r} is not what this graft has made of its seed or of the "
+            "base's weights; use load_adapter(model, path), which takes the file's"
         )
     for path, leaf in other_fixed(config, sites, parts, tensors):
         raise ValueError(
@@ -122,9 +122,11 @@ def _check_same(stored: Stored, own: Any, sites: Mapping[str, Site], planned: Ma
         if site.shared != planned[path].shared:
             what = f"{dict(planned[path].shared)} in the file and {dict(site.shared)} in the graft"
             raise ValueError(f"{path} shares {what}{remedy}")
+        names = own.form.shared_names(site)
         for constant, value in site.constants.items():
             other = getattr(planned[path].constants, constant)
-            if f"{SHARED}{constant}" in stored.weights.specs or _equal(value, other):
+            in_file = constant in names and f"{SHARED}{names[constant]}" in stored.weights.specs
+            if in_file or _equal(value, other):
                 continue
             what = f"is {other} in the file and {value} in the graft"
             raise ValueError(f"{constant} of {path} {'differs' if isinstance(value, Tensor) else what}{remedy}")

@@ -47,23 +47,22 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     parts = fit(stored.config, stored.weights, sites, replaced, tied, saved, lambda: get_base_model_state_dict(shape))
     tensors = stored.read()
     stored.check_tied(parts, tensors)
-    others = other_shared(sites, parts, tensors)
+    others = other_shared(stored.config, sites, parts, tensors)
     if others and not stored.config.form.saves_shared(stored.config):
         raise ValueError(
-            f"{stored.weights.file}: {parts.shared[others[0]]!r} is not what the config's seed gives, and the config "
-            "says that such tensors are not in the file; set save_projection in it to true"
+            f"{stored.weights.file}: {parts.shared[next(iter(others))]!r} is not what the config's seed gives, and the "
+            "config says that such tensors are not in the file; set save_projection in it to true"
         )
     embeddings = _embeddings(model, modules, stored, parts, tensors)
     tree = _tree(stored, parts, tensors, modules, sites, replaced)
     fixed = {path: {leaf: tree[path].pop(leaf) for leaf in fixed_leaves(stored.config, sites[path])} for path in sites}
     tree = {path: leaves for path, leaves in tree.items() if leaves}
-    constants = {name: tensors[parts.shared[name]].to(_constant(sites, name)) for name in others}
 
     config = dataclasses.replace(stored.config, inference_mode=not is_trainable)
     inject_adapter_in_model(config, model, adapter_name, params=tree, activate=activate)
     if parts.saved:
         set_peft_model_state_dict(model, {name: tensors[key] for name, key in parts.saved.items()}, adapter_name)
-    _put_constants(model, adapter_name, fixed, constants)
+    _put_constants(model, adapter_name, fixed, others)
     for module, leaf, value in embeddings:
         fill(module, leaf, value)
 
@@ -87,19 +86,14 @@ def _tree(
     return tree
 
 
-def _put_constants(model: nn.Module, adapter_name: str, fixed: Tree, constants: Mapping[str, Tensor]) -> None:
+def _put_constants(model: nn.Module, adapter_name: str, fixed: Tree, shared: Mapping[str, Tensor]) -> None:
     """Have an injected adapter use the file's leaves that are not trained, and its shared constants."""
     for path, layer in layers(model).items():
         for leaf, value in fixed.get(path, {}).items():
             layer.set_leaf(adapter_name, leaf, nn.Parameter(value, requires_grad=False))
-    for layer in layers(model).values() if constants else ():
+    for layer in layers(model).values() if shared else ():
         if adapter_name in layer.entries:
-            layer.set_constants(adapter_name, constants)
-
-
-def _constant(sites: Mapping[str, Site], name: str) -> Tensor:
-    result: Tensor = getattr(next(iter(sites.values())).constants, name)
-    return result
+            layer.set_shared(adapter_name, shared)
 
 
 def _embeddings(

@@ -160,8 +160,8 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
         turned = follow.turned(tree[follow.source])
         state |= {join(config, at, leaf, PREFIX): tensor for leaf, tensor in turned.items()}
     if config.form.saves_shared(config):
-        constants = next(iter(graft.sites[name].values())).constants
-        state |= {f"{SHARED}{shared}": getattr(constants, shared) for shared in config.form.shared}
+        shared = config.form.shared_tensors(graft.sites[name].values())
+        state |= {f"{SHARED}{one}": tensor for one, tensor in shared.items()}
     return graft.model, config, graft.sites[name], state
 
 

@@ -119,14 +119,13 @@ def fixed_leaves(config: AdapterConfig, site: Site) -> tuple[str, ...]:
     return config.form.fixed(config, site)
 
 
-def other_shared(sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return names of the shared constants that are not those of the file, up to the file's precision."""
-    site = next(iter(sites.values()), None)  # a method without sites shares nothing
-    return [
-        name
-        for name, key in parts.shared.items()
-        if site is None or not torch.equal(getattr(site.constants, name).to(tensors[key]), tensors[key])
-    ]
+def other_shared(
+    config: AdapterConfig, sites: Mapping[str, Site], parts: Parts, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the file's shared constants that are not the planned ones up to the file's precision, in their dtype."""
+    planned = config.form.shared_tensors(sites.values())
+    given = {name: (planned[name], tensors[key]) for name, key in parts.shared.items()}
+    return {name: file.to(own) for name, (own, file) in given.items() if not torch.equal(own.to(file), file)}
 
 
 def other_fixed(

@@ -8,11 +8,9 @@ from typing import Any, NoReturn
 from torchgraft.functional import UnsupportedCall
 
 _NAMES = {
-    "ADAMSS": "AdamssConfig AdamssLayer AdamssModel",
     "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "CPT": "CPTConfig CPTEmbedding",
-    "FROD": "FrodConfig FrodLayer FrodModel",
     "LILY": "LilyConfig LilyLayer LilyModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
     "POLY": "PolyConfig PolyLayer PolyModel",

@@ -26,12 +26,14 @@ _EXTENDED = {"LORA": ("LORA", "ADALORA")}
 """Methods whose layers are instances of another's class too, as in PEFT."""
 _CLASSES = {
     "ADALORA": ("SVDLinear SVDConv2d", ""),
+    "ADAMSS": ("Linear", ""),
     "BOFT": ("", "Linear Conv2d"),
     "BEFT": ("Linear", ""),
     "C3A": ("C3ALinear", ""),
     "DEFT": ("DeftLinear", ""),
     "DELORA": ("DeloraLinear", ""),
     "FOURIERFT": ("FourierFTLinear", ""),
+    "FROD": ("Linear", ""),
     "GLORA": ("GloraLinear", ""),
     "GRALORA": ("", "Linear"),
     "HIRA": ("Linear Embedding Conv1d Conv2d Conv3d", ""),
@@ -158,7 +160,7 @@ def layer_classes(config: type[AdapterConfig]) -> dict[str, type]:
     form: Any = cast(Any, config).form
     leaves = (*form.leaves, *form.shared_leaves)
     names = {
-        "adapter_layer_names": tuple(dict.fromkeys(form.place(leaf)[0] for leaf in leaves)),
+        "adapter_layer_names": tuple(dict.fromkeys((*(form.place(leaf)[0] for leaf in leaves), *form.numbered))),
         "other_param_names": tuple(name for name in (*form.values, form.dropout) if name),
     }
     of_all = config.__name__.replace("Config", "Layer")

@@ -1,4 +1,4 @@
-"""The tuner of each method, under PEFT's name, and what only AdaLoRA's and VB-LoRA's do."""
+"""The tuner of each method, under PEFT's name, and what only AdaLoRA's, AdaMSS's and VB-LoRA's do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._methods.adalora.adalora import AdaLoraConfig
 from .._methods.adalora.budget import adalora_state, allocate, orthogonality
+from .._methods.adamss.adamss import AdamssConfig
+from .._methods.adamss.budget import adamss_state, allocate_subspaces
 from .._methods.vblora import VBLoRAConfig
 from .tuners import BaseTuner
 
@@ -90,6 +92,56 @@ class AdaLoraModel(BaseTuner):
         ]
 
 
+class AdamssModel(BaseTuner):
+    """A model with adapters of type ADAMSS: keeps to their budget of clusters, where they have one (`use_asa`).
+
+    >>> from torch import nn
+    >>> config = AdamssConfig(r=2, num_subspaces=2, use_asa=True, asa_target_subspaces=1, target_modules=["0"],
+    ...                       init_warmup=0, final_warmup=1, mask_interval=1)
+    >>> tuner = AdamssModel(nn.Sequential(nn.Linear(3, 4)), config)
+    >>> for step in range(2):
+    ...     tuner(torch.ones(1, 3)).sum().backward()
+    ...     tuner.update_and_allocate(step)
+    >>> [p.requires_grad for p in tuner.model[0].adamss_A["default"].values()].count(True)
+    1
+    """
+
+    prefix = AdamssConfig.form.prefix
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Apply `allocate_subspaces` to the active adapters with a budget, and freeze what it does not keep.
+
+        Call it in each step, before gradients are set to zero.
+
+        Args:
+            global_step: Number of the step.
+        """
+        model: Any = self.model
+        for name in self.active_adapters:
+            config = model.peft_config[name]
+            if isinstance(config, AdamssConfig) and config.use_asa:
+                self._allocate(name, config, global_step)
+
+    def _allocate(self, name: str, config: AdamssConfig, step: int) -> None:
+        params = inplace.live_params(self.model, name)
+        states: dict[str, tuple[AdamssConfig, Tree]] = vars(self).setdefault("_budgets", {})
+        known, state = states.get(name, (None, {}))
+        if known is not config:  # an adapter that is new under this name
+            state = adamss_state(config, params)
+        grads = {
+            path: {leaf: torch.zeros_like(p) if p.grad is None else p.grad for leaf, p in leaves.items()}
+            for path, leaves in params.items()
+        }
+        with torch.no_grad():
+            state = allocate_subspaces(config, params, grads, state, step)
+        for path, numbers in state["kept"].items():
+            for number in (number for number, kept in numbers.items() if not kept):
+                for leaf in (params[path][f"adamss_A.{number}"], params[path][f"adamss_B.{number}"]):
+                    leaf.grad = None
+                    leaf.requires_grad_(False)
+        states[name] = config, state
+
+
 class VBLoRAModel(BaseTuner):
     """A model with adapters of type VBLORA, which knows how much a file of them holds.
 
@@ -132,7 +184,11 @@ def _grad(parameter: Tensor, path: str, leaf: str) -> Tensor:
 
 _PREFIXES = {"VERA": "vera_lambda_"}
 """What PEFT takes for prefixes of trained parameters, where those of all tensors are shorter."""
-_CLASSES: dict[str, type[BaseTuner]] = {"AdaLoraModel": AdaLoraModel, "VBLoRAModel": VBLoRAModel}
+_CLASSES: dict[str, type[BaseTuner]] = {
+    "AdaLoraModel": AdaLoraModel,
+    "AdamssModel": AdamssModel,
+    "VBLoRAModel": VBLoRAModel,
+}
 
 
 def tuner_class(config: type[AdapterConfig]) -> type[BaseTuner]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._abilities import SharesLeaves, TakesComplex
 from .._constants import Constants
@@ -130,7 +130,7 @@ def _needs_real(config: Config) -> str | None:
 def weights_of(
     sites: Mapping[str, Site], modules: Mapping[str, nn.Module], base: Callable[[nn.Module, Site], Base] = Base
 ) -> Weights:
-    """Return a function that reads the base's weights as methods see them, each when asked for.
+    """Return what reads the base's weights and biases as methods see them, each when asked for.
 
     Args:
         sites: The sites, by path.
@@ -138,14 +138,35 @@ def weights_of(
         base: How a module's original weight is read.
 
     Returns:
-        `path -> weight`, canonical and detached; a `TypeError` where it is not of floating point.
+        `path -> weight`, canonical and detached, and `bias(path)`; a `TypeError` where it is not of floating point.
 
     >>> module = nn.Linear(3, 2)
     >>> site = describe("head", module)
     >>> weights_of({"head": site}, {"head": module})("head").shape
     torch.Size([2, 3])
     """
-    return lambda path: base(modules[sites[path].owner], sites[path]).weight.detach()
+    return BaseWeights(sites, modules, base)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseWeights:
+    """Weights and biases of the base at some sites; see `weights_of`."""
+
+    sites: Mapping[str, Site]
+    modules: Mapping[str, nn.Module]
+    base: Callable[[nn.Module, Site], Base]
+
+    def __call__(self, path: str, /) -> Tensor:
+        """Return the canonical weight of a site."""
+        return self._at(path).weight.detach()
+
+    def bias(self, path: str, /) -> Tensor | None:
+        """Return the bias of a site."""
+        bias = self._at(path).bias
+        return None if bias is None else bias.detach()
+
+    def _at(self, path: str) -> Base:
+        return self.base(self.modules[self.sites[path].owner], self.sites[path])
 
 
 def with_parts(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[tuple[str, str | None]]:

@@ -25,12 +25,14 @@ METHODS = {
     "LoKrConfig": {"r": 2, "init_weights": False},
     "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
+    "AdamssConfig": {"r": 3, "num_subspaces": 2, "init_weights": None},
     "BOFTConfig": {"boft_block_size": 2, "init_weights": False},
     "BeftConfig": {"init_weights": False},
     "C3AConfig": {"block_size": 2, "init_weights": "kaiming_uniform"},
     "DeftConfig": {"r": 2, "init_weights": False},
     "DeloraConfig": {"r": 2, "init_weights": False},
     "FourierFTConfig": {"n_frequency": 10, "scaling": 0.1},
+    "FrodConfig": {"sparse_rate": 0.1, "init_weights": False, "progressbar": False},
     "GloraConfig": {"r": 2, "init_weights": False},
     "GraloraConfig": {"r": 4, "gralora_k": 2, "init_weights": False},
     "HiraConfig": {"r": 2, "init_weights": False},
@@ -53,7 +55,7 @@ SMALL = {"block_size": 4, "vector_length": 4, "r": 2}
 EVERY = pytest.mark.parametrize("method", METHODS)
 NOT_HERE = (
     *("vera_A", "vera_B", "randlora_A", "randlora_B", "ranknum", "shira_indices"),
-    *("base_model.vblora_vector_bank", "base_model.tinylora_v", "base_model.unilora_theta_d"),
+    *("base_model.frod_", "base_model.vblora_vector_bank", "base_model.tinylora_v", "base_model.unilora_theta_d"),
 )
 """What state dicts of whole models have once more, or otherwise, than here: see docs/differences.md."""
 ONLY_PEFTS = (

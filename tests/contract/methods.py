@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from torch import nn
 
 from torchgraft.adapters import (
     AdaLoraConfig,
+    AdamssConfig,
     AdapterConfig,
     BeftConfig,
     BOFTConfig,
@@ -39,6 +41,7 @@ from torchgraft.adapters import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
     GloraConfig,
     GraloraConfig,
     HiraConfig,
@@ -292,6 +295,55 @@ def osf(config, where, leaves, weight, bias):
     smaller = sum(s[i] * torch.outer(u[:, i], v[i]) for i in range(k, len(s)))
     low = [leaves[f"osf_svd_params.{part}_low"] for part in "USV"]
     return weight - smaller + low[0] @ low[1].diag() @ low[2], bias
+
+
+def frod(config, where, leaves, weight, bias):
+    """`W + U (S + diag(l - l0)) V^T` with `W V^-T = U diag(l0)`; `V` of one weight, and places of a seed: AAAI 2026."""
+    n, w = weight.shape[1], weight.detach().to(where.dtype).float().contiguous()
+    if len(w) < n:
+        v = torch.linalg.svd(w, full_matrices=True)[2].T
+    else:
+        q, r = torch.linalg.qr(w)
+        ridged = q.T @ q + config.regularization_alpha * torch.eye(n)
+        v = r.T @ torch.linalg.eigh(torch.zeros(n, n) + torch.linalg.inv(ridged))[1]
+    v = v.to(where.dtype).to(weight)
+    turned = torch.linalg.solve(v, weight.detach().to(where.dtype).double().T).T
+    start = turned.square().sum(0).sqrt()
+    u = (turned / start).float().to(where.dtype).to(weight)
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    for path, (_, inputs) in sorted(where.sizes.items()):
+        beside = [(i, j) for i in range(inputs) for j in range(inputs) if i != j]
+        drawn = torch.randperm(len(beside), generator=generator)[: int(inputs * inputs * config.sparse_rate)]
+        places = [beside[place] for place in drawn] if path == where.path else []
+        if places:
+            s = torch.zeros(n, n).to(weight).index_put(tuple(torch.tensor(places).T), leaves["frod_lambda_s_values"])
+    return weight + u @ (s + (leaves["frod_lambda_l"] - start.float().to(weight)).diag()) @ v.T, bias
+
+
+def bare(tensor):
+    """Return the numbers of a tensor that transforms of torch have wrapped."""
+    tensor = tensor.detach()  # itself wrapped again
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def adamss(config, where, leaves, weight, bias):
+    """`[W, b] + U' V`, rows of `U'` by clusters of scikit-learn, `V` with signs of the decomposition: Zheng, 2025."""
+    whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
+    plain = bare(whole)
+    with torch.random.fork_rng(devices=[]), torch._C._DisableFuncTorch():
+        torch.manual_seed(config.random_seed)
+        u, _, v = torch.svd_lowrank(plain.to(where.dtype).float(), q=config.r, niter=2)
+        means = KMeans(config.num_subspaces, init="random", n_init=1, max_iter=10, random_state=123456789)
+        labels = means.fit_predict(u.numpy()).tolist()
+    delta = torch.zeros_like(whole)
+    for row, cluster in enumerate(labels):
+        place = labels[:row].count(cluster)
+        b, a = leaves[f"adamss_B.{cluster}"][place], leaves[f"adamss_A.{cluster}"]
+        delta[row] = b @ a @ v.mT.to(where.dtype).to(weight)
+    inputs = weight.shape[1]
+    return weight + delta[:, :inputs], None if bias is None else bias + delta[:, inputs]
 
 
 def unilora(config, where, leaves, weight, bias):
@@ -1376,6 +1428,33 @@ METHODS = {
                 CHANNELS | {"linear", "linear (3-d input)", "linear (Conv1D)", "linear (tied)", "embedding"},
                 KeyError,
             ),
+        ),
+    ),
+    "adamss": Row(
+        AdamssConfig(r=3, num_subspaces=2, subspace_rank=2, **BOTH),
+        adamss,
+        AdamssConfig(r=3, num_subspaces=2, subspace_rank=2, init_weights=None, use_asa=True, **BOTH),
+        {"num_subspaces": 3},
+        (
+            ({"r": 0}, "AdamssConfig: r is 0, expected a positive integer"),
+            ({"num_subspaces": -1}, "AdamssConfig: num_subspaces is -1, expected a positive integer"),
+            ({"init_weights": "zero"}, "AdamssConfig: init_weights is 'zero', expected 'orthogonal' or None"),
+            ({"svd_threshold": 1.0}, "AdamssConfig: svd_threshold is 1.0, expected 0 <= threshold < 1"),
+            ({"use_asa": True, "mask_interval": 0}, "AdamssConfig: mask_interval is 0, expected a positive number"),
+            ({"use_asa": True, "init_warmup": 2000}, "init_warmup is 2000 and final_warmup 1000, expected the first"),
+            ({"r": 1}, "rows at first has the rank 2, and there are 1 singular vectors; set subspace_rank=1"),
+        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), TypeError),),
+    ),
+    "frod": Row(
+        FrodConfig(sparse_rate=0.2, **BOTH),
+        frod,
+        FrodConfig(sparse_rate=0.2, projection_prng_key=3, regularization_alpha=0.1, init_weights=False, **BOTH),
+        {"sparse_rate": 0.3},
+        (
+            ({"sparse_rate": 1.5}, "FrodConfig: sparse_rate is 1.5, expected 0 to 1, the share of the trained entries"),
+            ({"frod_dropout": 1.0}, "FrodConfig: frod_dropout is 1.0, expected 0 <= p < 1"),
+            ({"regularization_alpha": -1.0}, "FrodConfig: regularization_alpha is -1.0, expected 0 or more"),
         ),
     ),
     "psoft": Row(

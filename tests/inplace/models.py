@@ -64,6 +64,7 @@ SIZES = {
     "LORA": {"r": 3},
     "IA3": {},
     "ADALORA": {"init_r": 3},
+    "ADAMSS": {"r": 3, "num_subspaces": 2},
     "LOHA": {"r": 4},  # PEFT rounds the factor alpha / r to float32
     "OFT": {"oft_block_size": 4},
     "VERA": {"r": 3},
@@ -74,6 +75,7 @@ SIZES = {
     "DELORA": {"r": 3},
     "SHIRA": {"r": 2, "random_seed": 3},
     "FOURIERFT": {"n_frequency": 20},
+    "FROD": {"sparse_rate": 0.3},
     "GLORA": {"r": 3},
     "GRALORA": {"r": 4},
     "HIRA": {"r": 3},
@@ -93,9 +95,10 @@ SIZES = {
 APART = {"BOTTLENECK", "LN_TUNING", "LOREFT", "LORA_XS", "PSOFT", "TINYLORA", "TRAINABLE_TOKENS"}
 """Methods whose fixed tensors are parameters in PEFT's layers, PSOFT, which PEFT has not in double precision,
 bottlenecks, LoReFT and LoRA-XS, which it has not, and those without layers of their own; their own tests compare."""
-EXACT = {"C3A": 1e-6, "DEFT": 1e-5, "FOURIERFT": 1e-5}
-"""How exact PEFT is where that is not double precision: spectra and DEFT's sums are in float32."""
+EXACT = {"C3A": 1e-6, "DEFT": 1e-5, "FOURIERFT": 1e-5, "FROD": 1e-4}
+"""How exact PEFT is where that is not double precision: spectra, DEFT's sums and FRoD's weights are in float32."""
 OWN = (
+    "adamss_",
     "lora_",
     "ia3_",
     "hada_",
@@ -110,6 +113,7 @@ OWN = (
     "peanut_",
     "shira_",
     "fourierft_",
+    "frod_lambda",
     "gralora_",
     "hira_",
     "hra_",
@@ -143,7 +147,7 @@ def inject(model, method, name="default", **fields):
 def inject_peft(model, method, name="default", **fields):
     """PEFT's injection; it has no low-level one for methods whose layers share something."""
     config = configs(method, **fields)[1]
-    if method not in ("PVERA", "RANDLORA", "UNILORA", "VBLORA", "VERA"):
+    if method not in ("FROD", "PVERA", "RANDLORA", "UNILORA", "VBLORA", "VERA"):
         with quiet("Already found a `peft_config` attribute"):
             return peft.inject_adapter_in_model(config, model, name)
     wrapper = vars(model).get("wrapper")

@@ -57,7 +57,10 @@ class Container(nn.Module):
 
 
 class Parameters(Container, nn.ParameterDict):
-    """Bare parameters by adapter name, or those of one adapter by their own."""
+    """Bare parameters by adapter name, or those of one adapter by their own: by names, or by numbers like a list."""
+
+    def __getitem__(self, key: str | int) -> Any:
+        return super().__getitem__(str(key))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

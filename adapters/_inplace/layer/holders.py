@@ -87,12 +87,12 @@ class Holders:
             if name in modules.get(attribute, ())
         ]
         self._bare = [(leaf, modules[leaf], name) for leaf in form.parameters if name in modules.get(leaf, ())]
-        apart = {*form.grouped, *entry.site.shared}
+        apart = form.grouped or form.numbered or entry.site.shared
         for leaf, (attribute, key) in form.places(entry.site).items() if apart else ():
             if leaf in entry.site.shared:
                 box = modules[attribute]
                 self._bare.append((leaf, box, name) if key is None else (leaf, box[name], key))
-            elif leaf in form.grouped and name in modules.get(attribute, ()) and key in modules[attribute][name]:
+            elif form.is_grouped(leaf) and name in modules.get(attribute, ()) and key in modules[attribute][name]:
                 self._bare.append((leaf, modules[attribute][name], str(key)))
         self.containers = [box for _, box, _ in self._bare]
         self.moved = any(key not in box._parameters and key not in box._buffers for _, box, key in self._bare)

@@ -100,11 +100,12 @@ class LayerLeaves(nn.Module):
                 self._join(attribute, name, containers.get(leaf, kind))
             elif not self._is_own(attribute, kind):  # of a deleted adapter's method, it is empty
                 self.add_module(attribute, kind(self).train(self.training))
-            if leaf in config.form.grouped and name not in self._container(attribute):
+            if config.form.is_grouped(leaf) and name not in self._container(attribute):
                 self._container(attribute)[name] = Parameters(self).train(self.training)
         self._entries[name] = entry
         for leaf in leaves:
-            if leaf not in (*entry.site.shared, *config.form.grouped) and config.form.place(leaf)[1] == "weight":
+            apart = leaf in entry.site.shared or config.form.is_grouped(leaf)
+            if not apart and config.form.place(leaf)[1] == "weight":
                 self._put(leaf, name, config.form.holder(config, entry.site, leaf))
         if dropout := config.form.dropout:
             if dropout not in self._modules:

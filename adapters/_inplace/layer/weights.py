@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,22 @@ class MergingLayer(LayerLeaves):
         site = dataclasses.replace(entry.site, constants=entry.site.constants.replace(constants))
         self._entries[name] = dataclasses.replace(entry, site=site)
         self.remerge(self.merged_adapters)
+
+    def set_shared(self, name: str, shared: Mapping[str, Tensor]) -> None:
+        """Give an adapter on this layer those of some shared constants that are its own, and what goes with them.
+
+        Args:
+            name: The adapter's name.
+            shared: The constants, by name in files; those of other sites may be among them.
+
+        Raises:
+            RuntimeError: Something else wrote to the weights while adapters were merged.
+        """
+        config, site = cast(Any, self._entries[name].config), self._entries[name].site
+        names = config.form.shared_names(site).items()
+        if own := {constant: shared[under] for constant, under in names if under in shared}:
+            read = self.originals.base(self.get_base_layer(), site)
+            self.set_constants(name, config.form.follow_shared(config, site, lambda: read.weight.detach(), own))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return what an adapter adds to the base's weight, in the layout of that weight and the adapter's dtype.

@@ -58,8 +58,8 @@ def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -
     if not config.form.saves_shared(config):
         return {}
     entries = (layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries)
-    constants = next(entries).site.constants
-    return {f"{SHARED}{name}": getattr(constants, name) for name in config.form.shared}
+    shared = config.form.shared_tensors(entry.site for entry in entries)
+    return {f"{SHARED}{name}": tensor for name, tensor in shared.items()}
 
 
 def shared_keys(model: nn.Module, adapter_name: str) -> list[str]:

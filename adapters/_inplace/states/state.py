@@ -214,11 +214,11 @@ def _load(
 ) -> None:
     """Load values, by their keys in files, into a model of which nothing is merged."""
     likes = {layer.place_in_model(path, layout.carriers): _like(layer) for path, layer in layers(model).items()}
-    shared = {f"{SHARED}{name}": name for name in layout.config.form.shared}
+    shared = shared_tensors(model, layout.config, layout.adapter)
     for key, value in values.items():
         slot = slots.get(key)
         if slot is None and key in shared:
-            _put_shared(model, layout.adapter, shared[key], value)
+            _put_shared(model, layout.adapter, key.removeprefix(SHARED), shared[key], value)
         elif slot is None:
             put_base(bases[key], value)
         elif slot.put is None:
@@ -248,11 +248,11 @@ def _put(model: nn.Module, key: str, value: Tensor, assign: bool, likes: Mapping
     setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
-def _put_shared(model: nn.Module, adapter_name: str, name: str, value: Tensor) -> None:
-    """Use other shared constants than those that were drawn, in all layers."""
-    mine = [layer for layer in layers(model).values() if adapter_name in layer.entries]
-    if torch.equal(getattr(mine[0].entries[adapter_name].site.constants, name).to(value), value):
+def _put_shared(model: nn.Module, adapter_name: str, name: str, planned: Tensor, value: Tensor) -> None:
+    """Use another shared constant than the planned one, in all layers that share it."""
+    if torch.equal(planned.to(value), value):
         return
-    constants = {name: value.detach()}  # one tensor, which the layers go on sharing
-    for layer in mine:
-        layer.set_constants(adapter_name, constants)
+    shared = {name: value.detach()}  # one tensor, which the layers go on sharing
+    for layer in layers(model).values():
+        if adapter_name in layer.entries:
+            layer.set_shared(adapter_name, shared)
