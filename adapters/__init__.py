@@ -107,6 +107,7 @@ from ._methods.gralora import GraloraConfig as GraloraConfig
 from ._methods.hira import HiraConfig as HiraConfig
 from ._methods.hra import HRAConfig as HRAConfig
 from ._methods.ia3 import IA3Config as IA3Config
+from ._methods.lily import LilyConfig as LilyConfig
 from ._methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig

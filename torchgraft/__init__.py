@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .adapters import HiraConfig as HiraConfig
     from .adapters import HRAConfig as HRAConfig
     from .adapters import IA3Config as IA3Config
+    from .adapters import LilyConfig as LilyConfig
     from .adapters import LNTuningConfig as LNTuningConfig
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
@@ -115,8 +116,8 @@ if TYPE_CHECKING:
 _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
     "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
-    "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig", "MissConfig",
-    "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
+    "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig",
+    "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
     "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig",
     "VeraConfig", "WaveFTConfig", "extract_params",
     "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",

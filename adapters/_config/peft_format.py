@@ -55,6 +55,8 @@ class PeftFormat:
         shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
             the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
             have the same container. Files hold each once for the whole model, `base_model.<name>`.
+        repeated: Leaves among `modules` that several sites train together (`SharesLeaves`), for which the layers have
+            one module in common. Files hold them again for each layer, as leaves of its own.
         biases: Leaves that are the bias of such a module, by name, with the leaf that is its weight.
         biased: The field of a config that says whether there are such biases.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
@@ -95,6 +97,7 @@ class PeftFormat:
     bare_modules: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
     shared_leaves: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
     holder: Callable[[Any, Site, str], nn.Module] | None = None
@@ -167,8 +170,21 @@ class PeftFormat:
         >>> PeftFormat("bank_", parameters=("mix",), shared_leaves=("bank",)).places(site)
         {'mix': ('mix', None), 'bank': ('bank', '0')}
         """
-        shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in site.shared.items()}
+        shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in self.together(site).items()}
         return {leaf: self.place(leaf) for leaf in self.leaves} | shared
+
+    def together(self, site: Site) -> dict[str, str]:
+        """Return the leaves that a site shares in a container of all its layers, with their names under `"*"`.
+
+        >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0", "lora_A": "lora_A.0"})
+        >>> PeftFormat("", modules=("lora_A",), repeated=("lora_A",), shared_leaves=("bank",)).together(site)
+        {'bank': 'bank.0'}
+        """
+        return {leaf: name for leaf, name in site.shared.items() if leaf not in self.repeated}
+
+    def repeats(self, site: Site) -> dict[str, str]:
+        """Return the other leaves that it shares, which files hold for each layer."""
+        return {leaf: name for leaf, name in site.shared.items() if leaf in self.repeated}
 
     def _shared_key(self, path: str, leaf: str, name: str) -> str | None:
         """Return what a shared leaf goes by among those of its adapter; `None` where it is the only one."""

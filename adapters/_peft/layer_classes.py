@@ -37,6 +37,7 @@ _CLASSES = {
     "HIRA": ("Linear Embedding Conv1d Conv2d Conv3d", ""),
     "HRA": ("HRALinear HRAConv2d", ""),
     "IA3": ("Linear Conv2d Conv3d", ""),
+    "LILY": ("Linear", ""),
     "LN_TUNING": ("", "LNTuningLayer"),
     "LOHA": ("Linear Conv2d", "Conv1d"),
     "LOKR": ("Linear Conv2d", "Conv1d"),

@@ -44,6 +44,7 @@ from torchgraft.adapters import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LilyConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -65,7 +66,7 @@ from torchgraft.adapters import (
     VeraConfig,
     WaveFTConfig,
 )
-from torchgraft.functional import UnsupportedConfig
+from torchgraft.functional import UnsupportedCall, UnsupportedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Row:
 
     A formula is `(config, where, leaves, weight, bias) -> (weight, bias)`. Weights are linear maps, `"out in"`: of an
     embedding `"dim vocab"`, of a convolution `"out in *kernel"`. An output is
-    `(config, where, leaves, y) -> y`, features last.
+    `(config, where, leaves, x, y) -> y`, of the layer's input and the base's output, features last.
     """
 
     config: AdapterConfig
@@ -618,7 +619,7 @@ def unweighted(config, where, leaves, weight, bias):
     raise AssertionError(f"{where.path}: no weight expresses {type(config).__name__}")
 
 
-def bottleneck(config, where, leaves, y):
+def bottleneck(config, where, leaves, x, y):
     """`h + U f(D h + d) + u`: Houlsby et al., 2019, section 2.1."""
     d, down, u, up = (leaves[f"bottleneck_{name}"] for name in ("down_bias", "down", "up_bias", "up"))
     z = d + sum(y[..., i, None] * down[:, i] for i in range(down.shape[1]))
@@ -627,6 +628,17 @@ def bottleneck(config, where, leaves, y):
     else:
         z = (torch.exp(z) - torch.exp(-z)) / (torch.exp(z) + torch.exp(-z))
     return y + u + sum(z[..., i, None] * up[:, i] for i in range(up.shape[1]))
+
+
+def lily(config, where, leaves, x, y):
+    """`y + s h sum_e p_e B_e`, example by example: Zhong et al., 2024, section 3, with PEFT's mean over tokens."""
+    outputs = []
+    for example in x:
+        hidden = example @ leaves["lily_A"].T
+        odds = (hidden @ leaves["lily_router"].T).exp()
+        shares = (odds / odds.sum(-1, keepdim=True)).reshape(-1, config.num_B).mean(0)
+        outputs.append(hidden @ sum(p * b for p, b in zip(shares, leaves["lily_B"].chunk(config.num_B), strict=True)))
+    return y + config.scaling * torch.stack(outputs)
 
 
 PEFTS = ("test_outputs_are_pefts_with_either_ones_parameters", "test_files_go_to_peft_and_back")
@@ -1043,6 +1055,33 @@ METHODS = {
             ),
         ),
         rounds=loreft_of_output,
+    ),
+    "lily": Row(
+        LilyConfig(r=2, num_B=3, scaling=2.0, target_modules="first|second"),
+        unweighted,
+        LilyConfig(r=2, num_B=3, scaling=0.5, init_weights=False, target_modules="first|second"),
+        {"r": 3},
+        (
+            ({"r": 0}, "LilyConfig: r is 0, expected an integer >= 1"),
+            ({"stride_A": 0}, "LilyConfig: stride_A is 0, expected an integer >= 1"),
+            ({"num_B": 1}, "LilyConfig: num_B is 1, expected an integer >= 2"),
+        ),
+        exempt=(
+            Exempt(
+                ("test_routed_tokens_are_a_loop",),
+                "its router mixes by all tokens of an example, so that tokens of their own are an error",
+                raises=UnsupportedCall,
+            ),
+            dataclasses.replace(UNWEIGHTED, reason="no weight expresses a mix that depends on the input"),
+            Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), NotImplementedError),
+            Exempt(
+                PEFTS,
+                "PEFT's router takes the mean over the batch, so that an example's output depends on the others",
+                frozenset({"linear", "linear (3-d input)", "linear (tied)"}),
+                (AssertionError, ValueError),
+            ),
+        ),
+        output=lily,
     ),
     "bottleneck": Row(
         BottleneckConfig(r=3, non_linearity="gelu", **BOTH),
