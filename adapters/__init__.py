@@ -121,6 +121,8 @@ from ._methods.miss import MissConfig as MissConfig
 from ._methods.oft import OFTConfig as OFTConfig
 from ._methods.osf import OSFConfig as OSFConfig
 from ._methods.peanut import PeanutConfig as PeanutConfig
+from ._methods.poly import PolyConfig as PolyConfig
+from ._methods.poly import split_tasks as split_tasks
 from ._methods.psoft import PsoftConfig as PsoftConfig
 from ._methods.pvera import PveraConfig as PveraConfig
 from ._methods.pvera import sample_latent as sample_latent

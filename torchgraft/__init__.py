@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from .adapters import OFTConfig as OFTConfig
     from .adapters import OSFConfig as OSFConfig
     from .adapters import PeanutConfig as PeanutConfig
+    from .adapters import PolyConfig as PolyConfig
     from .adapters import PsoftConfig as PsoftConfig
     from .adapters import PveraConfig as PveraConfig
     from .adapters import RandLoraConfig as RandLoraConfig
@@ -117,7 +118,7 @@ _ADAPTERS = (
     "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
     "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
     "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig",
-    "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
+    "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PolyConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
     "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig",
     "VeraConfig", "WaveFTConfig", "extract_params",
     "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",

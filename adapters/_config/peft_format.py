@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Site
 
+from .tasks import Tasks
+
 KINDS = {
     "linear": "Linear",
     "embedding": "Embedding",
@@ -87,6 +89,7 @@ class PeftFormat:
         pack: `(config, {key: tensor}) -> {key: tensor}`, leaves as state dicts and files hold them, where these have
             another form.
         unpack: The same, back; also of tensors on the meta device.
+        tasks: What it says of its tasks, where an adapter is one for each task of a row.
         only_here: Fields that PEFT's config of this method does not have; written only where they say something.
         layers: Names of PEFT's classes of layers, with the kind's name in braces.
     """
@@ -119,6 +122,7 @@ class PeftFormat:
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
+    tasks: Tasks | None = None
     only_here: tuple[str, ...] = ()
     layers: str = "{}"
 

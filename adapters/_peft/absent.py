@@ -14,7 +14,6 @@ _NAMES = {
     "CPT": "CPTConfig CPTEmbedding",
     "FROD": "FrodConfig FrodLayer FrodModel",
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig MultitaskPromptTuningInit MultitaskPromptEmbedding",
-    "POLY": "PolyConfig PolyLayer PolyModel",
     "PREFIX_TUNING": "PrefixTuningConfig PrefixEncoder",
     "PROMPT_TUNING": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "P_TUNING": "PromptEncoderConfig PromptEncoder PromptEncoderReparameterizationType",

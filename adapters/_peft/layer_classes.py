@@ -49,6 +49,7 @@ _CLASSES = {
     "RANDLORA": ("Linear", ""),
     "ROAD": ("Linear", ""),
     "PEANUT": ("Linear", ""),
+    "POLY": ("Linear", ""),
     "PSOFT": ("Linear", ""),
     "SHIRA": ("Linear", ""),
     "SUPERTUNING": ("Linear", ""),

@@ -35,7 +35,6 @@ METHODS = {
     "GraloraConfig": {"r": 4, "gralora_k": 2, "init_weights": False},
     "HiraConfig": {"r": 2, "init_weights": False},
     "HRAConfig": {"r": 2, "init_weights": False},
-    "LilyConfig": {"r": 2, "init_weights": False},
     "MissConfig": {"r": 2, "init_weights": False},
     "OSFConfig": {"effective_rank": 2, "init_weights": False},
     "RandLoraConfig": {"r": 2, "randlora_alpha": 2, "init_weights": False},

@@ -5,6 +5,7 @@ What a new row has to give:
 - `config`, for a model whose two layers are `first` and `second`, small enough for layers of 4 and 6 features;
 - `formula`, the dense meaning from the paper, in float64, in tensors alone: nothing of the library, and not its code
   written down again. It reads the config's fields and the tree's leaves by PEFT's names, so that these are tested too;
+- `call`, how PEFT's model is called, where it takes more than the input;
 - `output`, where no weight expresses it: what becomes of the layer's output;
 - `other`, a config of the same method that may stand beside it in a stack, and differs in as much as a stack allows;
 - `apart`, fields that make it a config that no stack takes;
@@ -54,6 +55,7 @@ from torchgraft.adapters import (
     OFTConfig,
     OSFConfig,
     PeanutConfig,
+    PolyConfig,
     PsoftConfig,
     PveraConfig,
     RandLoraConfig,
@@ -109,6 +111,7 @@ class Row:
     rounds: str | Mapping[str, str] | Callable[..., torch.Tensor] = "sum"
     evaluated: bool = False
     output: Callable[..., torch.Tensor] | None = None
+    call: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda model, x: model(x)
 
 
 # -- the formulas ----------------------------------------------------------------------------------------------------
@@ -630,6 +633,18 @@ def bottleneck(config, where, leaves, x, y):
     return y + u + sum(z[..., i, None] * up[:, i] for i in range(up.shape[1]))
 
 
+def poly(config, where, leaves, weight, bias):
+    """`W + B A / r`, part by part sums of skills by their shares: Ponti et al., 2022; Caccia et al., 2022."""
+    odds = leaves["poly_router.module_logits"][0].exp().view(config.n_splits, config.n_skills)
+    gates = odds / (1 + odds)
+    a, b = [], []
+    for split, own in enumerate(gates):
+        shares = own / own.sum()
+        a.append(sum(p * m for p, m in zip(shares, leaves["poly_lora_A"][split], strict=True)))
+        b.append(sum(p * m for p, m in zip(shares, leaves["poly_lora_B"][split], strict=True)))
+    return weight + (torch.cat(a, 0) @ torch.cat(b, 1)).T / config.r, bias
+
+
 def lily(config, where, leaves, x, y):
     """`y + s h sum_e p_e B_e`, example by example: Zhong et al., 2024, section 3, with PEFT's mean over tokens."""
     outputs = []
@@ -1055,6 +1070,29 @@ METHODS = {
             ),
         ),
         rounds=loreft_of_output,
+    ),
+    "poly": Row(
+        PolyConfig(r=2, n_skills=3, n_splits=2, **BOTH),
+        poly,
+        PolyConfig(r=3, n_skills=3, n_splits=2, init_weights=False, **BOTH),
+        {"n_skills": 2},
+        (
+            ({"r": 0}, "PolyConfig: r is 0, expected a positive integer"),
+            ({"n_tasks": 0}, "PolyConfig: n_tasks is 0, expected a positive integer"),
+            ({"poly_type": "mhr"}, "PolyConfig: poly_type is 'mhr', expected 'poly'"),
+            ({"n_splits": 4}, "PolyConfig: n_splits is 4 at first, whose out_features is 6, expected a divisor"),
+        ),
+        exempt=(
+            NO_CONV1D,
+            Exempt(
+                PEFTS,
+                "PEFT's layers take inputs of three axes alone",
+                frozenset({"linear", "linear (tied)"}),
+                RuntimeError,
+            ),
+        ),
+        evaluated=True,
+        call=lambda model, x: model.base_model(x, task_ids=torch.zeros(len(x), dtype=torch.long)),
     ),
     "lily": Row(
         LilyConfig(r=2, num_B=3, scaling=2.0, target_modules="first|second"),

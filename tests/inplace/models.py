@@ -78,7 +78,6 @@ SIZES = {
     "GRALORA": {"r": 4},
     "HIRA": {"r": 3},
     "HRA": {"r": 4},
-    "LILY": {"r": 2},
     "LOKR": {"r": 2, "alpha": 4},
     "MISS": {"r": 2},
     "OSF": {"effective_rank": 1},
@@ -91,9 +90,10 @@ SIZES = {
     "PEANUT": {"r": 3},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
 }
-APART = {"BOTTLENECK", "LN_TUNING", "LOREFT", "LORA_XS", "PSOFT", "TINYLORA", "TRAINABLE_TOKENS"}
+APART = {"BOTTLENECK", "LILY", "LN_TUNING", "LOREFT", "LORA_XS", "POLY", "PSOFT", "TINYLORA", "TRAINABLE_TOKENS"}
 """Methods whose fixed tensors are parameters in PEFT's layers, PSOFT, which PEFT has not in double precision,
-bottlenecks, LoReFT and LoRA-XS, which it has not, and those without layers of their own; their own tests compare."""
+bottlenecks, LoReFT and LoRA-XS, which it has not, LILY, whose router takes the mean over a batch there, POLY, which
+cannot be called without tasks, and those without layers of their own; their own tests compare."""
 EXACT = {"C3A": 1e-6, "DEFT": 1e-5, "FOURIERFT": 1e-5}
 """How exact PEFT is where that is not double precision: spectra and DEFT's sums are in float32."""
 OWN = (
@@ -114,7 +114,6 @@ OWN = (
     "gralora_",
     "hira_",
     "hra_",
-    "lily_",
     "lokr_",
     "miss_",
     "osf_",
