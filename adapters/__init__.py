@@ -112,6 +112,7 @@ from ._methods.gralora import GraloraConfig as GraloraConfig
 from ._methods.hira import HiraConfig as HiraConfig
 from ._methods.hra import HRAConfig as HRAConfig
 from ._methods.ia3 import IA3Config as IA3Config
+from ._methods.lily import LilyConfig as LilyConfig
 from ._methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig
@@ -125,6 +126,8 @@ from ._methods.miss import MissConfig as MissConfig
 from ._methods.oft import OFTConfig as OFTConfig
 from ._methods.osf import OSFConfig as OSFConfig
 from ._methods.peanut import PeanutConfig as PeanutConfig
+from ._methods.poly import PolyConfig as PolyConfig
+from ._methods.poly import split_tasks as split_tasks
 from ._methods.psoft import PsoftConfig as PsoftConfig
 from ._methods.pvera import PveraConfig as PveraConfig
 from ._methods.pvera import sample_latent as sample_latent

@@ -282,7 +282,8 @@ def beside(site: Site, leaves: Leaves) -> Leaves:
     """Return a site's leaves with those that it shares on the device of its own; what has no values stays as it is."""
     own = (one for leaf, one in leaves.items() if leaf not in site.shared and isinstance(one, Tensor))
     here = next((one.device for one in own), None)
-    return leaves | {leaf: leaves[leaf].to(here) for leaf in site.shared if not leaves[leaf].is_meta}
+    given = {leaf: leaves[leaf] for leaf in site.shared if isinstance(leaves[leaf], Tensor)}  # others are called
+    return leaves | {leaf: one.to(here) for leaf, one in given.items() if not one.is_meta}
 
 
 def as_tree(path: str, site: Site, leaves: Leaves) -> Tree:

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .adapters import HiraConfig as HiraConfig
     from .adapters import HRAConfig as HRAConfig
     from .adapters import IA3Config as IA3Config
+    from .adapters import LilyConfig as LilyConfig
     from .adapters import LNTuningConfig as LNTuningConfig
     from .adapters import LoHaConfig as LoHaConfig
     from .adapters import LoKrConfig as LoKrConfig
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from .adapters import OFTConfig as OFTConfig
     from .adapters import OSFConfig as OSFConfig
     from .adapters import PeanutConfig as PeanutConfig
+    from .adapters import PolyConfig as PolyConfig
     from .adapters import PsoftConfig as PsoftConfig
     from .adapters import PveraConfig as PveraConfig
     from .adapters import RandLoraConfig as RandLoraConfig
@@ -117,11 +119,11 @@ if TYPE_CHECKING:
 _ADAPTERS = (
     "AdaLoraConfig", "AdamssConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig",
     "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig", "GraloraConfig",
-    "HiraConfig", "HRAConfig", "IA3Config", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig",
-    "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PsoftConfig", "PveraConfig",
-    "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig",
-    "UniLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model",
-    "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
+    "HiraConfig", "HRAConfig", "IA3Config", "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig",
+    "LoraXSConfig", "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PolyConfig", "PsoftConfig",
+    "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig",
+    "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
+    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

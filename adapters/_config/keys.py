@@ -65,6 +65,23 @@ def to_keys(
     return keys
 
 
+def with_repeated(config: AdapterConfig, tree: Tree, sites: Mapping[str, Site]) -> Tree:
+    """Return a tree that has leaves which files repeat for each layer at each of their sites.
+
+    >>> from torchgraft.adapters import LilyConfig
+    >>> site = Site("0", "linear", 2, 2, shared={"lily_A": "lily_A.0"})
+    >>> with_repeated(LilyConfig(), {"*": {"lily_A.0": 1}, "0": {"lily_router": 2}}, {"0": site})
+    {'0': {'lily_router': 2, 'lily_A': 1}}
+    """
+    if not config.form.repeated:
+        return tree
+    own = {path: leaves for path, leaves in tree.items() if path != SHARED_LEAVES}
+    for path, site in sites.items():
+        found = {leaf: tree[SHARED_LEAVES][name] for leaf, name in config.form.repeats(site).items()}
+        own[path] = own.get(path, {}) | found
+    return own
+
+
 def replaced_key(path: str, leaf: str, adapted: bool = False) -> str:
     """PEFT's key of a tensor of the base that an adapter replaces; `adapted` where its module is targeted too.
 

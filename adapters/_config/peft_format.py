@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from torchgraft.functional import Site
 
+from .tasks import Tasks
+
 KINDS = {
     "linear": "Linear",
     "embedding": "Embedding",
@@ -57,6 +59,8 @@ class PeftFormat:
         shared_leaves: Bare parameters that several sites train together (`SharesLeaves`). Their names under `"*"` are
             the leaf's, for `layer.<leaf>[adapter]`, or `<leaf>.<key>`, for `layer.<leaf>[adapter][<key>]`; all layers
             have the same container. Files hold each once for the whole model, `base_model.<name>`.
+        repeated: Leaves among `modules` that several sites train together (`SharesLeaves`), for which the layers have
+            one module in common. Files hold them again for each layer, as leaves of its own.
         biases: Leaves that are the bias of such a module, by name, with the leaf that is its weight.
         biased: The field of a config that says whether there are such biases.
         holder: `(config, site, leaf) -> module` whose weight is such a leaf, made without drawing random numbers.
@@ -90,6 +94,7 @@ class PeftFormat:
         pack: `(config, {key: tensor}) -> {key: tensor}`, leaves as state dicts and files hold them, where these have
             another form.
         unpack: The same, back; also of tensors on the meta device.
+        tasks: What it says of its tasks, where an adapter is one for each task of a row.
         only_here: Fields that PEFT's config of this method does not have; written only where they say something.
         layers: Names of PEFT's classes of layers, with the kind's name in braces.
     """
@@ -101,6 +106,7 @@ class PeftFormat:
     grouped: tuple[str, ...] = ()
     numbered: Mapping[str, Callable[[Site], int]] = dataclasses.field(default_factory=dict)
     shared_leaves: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: str = ""
     holder: Callable[[Any, Site, str], nn.Module] | None = None
@@ -126,6 +132,7 @@ class PeftFormat:
     check: Callable[[Any, Mapping[str, Mapping[str, Any]]], None] = lambda config, found: None
     pack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
     unpack: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = as_they_are
+    tasks: Tasks | None = None
     only_here: tuple[str, ...] = ()
     layers: str = "{}"
 
@@ -217,8 +224,21 @@ class PeftFormat:
         >>> PeftFormat("bank_", parameters=("mix",), shared_leaves=("bank",)).places(site)
         {'mix': ('mix', None), 'bank': ('bank', '0')}
         """
-        shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in site.shared.items()}
+        shared = {leaf: (leaf, self._shared_key(site.path, leaf, name)) for leaf, name in self.together(site).items()}
         return {leaf: self.place(leaf) for leaf in self.leaves_at(site)} | shared
+
+    def together(self, site: Site) -> dict[str, str]:
+        """Return the leaves that a site shares in a container of all its layers, with their names under `"*"`.
+
+        >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0", "lora_A": "lora_A.0"})
+        >>> PeftFormat("", modules=("lora_A",), repeated=("lora_A",), shared_leaves=("bank",)).together(site)
+        {'bank': 'bank.0'}
+        """
+        return {leaf: name for leaf, name in site.shared.items() if leaf not in self.repeated}
+
+    def repeats(self, site: Site) -> dict[str, str]:
+        """Return the other leaves that it shares, which files hold for each layer."""
+        return {leaf: name for leaf, name in site.shared.items() if leaf in self.repeated}
 
     def _shared_key(self, path: str, leaf: str, name: str) -> str | None:
         """Return what a shared leaf goes by among those of its adapter; `None` where it is the only one."""

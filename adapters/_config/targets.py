@@ -89,10 +89,14 @@ def find_modules(config: Any, modules: Mapping[str, nn.Module], model: nn.Module
 def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
     """Return a copy of a config that targets just these modules and parameters, whatever else their names may end.
 
+    One whose layers share leaves by the names that it has stays as it is where it targets these anyway.
+
     >>> from torchgraft.adapters import LoraConfig
     >>> exact(LoraConfig(), ["q"], ["q", "k"]).target_modules, exact(LoraConfig(), ["q"], ["q", "a.q"]).target_modules
     ({'q'}, 'q')
     """
+    if config.form.repeated and _selects(config, paths, modules):
+        return config
     if parameters := [path for path in paths if path not in modules]:
         config = dataclasses.replace(config, target_parameters=parameters)
         paths = [path for path in paths if path in modules]
@@ -101,6 +105,13 @@ def exact(config: C, paths: Collection[str], modules: Collection[str]) -> C:
     targets = "|".join(map(re.escape, paths)) if unclear else list(paths)
     unused = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
     return dataclasses.replace(config, target_modules=targets, **unused)
+
+
+def _selects(config: Any, paths: Collection[str], modules: Collection[str]) -> bool:
+    """Return whether a config targets just these modules; of "all-linear" they are what it has targeted."""
+    if str(config.target_modules).lower() == "all-linear":
+        return True
+    return {name for name in modules if matches(config, name) and not excluded(config, name)} == set(paths)
 
 
 def _warn_partial_miss(config: Any, names: Collection[str], found: Collection[str]) -> None:

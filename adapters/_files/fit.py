@@ -123,9 +123,17 @@ def _wanted(
             leaves[replaced_key(held_at(path, sites), leaf, adapted)] = path, leaf
         shapes[path, leaf] = one.shape
     for name, shape in shared_shapes(config, sites).items():
-        leaves[f"{SHARED}{name}"] = SHARED_LEAVES, name
         shapes[SHARED_LEAVES, name] = shape
     tied = {name: (*where, False) for name, where in other_names(replaced).items()}
+    first: dict[str, str] = {}
+    for path, site in sites.items():
+        leaves |= {f"{SHARED}{name}": (SHARED_LEAVES, name) for name in config.form.together(site).values()}
+        for leaf, name in config.form.repeats(site).items():
+            key = join(config, at[path], leaf)
+            if first.setdefault(name, key) == key:
+                leaves[key] = SHARED_LEAVES, name
+            else:
+                tied[key] = SHARED_LEAVES, name, False
     for path, leaf, one in each(replaced):
         others = one.names[1:] if one.rows is not None else ()  # PEFT writes rows again for each name of the matrix
         tied |= {replaced_key(other.rpartition(".")[0], leaf): (path, leaf, False) for other in others}

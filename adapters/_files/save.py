@@ -17,7 +17,7 @@ from torchgraft.functional.extending import Site, Tree, modules_of, unsharded_ty
 
 from .._config.base import AdapterConfig
 from .._config.errors import PeftWarning
-from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys
+from .._config.keys import PREFIX, SHARED, join, places, replaced_key, to_keys, with_repeated
 from .._config.replaced import other_names, saved_buffers
 from .._inplace import get_peft_model_state_dict
 from .._inplace.states.embeddings import Choice
@@ -147,6 +147,7 @@ def _of_graft(graft: Graft, adapter_name: str, params: Tree | None, plain: bool)
         )
     tree = _own_tree(graft, name, params)
     config, tree = _formed(graft.configs[name], graft.sites[name], tree, plain)
+    tree = with_repeated(config, tree, graft.sites[name])
     fixed = {path: config.form.fixed_tensors(config, site) for path, site in graft.sites[name].items()}
     whole_tree = {path: tree.get(path, {}) | fixed.get(path, {}) for path in fixed | tree}
     state = config.form.pack(config, to_keys(config, whole_tree, PREFIX, places(graft.sites[name])))

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from torchgraft.functional import UnsupportedCall
+
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.fields import own_type
@@ -77,16 +79,30 @@ class AdaptedModel(inplace.ModelWrapper):
     # -- running ---------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with its active adapters, or each row with its own, `adapter_names=[...]`: `adapter_rows`."""
-        return self._by_rows(kwargs.pop("adapter_names", None))(*args, **kwargs)
+        """Call the model with its active adapters, or each row with its own, `adapter_names=[...]`: `adapter_rows`.
+
+        With `task_ids`, the active adapter knows several tasks, and each row is of one.
+        """
+        return self._by_rows(kwargs)(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's `generate`, with `adapter_names=[...]` as a call does."""
-        return self._by_rows(kwargs.pop("adapter_names", None)).generate(*args, **kwargs)
+        """Call the model's `generate`, with `adapter_names=[...]` and `task_ids` as a call does."""
+        return self._by_rows(kwargs).generate(*args, **kwargs)
 
-    def _by_rows(self, adapter_names: Sequence[str] | None) -> Any:
-        """Return what is called: the tuner, or a model whose rows have adapters of their own."""
-        return self.base_model if adapter_names is None else inplace.adapter_rows(self.get_base_model(), adapter_names)
+    def _by_rows(self, kwargs: dict[str, Any]) -> Any:
+        """Return what is called: the tuner, or a model whose rows have adapters or tasks of their own."""
+        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        if names is None and tasks is None:
+            return self.base_model
+        if names is None:
+            active = self.active_adapters
+            if len(active) != 1:
+                raise UnsupportedCall(
+                    f"task_ids: the active adapters are {active}, expected the one that knows the tasks; call "
+                    "set_adapter(name), or give adapter_names too"
+                )
+            names = active * len(tasks)
+        return inplace.adapter_rows(self.get_base_model(), names, task_ids=tasks)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

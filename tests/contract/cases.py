@@ -95,11 +95,13 @@ class Case:
         handles = []
         for path in self.graft.sites[""]:
             layer = self.exact.get_submodule(path)
-            leaves = {leaf: tensor.double() for leaf, tensor in tree[path].items()}
+            shared = {leaf: tree["*"][name] for leaf, name in self.graft.sites[""][path].shared.items()}
+            leaves = {leaf: tensor.double() for leaf, tensor in (tree[path] | shared).items()}
             where, axis = Where(path, type(layer), self.dtype, {}), 1 if isinstance(layer, _ConvNd) else -1
 
             def change(layer, inputs, y, where=where, leaves=leaves, axis=axis):
-                return self.row.output(config or self.config, where, leaves, y.movedim(axis, -1)).movedim(-1, axis)
+                x, y = inputs[0].movedim(axis, -1), y.movedim(axis, -1)
+                return self.row.output(config or self.config, where, leaves, x, y).movedim(-1, axis)
 
             handles.append(layer.register_forward_hook(change))
         state = {name: tensor.detach() for name, tensor in self.exact.state_dict().items()}

@@ -5,6 +5,7 @@ What a new row has to give:
 - `config`, for a model whose two layers are `first` and `second`, small enough for layers of 4 and 6 features;
 - `formula`, the dense meaning from the paper, in float64, in tensors alone: nothing of the library, and not its code
   written down again. It reads the config's fields and the tree's leaves by PEFT's names, so that these are tested too;
+- `call`, how PEFT's model is called, where it takes more than the input;
 - `output`, where no weight expresses it: what becomes of the layer's output;
 - `other`, a config of the same method that may stand beside it in a stack, and differs in as much as a stack allows;
 - `apart`, fields that make it a config that no stack takes;
@@ -47,6 +48,7 @@ from torchgraft.adapters import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LilyConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -56,6 +58,7 @@ from torchgraft.adapters import (
     OFTConfig,
     OSFConfig,
     PeanutConfig,
+    PolyConfig,
     PsoftConfig,
     PveraConfig,
     RandLoraConfig,
@@ -68,7 +71,7 @@ from torchgraft.adapters import (
     VeraConfig,
     WaveFTConfig,
 )
-from torchgraft.functional import UnsupportedConfig
+from torchgraft.functional import UnsupportedCall, UnsupportedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Row:
 
     A formula is `(config, where, leaves, weight, bias) -> (weight, bias)`. Weights are linear maps, `"out in"`: of an
     embedding `"dim vocab"`, of a convolution `"out in *kernel"`. An output is
-    `(config, where, leaves, y) -> y`, features last.
+    `(config, where, leaves, x, y) -> y`, of the layer's input and the base's output, features last.
     """
 
     config: AdapterConfig
@@ -111,6 +114,7 @@ class Row:
     rounds: str | Mapping[str, str] | Callable[..., torch.Tensor] = "sum"
     evaluated: bool = False
     output: Callable[..., torch.Tensor] | None = None
+    call: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda model, x: model(x)
 
 
 # -- the formulas ----------------------------------------------------------------------------------------------------
@@ -670,7 +674,7 @@ def unweighted(config, where, leaves, weight, bias):
     raise AssertionError(f"{where.path}: no weight expresses {type(config).__name__}")
 
 
-def bottleneck(config, where, leaves, y):
+def bottleneck(config, where, leaves, x, y):
     """`h + U f(D h + d) + u`: Houlsby et al., 2019, section 2.1."""
     d, down, u, up = (leaves[f"bottleneck_{name}"] for name in ("down_bias", "down", "up_bias", "up"))
     z = d + sum(y[..., i, None] * down[:, i] for i in range(down.shape[1]))
@@ -679,6 +683,29 @@ def bottleneck(config, where, leaves, y):
     else:
         z = (torch.exp(z) - torch.exp(-z)) / (torch.exp(z) + torch.exp(-z))
     return y + u + sum(z[..., i, None] * up[:, i] for i in range(up.shape[1]))
+
+
+def poly(config, where, leaves, weight, bias):
+    """`W + B A / r`, part by part sums of skills by their shares: Ponti et al., 2022; Caccia et al., 2022."""
+    odds = leaves["poly_router.module_logits"][0].exp().view(config.n_splits, config.n_skills)
+    gates = odds / (1 + odds)
+    a, b = [], []
+    for split, own in enumerate(gates):
+        shares = own / own.sum()
+        a.append(sum(p * m for p, m in zip(shares, leaves["poly_lora_A"][split], strict=True)))
+        b.append(sum(p * m for p, m in zip(shares, leaves["poly_lora_B"][split], strict=True)))
+    return weight + (torch.cat(a, 0) @ torch.cat(b, 1)).T / config.r, bias
+
+
+def lily(config, where, leaves, x, y):
+    """`y + s h sum_e p_e B_e`, example by example: Zhong et al., 2024, section 3, with PEFT's mean over tokens."""
+    outputs = []
+    for example in x:
+        hidden = example @ leaves["lily_A"].T
+        odds = (hidden @ leaves["lily_router"].T).exp()
+        shares = (odds / odds.sum(-1, keepdim=True)).reshape(-1, config.num_B).mean(0)
+        outputs.append(hidden @ sum(p * b for p, b in zip(shares, leaves["lily_B"].chunk(config.num_B), strict=True)))
+    return y + config.scaling * torch.stack(outputs)
 
 
 PEFTS = ("test_outputs_are_pefts_with_either_ones_parameters", "test_files_go_to_peft_and_back")
@@ -1095,6 +1122,56 @@ METHODS = {
             ),
         ),
         rounds=loreft_of_output,
+    ),
+    "poly": Row(
+        PolyConfig(r=2, n_skills=3, n_splits=2, **BOTH),
+        poly,
+        PolyConfig(r=3, n_skills=3, n_splits=2, init_weights=False, **BOTH),
+        {"n_skills": 2},
+        (
+            ({"r": 0}, "PolyConfig: r is 0, expected a positive integer"),
+            ({"n_tasks": 0}, "PolyConfig: n_tasks is 0, expected a positive integer"),
+            ({"poly_type": "mhr"}, "PolyConfig: poly_type is 'mhr', expected 'poly'"),
+            ({"n_splits": 4}, "PolyConfig: n_splits is 4 at first, whose out_features is 6, expected a divisor"),
+        ),
+        exempt=(
+            NO_CONV1D,
+            Exempt(
+                PEFTS,
+                "PEFT's layers take inputs of three axes alone",
+                frozenset({"linear", "linear (tied)"}),
+                RuntimeError,
+            ),
+        ),
+        evaluated=True,
+        call=lambda model, x: model.base_model(x, task_ids=torch.zeros(len(x), dtype=torch.long)),
+    ),
+    "lily": Row(
+        LilyConfig(r=2, num_B=3, scaling=2.0, target_modules="first|second"),
+        unweighted,
+        LilyConfig(r=2, num_B=3, scaling=0.5, init_weights=False, target_modules="first|second"),
+        {"r": 3},
+        (
+            ({"r": 0}, "LilyConfig: r is 0, expected an integer >= 1"),
+            ({"stride_A": 0}, "LilyConfig: stride_A is 0, expected an integer >= 1"),
+            ({"num_B": 1}, "LilyConfig: num_B is 1, expected an integer >= 2"),
+        ),
+        exempt=(
+            Exempt(
+                ("test_routed_tokens_are_a_loop",),
+                "its router mixes by all tokens of an example, so that tokens of their own are an error",
+                raises=UnsupportedCall,
+            ),
+            dataclasses.replace(UNWEIGHTED, reason="no weight expresses a mix that depends on the input"),
+            Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), NotImplementedError),
+            Exempt(
+                PEFTS,
+                "PEFT's router takes the mean over the batch, so that an example's output depends on the others",
+                frozenset({"linear", "linear (3-d input)", "linear (tied)"}),
+                (AssertionError, ValueError),
+            ),
+        ),
+        output=lily,
     ),
     "bottleneck": Row(
         BottleneckConfig(r=3, non_linearity="gelu", **BOTH),

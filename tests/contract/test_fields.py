@@ -14,6 +14,7 @@ from torch import nn
 
 from torchgraft.adapters import (
     AdapterConfig,
+    adapter_rows,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -75,10 +76,15 @@ CHOICES = {
     "mini_r": [1, 2],
     "n_frequency": [3, 10],
     "n_frequency_pattern": [{}, {"first": 5}],
+    "n_skills": [1, 2, 3],
+    "n_splits": [1, 2, 4],
+    "n_tasks": [1, 2, 3],
+    "num_B": [2, 3],
     "num_cayley_neumann_terms": [2, 5],
     "num_subspaces": [1, 2, 5],
     "num_vectors": [8, 16],
     "oft_block_size": [0, 2, 4],
+    "poly_type": ["poly"],
     "proj_seed": SEEDS,
     "projection_prng_key": SEEDS,
     "projection_seed": SEEDS,
@@ -93,6 +99,7 @@ CHOICES = {
     "regularization_alpha": [1e-3, 0.1],
     "scaling": [1.0, 25.0],
     "sparse_rate": [0.0, 0.01, 0.3],
+    "stride_A": [1, 2],
     "sparsity": [0.5, 0.9],
     "subspace_rank": [1, 2],
     "svd_threshold": [0.0, 0.1, 0.5],
@@ -183,6 +190,14 @@ def sized(name, some):
     return {field: some.pop(field) for field in named if field in some}
 
 
+def called(method, mine, theirs, x):
+    """Return what both make of an input; of Poly's tasks the rows have each in turn."""
+    if method != "POLY":
+        return mine(x), theirs(x)
+    tasks = torch.arange(len(x)) % theirs.peft_config["default"].n_tasks
+    return adapter_rows(mine, ["default"] * len(x), task_ids=tasks)(x), theirs.base_model(x, task_ids=tasks)
+
+
 def made(call):
     """Return what a call returns, or its error."""
     torch.manual_seed(7)
@@ -212,6 +227,10 @@ def test_what_peft_takes_is_pefts_here(method, data):
     mine = None
     if error is None:
         mine, error = made(lambda: inject_adapter_in_model(config, copy.deepcopy(base)).eval())
+    if method == "POLY":  # whose layers take inputs of three axes in PEFT
+        x = x[:, None]
+    if method == "LILY":  # whose router takes the mean over the batch in PEFT
+        x = x[:1]
     theirs, refused = made(
         lambda: peft.get_peft_model(
             copy.deepcopy(base),
@@ -232,7 +251,7 @@ def test_what_peft_takes_is_pefts_here(method, data):
     peft.set_peft_model_state_dict(
         theirs, {key if key.startswith("base_model.") else PREFIX + key: t for key, t in moved.items()}
     )
-    close(mine(x), theirs(x), torch.float32)
+    close(*called(method, mine, theirs, x), torch.float32)
     if method == "PEANUT":  # whose encoders are one parameter here, and as many as they are in files
         return
     trained = {key for key, p in mine.named_parameters() if p.requires_grad}

@@ -83,7 +83,7 @@ class HalfCase:
         y = y.double()
         if self.row.output is not None:
             where = Where(path, place.layer, self.dtype, self.sizes)
-            return self.rounded(self.row.output(self.config, where, leaves, y), y.abs().max())
+            return self.rounded(self.row.output(self.config, where, leaves, x.double(), y), y.abs().max())
         if callable(rounds):
             where = Where(path, place.layer, self.dtype, self.sizes)
             return self.rounded(rounds(self.config, where, leaves, weight, bias, given, y), y.abs().max())

@@ -93,4 +93,5 @@ def check_names(model: nn.Module, modules: Mapping[str, nn.Module], entries: Map
 def _places(config: Any, site: Site) -> dict[str, tuple[bool, bool]]:
     """The attributes of a layer that hold leaves, whether these are bare parameters, and whether layers share them."""
     where = config.form.places(site).items()
-    return {attribute: (part is None, leaf in site.shared) for leaf, (attribute, part) in where}
+    together = config.form.together(site)
+    return {attribute: (part is None, leaf in together) for leaf, (attribute, part) in where}

@@ -111,9 +111,14 @@ class SharedContainers:
 
     Args:
         hanging: What hangs in each layer that shares leaves, by leaf.
+
+    Attributes:
+        held: The modules that hold leaves that several layers share, each in a container of its own, by adapter and
+            name.
     """
 
     def __init__(self, hanging: Iterable[Mapping[str, Any]]):
+        self.held: dict[tuple[str, str], nn.Module] = {}
         self._found = {(leaf, isinstance(one, Parameters)): one for here in hanging for leaf, one in here.items()}
 
     def get(self, leaf: str, kind: type[Parameters] | type[Modules]) -> Any:

@@ -87,9 +87,10 @@ class Holders:
             if name in modules.get(attribute, ())
         ]
         self._bare = [(leaf, modules[leaf], name) for leaf in form.parameters if name in modules.get(leaf, ())]
-        apart = form.grouped or form.numbered or entry.site.shared
+        together = form.together(entry.site)
+        apart = form.grouped or form.numbered or together
         for leaf, (attribute, key) in form.places(entry.site).items() if apart else ():
-            if leaf in entry.site.shared:
+            if leaf in together:
                 box = modules[attribute]
                 self._bare.append((leaf, box, name) if key is None else (leaf, box[name], key))
             elif form.is_grouped(leaf) and name in modules.get(attribute, ()) and key in modules[attribute][name]:

@@ -96,7 +96,7 @@ class LayerLeaves(nn.Module):
             kind = Parameters if part is None else Modules
             if leaf in config.form.buffers and leaf not in leaves:  # a constant that no file has
                 continue
-            if leaf in entry.site.shared:
+            if leaf in config.form.together(entry.site):
                 self._join(attribute, name, containers.get(leaf, kind))
             elif not self._is_own(attribute, kind):  # of a deleted adapter's method, it is empty
                 self.add_module(attribute, kind(self).train(self.training))
@@ -104,9 +104,14 @@ class LayerLeaves(nn.Module):
                 self._container(attribute)[name] = Parameters(self).train(self.training)
         self._entries[name] = entry
         for leaf in leaves:
-            apart = leaf in entry.site.shared or config.form.is_grouped(leaf)
+            apart = leaf in config.form.together(entry.site) or config.form.is_grouped(leaf)
             if not apart and config.form.place(leaf)[1] == "weight":
-                self._put(leaf, name, config.form.holder(config, entry.site, leaf))
+                shared = entry.site.shared.get(leaf)
+                held = None if shared is None else containers.held.get((name, shared))
+                held = config.form.holder(config, entry.site, leaf) if held is None else held
+                if shared is not None:
+                    containers.held[name, shared] = held
+                self._put(leaf, name, held)
         if dropout := config.form.dropout:
             if dropout not in self._modules:
                 self.add_module(dropout, Dropouts(self).train(self.training))
@@ -132,13 +137,14 @@ class LayerLeaves(nn.Module):
 
     def shared_containers(self) -> dict[str, Any]:
         """Return the containers of the leaves that adapters here share with other layers, by leaf."""
-        return {leaf: self._modules[leaf] for entry in self._entries.values() for leaf in entry.site.shared}
+        entries: Any = self._entries.values()
+        return {leaf: self._modules[leaf] for one in entries for leaf in one.config.form.together(one.site)}
 
     def drop(self, name: str) -> None:
         """Take an adapter's parameters out of this layer, and an adapter that no layer has out of what they share."""
         entry: Any = self._entries.pop(name, None)
         for attribute in [] if entry is None else self.attributes(name):
-            container, own = self._container(attribute), entry.site.shared.get(attribute)
+            container, own = self._container(attribute), entry.config.form.together(entry.site).get(attribute)
             there = (one.entries[name].site.shared for one in container.layers if own and name in one.entries)
             others = (names[attribute] for names in there if attribute in names)
             if (other := next(others, None)) is None:
@@ -290,7 +296,8 @@ class LayerLeaves(nn.Module):
             attribute, part = where[leaf]
             key = f"{self.place_in_model(path, layout.carriers)}.{attribute}.{name}"
             slot = Slot(key if part is None else f"{key}.{part}", parameter)
-            shared = f"{SHARED}{site.shared[leaf]}" if leaf in site.shared else None
+            together = layout.config.form.together(site)
+            shared = f"{SHARED}{together[leaf]}" if leaf in together else None
             found[shared or join(layout.config, layout.places[path], leaf)] = slot
         return found
 

@@ -33,30 +33,46 @@ _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", *_BACKWARD)
 
 
+RowName = tuple[str | None, int]
+"""The adapter of a row, `None` for the base, and its task."""
+
+
 class Group:
     """Adapters that can be stacked.
 
     Args:
         names: Their names, in the order of the stack.
-        binding: Their binding.
+        binding: Their binding; of adapters of several tasks that of one task of each.
         trees: Their parameters.
+        shapes: The shapes of these.
     """
 
-    def __init__(self, names: Sequence[str], binding: Binding, trees: Sequence[Tree]):
+    def __init__(
+        self,
+        names: Sequence[str],
+        binding: Binding,
+        trees: Sequence[Tree],
+        shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    ):
         self.numbers = {name: number for number, name in enumerate(names)}
         self.binding = binding
         blocks = binding.blocks if isinstance(binding, StackedBinding) else {}
-        self._stacking = Stacking(trees, binding.shapes[""], blocks)
+        self._stacking = Stacking(trees, shapes, blocks)
 
-    def routed(self, names: Sequence[str | None], declared: Mapping[str, Any]) -> Routed | None:
+    def routed(self, names: Sequence[RowName], declared: Mapping[str, Any]) -> Routed | None:
         """Return the routed stack of those adapters that rows have; `None` where no row has one of these."""
-        numbers = [self.numbers.get(name, -1) if name is not None else -1 for name in names]
-        used = sorted({number for number in numbers if number >= 0})
+        pairs = [(self.numbers.get(name, -1) if name is not None else -1, task) for name, task in names]
+        used = sorted({pair for pair in pairs if pair[0] >= 0})
         if not used:
             return None
-        members = None if len(used) == len(self.numbers) else torch.tensor(used)
-        rows = [used.index(number) if number >= 0 else -1 for number in numbers]
-        return route(self._stacking.stack(used), rows, members=members, **declared)
+        numbers = [number for number, _ in used]
+        members = None if numbers == [*self.numbers.values()] else torch.tensor(numbers)
+        rows = [used.index(pair) if pair[0] >= 0 else -1 for pair in pairs]
+        config: Any = self.binding.configs[""]
+        stacked, tasks = self._stacking.stack(numbers), config.form.tasks
+        if tasks is not None:
+            stacked = tasks.choose(stacked, torch.tensor([task for _, task in used]))
+        return route(stacked, rows, members=members, **declared)
 
 
 class BoundRows:
@@ -71,6 +87,7 @@ class BoundRows:
         parameters: Identities of the model's parameters.
         parts: All that they have in the model.
         refused: Why some cannot be bound, by adapter.
+        tasks: How many tasks each adapter has; `None` where its method knows none.
     """
 
     def __init__(self, model: nn.Module):
@@ -79,6 +96,7 @@ class BoundRows:
         self._watch = _Watch(model)
         self.parts, self.names = parts(model), {*adapter_names(model)}
         self.parameters = {id(parameter) for parameter in model.parameters()}
+        self.tasks = {name: _count_tasks(config_of(model, name)) for name in adapter_names(model)}
         self._copies = [(path, part) for path, part in named(model, ModulesToSaveWrapper).items() if _has_buffers(part)]
         base = bare_copy(model)
         carry_hooks(model, base)
@@ -95,7 +113,10 @@ class BoundRows:
             except (TypeError, ValueError, RuntimeError) as error:
                 self.refused[name] = type(error), str(error)  # without its frames, which have the model
         for names, binding in _stackable(bound, base):
-            self._groups[", ".join(names)] = Group(names, binding, [bound[name][1] for name in names])
+            trees, shapes = [bound[name][1] for name in names], binding.shapes[""]
+            if any((self.tasks[name] or 1) > 1 for name in names):
+                binding = _of_one_task(model, names, base)
+            self._groups[", ".join(names)] = Group(names, binding, trees, shapes)
             copied += copied_constants(model, names, binding)
         self._copied = Contents(copied)
         binding = JoinedBinding.of_stacks(base, {key: group.binding for key, group in self._groups.items()})
@@ -106,17 +127,17 @@ class BoundRows:
         """Return whether the model is still what was bound."""
         return self._watch.same() and self._copied.same()
 
-    def params(self, names: Sequence[str | None], declared: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    def params(self, names: Sequence[RowName], declared: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Return the base's trained parameters and the routed stacks for a call.
 
         Args:
-            names: The adapter of each row; `None` for the base.
+            names: The adapter of each row and its task; `None` for the base.
             declared: What is said of where rows are, as `route` takes it.
 
         Raises:
             TypeError, ValueError, RuntimeError: An adapter that no row can have.
         """
-        known = [name for name in dict.fromkeys(names) if name is not None]
+        known = [name for name in dict.fromkeys(name for name, _ in names) if name is not None]
         for name in known:
             if name in self.refused:
                 kind, words = self.refused[name]
@@ -209,6 +230,18 @@ def _divided(names: list[str], bindings: Mapping[str, Binding], base: nn.Module)
     fitting = fitting if len(fitting) < len(others) else []
     rest = [name for name in others if name not in fitting]
     return [*_divided([first, *fitting], bindings, base), *_divided(rest, bindings, base)]
+
+
+def _count_tasks(config: Any) -> int | None:
+    """Return how many tasks an adapter of a config has; `None` where its method knows none."""
+    return None if config.form.tasks is None else int(config.form.tasks.count(config))
+
+
+def _of_one_task(model: nn.Module, names: Sequence[str], base: nn.Module) -> Binding:
+    """Return the binding of a stack of adapters of one task each, in the place of adapters of several."""
+    configs: dict[str, Any] = {name: config_of(model, name) for name in names}
+    singles = {name: config.form.tasks.single(config) for name, config in configs.items()}
+    return StackedBinding.of_singles(base, [bind_extracted(model, name, base, one) for name, one in singles.items()])
 
 
 def _stacked(names: Sequence[str], bindings: Mapping[str, Binding], base: nn.Module) -> StackedBinding | None:

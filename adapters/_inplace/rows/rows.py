@@ -27,10 +27,14 @@ class AdapterRows:
     Attributes:
         model: The model.
         names: The adapter of each row.
+        tasks: The task of each row; `None` where none were given.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], declared: Mapping[str, Any]):
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], declared: Mapping[str, Any], tasks: Sequence[int] | None = None
+    ):
         self.model, self.names, self._declared = model, tuple(names), dict(declared)
+        self.tasks = None if tasks is None else tuple(tasks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: row `i` of the output is that of a call with `set_adapter(model, names[i])`.
@@ -78,7 +82,30 @@ class AdapterRows:
         bound = bound_rows(self.model)
         check_known(self.model, {*self.names} - bound.names - {BASE})
         disabled = _check_state(bound.parts)
-        return bound, bound.params([None if disabled or name == BASE else name for name in self.names], self._declared)
+        tasks = self._tasks(bound.tasks)
+        names = [None if disabled or name == BASE else name for name in self.names]
+        return bound, bound.params([*zip(names, tasks, strict=True)], self._declared)
+
+    def _tasks(self, counts: Mapping[str, int | None]) -> list[int]:
+        """Return the task of each row, 0 for adapters without tasks; refuse what adapters do not have.
+
+        Args:
+            counts: How many tasks adapters have; `None` where their method knows none.
+        """
+        if self.tasks is not None and not any(counts.values()):
+            raise ValueError(f"task_ids are given, and none of the adapters {sorted(counts)} is of tasks")
+        found = []
+        for row, name in enumerate(self.names):
+            count, task = counts.get(name) or 1, 0 if self.tasks is None else self.tasks[row]
+            if count > 1 and self.tasks is None:
+                raise ValueError(
+                    f"adapter {name!r} is of {count} tasks, and nothing says which one each row is of; give task_ids, "
+                    "a number from 0 on for each row"
+                )
+            if counts.get(name) and not 0 <= task < count:
+                raise ValueError(f"task_ids[{row}] is {task}, and adapter {name!r} has tasks 0 to {count - 1}")
+            found.append(task if counts.get(name) else 0)
+        return found
 
     def _check_length(self, inputs: Any) -> None:
         lengths = [len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim]
@@ -96,6 +123,7 @@ def adapter_rows(
     model: nn.Module,
     adapter_names: Sequence[str],
     *,
+    task_ids: Tensor | Sequence[int] | None = None,
     batch_dim: int | Mapping[str, int] | None = None,
     mixed: Sequence[str] = ("loss",),
     check: bool = False,
@@ -116,6 +144,7 @@ def adapter_rows(
     Args:
         model: A model with injected adapters.
         adapter_names: The name of an adapter for each row, or `"__base__"`.
+        task_ids: The task of each row, for adapters that are one for each of several tasks (Poly); others pass over it.
         batch_dim: As for `route`.
         mixed: As for `route`; by default a `loss`, which models of transformers return where they are given labels.
         check: As for `route`.
@@ -125,7 +154,7 @@ def adapter_rows(
 
     Raises:
         TypeError: Names that are no list of strings; a model in `DistributedDataParallel`, or in FSDP1.
-        ValueError: A name that the model does not have.
+        ValueError: A name that the model does not have; another number of tasks than of names.
 
     >>> from torchgraft.adapters import IA3Config, LoraConfig, inject_adapter_in_model, set_adapter
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -144,7 +173,21 @@ def adapter_rows(
     model = unwrap(model)
     check_known(model, [name for name in adapter_names if name != BASE])
     declared = {"batch_dim": batch_dim, "mixed": mixed, "check": check}
-    return AdapterRows(model, adapter_names, declared)
+    return AdapterRows(model, adapter_names, declared, _numbers(task_ids, len(adapter_names)))
+
+
+def _numbers(task_ids: Any, rows: int) -> list[int] | None:
+    """Return tasks as numbers."""
+    if task_ids is None:
+        return None
+    given: Any = torch.as_tensor(task_ids)
+    if given.shape != (rows,) or given.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"task_ids has shape {tuple(given.shape)} and dtype {given.dtype}, expected one long number for each of "
+            f"the {rows} rows"
+        )
+    numbers: list[int] = given.tolist()
+    return numbers
 
 
 def _refuse_parallel(model: Any) -> None:

@@ -64,8 +64,9 @@ def shared_tensors(model: nn.Module, config: AdapterConfig, adapter_name: str) -
 
 def shared_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """Return keys in files of the leaves that an adapter's layers share."""
-    entries = [layer.entries[adapter_name] for layer in layers(model).values() if adapter_name in layer.entries]
-    return [f"{SHARED}{name}" for name in dict.fromkeys(name for one in entries for name in one.site.shared.values())]
+    entries: list[Any] = [one.entries[adapter_name] for one in layers(model).values() if adapter_name in one.entries]
+    names = dict.fromkeys(name for one in entries for name in one.config.form.together(one.site).values())
+    return [f"{SHARED}{name}" for name in names]
 
 
 def layout_of(model: nn.Module, adapter_name: str) -> Layout:

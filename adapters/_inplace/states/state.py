@@ -119,7 +119,8 @@ def set_peft_model_state_dict(
         `(missing_keys, unexpected_keys)`, of this adapter alone; PEFT counts every tensor of the base as missing.
 
     Raises:
-        ValueError: A name that the model does not have; shared tensors that are not those of the injected adapter.
+        ValueError: A name that the model does not have; shared tensors that are not those of the injected adapter;
+            copies of a parameter that layers have in common which differ.
         RuntimeError: Tensors of another shape; names the key and both shapes. Complex ones for real parameters. Or
             something else wrote to the weights while adapters were merged. Nothing has been loaded then.
         TypeError: A value that is no tensor.
@@ -132,6 +133,7 @@ def set_peft_model_state_dict(
     expected = {key: one.tensor for key, one in bases.items()} | {key: slot.tensor for key, slot in slots.items()}
     expected |= constants
     _check_numbers(given, expected, adapter_name)
+    _check_copies(given, slots, adapter_name)
     wrong = _misshapen(given, expected)
     if wrong and not ignore_mismatched_sizes:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -192,6 +194,19 @@ def _check_numbers(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
                 f"state dict: {key!r} is complex, {given[key].dtype}, and its place in adapter {adapter_name!r} "
                 f"is {tensor.dtype}, which has no imaginary part; nothing was loaded. Inject into a complex "
                 "model, or give real tensors"
+            )
+
+
+def _check_copies(given: Mapping[str, Tensor], slots: Mapping[str, Slot], adapter_name: str) -> None:
+    """Refuse different values for a parameter that has several keys."""
+    first: dict[int, str] = {}
+    for key in (key for key in slots if key in given):
+        other = first.setdefault(id(slots[key].tensor), key)
+        if other != key and not given[key].equal(given[other]):
+            raise ValueError(
+                f"state dict: {key!r} differs from {other!r}, and the two are one parameter of adapter "
+                f"{adapter_name!r}, which these layers have in common; nothing was loaded. Inject the adapter with the "
+                "config it was saved with"
             )
 
 
