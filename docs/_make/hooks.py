@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
 from typing import Any
 
 import method_pages
@@ -69,7 +71,7 @@ class Build:
                     files.append(File.generated(self.config, place(path), abs_src_path=str(ROOT / path)))
             else:
                 self._add(files, place(path), source_pages.page_of(path, shown_here))
-        for page in self.config.extra["notebooks"]:
+        for page in self.config.extra["executed"]:
             self._run(files, page)
 
     def _add(self, files: Files, uri: str, content: str | bytes) -> None:
@@ -77,12 +79,14 @@ class Build:
 
     def _run(self, files: Files, page: str) -> None:
         """Run a page: its text with what comes of the blocks, its pictures and its notebook."""
-        name, path = page.removesuffix(".md"), f"docs/{page}"
-        found = run(self.texts[path], page)
+        uri, path = page.removesuffix(".md"), f"docs/{page}"
+        name = uri.rpartition("/")[2]
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            found = run(self.texts[path], page)
         for number, cell in enumerate(found):
             if cell.picture:
-                self._add(files, f"{name}-{number}.png", cell.picture)
-        self._add(files, f"{name}.ipynb", notebook(found))
+                self._add(files, f"{uri}-{number}.png", cell.picture)
+        self._add(files, f"{uri}.ipynb", notebook(found))
         head, _, rest = shown(found, f"{name}-{{}}.png").partition("\n\n")
         self.texts[path] = f"{head}\n\n[This page as a notebook]({name}.ipynb){{ download }}\n\n{rest}"
 
