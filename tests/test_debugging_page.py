@@ -56,19 +56,19 @@ def said(mistake):
     return type(caught.value).__name__, words
 
 
-def row_of(mistake, written):
-    kind, words = said(mistake)
-    return f"| {code(written)} | **{kind}** {code(words)} |"
+def lines_of(group):
+    """Return a group's list: what is written, and below it what is said of it; equal errors stand once."""
+    found = {}
+    for mistake, written in mistakes()[group].items():
+        found.setdefault(said(mistake), []).append(written)
+    for (kind, words), codes in found.items():
+        yield f"- {', '.join(map(code, codes))}<br>**{kind}** {code(words)}"
 
 
 def code(text):
-    """Quote a text of one line as code within a table."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    """Quote a text as code on one line."""
+    text = " ".join(text.split())
     return f"`` {text} ``" if "`" in text else f"`{text}`"
-
-
-def lines_of(group):
-    return ["| what was written | what it says |", "|---|---|", *(row_of(*one) for one in mistakes()[group].items())]
 
 
 def between(text, group):
@@ -79,7 +79,7 @@ def between(text, group):
 @pytest.mark.parametrize("group", mistakes())
 def test_each_error_is_quoted_as_it_is(group):
     written = between(PAGE.read_text(encoding="utf-8"), group)
-    assert written == lines_of(group), "python -m tests.test_debugging_page writes the page"
+    assert written == list(lines_of(group)), "python -m tests.test_debugging_page writes the page"
 
 
 def write():

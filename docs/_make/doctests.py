@@ -21,13 +21,8 @@ class Doctests(griffe.Extension):
 def fenced(text: str) -> str:
     """Return a docstring whose examples are fenced as Python's console.
 
-    >>> print(fenced("Add.\\n\\n>>> 1 + 1\\n2").replace("`", "'"))
-    Add.
-    <BLANKLINE>
-    '''pycon
-    >>> 1 + 1
-    2
-    '''
+    >>> fenced("Add.\\n\\n>>> 1 + 1\\n2").splitlines()
+    ['Add.', '', '```pycon', '>>> 1 + 1', '2', '```']
     """
     paragraphs = re.split(r"\n[ ]*\n", text)
     return "\n\n".join(_fence(one) if one.lstrip().startswith(">>> ") else one for one in paragraphs)

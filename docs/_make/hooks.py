@@ -98,7 +98,7 @@ class Build:
         text = self.texts[path]
         if path == method_pages.METHODS:
             text = method_pages.with_links_to_pages(text)
-        return for_the_site(side_by_side(text), path)
+        return for_the_site(side_by_side(with_bars(text)), path)
 
 
 BUILD: dict[str, Build] = {}
@@ -129,7 +129,14 @@ def side_by_side(text: str) -> str:
     def grid(found: re.Match[str]) -> str:
         heads = re.findall(r"<th>(.*?)</th>", found[0])
         columns = [column.strip() for column in re.findall(r"<td>(.*?)</td>", found[0], flags=re.DOTALL)]
-        parts = (f'<div markdown>\n\n**{head}**\n\n{column}\n\n</div>' for head, column in zip(heads, columns, strict=True))
+        parts = (
+            f"<div markdown>\n\n**{head}**\n\n{column}\n\n</div>" for head, column in zip(heads, columns, strict=True)
+        )
         return '<div class="grid" markdown>\n\n' + "\n\n".join(parts) + "\n\n</div>"
 
     return re.sub(r"<table>.*?</table>", grid, text, flags=re.DOTALL)
+
+
+def with_bars(text: str) -> str:
+    """Return a text without the backslashes before bars within code, which tables need on GitHub and show here."""
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace("\\|", "|"), text)

@@ -13,7 +13,7 @@ from typing import Any
 from links import ROOT, moved, relative
 
 CHOOSING, METHODS, DIFFERENCES = "docs/choosing.md", "docs/methods.md", "docs/differences.md"
-RESULTS = "benchmarks/results/methods.json"
+BENCHMARK, RESULTS = "benchmarks/methods.py", "benchmarks/results/methods.json"
 MEASURED = ("training step", "inference", "training step, launch-bound", "inference, launch-bound")
 
 
@@ -33,23 +33,30 @@ def title(config: type) -> str:
 
 def page(path: str, config: type) -> str:
     """Return the text of a method's page, with links as paths of the repository."""
+
+    def link(words: str, page: str) -> str:
+        return f"[{words}]({relative(page, path)})"
+
     _, line, rest = re.split(r": |\n\n", _docstring(config), maxsplit=2)
     source = str(config.__module__).replace("torchgraft.", "").replace(".", "/") + ".py"
     parts = [
         f"# {title(config)}",
         line[0].upper() + line[1:],
         rest,
-        f"Source: [`{source}`]({relative(source, path)})",
+        f"Source: {link(f'`{source}`', source)}",
         f"## In three lines\n\n```python\n{code(config)}```",
-        "`model` is any module that has such targets, `x` its input; `params` is a tree of tensors to train. "
-        f"[From a model to eight adapters]({relative('docs/tutorial.md', path)})",
-        _section("When to use it", _advice(config, path), f"[Which method?]({relative(CHOOSING, path)}) says of others."),
-        _section("What works", _row(config, path), ""),
-        _section("What it costs", _costs(config), f"Measured by [`benchmarks/methods.py`]({relative('benchmarks/methods.py', path)}): "
-        "times over the frozen base's, and what a training step keeps for its backward."),
-        _section("What differs from PEFT", _differences(config, path), f"[All differences]({relative(DIFFERENCES, path)})"),
+        "`model` is any module that has such targets, `x` its input; `params` is a tree of tensors to train: "
+        + link("from a model to eight adapters", "docs/tutorial.md"),
+        _section("When to use it", _advice(config, path), f"Of others: {link('which method?', CHOOSING)}"),
+        _section("What works", _row(config, path), f"The words are explained {link('above the table', METHODS)}."),
+        _section(
+            "What it costs",
+            _costs(config),
+            f"Times over the frozen base's, and what a step keeps for its backward: {link('`methods.py`', BENCHMARK)}",
+        ),
+        _section("What differs from PEFT", _differences(config, path), link("All differences", DIFFERENCES)),
         f"## The config\n\n::: torchgraft.adapters.{config.__name__}",
-    ]  # fmt: skip
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -85,7 +92,8 @@ def _section(head: str, content: str, more: str) -> str:
 
 
 def _mentions(config: type, text: str) -> bool:
-    names = {title(config), config.__name__.removesuffix("Config"), config.__name__}
+    name = title(config)
+    names = {name, name[0].lower() + name[1:], config.__name__.removesuffix("Config"), config.__name__}
     return any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) for name in names)
 
 
@@ -96,7 +104,8 @@ def _read(page: str) -> str:
 def _advice(config: type, path: str) -> str:
     items = re.findall(r"^\d+\. (.*?)(?=^\d+\. |\n\n|\Z)", _read(CHOOSING), flags=re.DOTALL | re.MULTILINE)
     found = [" ".join(item.split()) for item in items if _mentions(config, item)]
-    return "\n".join(f"- {moved(item, CHOOSING, path)}" for item in found)
+    lines = [f"- {moved(item, CHOOSING, path)}" for item in found]
+    return "\n".join(lines) or "No advice names it yet; its formula says what it can change."
 
 
 def _cells(row: str) -> list[str]:
@@ -110,8 +119,7 @@ def _row(config: type, path: str) -> str:
         return ""
     pairs = zip(_cells(rows[0]), _cells(moved(found, METHODS, path)), strict=True)
     lines = [f"| {head} | {cell} |" for head, cell in pairs if head not in ("config", "`y = base(x)` becomes")]
-    explained = f"The heads are explained [above the table]({relative(METHODS, path)})."
-    return "\n".join(["| | |", "|---|---|", *lines, "", explained])
+    return "\n".join(["| what | |", "|---|---|", *lines])
 
 
 def _costs(config: Any) -> str:
@@ -133,4 +141,6 @@ def _differences(config: type, path: str) -> str:
     found = [row for row in rows if _mentions(config, _cells(row)[0])]
     if not found:
         return ""
-    return "\n".join(["| | PEFT | here | test |", "|---|---|---|---|", *(moved(row, DIFFERENCES, path) for row in found)])
+    return "\n".join(
+        ["| | PEFT | here | test |", "|---|---|---|---|", *(moved(row, DIFFERENCES, path) for row in found)]
+    )
