@@ -55,7 +55,7 @@ def page(path: str, config: type) -> str:
             f"Times over the frozen base's, and what a step keeps for its backward: {link('`methods.py`', BENCHMARK)}",
         ),
         _section("What differs from PEFT", _differences(config, path), link("All differences", DIFFERENCES)),
-        f"## The config\n\n::: torchgraft.adapters.{config.__name__}",
+        f"## The config\n\n::: torchgraft.adapters.{config.__name__}\n    options:\n      heading_level: 3",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
