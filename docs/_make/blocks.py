@@ -55,7 +55,7 @@ def _run_cell(cell: Cell, name: str, namespace: dict[str, Any]) -> None:
         exec(compile(tree, name, "exec"), namespace)
         value = eval(compile(last, name, "eval"), namespace) if last else None
     cell.printed = printed.getvalue()
-    if hasattr(value, "savefig"):
+    if value is not None and hasattr(value, "savefig"):
         picture = io.BytesIO()
         value.savefig(picture, format="png", dpi=110, metadata={"Software": None})
         cell.picture = picture.getvalue()

@@ -17,9 +17,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from notebook import notebook
 
-GENERATED = {"methods/": "docs/methods/", "reference/": "docs/reference/"}
-"""Entries of the navigation that stand for pages made here."""
-
 
 class Build:
     """The pages of one build: where each comes from, and its text."""
@@ -32,27 +29,26 @@ class Build:
             self.titles[path], self.texts[path] = method_pages.title(cls), method_pages.page(path, cls)
         for path, (title, text) in reference_pages.pages().items():
             self.titles[path], self.texts[path] = title, text
-        for path in sorted((ROOT / "docs").rglob("*.md")):
-            self._read(str(path.relative_to(ROOT)))
-        self.navigation = [self._entry(entry) for entry in config.nav or []]
-        self.navigation = [entry for entry in self.navigation if entry != {}]
+        for file in sorted((ROOT / "docs").rglob("*.md")):
+            self._read(str(file.relative_to(ROOT)))
+        self.navigation = [made for entry in config.nav or [] for made in self._entries(entry)]
 
     def _read(self, path: str) -> str:
         self.texts[path] = (ROOT / path).read_text(encoding="utf-8")
         return place(path)
 
-    def _entry(self, entry: Any) -> Any:
-        """Return an entry of the navigation with paths of the site, folders as their pages; `{}` if there are none."""
-        if isinstance(entry, dict):
-            (name, content), *_ = entry.items()
-            parts = [self._entry(content)] if isinstance(content, str) else [self._entry(one) for one in content]
-            if isinstance(content, str) and not content.endswith("/"):
-                return {name: parts[0]}
-            flat = [one for part in parts for one in (part if isinstance(part, list) else [part]) if one != {}]
-            return {name: flat} if flat else {}
-        if entry.endswith("/"):
-            return self._folder(f"docs/{entry}")
-        return self._read(entry.removeprefix("../")) if entry.startswith("../") else entry
+    def _entries(self, entry: Any) -> list[Any]:
+        """Return what stands for an entry of the navigation: itself with paths of the site; nothing for no pages."""
+        if isinstance(entry, str):
+            return [self._read(entry.removeprefix("../")) if entry.startswith("../") else entry]
+        ((name, content),) = entry.items()
+        if isinstance(content, list):
+            pages = [made for one in content for made in self._entries(one)]
+        elif content.endswith("/"):
+            pages = self._folder(f"docs/{content}")
+        else:
+            return [{name: page} for page in self._entries(content)]
+        return [{name: pages}] if pages else []
 
     def _folder(self, folder: str) -> list[Any]:
         paths = [path for path in self.texts if path.startswith(folder)]

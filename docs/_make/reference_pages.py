@@ -31,7 +31,8 @@ TITLES = {
 
 def pages() -> dict[str, tuple[str, str]]:
     """Return the title and the text of each page of the reference, by its path."""
-    users, authors = [], []
+    users: list[str] = []
+    authors: list[str] = []
     for room, name in exported("functional"):
         (authors if room in FOR_AUTHORS else users).append(f"torchgraft.functional.{name}")
     authors += [f"torchgraft.functional.extending.{name}" for name in extending()]
