@@ -4,13 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := $(wildcard torchgraft functional adapters examples benchmarks tests)
-SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
+SOURCES := $(wildcard torchgraft functional adapters examples benchmarks tests docs/_make)
+SCRIPTS := $(wildcard examples/*.py benchmarks/*.py docs/_make/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
 .PHONY: help demo arithmetic distributed methods serve sweep tenants text tinker test test-quick test-full peft-tests lint format bench \
-	serve-check clean
+	docs serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
@@ -28,6 +28,7 @@ help:
 	@echo 'make test        lint, types and the tests, before you commit'
 	@echo 'make test-full   the tests that make test leaves out; CI runs both. MINUTES=20 begins none after that'
 	@echo 'make peft-tests  PEFT'\''s own tests with torchgraft in its place, and with PEFT; fetches them. FILES="config vera" runs those'
+	@echo 'make docs        build the site into site/, to be read from the disk: site/index.html'
 	@echo 'make bench       run every script of benchmarks/'
 	@echo 'make serve-check compare what vLLM serves of adapters with the graft; installs vLLM for CPUs into serve-check-out/'
 	@echo 'make clean       remove all that these made, .venv too'
@@ -83,6 +84,9 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=2 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/.bench
 	set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
@@ -94,13 +98,13 @@ serve-check: $(VENV)/.test
 	$(BIN)/python tests/serve/check.py --engine $(ENGINE)/bin/python --out serve-check-out --seconds 1800
 
 clean:
-	rm -rf $(VENV) build dist arithmetic-out demo-out distributed-out methods-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site arithmetic-out demo-out distributed-out methods-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.
 # Those without their requirements ask for a torchvision they can do without; one of another build breaks transformers.
 # The links show mypy the folders under their import names, which it cannot learn from an editable install.
-$(VENV)/.demo $(VENV)/.tinker $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.docs $(VENV)/.tinker $(VENV)/.bench $(VENV)/.test $(VENV)/.clients: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python'; exit 1; }
 	@echo 'Installing into $(VENV); the first time takes minutes.'
