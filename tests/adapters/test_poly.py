@@ -95,7 +95,7 @@ def test_tasks_share_their_skills_and_copy_nothing():
 
 
 def test_training_draws_pefts_samples():
-    theirs, graft, params = planted()
+    theirs, _, params = planted()
     theirs.train()
     single, tasks = split_tasks(PolyConfig(**FIELDS), params)
     of_task = bind(base(), single)
