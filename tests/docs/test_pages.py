@@ -22,7 +22,9 @@ ELSEWHERE = {
 }
 """Pages whose blocks other tests run, and which."""
 
-LONG = {"docs/tutorial.md"}
+LONG = ("docs/tutorial.md", "docs/recipes/")
+"""Pages, and folders of pages, that train for more than a moment."""
+
 OTHERS = re.findall(r"\.\./(\S+\.md)", (ROOT / "mkdocs.yml").read_text())
 """Pages of other folders that the site has."""
 
@@ -34,7 +36,7 @@ def text_of(page):
 def with_blocks():
     for page in DOCS:
         if "```python\n" in text_of(page) and page not in ELSEWHERE:
-            yield pytest.param(page, marks=pytest.mark.full if page in LONG else ())
+            yield pytest.param(page, marks=pytest.mark.full if page.startswith(LONG) else ())
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:torchao")
