@@ -220,7 +220,7 @@ def draw(path: Path, result: dict[str, Any], data: dict[str, Any], found: Tensor
         places += [(0.33 + 0.05 * i, examples[j], labels[j], "#ff7b72") for i, j in enumerate(order.flip(0)[:4])]
         for x, image, label, color in places:
             tile = figure.add_axes((x, 0.68 - 0.126 * row, 0.045, 0.105))
-            tile.imshow(image, cmap="gray", vmin=0, vmax=1, aspect="auto")
+            tile.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
             tile.set_title(str(int(label)), color=color, fontsize=11, pad=2)
             tile.axis("off")
     axes = figure.add_axes((0.6, 0.53, 0.37, 0.29))

@@ -1,6 +1,7 @@
 """Evolution of an adapter, in a short run: scores and the step are those of the equation."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -49,3 +50,12 @@ def test_scores_in_one_forward_are_those_of_each(evolution):
     offsets = evolution.ravel(many, stacked=True) - evolution.ravel(params)
     torch.testing.assert_close(offsets, 2.0 * torch.cat([noise, -noise]))
     assert noise.std().item() == pytest.approx(1, rel=0.2)
+
+
+def test_the_lines_of_its_page_run():
+    page = (EXAMPLES.parent / "docs" / "recipes" / "evolution.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    namespace = {}
+    exec(compile(block, "evolution.md", "exec"), namespace)
+    assert namespace["up"].shape == (32,)
+    assert namespace["scores"](namespace["both"], 64).max() <= 1

@@ -1,6 +1,7 @@
 """Attribution by gradients of each example, in a short run: what scores say, and what training again does."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -67,3 +68,12 @@ def test_scores_are_the_equation(influence):
     torch.testing.assert_close(
         influence.scores(graft, many, data, None), test @ examples.T @ inverse @ torch.diag(wrong)
     )
+
+
+def test_the_lines_of_its_page_run():
+    page = (EXAMPLES.parent / "docs" / "recipes" / "influence.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    namespace = {}
+    exec(compile(block, "influence.md", "exec"), namespace)
+    assert namespace["scores"].shape == (100, 100)
+    assert namespace["scores"].diagonal().mean() > namespace["scores"].mean()

@@ -1,8 +1,9 @@
-"""Private training of an adapter, in a short run: Opacus' own numbers, and an epsilon that another library finds too."""
+"""Private training of an adapter, in a short run: Opacus' own numbers, and epsilons that another library finds."""
 
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -56,3 +57,11 @@ def test_a_short_run_is_drawn_and_goes_on_where_it_was(privacy, tmp_path, capsys
     file.write_text(json.dumps(result["found"] | {"LoRA, 4.0": [0.5]}))
     assert privacy.main(args)["found"] == result["found"] | {"LoRA, 4.0": [0.5]}
     assert "from the same noise" in capsys.readouterr().out
+
+
+def test_the_lines_of_its_page_run():
+    page = (EXAMPLES.parent / "docs" / "recipes" / "privacy.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    namespace = {}
+    exec(compile(block, "privacy.md", "exec"), namespace)
+    assert all(leaf.isfinite().all() for leaf in optree.tree_leaves(namespace["params"]))
