@@ -9,15 +9,18 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py docs/_make/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo arithmetic distributed methods serve sweep tenants text tinker test test-quick test-full peft-tests lint format bench \
-	docs serve-check clean
+.PHONY: help demo arithmetic distributed evolution influence methods privacy serve sweep tenants text tinker test test-quick test-full \
+	peft-tests lint format bench docs serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
 	@echo 'make distributed run examples/distributed.py on two processes of this machine; checkpoints in distributed-out/'
 	@echo 'make serve       run examples/serve.py; results in serve-out/'
 	@echo 'make arithmetic  run examples/arithmetic.py; results in arithmetic-out/'
+	@echo 'make evolution   run examples/evolution.py; results in evolution-out/'
+	@echo 'make influence   run examples/influence.py; results in influence-out/'
 	@echo 'make methods     run examples/methods.py; results in methods-out/'
+	@echo 'make privacy     run examples/privacy.py, with Opacus; results in privacy-out/'
 	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
 	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
 	@echo 'make text        run examples/text.py; results in text-out/'
@@ -48,6 +51,16 @@ methods: $(VENV)/.demo
 
 arithmetic: $(VENV)/.demo
 	$(BIN)/python examples/arithmetic.py --out arithmetic-out
+
+evolution: $(VENV)/.demo
+	$(BIN)/python examples/evolution.py --out evolution-out
+
+influence: $(VENV)/.demo
+	$(BIN)/python examples/influence.py --out influence-out
+
+privacy: $(VENV)/.demo
+	$(BIN)/python -c 'import opacus' 2>/dev/null || $(INSTALL) opacus
+	$(BIN)/python examples/privacy.py --out privacy-out
 
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py --out sweep-out
@@ -98,7 +111,7 @@ serve-check: $(VENV)/.test
 	$(BIN)/python tests/serve/check.py --engine $(ENGINE)/bin/python --out serve-check-out --seconds 1800
 
 clean:
-	rm -rf $(VENV) build dist site arithmetic-out demo-out distributed-out methods-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

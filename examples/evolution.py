@@ -1,0 +1,197 @@
+"""Evolution of an adapter: 64 perturbed adapters in one forward, and a score that has no gradient.
+
+A small transformer learns scikit-learn's handwritten digits and is frozen; an adapter learns to read inverted ones. The
+score is how many digits of a batch are read, whose gradient is zero everywhere. Each step adds noise to the adapter,
+which makes perturbations of the weights that have the adapter's low rank, reads the same digits with each perturbed
+adapter (`route`), and moves the adapter towards the noise that scored well (Salimans et al., 2017):
+
+    step = 1 / (2 n sigma) sum_i (score(p + sigma z_i) - score(p - sigma z_i)) z_i
+
+    pip install torchgraft[demo]
+    python examples/evolution.py --out evolution-out
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import digits
+import optree
+import torch
+import torch.nn.functional as F
+from _panels import FAINT, INK, MUTED, PAPER, finish
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchgraft.adapters import LoraXSConfig
+from torchgraft.functional import Graft, Tree, bind, perturb, ravel, route, trainable, unravel, unstack, value_and_grad
+
+TARGETS = ["qkv", "out", "up", "down"]
+Curve = dict[int, float]
+
+
+def scores(graft: Graft, many: Tree, x: Tensor, t: Tensor) -> Tensor:
+    """Return the share of digits that each adapter of a stack reads, `"N"`, from one forward of all of them."""
+    count = len(ravel(many, stacked=True))
+    rows = torch.arange(count).repeat_interleave(len(x))
+    logits = graft(route(many, rows), x.repeat(count, 1, 1))
+    return (logits.argmax(-1).unflatten(0, (count, -1)) == t).float().mean(1)
+
+
+def pairs(params: Tree, sigma: float, count: int, seed: int) -> tuple[Tensor, Tree]:
+    """Return noise `"N/2 P"`, and a stack of `N` adapters: those with the noise, then those with its negative."""
+    plus = perturb(params, [digits.seeded(seed + i) for i in range(count // 2)], sigma)
+    offset = ravel(plus, stacked=True) - ravel(params)
+    both = torch.cat([ravel(params) + offset, ravel(params) - offset])
+    return offset / sigma, unravel(both, params)
+
+
+@torch.no_grad()
+def evolve(graft: Graft, x: Tensor, t: Tensor, measure: Callable[[Tree], float], args: argparse.Namespace) -> Curve:
+    """Improve an adapter by the scores of its perturbations; returns held-out accuracy by step."""
+    params, choose = graft.init(digits.seeded(0)), digits.seeded(1)
+    optimizer = torch.optim.Adam(trainable(params), lr=args.rate, maximize=True)
+    curve = {0: measure(params)}
+    progress = tqdm(range(1, args.steps + 1), desc="evolution     ", unit="step")
+    for step in progress:
+        rows = torch.randint(len(x), (args.rows,), generator=choose)
+        noise, many = pairs(params, args.sigma, args.population, 10_000 * step)
+        plus, minus = scores(graft, many, x[rows], t[rows]).chunk(2)
+        gradient = unravel((plus - minus) @ noise / (2 * len(noise) * args.sigma), params)
+        for leaf, change in zip(optree.tree_leaves(params), optree.tree_leaves(gradient), strict=True):
+            leaf.grad = change
+        optimizer.step()
+        if step % max(1, args.steps // 16) == 0 or step == args.steps:
+            curve[step] = measure(params)
+            progress.set_postfix_str(f"held-out accuracy {curve[step]:.1%}")
+    return curve
+
+
+def descend(graft: Graft, x: Tensor, t: Tensor, measure: Callable[[Tree], float], args: argparse.Namespace) -> Curve:
+    """Train the same adapter by gradients of the cross entropy, on as many digits a step."""
+
+    def loss(params: Tree, x: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(graft(params, x), t)
+
+    params, choose = graft.init(digits.seeded(0)), digits.seeded(1)
+    optimizer = torch.optim.Adam(trainable(params), lr=args.rate)
+    curve = {0: measure(params)}
+    for step in tqdm(range(1, args.steps + 1), desc="gradients     ", unit="step"):
+        rows = torch.randint(len(x), (args.rows,), generator=choose)
+        _, grads = value_and_grad(loss)(params, x[rows], t[rows])
+        for leaf, gradient in zip(optree.tree_leaves(params), optree.tree_leaves(grads), strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        if step % max(1, args.steps // 16) == 0 or step == args.steps:
+            curve[step] = measure(params)
+    return curve
+
+
+@torch.no_grad()
+def throughput(graft: Graft, x: Tensor, t: Tensor, counts: Sequence[int], rounds: int) -> dict[str, float]:
+    """Return rows a second: of the base alone, of perturbed adapters at once, and of one after the other.
+
+    All of them read the same rows, as many as there are adapters times the digits given. Rounds take turns.
+    """
+    params, model = graft.init(digits.seeded(0)), graft.model
+    found: dict[str, list[float]] = {}
+    for count in counts:
+        _, many = pairs(params, 0.1, count, 0)
+        everything, each = x.repeat(count, 1, 1), unstack(many)
+        ways = {
+            f"the base, {count * len(x)} rows": lambda rows=everything: model(rows),
+            f"{count} adapters at once": lambda many=many: scores(graft, many, x, t),
+            f"{count}, one by one": lambda each=each: [graft(one, x) for one in each],
+        }
+        for _ in range(rounds):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                found.setdefault(name, []).append(count * len(x) / (time.perf_counter() - began))
+    return {name: statistics.median(some) for name, some in found.items()}
+
+
+def draw(path: Path, curves: dict[str, Curve], rates: dict[str, float], args: argparse.Namespace) -> None:
+    """Draw accuracy by step, and rows a second."""
+    figure = Figure(figsize=(15, 7.2), facecolor=PAPER)
+    figure.text(0.04, 0.92, "An adapter evolves", color=INK, fontsize=26, weight="bold")
+    story = f"The score is how many inverted digits are read; {args.population} perturbed adapters in one forward."
+    figure.text(0.04, 0.865, story, color=MUTED, fontsize=15)
+    axes = figure.add_axes((0.06, 0.1, 0.5, 0.68), ylim=(0, 1))
+    finish(axes, "held-out accuracy by step")
+    for (name, curve), color in zip(curves.items(), ["#58b7ff", MUTED], strict=True):
+        axes.plot(list(curve), list(curve.values()), color=color, linewidth=2.6, label=name)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(axis="y", color=FAINT)
+    axes.legend(facecolor=PAPER, edgecolor=FAINT, labelcolor=INK, fontsize=13, loc="lower right")
+    bars = figure.add_axes((0.75, 0.1, 0.22, 0.68))
+    finish(bars, "rows a second")
+    kinds = [MUTED, "#58b7ff", "#30465c"]
+    bars.barh(range(len(rates)), list(rates.values()), color=[kinds[i % 3] for i in range(len(rates))], height=0.6)
+    for place, value in enumerate(rates.values()):
+        bars.text(value, place, f" {value:,.0f}", color=INK, fontsize=13, va="center")
+    bars.set_yticks(range(len(rates)), list(rates))
+    bars.set_xticks([])
+    bars.set_xlim(0, 1.3 * max(rates.values()))
+    bars.invert_yaxis()
+    figure.savefig(path, dpi=90, facecolor=PAPER)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("evolution-out"), help="folder for the picture")
+    parser.add_argument("--base-steps", type=int, default=250, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=120, help="steps of the adapter")
+    parser.add_argument("--population", type=int, default=64, help="perturbed adapters in a step, an even number")
+    parser.add_argument("--rows", type=int, default=32, help="digits that each of them reads in a step")
+    parser.add_argument("--sigma", type=float, default=0.1, help="standard deviation of the noise")
+    parser.add_argument("--rate", type=float, default=2e-2, help="learning rate")
+    parser.add_argument("--quick", action="store_true", help="a short run with weaker results")
+    args = parser.parse_args(argv)
+    if args.population < 2 or args.population % 2:
+        parser.error(f"--population is {args.population}, expected an even number: each noise is added and subtracted")
+    args.counts, args.rounds = (64, 256), 5
+    if args.quick:
+        args.base_steps, args.steps, args.population, args.counts, args.rounds = 80, 6, 8, (8,), 1
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the example; returns what it measured."""
+    args, start = parse(argv), time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    images, labels, test_images, test_labels = digits.load_images(0)
+    torch.manual_seed(0)
+    model: nn.Module = digits.VisionTransformer(depth=2)
+    digits.train_base(model, images, labels, args.base_steps, 0)
+    x, test = 1 - images, 1 - test_images
+    graft = bind(model, LoraXSConfig(r=8, target_modules=TARGETS))
+
+    @torch.no_grad()
+    def measure(params: Tree) -> float:
+        return float(digits.accuracy(graft(params, test), test_labels))
+
+    curves = {
+        f"evolution, {args.population} adapters a step": evolve(graft, x, labels, measure, args),
+        "gradients of the cross entropy": descend(graft, x, labels, measure, args),
+    }
+    rates = throughput(graft, x[: args.rows], labels[: args.rows], args.counts, args.rounds)
+    picture = args.out / "evolution.png"
+    draw(picture, curves, rates, args)
+    numbers = sum(leaf.numel() for leaf in optree.tree_leaves(graft.init()))
+    print(f"\naccuracy on held-out inverted digits, of an adapter of {numbers} numbers:")
+    for name, curve in curves.items():
+        print(f"  {name:<34}{curve[0]:.1%} before, {curve[args.steps]:.1%} after {args.steps} steps")
+    print("rows a second: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()))
+    print(f"picture {picture}, {time.perf_counter() - start:.0f} s in all")
+    return {"curves": curves, "rates": rates, "picture": picture}
+
+
+if __name__ == "__main__":
+    main()
