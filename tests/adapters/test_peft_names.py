@@ -174,6 +174,54 @@ def test_a_status_of_an_injected_model_says_what_it_is():
         assert (status.base_model_type, status.peft_types) == ("Model", {"default": "LORA"})
 
 
+def test_what_is_wrong_in_a_config_is_a_value_error():
+    """Where PEFT's are of three classes, each where the field is looked at first."""
+    with as_peft():
+        peft = importlib.import_module("peft")
+        with pytest.raises(ValueError, match=r"target_parameters is 'lin0.weight', expected list\[str\] \| None"):
+            peft.LoraConfig(target_parameters="lin0.weight")
+        with pytest.raises(ValueError, match="bias is 'some', expected 'none', 'all' or 'lora_only'"):
+            peft.LoraConfig(bias="some")
+        with pytest.raises(ValueError, match="trainable_token_indices names emb, which target_modules does too; leave"):
+            wrapped(peft, model=seeded(Embedded), target_modules=["emb"], trainable_token_indices={"emb": [1]})
+        with pytest.raises(ValueError, match=r"target_modules=\['no'\] matches no module"):
+            wrapped(peft, target_modules=["no"], target_parameters=["lin0.weight"], lora_dropout=0.0)
+
+
+def test_files_have_the_parameters_whatever_state_dict_says(tmp_path):
+    with as_peft():
+        peft = importlib.import_module("peft")
+        model = moved(wrapped(peft))
+        model.state_dict = dict
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(outputs(peft.PeftModel.from_pretrained(seeded(Model), tmp_path)), outputs(model))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.head(self.emb(x))
+
+
+def test_a_tied_module_has_the_rows_of_the_embedding():
+    """In PEFT both have them, and a module that the method alone adapts is its own layer."""
+    with as_peft():
+        peft = importlib.import_module("peft")
+        given = peft.TrainableTokensConfig(target_modules=["emb"], token_indices=[1, 2])
+        model = moved(peft.get_peft_model(seeded(Tied), given))
+        assert [name for name, one in model.named_parameters() if one.requires_grad] == [
+            "base_model.model.emb.token_adapter.trainable_tokens_delta.default"
+        ]
+        assert not model.head.token_adapter.trainable_tokens_delta
+        assert torch.equal(model.head.weight, model.emb.weight)
+        assert not torch.equal(model.head.weight, model.get_base_model().emb.token_adapter.base_layer.weight)
+        assert [*peft.get_peft_model_state_dict(model)] == ["base_model.model.emb.trainable_tokens_delta"]
+
+
 def test_what_pefts_refuses_works_here():
     with as_peft():
         peft = importlib.import_module("peft")
