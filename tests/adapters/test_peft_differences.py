@@ -107,8 +107,14 @@ def test_what_pefts_refuses_works_here():
             torch.testing.assert_close(rows[::2], outputs(model)[::2])
             with model.disable_adapter():
                 torch.testing.assert_close(rows[1], outputs(model)[1])
-        grouped = wrapped(peft, "HiraConfig", model=nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"])
-        assert grouped(torch.ones(1, 4, 5, 5)).isfinite().all()
+        image = torch.randn(2, 4, 5, 5)
+        for method, fields in (("HRAConfig", {}), ("RoadConfig", {"group_size": 4}), ("HiraConfig", {})):
+            grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+            model = moved(wrapped(peft, method, model=grouped, target_modules=["0"], **fields))
+            expected = outputs(model, image)
+            with model.disable_adapter():
+                assert not torch.allclose(outputs(model, image), expected)
+            torch.testing.assert_close(outputs(model.merge_and_unload(), image), expected)
 
 
 def test_adapters_of_parameters_are_summed_where_peft_refuses():
