@@ -1,6 +1,7 @@
 """Why tests of PEFT's fail here, by kind: what is in the error, or which test it is.
 
-"absent" and "inside" are what is not here and PEFT's private names; `docs/differences.md` has rows for most others.
+"absent" and "inside" are what is not here and PEFT's private names; `docs/peft-suite.md` says what the others mean, and
+`docs/differences.md` has rows for most.
 """
 
 from __future__ import annotations
