@@ -218,9 +218,9 @@ def delete_adapter(
     """
     model = unwrap(model)
     check_removable(model, [adapter_name])
-    found = [layer for layer in layers(model).values() if isinstance(layer, layer_cls)]
     chosen = _of_class(parts(model), layer_cls)
-    active = next((layer.active_adapters for layer in found if adapter_name in layer.active_adapters), None)
+    found = [part for part in chosen if part.is_layer] or chosen
+    active = next((part.active_adapters for part in found if adapter_name in part.active_adapters), None)
     if active is not None:
         left = [name for name in active if name != adapter_name]
         rest = sorted(name for name in adapter_names(model) if name != adapter_name)
@@ -233,7 +233,7 @@ def delete_adapter(
         part.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
     forget(model)
-    now = next((layer.active_adapters for layer in found), [])
+    now = next((part.active_adapters for part in found), [])
     return list(now) or None
 
 

@@ -98,7 +98,7 @@ class PeftModel(AdaptedModel):
             ephemeral_gpu_offload: Has no effect.
             low_cpu_mem_usage: Has no effect: parameters are never drawn to be overwritten.
             key_mapping: Regular expressions and what to put in the place of what they match in keys, which they see
-                without `base_model.model.`.
+                without `base_model.model.`; by default those that a model of transformers has for its older files.
             torch_device: Device of its parameters; by default each layer's own.
             subfolder: The directory's subdirectory.
             revision: The repository's branch or commit.
@@ -115,6 +115,8 @@ class PeftModel(AdaptedModel):
             raise TypeError(f"model is a {type(model).__name__} already; call its load_adapter(path, adapter_name)")
         check_module(model, other=model_id)
         check_without_effect(f"{cls.__name__}.from_pretrained", without_effect)
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         loading = Loading(adapter_name, is_trainable, torch_device, key_mapping, strict, ignore_mismatched_sizes)
         put_adapter(model, local_folder(model_id, subfolder, revision, cache_dir), loading, config)
         inplace.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)

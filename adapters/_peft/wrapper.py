@@ -154,7 +154,8 @@ class AdaptedModel(inplace.ModelWrapper):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether an adapter takes part in calls."""
-        return any(not layer.disable_adapters and layer.active_adapters for layer in inplace.layers(self).values())
+        placed = inplace.placed_modules(self.get_base_model())
+        return any(not part.disable_adapters and part.active_adapters for _, part in placed)
 
     @property
     def base_model_torch_dtype(self) -> Any:

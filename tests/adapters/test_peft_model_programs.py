@@ -262,6 +262,27 @@ def mixed_files(library, folder):
     yield outputs(model)
 
 
+def without_layers(library):
+    model = library.get_peft_model(normed(), library.LNTuningConfig(target_modules=["1"]), "a")
+    model.add_adapter("b", library.LNTuningConfig(target_modules=["1"]))
+    model.set_adapter("b")
+    yield model.has_active_enabled_adapter
+    with model.disable_adapter():
+        yield model.has_active_enabled_adapter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another one is active now
+        model.delete_adapter("b")
+    yield [model.active_adapters, [name for name, one in model.named_parameters() if one.requires_grad] != []]
+
+
+def normed():
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+
+def test_the_next_adapter_is_active_where_there_are_no_layers():
+    compared(without_layers)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_mixed_models_have_pefts_results(pair):
     compared(mixing, *pair)

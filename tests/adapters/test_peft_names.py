@@ -116,6 +116,24 @@ def configs_in_configs(peft, folder):
     yield [type(again.eva_config).__name__, again.eva_config.rho, again.lora_ga_config.direction]
 
 
+class Renamed(nn.Module):
+    """A model that has got another name for what it consists of, and says so as transformers' do."""
+
+    _checkpoint_conversion_mapping = {"^lin": "body.lin"}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.body = Model()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def files_of_an_older_model(peft, folder):
+    moved(wrapped(peft)).save_pretrained(folder)
+    yield outputs(peft.PeftModel.from_pretrained(seeded(Renamed), folder))
+
+
 PROGRAMS = [
     *(statuses_of_what_is_beside_layers, names_of_targets, adapters_on_some_layers, checkpoints, shared, rates),
     *(without_biases, rows_of_tokens),
@@ -127,7 +145,9 @@ def test_programs(program):
     compared(program)
 
 
-@pytest.mark.parametrize("program", [left_out_of_files, configs_in_configs], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "program", [left_out_of_files, configs_in_configs, files_of_an_older_model], ids=lambda one: one.__name__
+)
 def test_programs_with_files(program, tmp_path):
     compared(program, folder=tmp_path)
 
@@ -157,63 +177,6 @@ def test_a_card_names_the_base_that_the_model_says(tmp_path, named):
         wrapped(peft, model=model, base_model_name_or_path="elsewhere").save_pretrained(tmp_path)
         text = (tmp_path / "README.md").read_text()
         assert ('\nbase_model: "someone/base"\n' in text) == ("\nbase_model: " in text) == named
-
-
-def test_layers_of_parameters_have_their_names_in_a_status():
-    with as_peft():
-        peft = importlib.import_module("peft")
-        model = wrapped(peft, target_modules=[], target_parameters=["lin0.weight"])
-        assert [one.name for one in model.get_layer_status()] == ["model.lin0.weight"]  # PEFT: model.lin0
-
-
-def test_a_status_of_an_injected_model_says_what_it_is():
-    """PEFT's says `"other"`, and no types."""
-    with as_peft():
-        peft = importlib.import_module("peft")
-        status = peft.get_model_status(peft.inject_adapter_in_model(config(peft, "LoraConfig"), seeded(Model)))
-        assert (status.base_model_type, status.peft_types) == ("Model", {"default": "LORA"})
-
-
-def test_what_pefts_refuses_works_here():
-    with as_peft():
-        peft = importlib.import_module("peft")
-        vera = wrapped(peft, "VeraConfig", target_modules=["lin0"])
-        vera.add_adapter("other", config(peft, "VeraConfig", projection_prng_key=1, r=8))
-        parameters = wrapped(peft, target_modules=[], target_parameters=["lin0.weight"])
-        parameters.add_adapter(
-            "other", config(peft, "LoraConfig", target_modules=[], target_parameters=["lin1.weight"])
-        )
-        for model in (vera, parameters):
-            moved(model, "other")
-            model.set_adapter("other")
-            assert not torch.equal(outputs(model), outputs(seeded(Model)))
-        for fields in (
-            {"target_modules": [], "target_parameters": ["0.weight"]},
-            {"target_modules": ["0"], "use_dora": True},
-        ):
-            model = wrapped(peft, model=nn.Sequential(nn.Linear(8, 4)), **fields)
-            rows = model(X, adapter_names=["default", "__base__", "default"])
-            torch.testing.assert_close(rows[::2], outputs(model)[::2])
-            with model.disable_adapter():
-                torch.testing.assert_close(rows[1], outputs(model)[1])
-        grouped = wrapped(peft, "HiraConfig", model=nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"])
-        assert grouped(torch.ones(1, 4, 5, 5)).isfinite().all()
-
-
-def test_adapters_of_parameters_are_summed_where_peft_refuses():
-    with as_peft():
-        peft = importlib.import_module("peft")
-        fields = {"target_modules": [], "target_parameters": ["0.weight"]}
-        model = wrapped(peft, model=nn.Sequential(nn.Linear(8, 4)).double(), **fields)
-        model.add_adapter("other", config(peft, "LoraConfig", **fields))
-        moved(model, "other")
-        model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum", "cat")
-        change = {}
-        for name in ("default", "other", "sum"):
-            model.set_adapter(name)
-            change[name] = outputs(model, X.double()) - outputs(model.get_base_model()[0].get_base_layer(), X.double())
-        torch.testing.assert_close(change["sum"], 0.5 * change["default"] - 2 * change["other"])
-        assert change["other"].abs().max() > 0.1
 
 
 def test_a_config_that_was_changed_since_does_not_change_what_is_plain(tmp_path):
