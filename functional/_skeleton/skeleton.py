@@ -119,7 +119,9 @@ class Skeleton:
 
     def remember(self) -> None:
         """Record the skeleton as it is now: the state that a call begins with."""
-        self.recorded = Recorded(self._copies)
+        places = [place for key in self.written for place in self.places[key]]
+        places += [place for swap in self.swaps for place in swap.places]
+        self.recorded = Recorded(self._copies, [container for container, _ in places])
 
     def end(self, trusted: bool = False) -> list[int] | None:
         """End a call: undo whatever it and the model's forward wrote to the skeleton.
