@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._messages import did_you_mean, given_type
 from ._method import Tree
-from ._versions import dict_version
+from ._versions import count_writes, dict_version
 
 _KNOWN = 64
 """Trees that a form knows again."""
@@ -143,18 +143,18 @@ class TreeForm:
         self._paths, self._counts = list(shapes), list(map(len, nodes))
         self._leaves = list(chain.from_iterable(nodes))
         self._shapes = [shape for node in nodes for shape in node.values()]
-        self._known: dict[int, list[int]] = {}
+        self._known: dict[int, int] = {}
 
     def knows(self, tree: Any) -> bool:
         """Return whether the very same leaves stood in these dicts when `fits` accepted them; shapes may be others."""
-        versions = _versions(tree)
-        return bool(versions) and self._known.get(versions[0]) == versions
+        root, writes = _writes(tree)
+        return bool(root) and self._known.get(root) == writes
 
     def fits(self, tree: Any) -> bool:
         """Return whether `check_tree` accepts a tree; also `False` for one with its keys in another order."""
         if type(tree) is not dict:
             return False
-        versions, nodes = _versions(tree), list(tree.values())
+        (root, writes), nodes = _writes(tree), list(tree.values())
         if (
             list(tree) != self._paths
             or list(map(type, nodes)) != [dict] * len(nodes)
@@ -167,22 +167,25 @@ class TreeForm:
             shapes = list(map(_shape_of, chain.from_iterable(map(dict.values, nodes))))
         except TypeError:  # not all are tensors
             return False
-        if shapes == self._shapes and versions:
+        if shapes == self._shapes and root:
             if len(self._known) >= _KNOWN:
                 self._known.clear()
-            self._known[versions[0]] = versions
+            self._known[root] = writes
         return shapes == self._shapes
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_known": {}}  # another process counts its own writes
 
 
-def _versions(tree: Any) -> list[int]:
-    """Return the numbers of the last writes to a tree's dicts, which no other dicts have, nor these once written to."""
+def _writes(tree: Any) -> tuple[int, int]:
+    """Return the number of the last write to a tree, which no other dict has, and what counts writes to its nodes.
+
+    Where the first is the same, the nodes are the same dicts.
+    """
     try:
-        return [dict_version(tree), *map(dict_version, tree.values())]
+        return dict_version(tree), count_writes(tree.values())
     except RuntimeError:  # not all are dicts
-        return []
+        return 0, 0
 
 
 def check_tree(

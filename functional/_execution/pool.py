@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -69,7 +70,7 @@ class Watch:
     def same(self) -> bool:
         """Return whether nothing has changed."""
         try:
-            known = not any(self._empty) and [type(module()) for module in self._modules] == self._classes
+            known = not any(self._empty) and list(map(type, map(operator.call, self._modules))) == self._classes
             return known and self._contents.same() and self.same_tensors()
         except Exception:  # tensors that were exchanged may refuse to say where they are
             return False

@@ -44,6 +44,8 @@ class Recorded:
     Args:
         objects: Modules, plain containers, functions and other objects; what they refer to is recorded with them only
             if it is among them, is a module's registry or is a function's closure.
+        exchanged: Dicts among these that each call writes to and puts back; they are looked at in any case, and the
+            others where a number says that somebody wrote.
 
     >>> layer, cache = nn.Linear(2, 2), {}
     >>> recorded = Recorded([layer, cache])
@@ -55,7 +57,7 @@ class Recorded:
     (False, 0, {})
     """
 
-    def __init__(self, objects: Iterable[Any]):
+    def __init__(self, objects: Iterable[Any], exchanged: Iterable[Any] = ()):
         self._objects = list(objects)
         containers = list({id(c): c for c in chain.from_iterable(map(_containers, self._objects))}.values())
         self.ids = {id(x) for x in (*self._objects, *containers)}
@@ -63,7 +65,9 @@ class Recorded:
         quiet = {id(vars(x)[name]) for x in self._objects if isinstance(x, nn.Module) for name in _QUIET}
         self._watched = [container for container in self._empty if id(container) not in quiet]
         full = [container for container in containers if container]
-        self._contents = DictContents(container for container in full if isinstance(container, dict))
+        dicts, known = [container for container in full if isinstance(container, dict)], set(map(id, exchanged))
+        self._contents = DictContents(one for one in dicts if id(one) not in known)
+        self._exchanged = DictContents(one for one in dicts if id(one) in known)
         self._lists = [container for container in full if not isinstance(container, dict)]
         self._saved = list(map(_saved, self._lists))
         self._instances = [x for x in self._objects if hasattr(x, "__dict__") and not isinstance(x, types.FunctionType)]
@@ -80,7 +84,7 @@ class Recorded:
         try:
             return (
                 any(self._watched)
-                or not self._contents.same()
+                or not (self._contents.same() and self._exchanged.same())
                 or not all(map(operator.eq, self._lists, self._saved))
                 or list(map(type, self._instances)) != self._classes
                 or any(getattr(x, name, _MISSING) is not value for x, name, value in self._slots)
@@ -127,9 +131,8 @@ class Recorded:
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         """Yield containers that have changed, each with what was in it."""
-        contents = self._contents
-        pairs = chain(zip(contents.dicts, contents.saved, strict=True), zip(self._lists, self._saved, strict=True))
-        for container, saved in pairs:
+        dicts = [zip(contents.dicts, contents.saved, strict=True) for contents in (self._contents, self._exchanged)]
+        for container, saved in chain(*dicts, zip(self._lists, self._saved, strict=True)):
             if not _same(container, saved):
                 yield container, saved
         for container in self._empty:

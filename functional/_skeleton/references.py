@@ -61,7 +61,7 @@ def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str
         code = codes.pop()
         for name in code.co_names:
             value = function.__globals__.get(name)
-            if _modules(value) and _reads(code, name):
+            if value is not None and _modules(value) and _reads(code, name):
                 yield name, value
         codes.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
     if from_class and function.__closure__:

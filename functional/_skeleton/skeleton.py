@@ -119,7 +119,9 @@ class Skeleton:
 
     def remember(self) -> None:
         """Record the skeleton as it is now: the state that a call begins with."""
-        self.recorded = Recorded(self._copies)
+        places = [place for key in self.written for place in self.places[key]]
+        places += [place for swap in self.swaps for place in swap.places]
+        self.recorded = Recorded(self._copies, [container for container, _ in places])
 
     def end(self, trusted: bool = False) -> list[int] | None:
         """End a call: undo whatever it and the model's forward wrote to the skeleton.
@@ -194,7 +196,7 @@ class Skeleton:
     # -- copying ---------------------------------------------------------------------------------------------
 
     def _copy(self, x: Any) -> Any:
-        if type(x) in _ATOMIC or isinstance(x, ATOMIC):
+        if type(x) in _ATOMIC:
             return x
         if id(x) in self._memo:
             return self._memo[id(x)]
@@ -202,14 +204,16 @@ class Skeleton:
             return self._remember(x, self._alias(x))
         if isinstance(x, weakref.ProxyTypes):
             return weakref.proxy(self._copy(_target(x)))
-        if isinstance(x, nn.Module):
+        if isinstance(x, nn.Module):  # most of what there is to copy: asked before the many kinds of the next line
             return self._module(x)
+        if isinstance(x, ATOMIC):
+            return x
         if isinstance(x, _CONTAINERS):
             return self._container(x)
         if isinstance(x, (tuple, frozenset)):
             return self._tuple(x)
         if not self._reach.holds(x):
-            return x
+            return self._remember(x, x)
         if isinstance(x, types.MethodType):
             owner = self._copy(x.__self__)
             name = getattr(x.__func__, "__name__", "")  # a partial has none

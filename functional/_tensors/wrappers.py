@@ -74,7 +74,7 @@ def bare_name(name: str) -> str:
     >>> bare_name("layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
     """
-    if not any(part in name for part in _CHILDREN):
+    if "._" not in name and not name.startswith("_"):  # then no part is one of theirs
         return name
     return ".".join(part for part in name.split(".") if part not in _CHILDREN)
 

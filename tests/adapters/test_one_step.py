@@ -269,3 +269,35 @@ def test_a_pickled_graft_knows_no_tree():
     again = pickle.loads(pickle.dumps(graft))
     assert not any(form.knows(params) for form in again.binding._forms.values())
     torch.testing.assert_close(again(params, x), y, rtol=0, atol=0)
+
+
+def shortened(leaf):
+    leaf.data = leaf.data[:1]  # which torch would repeat
+
+
+def test_leaves_that_torch_would_repeat_are_an_error_in_calls_views_and_in_place():
+    model, x = sequential(), torch.ones(2, 3)
+    graft = bind(model, LoraConfig(**FIELDS))
+    params = graft.init()
+    view, placed = graft.view(params), inject_adapter_in_model(LoraConfig(**FIELDS), copy.deepcopy(model))
+    calls = [lambda: graft(params, x), lambda: view(x), lambda: placed(x)]
+    for call in calls:
+        call()
+    shortened(params["0"]["lora_B"])
+    shortened(placed[0].lora_B["default"].weight)
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\['0'\]\['lora_B'\] has shape \(1, 2\), expected \(4, 2\)"):
+            call()
+
+
+@pytest.mark.parametrize("layout", ["rows", "last of a sequence", "transposed"])
+def test_small_inputs_give_the_bits_of_apply_where_the_output_is_large(layout):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 2**14, bias=False)), torch.randn(1, 5, 3)
+    x = {"rows": x, "last of a sequence": x[:, -1:], "transposed": x.transpose(0, 1)}[layout]
+    graft = bind(model, LoraConfig(**FIELDS))
+    params = graft.init()
+    y = graft(params, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiteRuntime, "decide", lambda runtime: None)
+        assert torch.equal(bind(model, LoraConfig(**FIELDS))(params, x), y)
