@@ -69,6 +69,8 @@ class Bank(Residents):
     >>> report = bank.step({"poems": {"lr": 1e-2}})
     >>> report["poems"].steps, bank.steps("code")
     (1, 0)
+    >>> bank
+    Bank(2 adapters, 4 slots: 'poems', 'code')
     """
 
     def __init__(

@@ -45,6 +45,11 @@ class Residents:
     def __len__(self) -> int:
         return len(self._roster.residents)
 
+    def __repr__(self) -> str:
+        names = [*map(repr, self.names)]
+        shown = ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])]) or "none"
+        return f"{type(self).__name__}({len(names)} adapters, {len(self._slots)} slots: {shown})"
+
     def add(
         self,
         name: str,
