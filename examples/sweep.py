@@ -233,9 +233,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (docs, docs_held_out), code = reference(), source(LEARN)
     rows = spread_rows(source(HOLD_OUT), args.rows)
     facts = {key: getattr(args, key) for key in ("adapters", "steps", "base_steps", "dim", "depth", "rows")}
-    settings = settings_of(args.adapters)
+    settings, texts = settings_of(args.adapters), digest((docs, code, rows))
     grid = hashlib.sha256(repr(settings_of(64)).encode()).hexdigest()[:16]
-    texts = digest((docs, code, rows))
     claim(args.out, "a sweep", {**facts, "texts": texts, "grid": grid, "torch": torch.__version__})
 
     # A model, trained and frozen.
@@ -266,11 +265,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     on_docs = bits_per_character(model, spread_rows(docs_held_out, args.rows))
 
     print(f"\n    {'rank':>6}{'alpha':>7}{'rate':>8}{'seed':>6}{'before':>9}{'after':>8}   held-out bits per character")
-    for place, i in enumerate(ranked, start=1):
-        own = settings[i]
-        print(f"{place:>3}.{own.rank:>6}{own.alpha:>7}{own.rate:>8g}{own.seed:>6}{before:>9.3f}{after[i]:>8.3f}")
-    picture, count = args.out / "sweep.png", len(settings)
-    own = settings[best]
+    for place, (i, one) in enumerate([(i, settings[i]) for i in ranked], start=1):
+        print(f"{place:>3}.{one.rank:>6}{one.alpha:>7}{one.rate:>8g}{one.seed:>6}{before:>9.3f}{after[i]:>8.3f}")
+    picture, count, own = args.out / "sweep.png", len(settings), settings[best]
     title = f"What the best writes: rank {own.rank}, alpha {own.alpha}, rate {own.rate:g}"
     took = f"Training: {seconds:.0f} s at once, {seconds * speedup:.0f} s one by one."
     draw(
