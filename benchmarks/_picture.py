@@ -23,7 +23,9 @@ def colour(name: str) -> str:
     return FLOOR if "base" in name else THEIRS
 
 
-def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str) -> Path:
+def bars(
+    name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str, what: str = "time"
+) -> Path:
     """Draw one panel of bars for each setting into `results/<name>.png`.
 
     Args:
@@ -31,6 +33,7 @@ def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, A
         title: What it shows, in one sentence.
         panels: `{setting: {case: {"ratio", "quartile_1", "quartile_3"}}}`.
         unit: What a ratio of 1 is.
+        what: What the ratios are of.
     """
     rows = [len(cases) for cases in panels.values()]
     figure, axes = plt.subplots(
@@ -51,7 +54,7 @@ def bars(name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[str, A
         axis.set_title(setting, loc="left", fontsize=9.5)
         axis.tick_params(length=0, labelsize=8.5)
         axis.spines[["top", "right", "left"]].set_visible(False)
-    axes[-1, 0].set_xlabel(f"time, as a multiple of {unit}", fontsize=9)
+    axes[-1, 0].set_xlabel(f"{what}, as a multiple of {unit}", fontsize=9)
     _title(figure, title)
     return _save(figure, name)
 

@@ -4,9 +4,10 @@ A Llama with random weights, LoRA of rank 16 on all linear layers, unequally man
 random order, one step of AdamW for each. Peers in the same rounds: the frozen base on the combined batch (the floor), a
 stack of as many adapters with one optimizer (what a bank should not exceed by more than 0.15), PEFT with `set_adapter`
 and an optimizer for each adapter, and PEFT with a single adapter in the model on each one's rows in turn, which is the
-work of one process per adapter on one machine, without what processes cost beside it. Memory is what the allocator
-recorded on top of what was there before a step. A bank's step is compared with one fused AdamW over as many numbers,
-and a curve shows what it costs that more adapters than slots take turns.
+work of one process per adapter on one machine, without what processes cost beside it. Memory is what is held between
+steps, the base and each adapter's parameters, gradients and moments, and on top of it the most that the allocator
+recorded in a step; processes hold a base each, and are taken to step one after the other. A bank's step is compared
+with one fused AdamW over as many numbers, and a curve shows what it costs that more adapters than slots take turns.
 
     python benchmarks/bank.py [--quick]
 """
@@ -34,6 +35,7 @@ from torchgraft.functional import bind, route, stack
 FIELDS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS}
 LENGTH = 32
 BANK, STACK = "torchgraft, bank", "torchgraft, stack"
+FLOOR, TURNS, PROCESSES = "frozen base, combined batch", "PEFT, set_adapter", "PEFT, one process each"
 
 
 class Setting(NamedTuple):
@@ -100,15 +102,33 @@ def stacked(model: nn.Module, rows: Tensor, ids: Tensor, adapters: int) -> Calla
     return run
 
 
-def cases(setting: Setting) -> Cases:
+def cases(setting: Setting) -> tuple[Cases, dict[str, int]]:
+    """Return what to measure, and the bytes that each holds between steps."""
     model, (rows, ids) = llama(setting.hidden, setting.layers), setting.batch()
     parts = [ids[rows == index] for index in range(setting.adapters)]
-    return {
-        "frozen base, combined batch": floor(model, ids, loss_of),
-        BANK: banked(filled(model, setting.adapters, setting.adapters), rows, ids),
+    bank = filled(model, setting.adapters, setting.adapters)
+    runs: Cases = {
+        FLOOR: floor(model, ids, loss_of),
+        BANK: banked(bank, rows, ids),
         STACK: stacked(model, rows, ids, setting.adapters),
-        "PEFT, set_adapter": one_by_one(model, FIELDS, parts, loss_of),
-        "PEFT, one process each": one_by_one(model, FIELDS, parts, loss_of, together=False),
+        TURNS: one_by_one(model, FIELDS, parts, loss_of),
+        PROCESSES: one_by_one(model, FIELDS, parts, loss_of, together=False),
+    }
+    base = sum(parameter.nbytes for parameter in model.parameters())
+    own = 4 * sum(leaf.nbytes for leaves in bank.tensors("0").values() for leaf in leaves.values())
+    held = {FLOOR: base, BANK: base + sum(buffer.nbytes for buffer in bank.state.buffers().values())}
+    held |= dict.fromkeys((STACK, TURNS), base + own * setting.adapters)
+    return runs, held | {PROCESSES: (base + own) * setting.adapters}
+
+
+def memory_of(runs: Cases, held: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Return the bytes that each case holds, the most that a step has on top, and both as a multiple of the floor's."""
+    on_top = {case: peak_bytes(run) for case, run in runs.items()}
+    all_ = {case: held[case] + on_top[case] for case in runs}
+    ratio = {case: all_[case] / all_[FLOOR] for case in runs}
+    return {
+        case: {"held": held[case], "on_top": on_top[case], **dict.fromkeys(("ratio", "quartile_1", "quartile_3"), r)}
+        for case, r in ratio.items()
     }
 
 
@@ -148,7 +168,7 @@ def paging(model: nn.Module, slots: int, adapters: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Measure, print, write `results/bank.json` and draw `results/bank.png` and `results/bank_curve.png`."""
+    """Measure, print, write `results/bank.json` and draw `results/bank.png`, `bank_memory.png` and `bank_curve.png`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds, to see that it runs")
     parser.add_argument("--rounds", type=int, default=11)
@@ -159,11 +179,12 @@ def main() -> None:
     torch.set_num_threads(2)
     found, memory = {}, {}
     for setting in [Setting(3, (1, 2), 64, 2)] if args.quick else SETTINGS:
-        runs, name = cases(setting), str(setting)
+        (runs, held), name = cases(setting), str(setting)
         few = max(1, rounds // 3) if setting.adapters > 64 else rounds
         found[name] = ratios(measure(runs, few, label=name, warmup=1), STACK)
-        memory[name] = {case: peak_bytes(runs[case]) for case in [*runs][:3]}
-        print(f"{name}\n{table(found[name], STACK)}\n  bytes on top: {memory[name]}")
+        memory[name] = memory_of(runs, held)
+        print(f"{name}\n{table(found[name], STACK)}\n  memory, of the floor's:")
+        print("\n".join(f"    {case:30}{one['ratio']:8.2f}" for case, one in memory[name].items()))
     torch.set_num_threads(1)
     runs = optimizer_steps(3, 512) if args.quick else optimizer_steps(64, 100_000)
     steps = ratios(
@@ -184,12 +205,13 @@ def main() -> None:
             "claim": claim,
             "goals": {"bank_to_stack": 1.15, "step_to_fused_adamw": 1.2},
             "ratios_to_stack": found,
-            "peak_bytes_on_top": memory,
+            "bytes": memory,
             "step_ratios_to_one_fused_adamw": steps,
             "seconds_by_adapters": lines,
         },
     )
     bars("bank", "A bank of adapters in mixed batches", found, "a stack's of the same rows")
+    bars("bank_memory", "Memory of adapters in mixed batches", memory, "the frozen base's", "memory at most")
     curves("bank_curve", f"A step on {slots} slots against the number of adapters", lines, "adapters")
 
 

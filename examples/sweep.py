@@ -16,10 +16,9 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import optree
@@ -27,10 +26,11 @@ import torch
 from torch import Tensor
 
 from torchgraft.adapters import LoraConfig, load_adapter, save_adapter
-from torchgraft.functional import Graft, StackedGraft, Tree, bind, clip_by_norm, route, value_and_grad
+from torchgraft.functional import StackedGraft, Tree, bind, clip_by_norm, route, value_and_grad
 
 try:
     from _resume import claim, digest, load, save, trained_base, until_interrupted
+    from _sweep_alone import in_turns, train_alone, warm
     from _sweep_picture import draw
     from _writer import (
         BITS,
@@ -74,11 +74,6 @@ def settings_of(count: int) -> list[Setting]:
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
-
-
-def warm(step: int, steps: int) -> float:
-    """The part of its learning rate that every adapter has in a step: a short rise, then a cosine."""
-    return min(1.0, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def start(graft: StackedGraft, settings: Sequence[Setting], steps: int, measurements: int) -> Tree:
@@ -144,45 +139,20 @@ def adamw(
     return optree.tree_map(new, params, mean, square), mean, square
 
 
-def train_alone(graft: Graft, setting: Setting, text: Tensor, steps: int) -> Iterator[float]:
-    """The same training of one adapter by itself, as it is written without a stack; yields the loss of each step."""
-    choose = torch.Generator().manual_seed(setting.seed)
-    adapter = graft.init(choose)
-    leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves(adapter)]
-    optimizer = torch.optim.AdamW(leaves, weight_decay=0.01)
-    for step in range(steps):
-        rows = draw_rows(text, 1, choose)
-        loss = loss_by_row(graft(adapter, rows[:, :-1]), rows).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
-        optimizer.param_groups[0]["lr"] = setting.rate * warm(step, steps)
-        optimizer.step()
-        yield loss.item()
-
-
 def compare(
     graft: StackedGraft, settings: Sequence[Setting], state: Tree, text: Tensor, rates: Tensor, rounds: int
 ) -> tuple[float, float, float]:
-    """Train some adapters alone, in turns with the whole stack, both from the start.
-
-    Returns:
-        Median seconds of a step of one adapter and of the stack; largest difference of the losses.
-    """
+    """Train four adapters alone, in turns with the whole stack, all from the start; see `in_turns`."""
     steps, count = len(state["losses"]), len(settings)
     sample = sorted({i * (count - 1) // 3 for i in range(4)})
-    singles = {i: train_alone(graft.member(i), settings[i], text, steps) for i in sample}
+    singles = {i: train_alone(graft.member(i), settings[i].rate, settings[i].seed, text, steps) for i in sample}
     again = start(graft, settings, steps, 0)
-    alone, together, difference = [], [], 0.0
-    for turn in tqdm(range(rounds), desc="one by one   ", unit="step"):
-        for i, single in singles.items():
-            began = time.perf_counter()
-            difference = max(difference, abs(next(single) - float(state["losses"][turn, i])))
-            alone.append(time.perf_counter() - began)
-        began = time.perf_counter()
+
+    def advance_all() -> None:
+        nonlocal again
         again = advance(graft, again, text, rates)
-        together.append(time.perf_counter() - began)
-    return median(alone[len(sample) :]), median(together[1:]), difference
+
+    return in_turns(singles, advance_all, state["losses"], rounds)
 
 
 @torch.no_grad()
@@ -194,6 +164,10 @@ def measure(graft: StackedGraft, adapters: Tree, rows: Tensor) -> Tensor:
         batch = few.repeat(count, 1)
         total += loss_by_row(graft(route(adapters), batch[:, :-1]), batch).view(count, -1).sum(1)
     return (total / len(rows) * BITS).nan_to_num(nan=math.inf)  # a number that ranks, where training went astray
+
+
+def written_by(model: Any) -> list[str]:
+    return [write(model, prompt, i) for i, prompt in enumerate(STARTS)]
 
 
 # -- the whole story --------------------------------------------------------------------------------------------------
@@ -259,9 +233,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (docs, docs_held_out), code = reference(), source(LEARN)
     rows = spread_rows(source(HOLD_OUT), args.rows)
     facts = {key: getattr(args, key) for key in ("adapters", "steps", "base_steps", "dim", "depth", "rows")}
-    settings = settings_of(args.adapters)
+    settings, texts = settings_of(args.adapters), digest((docs, code, rows))
     grid = hashlib.sha256(repr(settings_of(64)).encode()).hexdigest()[:16]
-    texts = digest((docs, code, rows))
     claim(args.out, "a sweep", {**facts, "texts": texts, "grid": grid, "torch": torch.__version__})
 
     # A model, trained and frozen.
@@ -292,10 +265,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     on_docs = bits_per_character(model, spread_rows(docs_held_out, args.rows))
 
     print(f"\n    {'rank':>6}{'alpha':>7}{'rate':>8}{'seed':>6}{'before':>9}{'after':>8}   held-out bits per character")
-    for place, i in enumerate(ranked, start=1):
-        own = settings[i]
-        print(f"{place:>3}.{own.rank:>6}{own.alpha:>7}{own.rate:>8g}{own.seed:>6}{before:>9.3f}{after[i]:>8.3f}")
-    picture, count = args.out / "sweep.png", len(settings)
+    for place, (i, one) in enumerate([(i, settings[i]) for i in ranked], start=1):
+        print(f"{place:>3}.{one.rank:>6}{one.alpha:>7}{one.rate:>8g}{one.seed:>6}{before:>9.3f}{after[i]:>8.3f}")
+    picture, count, own = args.out / "sweep.png", len(settings), settings[best]
+    title = f"What the best writes: rank {own.rank}, alpha {own.alpha}, rate {own.rate:g}"
     took = f"Training: {seconds:.0f} s at once, {seconds * speedup:.0f} s one by one."
     draw(
         picture,
@@ -305,13 +278,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         [setting.rate for setting in settings],
         dict(zip(marks, state["curves"], strict=True)),
         after,
-        {
-            "What the base writes": [write(model, prompt, i) for i, prompt in enumerate(STARTS)],
-            f"What the best writes: rank {settings[best].rank}, alpha {settings[best].alpha}, "
-            f"rate {settings[best].rate:g}": [
-                write(lambda x: chosen(loaded, x), prompt, i) for i, prompt in enumerate(STARTS)
-            ],
-        },
+        {"What the base writes": written_by(model), title: written_by(lambda x: chosen(loaded, x))},
         STARTS,
     )
     print(f"\nbase model    {on_docs:.3f} bits per character on held-out topics of the reference, {before:.3f} on code")
@@ -321,19 +288,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"best adapter  {folder}, read back {'equal' if reload_equal else 'DIFFERENT'}")
     print(f"picture       {picture}, after {time.perf_counter() - began:.0f} s in all")
     return {
-        "settings": settings,
-        "before": before,
-        "after": after,
-        "best": best,
-        "folder": folder,
-        "picture": picture,
-        "state": state,
-        "graft": graft,
-        "model": model,
-        "reload_equal": reload_equal,
-        "difference": difference,
+        "settings": settings, "before": before, "after": after, "best": best, "folder": folder, "picture": picture,
+        "state": state, "graft": graft, "model": model, "reload_equal": reload_equal, "difference": difference,
         "speedup": speedup,
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

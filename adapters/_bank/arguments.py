@@ -80,9 +80,10 @@ def token_counts(given: list[Any], packed: int | None, tokens: Any, residents: l
     """Return how many tokens each adapter's losses are sums over; `None` where none are counted."""
     for resident in residents:
         if resident.pending and resident.by_tokens != (tokens is not None):
+            now, before = ("" if tokens is not None else "not "), ("" if resident.by_tokens else "not ")
             raise ValueError(
-                f"rows: tokens are {'' if tokens is not None else 'not '}given, and those of {resident.name!r}'s "
-                f"gradients since its last step were{'' if resident.by_tokens else ' not'}; give them always, or never"
+                f"rows: tokens are {now}given, and were {before}given for the gradients that {resident.name!r} has "
+                "since its last step; give them always, or never"
             )
     if tokens is None:
         return None

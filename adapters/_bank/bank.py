@@ -25,7 +25,7 @@ from .resting import Resting
 from .roster import Roster
 from .slots import Slots
 from .state import accumulate
-from .stepping import take_steps
+from .stepping import Hyper, take_steps
 
 
 class Bank(Residents):
@@ -69,6 +69,8 @@ class Bank(Residents):
     >>> report = bank.step({"poems": {"lr": 1e-2}})
     >>> report["poems"].steps, bank.steps("code")
     (1, 0)
+    >>> bank
+    Bank(2 adapters, 4 slots: 'poems', 'code')
     """
 
     def __init__(
@@ -181,19 +183,17 @@ class Bank(Residents):
         >>> bank.step({"poems": {"lr": 0.1, "max_norm": 1.0}})["poems"].skipped
         'its gradients are not finite'
         """
-        given = hyper_by_name(hyper)
         with self.lock, torch.no_grad():
-            residents = [self._roster.get(name, "step") for name in given]
-            for resident in residents:
+            chosen = self._chosen(hyper)
+            for resident in chosen:
                 check_pending(resident)
-            values = {one.name: checked_hyper(one, given[one.name]) for one in residents}
-            here = [one for one in residents if one.slot is not None]
-            parts = [here, *([one] for one in residents if one.slot is None)]  # who rests may need another one's slot
+            here = [one for one in chosen if one.slot is not None]
+            parts = [here, *([one] for one in chosen if one.slot is None)]  # who rests may need another one's slot
             report: dict[str, Stepped] = {}
             for part in parts:
                 self._roster.bring(part, "step")
-                report |= take_steps(self.state, part, [values[one.name] for one in part])
-            return {name: report[name] for name in given}
+                report |= take_steps(self.state, part, [chosen[one] for one in part])
+            return {one.name: report[one.name] for one in chosen}
 
     def check(self, names: Sequence[Any], compute: Callable[[Batch], Tensor]) -> None:
         """Prove for one batch that no adapter depends on another: each is changed in turn, and the others stay.
@@ -258,6 +258,12 @@ class Bank(Residents):
             losses = loss(adapted, batch)
             losses.sum().backward()
         return losses.detach()
+
+    def _chosen(self, hyper: Mapping[str, Mapping[str, Any] | None] | Sequence[str]) -> dict[Resident, Hyper]:
+        """Return the adapters to step, and the hyper-parameters of each."""
+        given = hyper_by_name(hyper)
+        residents = [self._roster.get(name, "step") for name in given]
+        return {resident: checked_hyper(resident, given[resident.name]) for resident in residents}
 
     def _leave(self, residents: list[Resident], gradients: Tree | None, counts: list[float] | None) -> None:
         """End a batch: count its gradients, and let go of its adapters."""

@@ -15,7 +15,6 @@ from torchgraft.functional import Graft
 from torchgraft.functional.extending import Tree, is_sharded
 
 from .._config.base import AdapterConfig
-from .arguments import checked_hyper, hyper_by_name
 from .bank import Bank
 from .checkpoint import generator_of, new_directory, read_checkpoint, tensors_of, write_checkpoint
 from .collected import Collected, check_pending_anywhere, collected_of, totals_of
@@ -23,6 +22,7 @@ from .optimizers import RowOptimizer
 from .ranks import Ranks
 from .record import facts_of
 from .resident import Resident, Stepped, generator_of_rank
+from .stepping import Hyper, take_steps
 
 
 class ReplicatedBank(Bank):
@@ -132,27 +132,26 @@ class ReplicatedBank(Bank):
             RuntimeError: An adapter without gradients on any rank; it failed on another rank.
             ValueError: As `Bank.step` does; ranks name different adapters or hyper-parameters, or some count tokens.
         """
-        given: dict[str, Mapping[str, Any]] = {}
-        residents: list[Resident] = []
+        chosen: dict[Resident, Hyper] = {}
         start, size = 0, len(self._slots)
 
         def attempt() -> tuple[dict[str, Any], list[Collected]]:
-            given.update(hyper_by_name(hyper))
-            residents[:] = [self._roster.get(name, "step") for name in given]
-            values = {f"hyper-parameters of {r.name!r}": checked_hyper(r, given[r.name]) for r in residents}
-            self._roster.bring(residents[start : start + size], "step")
-            facts = {"adapters": [*given], **values, "steps": [r.steps for r in residents]}
-            return facts, collected_of(residents, self.state)
+            chosen.update(self._chosen(hyper))
+            self._roster.bring([*chosen][start : start + size], "step")
+            values = {f"hyper-parameters of {one.name!r}": own for one, own in chosen.items()}
+            facts = {"adapters": [one.name for one in chosen], **values, "steps": [one.steps for one in chosen]}
+            return facts, collected_of([*chosen], self.state)
 
         with self.lock, torch.no_grad():
             report: dict[str, Stepped] = {}
-            while not start or start < len(residents):
+            while not start or start < len(chosen):
                 collected = self._ranks.agree("step", attempt)
+                residents = [*chosen]
                 totals = totals_of(residents, collected, "step")[start:]
                 check_pending_anywhere(residents[start:], totals)
                 part = residents[start : start + size]
                 self._add_up(part, totals[:size], [True] * len(part))
-                report |= super().step({resident.name: given[resident.name] for resident in part})
+                report |= take_steps(self.state, part, [chosen[one] for one in part])
                 start += size
             return report
 
@@ -243,10 +242,7 @@ class ReplicatedBank(Bank):
             facts = {}
             for resident, numbers, generators in read_checkpoint(Path(path), self._slots, self._optimizer, optimizer):
                 self._roster.check_new(resident.name, "load_checkpoint")
-                self._roster.free_slots(1, [], "load_checkpoint")
-                self._slots.make_room(resident.optimizer)
-                self._slots.put(resident, numbers)
-                self._roster.keep(resident)
+                self._roster.enter(resident, None, numbers, "load_checkpoint")
                 facts[f"the files of {resident.name!r}"] = self._slots.digest(resident)
                 self._arrive(resident, generators)
             return {"adapters": [*facts], **facts}, [*self._roster.residents][-len(facts) :] if facts else []

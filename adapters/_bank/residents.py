@@ -45,6 +45,11 @@ class Residents:
     def __len__(self) -> int:
         return len(self._roster.residents)
 
+    def __repr__(self) -> str:
+        names = [*map(repr, self.names)]
+        shown = ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])]) or "none"
+        return f"{type(self).__name__}({len(names)} adapters, {len(self._slots)} slots: {shown})"
+
     def add(
         self,
         name: str,
@@ -89,10 +94,7 @@ class Residents:
                 params = kind.graft.init(generator, dtype=self.state.parameters.dtype, device=self._slots.device)
             kind.check(params)
             resident.generator = own_generator(generator, self._slots.device)
-            self._roster.free_slots(1, [], "add")
-            self._slots.make_room(resident.optimizer)
-            self._slots.begin(resident, params)
-            self._roster.keep(resident)
+            self._roster.enter(resident, params, {}, "add")
 
     def remove(self, name: str) -> None:
         """Remove an adapter; its slot is free again, and nothing else changes.
@@ -151,11 +153,7 @@ class Residents:
         with self.lock:
             self._roster.check_new(name, "load")
             resident, params, numbers = load_resident(path, name, self._slots, self._optimizer, optimizer)
-            self._roster.free_slots(1, [], "load")
-            self._slots.make_room(resident.optimizer)
-            self._slots.begin(resident, params)
-            self._slots.write(resident, numbers)
-            self._roster.keep(resident)
+            self._roster.enter(resident, params, numbers, "load")
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Bring adapters that rest into slots, ahead of the batch that needs them; another thread may do it.

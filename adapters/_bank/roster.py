@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from torchgraft.functional.extending import did_you_mean
+from torchgraft.functional.extending import Tree, did_you_mean
 
 from .resident import Resident
 from .resting import Resting
-from .slots import Slots
+from .slots import Numbers, Slots
 
 
 class Roster:
@@ -56,8 +56,25 @@ class Roster:
         if name in self.residents:
             raise ValueError(f"{what}: the name {name!r} is taken; remove that adapter first, or choose another name")
 
-    def keep(self, resident: Resident) -> None:
-        """Take in an adapter that has its slot."""
+    def enter(self, resident: Resident, params: Tree | None, numbers: Numbers, what: str) -> None:
+        """Take in a new adapter, into a free slot.
+
+        Args:
+            resident: The adapter, without a slot.
+            params: Its parameters; `None` where they are among the numbers.
+            numbers: What else is known of its numbers; all others begin as fresh ones.
+            what: The call that it comes by, for errors.
+
+        Raises:
+            RuntimeError: No slot is free, and none can be made free.
+        """
+        self.free_slots(1, [], what)
+        self._slots.make_room(resident.optimizer)
+        if params is None:
+            self._slots.put(resident, numbers)
+        else:
+            self._slots.begin(resident, params)
+            self._slots.write(resident, numbers)
         resident.used = next(self._clock)
         self.residents[resident.name] = resident
 

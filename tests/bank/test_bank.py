@@ -1,5 +1,6 @@
 """A bank in use: kinds of adapters, many of them, threads, and what joins adapters."""
 
+import gc
 import random
 import threading
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_adapters_of_several_ranks_are_cut_to_the_largest_that_is_there() -> Non
 
 
 @pytest.mark.slow
-def test_compiled_calls_meet_other_mixes_adapters_and_batch_sizes_without_compiling_anew() -> None:
+def test_compiled_calls_meet_other_mixes_adapters_and_batch_sizes_without_compiling_anew(tmp_path: Path) -> None:
     bank = Bank(bind(model(), lora(8)), slots=8)
     compiled = CompileCounter()
     f = torch.compile(lambda adapted, x: adapted(x), backend=compiled, fullgraph=True)
@@ -53,6 +54,9 @@ def test_compiled_calls_meet_other_mixes_adapters_and_batch_sizes_without_compil
         compare(batch, several)
         bank.remove(bank.names[0])  # and other adapters, of other ranks and sites
         bank.add(f"new {i}", lora(draw.randint(3, 4), draw.randint(0, 2)))
+        bank.save(bank.names[0], tmp_path)
+        bank.remove(bank.names[0])
+        bank.load(tmp_path, f"loaded {i}")
         assert compiled.frame_count == 1, batch
     for name in bank.names:
         bank.remove(name)
@@ -131,7 +135,7 @@ def test_comings_and_goings_leave_nothing_behind() -> None:
     pointers = {name: buffer.data_ptr() for name, buffer in bank.state.buffers().items()}
     trees = {(r, t): bind(bank.graft.model, lora(r, t)).init() for r in range(1, 5) for t in range(3)}
     bank.add("always", lora(2))
-    sizes = []
+    sizes, objects = [], []
     for i in range(10_000):
         r, t = 1 + i % 4, i % 3
         bank.add(f"{i}", lora(r, t), params=trees[r, t])
@@ -140,8 +144,11 @@ def test_comings_and_goings_leave_nothing_behind() -> None:
                 adapted(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
             bank.step([f"{i}"])
             sizes.append((len(bank._slots.kinds._known), len(bank._slots.free), len(bank.state.moments), len(bank)))
+            gc.collect()
+            objects.append(len(gc.get_objects()))
         bank.remove(f"{i}")
     assert len({*sizes}) == 1
+    assert max(objects[1:]) - min(objects[1:]) < 100, "adapters that are gone leave objects behind"
     assert pointers == {name: buffer.data_ptr() for name, buffer in bank.state.buffers().items()}
 
 
