@@ -22,7 +22,6 @@ _NAMES = {
 }
 _VARIANTS = {
     "Arrow": "ArrowConfig create_arrow_model",
-    "BD-LoRA": "BdLoraConfig",
     "KaSA": "KasaConfig",
     "MonteCLoRA": "MontecloraConfig",
     "VeLoRA": "VeloraConfig",
