@@ -117,6 +117,7 @@ from ._methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from ._methods.loha import LoHaConfig as LoHaConfig
 from ._methods.lokr import LoKrConfig as LoKrConfig
 from ._methods.lora.activated import activated_positions as activated_positions
+from ._methods.lora.blocks import BdLoraConfig as BdLoraConfig
 from ._methods.lora.lora import LoraConfig as LoraConfig
 from ._methods.lora.to_plain import to_plain as to_plain
 from ._methods.lora_xs import LoraXSConfig as LoraXSConfig

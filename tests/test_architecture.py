@@ -45,7 +45,7 @@ ORDER = {
         _methods/shared: called embedding_grad fused low_rank padded principal projections remade rotated scalings
             siteless lycoris sparse spectra wavelets
         _methods: *
-        _methods/lora: activated constants bases dora fields parameters forward leaves lora to_plain
+        _methods/lora: activated blocks constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
         _methods/adamss: adamss budget
         _inplace: bound_states root switched placed

@@ -133,6 +133,11 @@ def _check_plain(config: AdapterConfig, what: str) -> None:
             f"{what} has use_dora, whose magnitudes rescale the base's own weight, so that such adapters do not add up "
             "factor by factor; make it a plain LoRA first: to_lora(graft, params, rank=...)"
         )
+    if config.use_bdlora is not None:
+        raise UnsupportedConfig(
+            f"{what} has use_bdlora, so its tree has blocks of its matrices; make it plain first: config, params = "
+            "to_plain(graft, params)"
+        )
     kind = kind_of(config.init_lora_weights)
     if kind in (*REMOVING, "mica"):
         raise UnsupportedConfig(

@@ -104,6 +104,7 @@ def _adapter(model: nn.Module, name: str) -> Adapter:
     """Return an injected adapter as data, made plain where its tree alone does not say what it adds."""
     params = inplace.extract_params(model, name)
     configs: Any = inplace.unwrap(model).peft_config
-    if kind_of(getattr(configs[name], "init_lora_weights", True)) in (*REMOVING, "mica"):
+    blocks = getattr(configs[name], "use_bdlora", None) is not None
+    if blocks or kind_of(getattr(configs[name], "init_lora_weights", True)) in (*REMOVING, "mica"):
         return to_plain(inplace.extract_graft(model, name), params)
     return inplace.extract_config(model, name), params

@@ -57,7 +57,9 @@ def parts_of(adapter: SiteAdapter, leaves: Leaves, leaf: str, count: int) -> Ite
     site, config = adapter.site, adapter.config
     cut = {"linear": _outputs, "embedding": _inputs, "experts": _experts}.get(site.kind)
     dora = getattr(config, "use_dora", False)
-    fits = isinstance(config, LoraConfig) and not (site.kind == "linear" and site.transposed)
+    fits = (
+        isinstance(config, LoraConfig) and config.use_bdlora is None and not (site.kind == "linear" and site.transposed)
+    )
     if count < 2 or cut is None or not fits or leaf not in site.weight_names or (dora and site.kind == "embedding"):
         yield Part(site, leaves, {})
         return

@@ -20,7 +20,6 @@ _NAMES = {
 }
 _VARIANTS = {
     "Arrow": "ArrowConfig create_arrow_model",
-    "BD-LoRA": "BdLoraConfig",
     "KaSA": "KasaConfig",
     "MonteCLoRA": "MontecloraConfig",
     "VeLoRA": "VeloraConfig",

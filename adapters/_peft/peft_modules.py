@@ -16,6 +16,7 @@ from .._config.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .._config.peft_type import PeftType, TaskType
 from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
+from .._methods.lora.blocks import BdLoraConfig
 from .._methods.lora.lora import LoraConfig
 from . import conversion, eva, helpers, hotswap, lookups, optimizers, packages, precision, preprocess
 from .absent import Absent, absent_names
@@ -60,7 +61,12 @@ _TUNERS: dict[str, dict[str, Any]] = {
 }
 _LAYER_MODULES = {f"peft.tuners.{name.lower()}.layer": classes for name, classes in _LAYERS.items()}
 _LORA = _TUNERS["peft.tuners.lora"]
-_STARTS = {"EvaConfig": EvaConfig, "LoftQConfig": LoftQConfig, "LoraGAConfig": LoraGAConfig}
+_STARTS = {
+    "BdLoraConfig": BdLoraConfig,
+    "EvaConfig": EvaConfig,
+    "LoftQConfig": LoftQConfig,
+    "LoraGAConfig": LoraGAConfig,
+}
 _TASKS: list[type] = [PeftModel, *PeftModel.of_task.values()]
 _MODELS = {cls.__name__: cls for cls in _TASKS}
 _TUNER_MODELS: dict[str, type] = {tuner_class(cls).__name__: tuner_class(cls) for cls in _METHODS.values()}

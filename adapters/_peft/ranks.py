@@ -88,10 +88,10 @@ def check_growth(name: str, at: Mapping[str, Any], ranks: Mapping[str, int], mos
             raise ValueError(
                 f"{path}: rank {rank} is no multiple of the {site.groups} groups of the convolution; give one that is"
             )
-        if rank != r and (site.kind not in _GROWING or isinstance(entry, TiedAdapter)):
-            what = (
-                "is tied to another module's" if isinstance(entry, TiedAdapter) else f"is on a site of kind {site.kind}"
-            )
+        what = f"is on a site of kind {site.kind}" if site.kind not in _GROWING else ""
+        what = "has matrices of blocks" if site.constants.blocks is not None else what
+        what = "is tied to another module's" if isinstance(entry, TiedAdapter) else what
+        if rank != r and what:
             raise ValueError(
                 f"{path}: adapter {name!r} {what} and has rank {r}, which cannot become {rank}; give all adapters the "
                 "same rank there"

@@ -137,6 +137,13 @@ def lora(config, where, leaves, weight, bias):
     return weight + scaling(config) * product(leaves, weight), bias
 
 
+def bdlora(config, where, leaves, weight, bias):
+    """LoRA whose `A`, or `B`, has blocks along its diagonal, and zeros elsewhere."""
+    name = "lora_A" if where.path == "first" else "lora_B"
+    whole = torch.block_diag(*leaves[name].chunk(2))
+    return lora(config, where, {**leaves, name: whole}, weight, bias)
+
+
 def pissa(config, where, leaves, weight, bias):
     """LoRA, on a base without the first `r` of its singular triplets: Meng et al., 2024."""
     if config.init_lora_weights == "pissa":
@@ -512,6 +519,7 @@ def glora(config, where, leaves, weight, bias):
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 BOTH = {"target_modules": ["first", "second"]}
+BLOCKS = {"target_modules_bd_a": ["first"], "target_modules_bd_b": ["second"], "nblocks": 2}
 OF_LORA = (
     ({"r": 0}, "LoraConfig: r is 0 at first, expected a positive integer"),
     ({"lora_dropout": 1.5}, "LoraConfig: lora_dropout is 1.5, expected 0 <= p < 1"),
@@ -1236,6 +1244,39 @@ METHODS = {
         {"bias": "all"},
         (),
         exempt=OF_SPECTRA,
+    ),
+    "bdlora": Row(
+        LoraConfig(r=4, use_bdlora=BLOCKS, **BOTH),
+        bdlora,
+        LoraConfig(r=4, use_bdlora=BLOCKS, lora_alpha=3, use_rslora=True, init_lora_weights=False, **BOTH),
+        {"r": 2},
+        (
+            ({"use_bdlora": {"nblocks": 0}}, "BdLoraConfig: nblocks is 0, expected a positive integer"),
+            ({"use_bdlora": {"blocks": 2}}, "use_bdlora is {'blocks': 2}, expected a BdLoraConfig, or a dict with"),
+            ({"use_bdlora": {"target_modules_bd_a": "first"}}, "target_modules_bd_a is 'first', expected a list of"),
+            ({"use_bdlora": {**BLOCKS, "target_modules_bd_b": ["first"]}}, "['first'] are in target_modules_bd_a and"),
+            ({"use_bdlora": {**BLOCKS, "target_modules_bd_b": []}}, "has second neither in target_modules_bd_a nor in"),
+            (
+                {"use_bdlora": {**BLOCKS, "target_modules_bd_b": ["sec", "ir"]}},
+                "has first in target_modules_bd_a and in",
+            ),
+            ({"r": 3}, "use_bdlora has nblocks 2, which does not divide r, 3, at first"),
+            (
+                {"use_dora": True},
+                "use_bdlora is given with init_lora_weights True, use_dora True, lora_bias False; exp",
+            ),
+            ({"init_lora_weights": "pissa"}, "use_bdlora is given with init_lora_weights 'pissa', use_dora False"),
+        ),
+        peft={"use_bdlora": BLOCKS},
+        sites=frozenset({"linear"}),
+        exempt=(
+            Exempt(
+                NOT_IN_PEFTS,
+                "PEFT's BD-LoRA does not know Conv1D",
+                frozenset({"linear (Conv1D)"}),
+                AttributeError,
+            ),
+        ),
     ),
     "vera": Row(
         VeraConfig(r=3, **BOTH),

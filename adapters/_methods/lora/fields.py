@@ -11,6 +11,7 @@ from torchgraft.functional import UnsupportedConfig
 from ..._calibration.initial.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..._config.messages import require
 from ..._config.replication import ReplicationFields
+from .blocks import BdLoraConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,7 +38,7 @@ class LoraFields(ReplicationFields):
     monteclora_config: dict[str, Any] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
 

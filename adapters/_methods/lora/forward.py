@@ -27,6 +27,7 @@ from ..shared.low_rank import (
 )
 from . import dora
 from .bases import BaseMinusInitial, base_of
+from .blocks import of_leaves
 from .parameters import factors_of_parameter
 
 if TYPE_CHECKING:
@@ -79,7 +80,13 @@ def decide(config: LoraConfig, site: Site) -> Step | None:
     constants = site.constants
     fixed = (constants.initial_A, constants.initial_B, constants.rounding, constants.lora_B)
     scaling = constants.scaling
-    if config.use_dora or config.lora_bias or type(scaling) is not float or any(one is not None for one in fixed):
+    if (
+        config.use_dora
+        or config.lora_bias
+        or constants.blocks
+        or type(scaling) is not float
+        or any(one is not None for one in fixed)
+    ):
         return None
     return _step(scaling, config.lora_dropout, (constants.r, site.in_features), (site.out_features, constants.r))
 
@@ -212,6 +219,8 @@ def own_factors(site: Site, leaves: Mapping[str, Any]) -> tuple[Any, Any]:
     a, b = leaves[a_name], leaves[b_name] if b_name in leaves else _of_all(site, b_name)
     if isinstance(a, Called) or isinstance(b, Called):
         return a, b
+    if site.constants.blocks is not None:
+        a, b = of_leaves(a, b, site.constants.blocks)
     return a, b.expand(*a.shape[: a.ndim - b.ndim], *b.shape) if b.ndim < a.ndim else b
 
 

@@ -36,9 +36,10 @@ def shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
 def _drawn_shapes(config: LoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
     r = site.constants.r * max(site.experts, 1)
     a, b = names(site)
+    of_a, of_b, _ = site.constants.blocks or (1, 1, r)
     found: dict[str, tuple[int, ...]] = {
-        a: (r, site.in_features, *site.kernel_size),
-        b: (site.out_features, r // site.groups, *(1 for _ in site.kernel_size)),
+        a: (r, site.in_features // of_a, *site.kernel_size),
+        b: (site.out_features, r // site.groups // of_b, *(1 for _ in site.kernel_size)),
     }
     if config.lora_bias:
         found[BIAS] = (site.out_features,)
@@ -63,7 +64,7 @@ def init(
     started = {}
     warn_of_plain(config, sites)
     for site in sites:
-        drawn, special = _drawn(config, site, generator), factors(config, site, generator, weights)
+        drawn, special = _with_blocks(config, site, generator), factors(config, site, generator, weights)
         leaves = drawn if special is None else dict(zip(names(site), special, strict=True))
         if config.use_dora:
             leaves[dora.MAGNITUDE] = _magnitude(config, site, leaves, weights(site.path))
@@ -76,6 +77,20 @@ def _magnitude(config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight
     leaves = {leaf: tensor.to(weight.device) for leaf, tensor in leaves.items()}
     weight = weight + site.constants.rounding if site.constants.rounding is not None else weight
     return dora.initial(site, *forward.factors(site, leaves), weight)
+
+
+def _with_blocks(config: LoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """Return plain parameters; blocks, which are drawn after whole matrices, in the place of one of these."""
+    blocks = site.constants.blocks
+    if blocks is None:
+        return _drawn(config, site, generator)
+    whole = dataclasses.replace(site, constants=dataclasses.replace(site.constants, blocks=None))
+    leaves, shape = _drawn(config, whole, generator), _drawn_shapes(config, site)
+    if blocks[0] > 1:
+        leaves["lora_A"] = nn.init.kaiming_uniform_(leaves["lora_A"].new_empty(shape["lora_A"]), generator=generator)
+    else:
+        leaves["lora_B"] = leaves["lora_B"].new_zeros(shape["lora_B"])
+    return leaves
 
 
 def _drawn(config: LoraConfig, site: Site, generator: torch.Generator | None) -> dict[str, Tensor]:

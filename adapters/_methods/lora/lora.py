@@ -51,6 +51,7 @@ from ..shared.scalings import (
     written,
 )
 from . import dora, forward
+from .blocks import BdLoraConfig, BlockDiagonalLinear, blocks_of
 from .constants import LoraConstants
 from .fields import LoraFields
 from .forward import BIAS
@@ -83,6 +84,7 @@ class LoraConfig(LoraFields):
         alpha_pattern: The same for `lora_alpha`.
         target_parameters: Parameters to adapt, such as the stacked weights of experts, `"mlp.experts.down_proj"`: whole
             names, or ends of names after a dot. Together with `target_modules`, or alone.
+        use_bdlora: Give an `A` or a `B` of blocks to linear layers, by parts of their names; a dict will do.
         use_dora: Learn the magnitude of each output apart from the direction of its weights.
         lora_bias: Give `B` a bias; embeddings cannot have it, and modules without a bias have no merged form then.
         loftq_config, eva_config, corda_config, lora_ga_config: More about the initialisation of that name; a dict will
@@ -103,7 +105,9 @@ class LoraConfig(LoraFields):
     statistics: Statistics | None = dataclasses.field(default=None, repr=False)
 
     method: ClassVar[Method]
-    acted_on: ClassVar[frozenset[str]] = frozenset({"use_dora", "lora_bias", "target_parameters", *CONFIGS})
+    acted_on: ClassVar[frozenset[str]] = frozenset(
+        {"use_bdlora", "use_dora", "lora_bias", "target_parameters", *CONFIGS}
+    )
     in_memory: ClassVar[frozenset[str]] = frozenset({"statistics"})
     site_fields: ClassVar[frozenset[str]] = LoraFields.site_fields | {"target_parameters"}
 
@@ -125,6 +129,12 @@ class LoraConfig(LoraFields):
                 self,
                 f"lora_bias is True and init_lora_weights {self.init_lora_weights!r}, expected True or False with it",
             )
+        if self.use_bdlora is not None:
+            self.use_bdlora = made(BdLoraConfig, self.use_bdlora, "use_bdlora")
+            plain = kind is None and not (self.use_dora or self.lora_bias)
+            what = f"init_lora_weights {self.init_lora_weights!r}, use_dora {self.use_dora}, lora_bias {self.lora_bias}"
+            words = f"use_bdlora is given with {what}; expected True, False or 'gaussian', and neither of the others"
+            require(plain, self, words, UnsupportedConfig)
         _fill_in(self, kind)
 
     def recall(self, other: AdapterConfig) -> Self:
@@ -175,7 +185,8 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
         r, alpha = rank_at(config, site), alpha_at(config, site)
         _check_site(config, site, r)
         scaling = scaling_of(config, r, alpha)
-        planned[site.path] = LoraConstants(r, alpha, scaling, **constants(config, site, r, scaling, weights))
+        special, blocks = constants(config, site, r, scaling, weights), blocks_of(config, site, r)
+        planned[site.path] = LoraConstants(r, alpha, scaling, **special, blocks=blocks)
     return planned
 
 
@@ -242,6 +253,10 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
     r = site.constants.r * max(site.experts, 1)
     if leaf == dora.MAGNITUDE:
         return dora.Magnitude(site)
+    of_a, of_b, _ = site.constants.blocks or (1, 1, r)
+    if (blocks := of_a if leaf == "lora_A" else of_b) > 1:
+        sizes = (site.in_features, r) if leaf == "lora_A" else (r, site.out_features)
+        return BlockDiagonalLinear(*sizes, blocks)
     how: dict[str, Any] = {"bias": config.lora_bias and leaf == "lora_B", "device": "meta"}
     if site.geometry is None:
         return nn.Linear(site.in_features, r, **how) if leaf == "lora_A" else nn.Linear(r, site.out_features, **how)
@@ -274,7 +289,7 @@ LoraConfig.form = PeftFormat(
     infer=_infer,
     express=of_patterns,
     fixed=fixed_leaves,
-    reads=("use_dora", "lora_bias"),
+    reads=("use_dora", "lora_bias", "use_bdlora"),
     starts={"lora_A": "initial_A", "lora_B": "initial_B"},
     values={
         "lora_alpha": Value(alpha_at),

@@ -23,6 +23,7 @@ from ..._calibration.initial import FROM_DATA, REMOVING, kind_of
 from ..._calibration.initial.configs import PLAIN
 from ..._config.base import AdapterConfig
 from ..shared.scalings import check_raw, expressed
+from .blocks import of_leaves
 from .forward import names
 from .lora import LoraConfig
 
@@ -31,6 +32,8 @@ C = TypeVar("C", bound=AdapterConfig)
 
 def to_plain(graft: Graft, params: Tree, adapter_name: str = "default") -> tuple[LoraConfig, Tree]:
     """Return a plain LoRA that computes what one that started as PiSSA, OLoRA, CorDA, LoRA-GA, MiCA or EVA computes.
+
+    Of BD-LoRA, whose matrices have blocks, it has the whole matrices.
 
     For those that take their initial product out of the base, it has twice the rank; the scaling factors stay.
 
@@ -93,6 +96,8 @@ def _joined(site: Site, leaves: Mapping[str, Tensor], removing: bool) -> dict[st
     a_name, b_name = names(site)
     a = leaves[a_name]
     b = leaves[b_name] if b_name in leaves else getattr(site.constants, b_name).to(a)
+    if site.constants.blocks is not None:
+        a, b = of_leaves(a, b, site.constants.blocks)
     if removing:
         a0, b0 = (
             like.new_zeros(()) if start is None else start
@@ -104,7 +109,7 @@ def _joined(site: Site, leaves: Mapping[str, Tensor], removing: bool) -> dict[st
 
 
 def _config(config: LoraConfig, removing: bool) -> LoraConfig:
-    fields: dict[str, Any] = dict(PLAIN)
+    fields: dict[str, Any] = {**PLAIN, "use_bdlora": None}
     if removing:
         factor = math.sqrt(2) if config.use_rslora else 2
         fields |= {
