@@ -133,6 +133,11 @@ def _check_plain(config: AdapterConfig, what: str) -> None:
             f"{what} has use_dora, whose magnitudes rescale the base's own weight, so that such adapters do not add up "
             "factor by factor; make it a plain LoRA first: to_lora(graft, params, rank=...)"
         )
+    if config.alora_invocation_tokens is not None:
+        raise UnsupportedConfig(
+            f"{what} has alora_invocation_tokens, from which on alone it adapts a prompt, so that nothing stands for "
+            "several; set it to None in the config to have the products as those of a LoRA"
+        )
     kind = kind_of(config.init_lora_weights)
     if kind in (*REMOVING, "mica"):
         raise UnsupportedConfig(

@@ -159,8 +159,8 @@ def split_tasks(config: PolyConfig, params: Tree) -> tuple[PolyConfig, Tree]:
         given = tuple(leaves[LOGITS].shape) if LOGITS in leaves else (config.n_tasks,)
         if given[:1] != (config.n_tasks,) or len(given) > 2:
             raise ValueError(
-                f"{path}: {LOGITS} has shape {given}, expected ({config.n_tasks}, n_splits*n_skills), a row for each of "
-                f"the config's {config.n_tasks} tasks"
+                f"{path}: {LOGITS} has shape {given}, expected ({config.n_tasks}, n_splits*n_skills), a row for each "
+                f"of the config's {config.n_tasks} tasks"
             )
     count = config.n_tasks
     expanded = {

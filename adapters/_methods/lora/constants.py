@@ -22,6 +22,7 @@ class LoraConstants(Constants):
         rounding: What quantising changes of the weight, for LoftQ.
         lora_B: A `B` that is not trained.
         lora_embedding_B: That of an embedding.
+        activated: Whether tokens before an invocation stay as the base has them, so that calls say which these are.
         gains: DoRA's gain of each output, in a view that is said to be constant.
     """
 
@@ -33,4 +34,5 @@ class LoraConstants(Constants):
     rounding: Varying[Tensor | None] = None
     lora_B: Varying[Tensor | None] = None
     lora_embedding_B: Varying[Tensor | None] = None
+    activated: bool = False
     gains: Tensor | None = None

@@ -63,6 +63,4 @@ class LoraFields(ReplicationFields):
             default = {} if field.default is dataclasses.MISSING else field.default
             value = getattr(self, field.name)
             what = f"{field.name} is {value!r}, which is not supported here; leave it at {default!r}"
-            if field.name == "alora_invocation_tokens":
-                what += "; and route calls by the rows that activated_positions(input_ids, invocation_tokens) returns"
             require(value == default, self, what, UnsupportedConfig)

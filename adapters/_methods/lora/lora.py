@@ -50,6 +50,7 @@ from ..shared.scalings import (
     written,
 )
 from . import dora, forward
+from .activated import check_activated
 from .constants import LoraConstants
 from .fields import LoraFields
 from .forward import BIAS
@@ -83,6 +84,8 @@ class LoraConfig(LoraFields):
         target_parameters: Parameters to adapt, such as the stacked weights of experts, `"mlp.experts.down_proj"`: whole
             names, or ends of names after a dot. Together with `target_modules`, or alone.
         use_dora: Learn the magnitude of each output apart from the direction of its weights.
+        alora_invocation_tokens: For an activated LoRA, the tokens from which on it adapts a prompt: calls are routed by
+            the rows that `activated_positions` finds, and others are errors. Linear layers alone; never merged.
         lora_bias: Give `B` a bias; embeddings cannot have it, and modules without a bias have no merged form then.
         loftq_config, eva_config, corda_config, lora_ga_config: More about the initialisation of that name; a dict will
             do.
@@ -102,7 +105,9 @@ class LoraConfig(LoraFields):
     statistics: Statistics | None = dataclasses.field(default=None, repr=False)
 
     method: ClassVar[Method]
-    acted_on: ClassVar[frozenset[str]] = frozenset({"use_dora", "lora_bias", "target_parameters", *CONFIGS})
+    acted_on: ClassVar[frozenset[str]] = frozenset(
+        {"alora_invocation_tokens", "use_dora", "lora_bias", "target_parameters", *CONFIGS}
+    )
     in_memory: ClassVar[frozenset[str]] = frozenset({"statistics"})
     site_fields: ClassVar[frozenset[str]] = LoraFields.site_fields | {"target_parameters"}
 
@@ -124,6 +129,7 @@ class LoraConfig(LoraFields):
                 self,
                 f"lora_bias is True and init_lora_weights {self.init_lora_weights!r}, expected True or False with it",
             )
+        check_activated(self)
         _fill_in(self, kind)
 
     def recall(self, other: AdapterConfig) -> Self:
@@ -174,13 +180,22 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
         r, alpha = rank_at(config, site), alpha_at(config, site)
         _check_site(config, site, r)
         scaling = scaling_of(config, r, alpha)
-        planned[site.path] = LoraConstants(r, alpha, scaling, **constants(config, site, r, scaling, weights))
+        fixed = constants(config, site, r, scaling, weights)
+        activated = config.alora_invocation_tokens is not None
+        planned[site.path] = LoraConstants(r, alpha, scaling, activated=activated, **fixed)
     return planned
 
 
 def _check_site(config: LoraConfig, site: Site, r: int) -> None:
     """Refuse what a site cannot have."""
     require(isinstance(r, int) and r > 0, config, f"r is {r!r} at {site.path}, expected a positive integer")
+    require(
+        config.alora_invocation_tokens is None or site.kind == "linear",
+        config,
+        f"alora_invocation_tokens is {config.alora_invocation_tokens!r} and {site.path} is of the kind {site.kind!r}; "
+        "an activated LoRA is for linear layers, leave it out of target_modules",
+        UnsupportedConfig,
+    )
     require(
         r % site.groups == 0,
         config,
@@ -222,6 +237,7 @@ LoraConfig.method = Method(
     routed=forward.routed,
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "statistics", *CONFIGS}
+        | {"alora_invocation_tokens"}
     ),
     abilities=(
         RunsInOneStep(forward.decide),
