@@ -5,6 +5,7 @@ import typing as _typing
 from torchgraft.functional import __version__ as __version__
 
 from ._arithmetic.combine import combine as combine
+from ._arithmetic.experts import arrow_experts as arrow_experts
 from ._arithmetic.soups import GreedySoup as GreedySoup
 from ._arithmetic.soups import greedy_soup as greedy_soup
 from ._arithmetic.soups import soup as soup
@@ -95,6 +96,9 @@ from ._methods.adalora.budget import adalora_state as adalora_state
 from ._methods.adalora.budget import allocate as allocate
 from ._methods.adalora.budget import orthogonality as orthogonality
 from ._methods.adalora.budget import prune as prune
+from ._methods.arrow import ArrowLoraConfig as ArrowLoraConfig
+from ._methods.arrow import arrow_directions as arrow_directions
+from ._methods.arrow import arrow_shares as arrow_shares
 from ._methods.beft import BeftConfig as BeftConfig
 from ._methods.boft import BOFTConfig as BOFTConfig
 from ._methods.bottleneck import BottleneckConfig as BottleneckConfig

@@ -38,8 +38,8 @@ OPTIONAL = {
 ORDER = {
     "adapters": """
         _files/disk: folder strict_json headers shards hub config_file
-        _config: layers given_objects tasks peft_format messages errors patterns peft_type fields matching target_parameters
-            experts architectures ties targets tokens replaced base token_fields replication keys
+        _config: layers given_objects tasks peft_format messages errors patterns peft_type fields matching
+            target_parameters experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
         _methods/shared: called embedding_grad fused low_rank principal projections remade rotated scalings siteless
             lycoris sparse spectra wavelets
@@ -68,8 +68,9 @@ ORDER = {
         _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments
             gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
             replicated
-        _peft: names absent by_rows configs conversion tuners card tuner_classes status weights wrapper ranks hotswap peft_model
-            tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva renamed_keys
+        _peft: names absent by_rows configs conversion tuners card tuner_classes status weights wrapper ranks hotswap
+            peft_model tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva
+            renamed_keys
             peft_modules alias
         _command: output files inspecting making main
         .: __init__

@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdapterConfig as AdapterConfig
+    from .adapters import ArrowLoraConfig as ArrowLoraConfig
     from .adapters import Bank as Bank
     from .adapters import BeftConfig as BeftConfig
     from .adapters import BOFTConfig as BOFTConfig
@@ -115,13 +116,13 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig", "C3AConfig", "DeftConfig",
-    "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config",
-    "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig",
-    "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PolyConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig",
-    "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig",
-    "VeraConfig", "WaveFTConfig", "extract_params",
-    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
+    "AdaLoraConfig", "AdapterConfig", "ArrowLoraConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig",
+    "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "GloraConfig", "GraloraConfig", "HiraConfig",
+    "HRAConfig", "IA3Config", "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "LoraXSConfig",
+    "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PolyConfig", "PsoftConfig", "PveraConfig",
+    "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig",
+    "UniLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params", "inject_adapter_in_model",
+    "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",

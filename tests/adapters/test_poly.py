@@ -95,7 +95,7 @@ def test_tasks_share_their_skills_and_copy_nothing():
 
 
 def test_training_draws_pefts_samples():
-    theirs, graft, params = planted()
+    theirs, _, params = planted()
     theirs.train()
     single, tasks = split_tasks(PolyConfig(**FIELDS), params)
     of_task = bind(base(), single)
@@ -175,9 +175,7 @@ def test_calls_that_do_not_say_the_task_are_errors_that_say_what_to_give():
     model = inject_adapter_in_model(PolyConfig(**FIELDS), base())
     with pytest.raises(UnsupportedConfig, match=words):
         model(X)
-    with pytest.raises(
-        ValueError, match="'default' is of 3 tasks, and nothing says which one each row is of; give"
-    ):
+    with pytest.raises(ValueError, match="'default' is of 3 tasks, and nothing says which one each row is of; give"):
         adapter_rows(model, ["default"] * 4)(X)
     with pytest.raises(ValueError, match=r"task_ids has shape \(3,\) and dtype torch.int64, expected one long number"):
         adapter_rows(model, ["default"] * 4, task_ids=[0, 1, 2])
