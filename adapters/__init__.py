@@ -147,6 +147,8 @@ from ._optim.osf import osf_gradients as osf_gradients
 from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+from ._peft.arrow import ArrowConfig as ArrowConfig
+from ._peft.arrow import create_arrow_model as create_arrow_model
 from ._peft.auto import AutoPeftModel as AutoPeftModel
 from ._peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from ._peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

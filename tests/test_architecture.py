@@ -69,7 +69,7 @@ ORDER = {
             gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
             replicated
         _peft: names absent by_rows configs conversion tuners card tuner_classes status weights wrapper ranks hotswap
-            peft_model tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva
+            peft_model arrow tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva
             renamed_keys
             peft_modules alias
         _command: output files inspecting making main

@@ -21,7 +21,6 @@ _NAMES = {
     "XLORA": "XLoraConfig XLoraModel",
 }
 _VARIANTS = {
-    "Arrow": "ArrowConfig create_arrow_model",
     "BD-LoRA": "BdLoraConfig",
     "KaSA": "KasaConfig",
     "MonteCLoRA": "MontecloraConfig",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchgraft import adapters
 from torchgraft.adapters import (
     IA3Config,
     LoraConfig,
@@ -56,8 +57,8 @@ def test_outputs_and_gradients_are_pefts(tmp_path, generals):
     expected.backward()
 
     def loss(trees):
-        adapters = [(one, tree) for (one, _), tree in zip(tasks, trees, strict=True)]
-        made, params = arrow_experts(adapters, common, top_k=2, router_temperature=0.3, rng_seed=5)
+        given = [(one, tree) for (one, _), tree in zip(tasks, trees, strict=True)]
+        made, params = arrow_experts(given, common, top_k=2, router_temperature=0.3, rng_seed=5)
         return bind(base(), made)(params, X).square().mean()
 
     value, grads = value_and_grad(loss)([tree for _, tree in tasks])
@@ -67,6 +68,23 @@ def test_outputs_and_gradients_are_pefts(tmp_path, generals):
             for leaf, grad in leaves.items():
                 own = theirs.get_submodule(f"base_model.model.{path}.{leaf}.task_{i}").weight.grad
                 torch.testing.assert_close(grad, own)
+
+
+def test_pefts_entry_makes_the_same_model_of_files(tmp_path):
+    paths = []
+    for i, (one, tree) in enumerate(experts(4)):
+        paths.append(str(save_adapter(bind(base(), one), tmp_path / str(i), params=tree)))
+    outputs = []
+    for lib in (peft, adapters):
+        how = lib.ArrowConfig(top_k=2, router_temperature=0.3, use_gks=True, rng_seed=5)
+        model = lib.create_arrow_model(base(), paths[:3], how, paths[3:])
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "arrow_A" in name)
+        outputs.append(model.eval()(X))
+    torch.testing.assert_close(outputs[1], outputs[0])
+    with pytest.raises(ValueError, match="use_gks is True and general_adapter_paths is empty"):
+        adapters.create_arrow_model(base(), paths, adapters.ArrowConfig(use_gks=True))
+    with pytest.raises(ValueError, match="task_specific_adapter_paths is empty"):
+        adapters.create_arrow_model(base(), [], adapters.ArrowConfig())
 
 
 def test_directions_are_the_first_singular_vectors():
@@ -93,7 +111,7 @@ def test_files_and_layers_in_place_are_the_functional_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("adapters", "error", "words"),
+    ("given", "error", "words"),
     [
         ([(IA3Config(), {})], UnsupportedConfig, "adapters[0] is IA3, whose change of a weight is no product"),
         ([*experts(1), *experts(1, r=3)], ValueError, "0 of adapters[1] has rank 3, expected 2 as in adapters[0]"),
@@ -105,9 +123,9 @@ def test_files_and_layers_in_place_are_the_functional_ones(tmp_path):
         (experts(1, lora_bias=True), ValueError, "0 of adapters[0] has ['lora_B_bias'], and an expert is a lora_A and"),
     ],
 )
-def test_what_is_no_expert_is_an_error_that_names_it(adapters, error, words):
+def test_what_is_no_expert_is_an_error_that_names_it(given, error, words):
     with pytest.raises(error, match=re.escape(words)):
-        arrow_experts(adapters)
+        arrow_experts(given)
 
 
 def test_merging_is_an_error_that_says_why():
