@@ -5,6 +5,7 @@ import typing as _typing
 from torchgraft.functional import __version__ as __version__
 
 from ._arithmetic.combine import combine as combine
+from ._arithmetic.experts import arrow_experts as arrow_experts
 from ._arithmetic.soups import GreedySoup as GreedySoup
 from ._arithmetic.soups import greedy_soup as greedy_soup
 from ._arithmetic.soups import soup as soup
@@ -99,6 +100,9 @@ from ._methods.adamss.adamss import AdamssConfig as AdamssConfig
 from ._methods.adamss.budget import adamss_state as adamss_state
 from ._methods.adamss.budget import allocate_subspaces as allocate_subspaces
 from ._methods.adamss.budget import freeze_subspaces as freeze_subspaces
+from ._methods.arrow import ArrowLoraConfig as ArrowLoraConfig
+from ._methods.arrow import arrow_directions as arrow_directions
+from ._methods.arrow import arrow_shares as arrow_shares
 from ._methods.beft import BeftConfig as BeftConfig
 from ._methods.boft import BOFTConfig as BOFTConfig
 from ._methods.bottleneck import BottleneckConfig as BottleneckConfig
@@ -149,6 +153,8 @@ from ._optim.osf import osf_gradients as osf_gradients
 from ._peft import names as _names
 from ._peft.alias import Alias as Alias
 from ._peft.alias import as_peft as as_peft
+from ._peft.arrow import ArrowConfig as ArrowConfig
+from ._peft.arrow import create_arrow_model as create_arrow_model
 from ._peft.auto import AutoPeftModel as AutoPeftModel
 from ._peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from ._peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

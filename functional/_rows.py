@@ -271,13 +271,13 @@ class Rows:
         if self.index is None:
             index = torch.where(present, torch.arange(self.count, device=present.device), -1)
             kept = None if values is None else [i if values[i] else -1 for i in range(self.count)]
-            return Rows(index, self.count, kept, noise=self.noise)
+            return Rows(index, self.count, kept, self.tokens, self.noise)
         if values is None or self.known() is None or self.values is None:
             index = torch.where((self.index >= 0) & present[self.index.clamp(min=0)], self.index, -1)
-            return Rows(index, self.count, noise=self.noise)
+            return Rows(index, self.count, None, self.tokens, self.noise)
         if values not in self._parts:
             kept = [row if row >= 0 and values[row] else -1 for row in self.values]
-            self._parts[values] = rows_of(kept, self.count, self.index.device, noise=self.noise)
+            self._parts[values] = rows_of(kept, self.count, self.index.device, self.tokens, self.noise)
         return self._parts[values]
 
     def expanded(self, size: int) -> Rows:

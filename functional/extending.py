@@ -45,6 +45,7 @@ from ._layers.base import Base as Base
 from ._layers.base import BaseWithTensors as BaseWithTensors
 from ._layers.base import held_tensors as held_tensors
 from ._layers.base import linear_tensors as linear_tensors
+from ._locating.looking import is_look as is_look
 from ._messages import advice_on as advice_on
 from ._messages import closest as closest
 from ._messages import did_you_mean as did_you_mean

@@ -58,7 +58,7 @@ ORDER = {
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
         _inplace/rows: attached copied stacking bound rows
         _inplace: inject __init__
-        _arithmetic: products mixing truncated given combine vectors soups weighted
+        _arithmetic: products mixing truncated given experts combine vectors soups weighted
         _calibration: progress
         _conversion: wanted report changes shrink to_lora sources extract factors fused original_unet adapterhub
             pipelines formats requantized
@@ -70,8 +70,9 @@ ORDER = {
         _bank: layout state optimizers fused together functional_optimizer muon fit kind resident stepping arguments
             gathered_stack batch slots isolation record resting roster files residents bank ranks collected checkpoint
             replicated
-        _peft: names absent configs conversion tuners card tuner_classes status weights wrapper ranks hotswap peft_model
-            tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva renamed_keys
+        _peft: names absent by_rows configs conversion tuners card tuner_classes status weights wrapper ranks hotswap
+            peft_model arrow tasks auto layer_classes helpers lookups optimizers packages precision preprocess eva
+            renamed_keys
             peft_modules alias
         _command: output files inspecting making main
         .: __init__
@@ -81,7 +82,7 @@ ORDER = {
         _tensors: placement wrappers
         _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
         .: _abilities _method _trees _trainable _norms _grads _vectors _perturb _copy_rows _project _per_example
-        _locating: layout finder inputs observed look marks positions tokens
+        _locating: layout finder inputs observed look looking marks positions tokens
         _layers: around noise base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding padding joined stacking stacked padded members
         _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .adapters import AdaLoraConfig as AdaLoraConfig
     from .adapters import AdamssConfig as AdamssConfig
     from .adapters import AdapterConfig as AdapterConfig
+    from .adapters import ArrowLoraConfig as ArrowLoraConfig
     from .adapters import Bank as Bank
     from .adapters import BeftConfig as BeftConfig
     from .adapters import BOFTConfig as BOFTConfig
@@ -117,8 +118,8 @@ if TYPE_CHECKING:
     from .functional import value_and_grad as value_and_grad
 
 _ADAPTERS = (
-    "AdaLoraConfig", "AdamssConfig", "AdapterConfig", "Bank", "BeftConfig", "BOFTConfig", "BottleneckConfig",
-    "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig", "GraloraConfig",
+    "AdaLoraConfig", "AdamssConfig", "AdapterConfig", "ArrowLoraConfig", "Bank", "BeftConfig", "BOFTConfig",
+    "BottleneckConfig", "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig", "GraloraConfig",
     "HiraConfig", "HRAConfig", "IA3Config", "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig",
     "LoraXSConfig", "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PolyConfig", "PsoftConfig",
     "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig",

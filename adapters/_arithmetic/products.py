@@ -138,6 +138,11 @@ def _check_plain(config: AdapterConfig, what: str) -> None:
             f"{what} has use_bdlora, so its tree has blocks of its matrices; make it plain first: config, params = "
             "to_plain(graft, params)"
         )
+    if config.alora_invocation_tokens is not None:
+        raise UnsupportedConfig(
+            f"{what} has alora_invocation_tokens, from which on alone it adapts a prompt, so that nothing stands for "
+            "several; set it to None in the config to have the products as those of a LoRA"
+        )
     kind = kind_of(config.init_lora_weights)
     if kind in (*REMOVING, "mica"):
         raise UnsupportedConfig(

@@ -19,7 +19,6 @@ _NAMES = {
     "XLORA": "XLoraConfig XLoraModel",
 }
 _VARIANTS = {
-    "Arrow": "ArrowConfig create_arrow_model",
     "KaSA": "KasaConfig",
     "MonteCLoRA": "MontecloraConfig",
     "VeLoRA": "VeloraConfig",

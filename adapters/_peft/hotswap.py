@@ -27,7 +27,7 @@ from .._methods.shared.scalings import alpha_at, scaling_of
 from .ranks import carriers, check_growth, describe, grow, grown, grown_shape
 from .weights import load_peft_weights
 
-_SAME = ("use_dora", "lora_bias", "lora_dropout", "use_bdlora")
+_SAME = ("alora_invocation_tokens", "use_bdlora", "use_dora", "lora_bias", "lora_dropout")
 """Fields in which both adapters have to agree, for what a layer runs depends on them."""
 
 

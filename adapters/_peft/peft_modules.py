@@ -18,7 +18,7 @@ from .._inplace import BaseTunerLayer, ModulesToSaveWrapper
 from .._inplace.beside.tokens import TrainableTokensWrapper
 from .._methods.lora.blocks import BdLoraConfig
 from .._methods.lora.lora import LoraConfig
-from . import conversion, eva, helpers, hotswap, lookups, optimizers, packages, precision, preprocess
+from . import arrow, conversion, eva, helpers, hotswap, lookups, optimizers, packages, precision, preprocess
 from .absent import Absent, absent_names
 from .auto import AUTO_MODELS
 from .configs import get_peft_config
@@ -62,6 +62,7 @@ _TUNERS: dict[str, dict[str, Any]] = {
 _LAYER_MODULES = {f"peft.tuners.{name.lower()}.layer": classes for name, classes in _LAYERS.items()}
 _LORA = _TUNERS["peft.tuners.lora"]
 _STARTS = {
+    "ArrowConfig": arrow.ArrowConfig,
     "BdLoraConfig": BdLoraConfig,
     "EvaConfig": EvaConfig,
     "LoftQConfig": LoftQConfig,
@@ -108,6 +109,7 @@ _BASE_STATE = {
     "set_base_model_state_dict": inplace.set_base_model_state_dict,
 }
 _DATA = {
+    "create_arrow_model": arrow.create_arrow_model,
     "get_eva_state_dict": eva.get_eva_state_dict,
     "initialize_lora_eva_weights": eva.initialize_lora_eva_weights,
     "preprocess_loraga": preprocess.preprocess_loraga,

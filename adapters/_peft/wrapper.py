@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from torchgraft.functional import UnsupportedCall
-
 from .. import _inplace as inplace
 from .._config.base import AdapterConfig
 from .._config.fields import own_type
 from .._config.peft_type import PeftType
 from .._config.replaced import with_heads
 from .._config.ties import others_tied_to
+from .by_rows import by_rows
 from .conversion import supports_lora_conversion
 from .tuner_classes import tuner_class
 from .tuners import BaseTuner
@@ -81,28 +80,16 @@ class AdaptedModel(inplace.ModelWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with its active adapters, or each row with its own, `adapter_names=[...]`: `adapter_rows`.
 
-        With `task_ids`, the active adapter knows several tasks, and each row is of one.
+        With `task_ids`, the active adapter knows several tasks, and each row is of one. Of an activated LoRA, the
+        tokens that it adapts are found in `input_ids`.
         """
-        return self._by_rows(kwargs)(*args, **kwargs)
+        rows = by_rows(self.get_base_model(), args, kwargs)
+        return (self.base_model if rows is None else rows)(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's `generate`, with `adapter_names=[...]` and `task_ids` as a call does."""
-        return self._by_rows(kwargs).generate(*args, **kwargs)
-
-    def _by_rows(self, kwargs: dict[str, Any]) -> Any:
-        """Return what is called: the tuner, or a model whose rows have adapters or tasks of their own."""
-        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
-        if names is None and tasks is None:
-            return self.base_model
-        if names is None:
-            active = self.active_adapters
-            if len(active) != 1:
-                raise UnsupportedCall(
-                    f"task_ids: the active adapters are {active}, expected the one that knows the tasks; call "
-                    "set_adapter(name), or give adapter_names too"
-                )
-            names = active * len(tasks)
-        return inplace.adapter_rows(self.get_base_model(), names, task_ids=tasks)
+        rows = by_rows(self.get_base_model(), args, kwargs, generates=True)
+        return (self.base_model if rows is None else rows).generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from .._locating.inputs import (
 )
 from .._locating.layout import Record
 from .._locating.look import ADAPTERS, look, look_at
+from .._locating.looking import looking
 from .._locating.observed import Observed, Recorder, calm, outputs_of
 from .._locating.tokens import look_at_tokens
 from .._method import SiteAdapter, Tree
@@ -129,7 +130,7 @@ class ModelTrial:
             fill(skeleton, Call(order, self._base, args, kwargs), {})
             skeleton.context.finder, skeleton.context.see = finder, self._recorder
             skeleton.context.apart = self._random
-            with calm(seed, self._devices):
+            with calm(seed, self._devices), looking():
                 result = skeleton.root.get_submodule(self._entered.path)(*args, **kwargs)
             return Observed(self._recorder.seen, outputs_of(result))
         finally:

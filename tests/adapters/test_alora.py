@@ -8,8 +8,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from torchgraft.adapters import LoraConfig, activated_positions
-from torchgraft.functional import bind, route, stack
+from torchgraft import adapters
+from torchgraft.adapters import (
+    LoraConfig,
+    activated_positions,
+    adapter_rows,
+    combine,
+    inject_adapter_in_model,
+    load_adapter,
+    load_config,
+    save_adapter,
+)
+from torchgraft.functional import UnsupportedCall, UnsupportedConfig, bind, merge, route, stack
 
 IDS = torch.tensor([[3, 9, 7, 8, 5, 4], [7, 8, 2, 7, 8, 1], [1, 2, 3, 8, 7, 4]])
 FIELDS = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -58,7 +68,82 @@ def test_what_cannot_be_looked_for_is_an_error_that_says_so():
         activated_positions(IDS, [])
 
 
-def test_a_config_that_speaks_of_an_invocation_says_what_to_do():
-    words = r"alora_invocation_tokens is \[7, 8\], which is not supported .*; and route calls .* activated_positions\("
+def test_calls_that_do_not_say_the_positions_and_merging_are_errors_that_say_what_to_do(llama):
+    graft = bind(llama, LoraConfig(alora_invocation_tokens=[7, 8], **FIELDS))
+    params = graft.init()
+    words = r"q_proj: the adapter has alora_invocation_tokens=\[7, 8\], and the call does not say .* positions"
+    for call in (
+        lambda: graft(params, IDS),
+        lambda: graft(route(stack([params]), torch.zeros(3, dtype=torch.long), batch_dim=0), IDS),
+        lambda: inject_adapter_in_model(graft.configs[""], copy.deepcopy(llama))(IDS),
+    ):
+        with pytest.raises(UnsupportedCall, match=words):
+            call()
+    with pytest.raises(UnsupportedConfig, match="q_proj: an activated LoRA .* no weight does, so there is nothing to"):
+        merge(graft, params)
+    with pytest.raises(UnsupportedConfig, match="has alora_invocation_tokens, from which on alone it adapts a prompt"):
+        combine([(graft.configs[""], params)] * 2, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"alora_invocation_tokens": []}, r"alora_invocation_tokens is \[\], expected the ids of the invocation"),
+        ({"use_dora": True}, r"alora_invocation_tokens is \[7\] and use_dora is True; set one of them"),
+        ({"init_lora_weights": "pissa"}, r"alora_invocation_tokens is \[7\] and init_lora_weights 'pissa', expected"),
+    ],
+)
+def test_what_an_activated_lora_cannot_have_is_an_error(fields, words):
     with pytest.raises(ValueError, match=words):
-        LoraConfig(alora_invocation_tokens=[7, 8])
+        LoraConfig(**{"alora_invocation_tokens": [7], **fields})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+def test_folders_go_both_ways_and_outputs_are_pefts(llama, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8], **FIELDS)
+    theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(input_ids=IDS).logits
+    config = load_config(tmp_path / "theirs")
+    assert config.alora_invocation_tokens == [7, 8]
+    graft = bind(llama, config)
+    params = load_adapter(graft, tmp_path / "theirs")
+    rows = activated_positions(IDS, config.alora_invocation_tokens)
+    torch.testing.assert_close(graft(route(stack([params]), rows), IDS).logits, expected)
+    save_adapter(graft, tmp_path / "mine", params=params)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "mine").eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, expected)
+    model = load_adapter(copy.deepcopy(llama), tmp_path / "theirs").eval()
+    torch.testing.assert_close(adapter_rows(model, ["default"] * 3, positions=rows)(IDS).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+def test_a_peft_model_finds_the_positions_of_each_rows_adapter(llama):
+    models = []
+    for lib in (peft, adapters):
+        torch.manual_seed(3)
+        alora = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [7, 8]}
+        one = lib.get_peft_model(copy.deepcopy(llama), lib.LoraConfig(**alora, **FIELDS))
+        one.add_adapter("plain", lib.LoraConfig(task_type="CAUSAL_LM", **FIELDS))
+        one.add_adapter("other", lib.LoraConfig(**alora | {"alora_invocation_tokens": [8]}, **FIELDS))
+        models.append(one.eval())
+    theirs, mine = models
+    torch.testing.assert_close(mine(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    names = ["other", "plain", "default"]
+    y, expected = (one(input_ids=IDS, adapter_names=names).logits for one in (mine, theirs))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        mine(input_ids=IDS, alora_offsets=[2, None, 6]).logits, theirs(input_ids=IDS, alora_offsets=[2, None, 6]).logits
+    )
+    mine(input_ids=IDS, labels=IDS).loss.backward()
+    theirs(input_ids=IDS, labels=IDS).loss.backward()
+    grads = [{key: p.grad for key, p in one.named_parameters() if p.grad is not None} for one in models]
+    torch.testing.assert_close(grads[1], grads[0])
+    with mine.disable_adapter():
+        torch.testing.assert_close(mine(input_ids=IDS).logits, llama(IDS).logits)
+    for call, words in (
+        (lambda: mine.generate(input_ids=IDS), "generate calls the model with other tokens in each step, in which to"),
+        (lambda: mine(inputs_embeds=torch.zeros(1, 2, 16)), r"the call has no input_ids, \(batch, tokens\), in which"),
+    ):
+        with pytest.raises(UnsupportedCall, match=words):
+            call()

@@ -35,6 +35,7 @@ from torchgraft.adapters import (
     AdaLoraConfig,
     AdamssConfig,
     AdapterConfig,
+    ArrowLoraConfig,
     BeftConfig,
     BOFTConfig,
     BottleneckConfig,
@@ -716,6 +717,24 @@ def lily(config, where, leaves, x, y):
     return y + config.scaling * torch.stack(outputs)
 
 
+def arrow(config, where, leaves, x, y):
+    """`y + sum_e c_e B_e A_e x`, directions as 15 powers of `(B A)^T B A` leave them: Ostapenko et al., 2024."""
+    start = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(config.rng_seed or 0))
+    start, similar, outputs = (start / (start.norm() + 1e-8)).double(), [], []
+    for a, b in zip(leaves["arrow_A"], leaves["arrow_B"], strict=True):
+        with torch.no_grad():
+            square = (b @ a).T @ (b @ a)
+            before, after = (torch.linalg.matrix_power(square, n) @ start for n in (14, 15))
+            size = (square @ before / before.norm()).norm()
+            direction = after / after.norm() * size / (size + 1e-8)
+        similar.append((x @ direction).abs() / config.router_temperature)
+        outputs.append(x @ a.T @ b.T)
+    similar = torch.stack(similar, -1)
+    least = similar.sort(-1, descending=True).values[..., config.top_k - 1 : config.top_k]
+    odds = torch.where(similar >= least, similar.exp(), 0)
+    return y + (torch.stack(outputs, -1) * (odds / odds.sum(-1, keepdim=True)).unsqueeze(-2)).sum(-1)
+
+
 PEFTS = ("test_outputs_are_pefts_with_either_ones_parameters", "test_files_go_to_peft_and_back")
 CONVOLVED = Exempt(
     PEFTS,
@@ -1153,6 +1172,26 @@ METHODS = {
         ),
         evaluated=True,
         call=lambda model, x: model.base_model(x, task_ids=torch.zeros(len(x), dtype=torch.long)),
+    ),
+    "arrow": Row(
+        ArrowLoraConfig(r=2, num_experts=3, top_k=2, router_temperature=0.5, **BOTH),
+        unweighted,
+        ArrowLoraConfig(r=2, num_experts=3, top_k=2, router_temperature=0.5, init_weights=False, **BOTH),
+        {"top_k": 3},
+        (
+            ({"r": 0}, "ArrowLoraConfig: r is 0, expected a positive integer"),
+            ({"top_k": 4}, "ArrowLoraConfig: top_k is 4 and num_experts is 3, expected top_k <= 3"),
+            ({"router_temperature": 0.0}, "ArrowLoraConfig: router_temperature is 0.0, expected a positive number"),
+        ),
+        peft=None,
+        exempt=(
+            Exempt(
+                ("test_gradients_of_gradients_are_differences",),
+                "directions are constants of the gradient, which differences of it vary",
+            ),
+            dataclasses.replace(UNWEIGHTED, reason="no weight expresses shares that depend on the token"),
+        ),
+        output=arrow,
     ),
     "lily": Row(
         LilyConfig(r=2, num_B=3, scaling=2.0, target_modules="first|second"),

@@ -92,10 +92,11 @@ SIZES = {
     "PEANUT": {"r": 3},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "r": 2},
 }
-APART = {"BOTTLENECK", "LILY", "LN_TUNING", "LOREFT", "LORA_XS", "POLY", "PSOFT", "TINYLORA", "TRAINABLE_TOKENS"}
+APART = {"ARROW", "BOTTLENECK", "LILY", "LN_TUNING", "LOREFT", "LORA_XS", "POLY", "PSOFT", "TINYLORA"}
+APART |= {"TRAINABLE_TOKENS"}
 """Methods whose fixed tensors are parameters in PEFT's layers, PSOFT, which PEFT has not in double precision,
-bottlenecks, LoReFT and LoRA-XS, which it has not, LILY, whose router takes the mean over a batch there, POLY, which
-cannot be called without tasks, and those without layers of their own; their own tests compare."""
+Arrow, bottlenecks, LoReFT and LoRA-XS, which it has not as methods, LILY, whose router takes the mean over a batch
+there, POLY, which cannot be called without tasks, and those without layers of their own; their own tests compare."""
 EXACT = {"C3A": 1e-6, "DEFT": 1e-5, "FOURIERFT": 1e-5, "FROD": 1e-4}
 """How exact PEFT is where that is not double precision: spectra, DEFT's sums and FRoD's weights are in float32."""
 OWN = (

@@ -59,7 +59,7 @@ class Group:
         blocks = binding.blocks if isinstance(binding, StackedBinding) else {}
         self._stacking = Stacking(trees, shapes, blocks)
 
-    def routed(self, names: Sequence[RowName], declared: Mapping[str, Any]) -> Routed | None:
+    def routed(self, names: Sequence[RowName], positions: Tensor | None, declared: Mapping[str, Any]) -> Routed | None:
         """Return the routed stack of those adapters that rows have; `None` where no row has one of these."""
         pairs = [(self.numbers.get(name, -1) if name is not None else -1, task) for name, task in names]
         used = sorted({pair for pair in pairs if pair[0] >= 0})
@@ -67,7 +67,9 @@ class Group:
             return None
         numbers = [number for number, _ in used]
         members = None if numbers == [*self.numbers.values()] else torch.tensor(numbers)
-        rows = [used.index(pair) if pair[0] >= 0 else -1 for pair in pairs]
+        rows = torch.tensor([used.index(pair) if pair[0] >= 0 else -1 for pair in pairs])
+        if positions is not None:
+            rows = torch.where(positions.cpu() >= 0, rows.unsqueeze(1), -1)
         config: Any = self.binding.configs[""]
         stacked, tasks = self._stacking.stack(numbers), config.form.tasks
         if tasks is not None:
@@ -127,11 +129,14 @@ class BoundRows:
         """Return whether the model is still what was bound."""
         return self._watch.same() and self._copied.same()
 
-    def params(self, names: Sequence[RowName], declared: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    def params(
+        self, names: Sequence[RowName], positions: Tensor | None, declared: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Any]:
         """Return the base's trained parameters and the routed stacks for a call.
 
         Args:
             names: The adapter of each row and its task; `None` for the base.
+            positions: `"rows tokens"`, -1 for tokens that the base has; `None` for none.
             declared: What is said of where rows are, as `route` takes it.
 
         Raises:
@@ -146,7 +151,7 @@ class BoundRows:
             check_buffers(path, part.modules_to_save, part.original_module, known)
         trained = self._parameters if torch.is_grad_enabled() else []
         base: dict[str, Tensor] = {name: parameter for name, parameter in trained if parameter.requires_grad}
-        routed = {key: group.routed(names, declared) for key, group in self._groups.items()}
+        routed = {key: group.routed(names, positions, declared) for key, group in self._groups.items()}
         return base, {key: stack for key, stack in routed.items() if stack is not None}
 
 

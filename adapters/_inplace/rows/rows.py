@@ -28,13 +28,19 @@ class AdapterRows:
         model: The model.
         names: The adapter of each row.
         tasks: The task of each row; `None` where none were given.
+        positions: -1 for tokens that the base has, `"rows tokens"`; `None` where none were given.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], declared: Mapping[str, Any], tasks: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        declared: Mapping[str, Any],
+        tasks: Sequence[int] | None = None,
+        positions: Tensor | None = None,
     ):
         self.model, self.names, self._declared = model, tuple(names), dict(declared)
-        self.tasks = None if tasks is None else tuple(tasks)
+        self.tasks, self.positions = None if tasks is None else tuple(tasks), positions
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: row `i` of the output is that of a call with `set_adapter(model, names[i])`.
@@ -84,7 +90,7 @@ class AdapterRows:
         disabled = _check_state(bound.parts)
         tasks = self._tasks(bound.tasks)
         names = [None if disabled or name == BASE else name for name in self.names]
-        return bound, bound.params([*zip(names, tasks, strict=True)], self._declared)
+        return bound, bound.params([*zip(names, tasks, strict=True)], self.positions, self._declared)
 
     def _tasks(self, counts: Mapping[str, int | None]) -> list[int]:
         """Return the task of each row, 0 for adapters without tasks; refuse what adapters do not have.
@@ -124,6 +130,7 @@ def adapter_rows(
     adapter_names: Sequence[str],
     *,
     task_ids: Tensor | Sequence[int] | None = None,
+    positions: Tensor | None = None,
     batch_dim: int | Mapping[str, int] | None = None,
     mixed: Sequence[str] = ("loss",),
     check: bool = False,
@@ -145,6 +152,7 @@ def adapter_rows(
         model: A model with injected adapters.
         adapter_names: The name of an adapter for each row, or `"__base__"`.
         task_ids: The task of each row, for adapters that are one for each of several tasks (Poly); others pass over it.
+        positions: -1 for tokens that the base is to have, `"rows tokens"`, as `activated_positions` returns it.
         batch_dim: As for `route`.
         mixed: As for `route`; by default a `loss`, which models of transformers return where they are given labels.
         check: As for `route`.
@@ -173,7 +181,13 @@ def adapter_rows(
     model = unwrap(model)
     check_known(model, [name for name in adapter_names if name != BASE])
     declared = {"batch_dim": batch_dim, "mixed": mixed, "check": check}
-    return AdapterRows(model, adapter_names, declared, _numbers(task_ids, len(adapter_names)))
+    rows = len(adapter_names)
+    if positions is not None and (positions.ndim != 2 or len(positions) != rows or positions.is_floating_point()):
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)} and dtype {positions.dtype}, expected long numbers for the "
+            f"{rows} rows and their tokens, -1 where the base is"
+        )
+    return AdapterRows(model, adapter_names, declared, _numbers(task_ids, rows), positions)
 
 
 def _numbers(task_ids: Any, rows: int) -> list[int] | None:

@@ -1,7 +1,7 @@
 """aLoRA: activated LoRA, which adapts a prompt from its invocation on and leaves what is before it to the base.
 
 So the base's cache of keys and values holds for what came before. Which tokens are adapted is data of a call: the rows
-of a routed call, one a token.
+of a routed call, one a token. A config with `alora_invocation_tokens` takes no other calls.
 
 Greenewald et al., *Activated LoRA: Fine-tuned LLMs for Intrinsics*, 2025, arXiv:2504.12397. In PEFT it is the field
 `alora_invocation_tokens`, by which a model looks for them in each call.
@@ -10,10 +10,19 @@ Greenewald et al., *Activated LoRA: Fine-tuned LLMs for Intrinsics*, 2025, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torchgraft.functional import Rows, Site, UnsupportedCall, UnsupportedConfig
+from torchgraft.functional.extending import is_look
+
+from ..._config.messages import require
+
+if TYPE_CHECKING:
+    from .lora import LoraConfig
 
 
 def activated_positions(input_ids: Tensor, invocation_tokens: Sequence[int]) -> Tensor:
@@ -37,9 +46,10 @@ def activated_positions(input_ids: Tensor, invocation_tokens: Sequence[int]) -> 
             [-1, -1, -1, -1, -1, -1, -1]])
 
     >>> from torchgraft.adapters import LoraConfig
+    >>> fields = {"alora_invocation_tokens": [7, 8], "init_lora_weights": False}
     >>> from torchgraft.functional import bind, route, stack
     >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4))
-    >>> graft = bind(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["1"]))
+    >>> graft = bind(model, LoraConfig(r=2, **fields, target_modules=["1"]))
     >>> ids = torch.tensor([[1, 2, 7, 8, 3]])
     >>> y = graft(route(stack([graft.init()]), activated_positions(ids, [7, 8])), ids)
     >>> (y == model(ids)).all(-1)
@@ -58,3 +68,53 @@ def activated_positions(input_ids: Tensor, invocation_tokens: Sequence[int]) -> 
     begins = F.pad((input_ids.unfold(1, count, 1) == looked_for).all(-1).long(), (0, count - 1))
     yet_to_come = begins.sum(1, keepdim=True) - begins.cumsum(1)
     return torch.where((yet_to_come == 0) & (begins.sum(1, keepdim=True) > 0), 0, -1)
+
+
+def check_activated(config: LoraConfig) -> None:
+    """Refuse an invocation that is none, and what an activated LoRA cannot have.
+
+    Raises:
+        ValueError: No tokens, or negative ones.
+        UnsupportedConfig: A magnitude, or an initialisation that takes something from the base.
+    """
+    tokens: Any = config.alora_invocation_tokens
+    if tokens is None:
+        return
+    what = f"alora_invocation_tokens is {tokens!r}"
+    require(bool(tokens) and min(tokens) >= 0, config, f"{what}, expected the ids of the invocation, or None")
+    require(not config.use_dora, config, f"{what} and use_dora is True; set one of them", UnsupportedConfig)
+    require(
+        config.init_lora_weights in (True, False, "gaussian", "orthogonal"),
+        config,
+        f"{what} and init_lora_weights {config.init_lora_weights!r}, expected True, False, 'gaussian' or 'orthogonal': "
+        "what comes before the invocation is the base's",
+        UnsupportedConfig,
+    )
+
+
+def check_positions(config: LoraConfig, site: Site, rows: Rows | None) -> None:
+    """Refuse a call of an activated LoRA that does not say which tokens it adapts.
+
+    Raises:
+        UnsupportedCall: No rows, or rows that are not one a token.
+    """
+    if site.constants.activated and (rows is None or rows.tokens is None) and not is_look():
+        raise UnsupportedCall(
+            f"{site.path}: the adapter has alora_invocation_tokens={config.alora_invocation_tokens}, and the call does "
+            "not say which tokens it adapts; route it: graft(route(stack([params]), activated_positions(input_ids, "
+            "config.alora_invocation_tokens)), input_ids); in place, call adapter_rows(model, names, positions=...), "
+            "or a PeftModel with input_ids"
+        )
+
+
+def check_unmerged(site: Site) -> None:
+    """Refuse to merge an activated LoRA.
+
+    Raises:
+        UnsupportedConfig: It is one.
+    """
+    if site.constants.activated:
+        raise UnsupportedConfig(
+            f"{site.path}: an activated LoRA (alora_invocation_tokens) adapts some tokens and not others, which no "
+            "weight does, so there is nothing to merge; call the graft with rows of activated_positions"
+        )

@@ -22,6 +22,7 @@ class LoraConstants(Constants):
         rounding: What quantising changes of the weight, for LoftQ.
         lora_B: A `B` that is not trained.
         lora_embedding_B: That of an embedding.
+        activated: Whether tokens before an invocation stay as the base has them, so that calls say which these are.
         blocks: Numbers of blocks of `A` and of `B`, and the rank, for BD-LoRA.
         gains: DoRA's gain of each output, in a view that is said to be constant.
     """
@@ -34,5 +35,6 @@ class LoraConstants(Constants):
     rounding: Varying[Tensor | None] = None
     lora_B: Varying[Tensor | None] = None
     lora_embedding_B: Varying[Tensor | None] = None
+    activated: bool = False
     gains: Tensor | None = None
     blocks: tuple[int, int, int] | None = None

@@ -64,6 +64,6 @@ class LoraFields(ReplicationFields):
             default = {} if field.default is dataclasses.MISSING else field.default
             value = getattr(self, field.name)
             what = f"{field.name} is {value!r}, which is not supported here; leave it at {default!r}"
-            if field.name == "alora_invocation_tokens":
-                what += "; and route calls by the rows that activated_positions(input_ids, invocation_tokens) returns"
+            if field.name == "arrow_config":
+                what += "; create_arrow_model and arrow_experts make one adapter that routes among several"
             require(value == default, self, what, UnsupportedConfig)

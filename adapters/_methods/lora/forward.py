@@ -26,6 +26,7 @@ from ..shared.low_rank import (
     route_to_linear,
 )
 from . import dora
+from .activated import check_positions, check_unmerged
 from .bases import BaseMinusInitial, base_of
 from .blocks import of_leaves
 from .parameters import factors_of_parameter
@@ -44,6 +45,8 @@ def apply(config: LoraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
     """
     scaling, dropout = site.constants.scaling, leaves.get(DROPOUT, config.lora_dropout)
     called = isinstance(leaves.get("lora_A"), Called)
+    if site.constants.activated:
+        check_positions(config, site, None)
     linear = site.kind == "linear" and not (called or config.use_dora or config.lora_bias)
     if linear and site.constants.initial_A is None and site.constants.rounding is None:  # most sites, in each call
         return add_to_linear(base, x, *own_factors(site, leaves), scaling, dropout)
@@ -80,13 +83,9 @@ def decide(config: LoraConfig, site: Site) -> Step | None:
     constants = site.constants
     fixed = (constants.initial_A, constants.initial_B, constants.rounding, constants.lora_B)
     scaling = constants.scaling
-    if (
-        config.use_dora
-        or config.lora_bias
-        or constants.blocks
-        or type(scaling) is not float
-        or any(one is not None for one in fixed)
-    ):
+    if constants.activated or constants.blocks or type(scaling) is not float or any(one is not None for one in fixed):
+        return None
+    if config.use_dora or config.lora_bias:
         return None
     return _step(scaling, config.lora_dropout, (constants.r, site.in_features), (site.out_features, constants.r))
 
@@ -113,6 +112,7 @@ def routed(config: LoraConfig, site: Site, leaves: dict[str, Tensor], base: Laye
 
     Convolutions, LoftQ's base, and dropout where the base lost a part take the general way.
     """
+    check_positions(config, site, rows)
     if site.kernel_size or site.constants.rounding is not None:
         return NotImplemented
     if site.constants.initial_A is not None and config.lora_dropout and base.training:
@@ -148,6 +148,7 @@ def merge_over(
     config: LoraConfig, site: Site, leaves: dict[str, Tensor], weight: Tensor, bias: Tensor | None, original: Original
 ) -> Dense:
     """`merge` on a weight that other adapters are in; the norms of DoRA are those of the original one."""
+    check_unmerged(site)
     if site.groups > 1:
         raise UnsupportedConfig(
             f"{site.path}: LoRA on a convolution with {site.groups} groups sees all channels through A, so no grouped "

@@ -51,6 +51,7 @@ from ..shared.scalings import (
     written,
 )
 from . import dora, forward
+from .activated import check_activated
 from .blocks import BdLoraConfig, BlockDiagonalLinear, blocks_of
 from .constants import LoraConstants
 from .fields import LoraFields
@@ -86,6 +87,8 @@ class LoraConfig(LoraFields):
             names, or ends of names after a dot. Together with `target_modules`, or alone.
         use_bdlora: Give an `A` or a `B` of blocks to linear layers, by parts of their names; a dict will do.
         use_dora: Learn the magnitude of each output apart from the direction of its weights.
+        alora_invocation_tokens: For an activated LoRA, the tokens from which on it adapts a prompt: calls are routed by
+            the rows that `activated_positions` finds, and others are errors. Linear layers alone; never merged.
         lora_bias: Give `B` a bias; embeddings cannot have it, and modules without a bias have no merged form then.
         loftq_config, eva_config, corda_config, lora_ga_config: More about the initialisation of that name; a dict will
             do.
@@ -106,7 +109,7 @@ class LoraConfig(LoraFields):
 
     method: ClassVar[Method]
     acted_on: ClassVar[frozenset[str]] = frozenset(
-        {"use_bdlora", "use_dora", "lora_bias", "target_parameters", *CONFIGS}
+        {"alora_invocation_tokens", "use_bdlora", "use_dora", "lora_bias", "target_parameters", *CONFIGS}
     )
     in_memory: ClassVar[frozenset[str]] = frozenset({"statistics"})
     site_fields: ClassVar[frozenset[str]] = LoraFields.site_fields | {"target_parameters"}
@@ -135,6 +138,7 @@ class LoraConfig(LoraFields):
             what = f"init_lora_weights {self.init_lora_weights!r}, use_dora {self.use_dora}, lora_bias {self.lora_bias}"
             words = f"use_bdlora is given with {what}; expected True, False or 'gaussian', and neither of the others"
             require(plain, self, words, UnsupportedConfig)
+        check_activated(self)
         _fill_in(self, kind)
 
     def recall(self, other: AdapterConfig) -> Self:
@@ -186,13 +190,21 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
         _check_site(config, site, r)
         scaling = scaling_of(config, r, alpha)
         special, blocks = constants(config, site, r, scaling, weights), blocks_of(config, site, r)
-        planned[site.path] = LoraConstants(r, alpha, scaling, **special, blocks=blocks)
+        activated = config.alora_invocation_tokens is not None
+        planned[site.path] = LoraConstants(r, alpha, scaling, activated=activated, **special, blocks=blocks)
     return planned
 
 
 def _check_site(config: LoraConfig, site: Site, r: int) -> None:
     """Refuse what a site cannot have."""
     require(isinstance(r, int) and r > 0, config, f"r is {r!r} at {site.path}, expected a positive integer")
+    require(
+        config.alora_invocation_tokens is None or site.kind == "linear",
+        config,
+        f"alora_invocation_tokens is {config.alora_invocation_tokens!r} and {site.path} is of the kind {site.kind!r}; "
+        "an activated LoRA is for linear layers, leave it out of target_modules",
+        UnsupportedConfig,
+    )
     require(
         r % site.groups == 0,
         config,
@@ -234,6 +246,7 @@ LoraConfig.method = Method(
     routed=forward.routed,
     varying=frozenset(
         {"r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "statistics", *CONFIGS}
+        | {"alora_invocation_tokens"}
     ),
     abilities=(
         RunsInOneStep(forward.decide),
