@@ -119,12 +119,13 @@ if TYPE_CHECKING:
 
 _ADAPTERS = (
     "AdaLoraConfig", "AdamssConfig", "AdapterConfig", "ArrowLoraConfig", "Bank", "BeftConfig", "BOFTConfig",
-    "BottleneckConfig", "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig", "GraloraConfig",
-    "HiraConfig", "HRAConfig", "IA3Config", "LilyConfig", "LNTuningConfig", "LoHaConfig", "LoKrConfig", "LoraConfig",
-    "LoraXSConfig", "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig", "PeanutConfig", "PolyConfig", "PsoftConfig",
-    "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "SupertuningConfig", "TinyLoraConfig",
-    "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig", "VeraConfig", "WaveFTConfig", "extract_params",
-    "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack", "save_adapter", "save_stack", "summary",
+    "BottleneckConfig", "C3AConfig", "DeftConfig", "DeloraConfig", "FourierFTConfig", "FrodConfig", "GloraConfig",
+    "GraloraConfig", "HiraConfig", "HRAConfig", "IA3Config", "LilyConfig", "LNTuningConfig", "LoHaConfig",
+    "LoKrConfig", "LoraConfig", "LoraXSConfig", "LoReftConfig", "MissConfig", "OFTConfig", "OSFConfig",
+    "PeanutConfig", "PolyConfig", "PsoftConfig", "PveraConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig",
+    "SupertuningConfig", "TinyLoraConfig", "TrainableTokensConfig", "UniLoraConfig", "VBLoRAConfig", "VeraConfig",
+    "WaveFTConfig", "extract_params", "inject_adapter_in_model", "inspect_adapter", "load_adapter", "load_stack",
+    "save_adapter", "save_stack", "summary",
 )  # fmt: skip
 _FUNCTIONAL = (
     "AdapterModule", "Graft", "__version__", "bind", "functional_call", "grad", "merge", "route", "stack", "trainable",
