@@ -16,7 +16,7 @@ from torchgraft.functional.extending import Replaced, each, replaced
 
 from .messages import require
 from .targets import meant_module
-from .ties import names_by_tensor, source
+from .ties import names_by_tensor, others_tied_to, source
 from .tokens import LEAF, find_tokens
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -48,6 +48,12 @@ def find_replaced(config: Any, modules: Mapping[str, nn.Module], model: nn.Modul
     plan: Plan = {}
     tying = getattr(config, "ensure_weight_tying", False)
     saved = saved_modules(config, modules)
+    if tying and saved and not any(others_tied_to(path, modules) for path in [*saved, *paths] if path in modules):
+        warnings.warn(
+            f"{type(config).__name__}: ensure_weight_tying is True, and nothing is tied to modules_to_save",
+            UserWarning,
+            stacklevel=2,
+        )
     inside = {id(inner): path for path, module in saved.items() for inner in module.modules()}
     for names in names_by_tensor(modules).values():
         for path in saved:
@@ -187,7 +193,7 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
     for path in config.whole_modules(modules):
         found.setdefault(id(modules[path]), (path, modules[path]))
     if getattr(config, "ensure_weight_tying", False):
-        found = _tied_to_sources(config, found, modules)
+        found = _tied_to_sources(found, modules)
     names = {key: path for key, (path, _) in found.items()}
     for path, module in found.values():
         for inner in module.modules():
@@ -199,21 +205,14 @@ def saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn
 
 
 def _tied_to_sources(
-    config: Any, found: Mapping[int, tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
+    found: Mapping[int, tuple[str, nn.Module]], modules: Mapping[str, nn.Module]
 ) -> dict[int, tuple[str, nn.Module]]:
     """Return these modules, each that is tied to an embedding replaced by the embedding, which is trained for both."""
     names = names_by_tensor(modules)
-    tied = False
     out: dict[int, tuple[str, nn.Module]] = {}
     for path, module in found.values():
         shared = names.get(id(module._parameters.get("weight")), [])
         if len({id(modules[name.rpartition(".")[0]]) for name in shared}) > 1:
-            tied, path = True, source(shared, modules).rpartition(".")[0]
+            path = source(shared, modules).rpartition(".")[0]
         out[id(modules[path])] = path, modules[path]
-    if found and not tied:
-        warnings.warn(
-            f"{type(config).__name__}: ensure_weight_tying is True, and nothing is tied to modules_to_save",
-            UserWarning,
-            stacklevel=2,
-        )
     return out

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -277,6 +278,10 @@ def test_nothing_to_tie_is_a_warning():
     for more in ({"trainable_token_indices": [1]}, {"modules_to_save": ["lm_head"]}):
         with pytest.warns(UserWarning, match="ensure_weight_tying is True, and nothing is tied to"):
             bind(llama(False), configs({**more, "ensure_weight_tying": True})[0])
+    tied = {"target_modules": ["embed_tokens"], "modules_to_save": ["norm"], "ensure_weight_tying": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is targeted is tied, though what is saved is not
+        bind(llama(True), configs(tied)[0])
 
 
 @pytest.mark.slow
