@@ -41,8 +41,8 @@ ORDER = {
         _config: layers given_objects peft_format messages errors patterns peft_type fields matching target_parameters
             experts architectures ties targets tokens replaced base token_fields replication keys
         _calibration/initial: configs spectral corda eva loftq lora_ga statistics initial_values __init__
-        _methods/shared: called embedding_grad fused low_rank padded principal projections remade rotated scalings siteless
-            lycoris sparse spectra wavelets
+        _methods/shared: called embedding_grad fused low_rank padded principal projections remade rotated scalings
+            siteless lycoris sparse spectra wavelets
         _methods: *
         _methods/lora: activated constants bases dora fields parameters forward leaves lora to_plain
         _methods/adalora: adalora budget
