@@ -121,8 +121,16 @@ def cases(setting: Setting) -> tuple[Cases, dict[str, int]]:
     return runs, held | {PROCESSES: (base + own) * setting.adapters}
 
 
-def memory_of(runs: Cases, held: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Return the bytes that each case holds, the most that a step has on top, and both as a multiple of the floor's."""
+def memory_of(setting: Setting, runs: Cases, held: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Return the bytes that each case holds, the most that a step has on top, and both as a multiple of the floor's.
+
+    One adapter after the other has the most at its largest part, which alone is run then.
+    """
+    rows, ids = setting.batch()
+    largest = ids[rows == rows.bincount().argmax()]
+    turn = one_by_one(llama(setting.hidden, setting.layers), FIELDS, [largest], loss_of)
+    turn()  # which makes the moments, that are held
+    runs = {**runs, TURNS: turn, PROCESSES: turn}
     on_top = {case: peak_bytes(run) for case, run in runs.items()}
     all_ = {case: held[case] + on_top[case] for case in runs}
     ratio = {case: all_[case] / all_[FLOOR] for case in runs}
@@ -182,7 +190,7 @@ def main() -> None:
         (runs, held), name = cases(setting), str(setting)
         few = max(1, rounds // 3) if setting.adapters > 64 else rounds
         found[name] = ratios(measure(runs, few, label=name, warmup=1), STACK)
-        memory[name] = memory_of(runs, held)
+        memory[name] = memory_of(setting, runs, held)
         print(f"{name}\n{table(found[name], STACK)}\n  memory, of the floor's:")
         print("\n".join(f"    {case:30}{one['ratio']:8.2f}" for case, one in memory[name].items()))
     torch.set_num_threads(1)

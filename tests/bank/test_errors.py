@@ -116,7 +116,11 @@ CASES: list[tuple[Callable[[Bank], Any], type[Exception], str]] = [
         ValueError,
         "rows: packed rows differ in their number of tokens",
     ),
-    (lambda b: enter(b, ["poems"], tokens=[3]), ValueError, "tokens are given, and those of 'poems'.*were not"),
+    (
+        lambda b: enter(b, ["poems"], tokens=[3]),
+        ValueError,
+        "tokens are given, and were not given for the grad.* 'poems' has",
+    ),
     (wrong_batch, ValueError, "rows"),
     (late_backward, RuntimeError, "backward: the block of bank.rows is over"),
     (late_call, RuntimeError, "the block of bank.rows is over; call what it gave within"),
