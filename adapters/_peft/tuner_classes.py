@@ -96,8 +96,8 @@ class AdamssModel(BaseTuner):
     """A model with adapters of type ADAMSS: keeps to their budget of clusters, where they have one (`use_asa`).
 
     >>> from torch import nn
-    >>> config = AdamssConfig(r=2, num_subspaces=2, use_asa=True, asa_target_subspaces=1, target_modules=["0"],
-    ...                       init_warmup=0, final_warmup=1, mask_interval=1)
+    >>> config = AdamssConfig(r=2, num_subspaces=2, init_weights=None, use_asa=True, asa_target_subspaces=1,
+    ...                       init_warmup=0, final_warmup=1, mask_interval=1, target_modules=["0"])
     >>> tuner = AdamssModel(nn.Sequential(nn.Linear(3, 4)), config)
     >>> for step in range(2):
     ...     tuner(torch.ones(1, 3)).sum().backward()

@@ -153,7 +153,7 @@ def clusters_of(points: Tensor, count: int) -> list[Tensor]:
         count: Number of clusters; at most one for each row.
 
     >>> [rows.tolist() for rows in clusters_of(torch.tensor([[0.0], [9.0], [1.0], [8.0]]), 2)]
-    [[1, 3], [0, 2]]
+    [[0, 2], [1, 3]]
     """
     try:
         from sklearn.cluster import KMeans
