@@ -845,6 +845,7 @@ UNWEIGHTED = Exempt(
     CHANNELS | {"embedding", "linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"},
     UnsupportedConfig,
 )
+UNTIED = frozenset({"linear", "linear (3-d input)", "linear (Conv1D)", "linear (registered)"})
 ROAD = {"group_size": 2, **BOTH}
 OF_ROAD = (
     ({"variant": "road_3"}, "RoadConfig: variant is 'road_3', expected one of road_1, road_2, road_4"),
@@ -1189,7 +1190,7 @@ METHODS = {
                 ("test_gradients_of_gradients_are_differences",),
                 "directions are constants of the gradient, which differences of it vary",
             ),
-            dataclasses.replace(UNWEIGHTED, reason="no weight expresses shares that depend on the token"),
+            dataclasses.replace(UNWEIGHTED, sites=UNTIED, reason="no weight expresses shares that depend on the token"),
         ),
         output=arrow,
     ),
@@ -1209,7 +1210,7 @@ METHODS = {
                 "its router mixes by all tokens of an example, so that tokens of their own are an error",
                 raises=UnsupportedCall,
             ),
-            dataclasses.replace(UNWEIGHTED, reason="no weight expresses a mix that depends on the input"),
+            dataclasses.replace(UNWEIGHTED, sites=UNTIED, reason="no weight expresses a mix that depends on the input"),
             Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, frozenset({"linear (Conv1D)"}), NotImplementedError),
             Exempt(
                 PEFTS,
