@@ -109,7 +109,7 @@ def throughput(graft: Graft, x: Tensor, t: Tensor, counts: Sequence[int], rounds
     for count in counts:
         _, many = pairs(params, 0.02, count, 0)
         everything, each = x.repeat(count, 1, 1), unstack(many)
-        ways = {
+        ways: dict[str, Callable[[], Any]] = {
             f"the base, {count * len(x)} rows": lambda rows=everything: model(rows),
             f"{count} adapters at once": lambda many=many: scores(graft, many, x, t),
             f"{count}, one by one": lambda each=each: [graft(one, x) for one in each],
