@@ -25,7 +25,7 @@ def evolution():
 def test_an_adapter_evolves_and_is_drawn(evolution, tmp_path, capsys):
     result = evolution.main(["--quick", "--out", str(tmp_path / "out")])
     assert all(list(curve) == list(range(7)) for curve in result["curves"].values())
-    assert [name.split()[0] for name in result["rates"]] == ["the", "8", "8,"]
+    assert [name.split()[0] for name in result["rates"]] == ["the", "8", "one"]
     assert result["picture"].read_bytes().startswith(b"\x89PNG")
     assert "rows a second" in capsys.readouterr().out
 
