@@ -1,9 +1,9 @@
-"""Evolution of an adapter: 64 perturbed adapters in one forward, and a score that has no gradient.
+"""Evolution of an adapter: 128 perturbed adapters in one forward, and a score that has no gradient.
 
-A small transformer learns scikit-learn's handwritten digits and is frozen; an adapter learns to read inverted ones. The
-score is how many digits of a batch are read, whose gradient is zero everywhere. Each step adds noise to the adapter,
-which makes perturbations of the weights that have the adapter's low rank, reads the same digits with each perturbed
-adapter (`route`), and moves the adapter towards the noise that scored well (Salimans et al., 2017):
+A small transformer learns scikit-learn's handwritten digits and is frozen; an adapter learns to read mirrored ones. The
+score is the mean reciprocal rank of the right answer, whose gradient is zero everywhere. Each step adds noise to the
+adapter, which makes perturbations of the weights that have the adapter's low rank, reads the same digits with each
+perturbed adapter (`route`), and moves the adapter towards the noise that scored well (Salimans et al., 2017):
 
     step = 1 / (2 n sigma) sum_i (score(p + sigma z_i) - score(p - sigma z_i)) z_i
 
@@ -14,7 +14,6 @@ adapter (`route`), and moves the adapter towards the noise that scored well (Sal
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,11 +36,16 @@ Curve = dict[int, float]
 
 
 def scores(graft: Graft, many: Tree, x: Tensor, t: Tensor) -> Tensor:
-    """Return the share of digits that each adapter of a stack reads, `"N"`, from one forward of all of them."""
+    """Return each adapter's mean of `1 / rank of the right digit`, `"N"`, from one forward of all adapters."""
     count = len(ravel(many, stacked=True))
     rows = torch.arange(count).repeat_interleave(len(x))
     logits = graft(route(many, rows), x.repeat(count, 1, 1))
-    return (logits.argmax(-1).unflatten(0, (count, -1)) == t).float().mean(1)
+    return reciprocal_rank(logits, t.repeat(count)).unflatten(0, (count, -1)).mean(1)
+
+
+def reciprocal_rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 where the right class is first, 1/2 where it is second, ..., `"rows classes"` to `"rows"`."""
+    return 1 / (1 + (logits > logits.gather(-1, labels[:, None])).sum(-1))
 
 
 def pairs(params: Tree, sigma: float, count: int, seed: int) -> tuple[Tensor, Tree]:
@@ -94,34 +98,37 @@ def descend(graft: Graft, x: Tensor, t: Tensor, measure: Callable[[Tree], float]
 
 
 @torch.no_grad()
-def throughput(graft: Graft, x: Tensor, t: Tensor, counts: Sequence[int], rounds: int) -> dict[str, float]:
+def throughput(graft: Graft, x: Tensor, t: Tensor, count: int, sizes: Sequence[int], rounds: int) -> dict[str, float]:
     """Return rows a second: of the base alone, of perturbed adapters at once, and of one after the other.
 
-    All of them read the same rows, as many as there are adapters times the digits given. Rounds take turns.
+    Each adapter reads as many digits as a size says, the base the same rows. Of rounds that take turns the fastest
+    counts, which is what other programs on the machine disturb least.
     """
     params, model = graft.init(digits.seeded(0)), graft.model
-    found: dict[str, list[float]] = {}
-    for count in counts:
-        _, many = pairs(params, 0.1, count, 0)
-        everything, each = x.repeat(count, 1, 1), unstack(many)
-        ways = {
-            f"the base, {count * len(x)} rows": lambda rows=everything: model(rows),
-            f"{count} adapters at once": lambda many=many: scores(graft, many, x, t),
-            f"{count}, one by one": lambda each=each: [graft(one, x) for one in each],
+    _, many = pairs(params, 0.02, count, 0)
+    found: dict[str, float] = {}
+    for size in sizes:
+        some, labels = x[:size], t[:size]
+        everything = some.repeat(count, 1, 1)
+        ways: dict[str, Callable[[], Any]] = {
+            f"the base, {count} x {size} rows": lambda rows=everything: model(rows),
+            f"{count} adapters, {size} rows each": lambda x=some, t=labels: scores(graft, many, x, t),
+            f"one by one, {size} rows each": lambda x=some: [graft(one, x) for one in unstack(many)],
         }
         for _ in range(rounds):
             for name, way in ways.items():
                 began = time.perf_counter()
                 way()
-                found.setdefault(name, []).append(count * len(x) / (time.perf_counter() - began))
-    return {name: statistics.median(some) for name, some in found.items()}
+                rate = count * size / (time.perf_counter() - began)
+                found[name] = max(rate, found.get(name, 0.0))
+    return found
 
 
 def draw(path: Path, curves: dict[str, Curve], rates: dict[str, float], args: argparse.Namespace) -> None:
     """Draw accuracy by step, and rows a second."""
     figure = Figure(figsize=(15, 7.2), facecolor=PAPER)
     figure.text(0.04, 0.92, "An adapter evolves", color=INK, fontsize=26, weight="bold")
-    story = f"The score is how many inverted digits are read; {args.population} perturbed adapters in one forward."
+    story = f"The score is the rank of the right digit; {args.population} perturbed adapters in one forward."
     figure.text(0.04, 0.865, story, color=MUTED, fontsize=15)
     axes = figure.add_axes((0.06, 0.1, 0.5, 0.68), ylim=(0, 1))
     finish(axes, "held-out accuracy by step")
@@ -130,7 +137,7 @@ def draw(path: Path, curves: dict[str, Curve], rates: dict[str, float], args: ar
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(axis="y", color=FAINT)
     axes.legend(facecolor=PAPER, edgecolor=FAINT, labelcolor=INK, fontsize=13, loc="lower right")
-    bars = figure.add_axes((0.75, 0.1, 0.22, 0.68))
+    bars = figure.add_axes((0.76, 0.1, 0.21, 0.68))
     finish(bars, "rows a second")
     kinds = [MUTED, "#58b7ff", "#30465c"]
     bars.barh(range(len(rates)), list(rates.values()), color=[kinds[i % 3] for i in range(len(rates))], height=0.6)
@@ -147,18 +154,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("evolution-out"), help="folder for the picture")
     parser.add_argument("--base-steps", type=int, default=250, help="training steps of the base model")
-    parser.add_argument("--steps", type=int, default=120, help="steps of the adapter")
-    parser.add_argument("--population", type=int, default=64, help="perturbed adapters in a step, an even number")
+    parser.add_argument("--steps", type=int, default=80, help="steps of the adapter")
+    parser.add_argument("--population", type=int, default=128, help="perturbed adapters in a step, an even number")
     parser.add_argument("--rows", type=int, default=32, help="digits that each of them reads in a step")
-    parser.add_argument("--sigma", type=float, default=0.1, help="standard deviation of the noise")
-    parser.add_argument("--rate", type=float, default=2e-2, help="learning rate")
+    parser.add_argument("--sigma", type=float, default=0.02, help="standard deviation of the noise")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate")
     parser.add_argument("--quick", action="store_true", help="a short run with weaker results")
     args = parser.parse_args(argv)
     if args.population < 2 or args.population % 2:
         parser.error(f"--population is {args.population}, expected an even number: each noise is added and subtracted")
-    args.counts, args.rounds = (64, 256), 5
+    args.adapters, args.sizes, args.rounds = 64, (4, 32), 10
     if args.quick:
-        args.base_steps, args.steps, args.population, args.counts, args.rounds = 80, 6, 8, (8,), 1
+        args.base_steps, args.steps, args.population = 80, 6, 8
+        args.adapters, args.sizes, args.rounds = 8, (4,), 1
     return args
 
 
@@ -168,10 +176,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     images, labels, test_images, test_labels = digits.load_images(0)
     torch.manual_seed(0)
-    model: nn.Module = digits.VisionTransformer(depth=2)
+    model: nn.Module = digits.VisionTransformer(dim=32, heads=2, depth=2)
     digits.train_base(model, images, labels, args.base_steps, 0)
-    x, test = 1 - images, 1 - test_images
-    graft = bind(model, LoraXSConfig(r=8, target_modules=TARGETS))
+    x, test = images.flip(-1), test_images.flip(-1)
+    graft = bind(model, LoraXSConfig(r=4, target_modules=TARGETS))
 
     @torch.no_grad()
     def measure(params: Tree) -> float:
@@ -181,11 +189,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"evolution, {args.population} adapters a step": evolve(graft, x, labels, measure, args),
         "gradients of the cross entropy": descend(graft, x, labels, measure, args),
     }
-    rates = throughput(graft, x[: args.rows], labels[: args.rows], args.counts, args.rounds)
+    rates = throughput(graft, x, labels, args.adapters, args.sizes, args.rounds)
     picture = args.out / "evolution.png"
     draw(picture, curves, rates, args)
     numbers = sum(leaf.numel() for leaf in optree.tree_leaves(graft.init()))
-    print(f"\naccuracy on held-out inverted digits, of an adapter of {numbers} numbers:")
+    print(f"\naccuracy on held-out mirrored digits, of an adapter of {numbers} numbers:")
     for name, curve in curves.items():
         print(f"  {name:<34}{curve[0]:.1%} before, {curve[args.steps]:.1%} after {args.steps} steps")
     print("rows a second: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()))

@@ -84,7 +84,7 @@ def train(graft: Graft, x: Tensor, t: Tensor, rows: Tensor, seeds: Sequence[int]
         optimizer.zero_grad()
         torch.vmap(loss)(many, x, t).sum().backward()
         optimizer.step()
-    return optree.tree_map(Tensor.detach, many)  # type: ignore[no-any-return]
+    return optree.tree_map(Tensor.detach, many)
 
 
 @torch.no_grad()
@@ -190,7 +190,10 @@ def clock(graft: Graft, params: Tree, x: Tensor, t: Tensor, rounds: int) -> dict
         grads = [ravel(value_and_grad(total)(params, x[i, None], t[i, None])[1]) for i in range(len(x))]
         return torch.stack(grads)
 
-    ways = {"at once": lambda: features(graft, params, x, t, None), "one by one": one_by_one}
+    def at_once() -> Tensor:
+        return features(graft, params, x, t, None)
+
+    ways = {"at once": at_once, "one by one": one_by_one}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

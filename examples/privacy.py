@@ -73,7 +73,7 @@ def train(graft: Graft, x: Tensor, t: Tensor, share: float, sigma: float, steps:
         for leaf, gradient in zip(optree.tree_leaves(params), optree.tree_leaves(noisy), strict=True):
             leaf.grad = gradient / (share * len(x))
         optimizer.step()
-    return optree.tree_map(Tensor.detach, params)  # type: ignore[no-any-return]
+    return optree.tree_map(Tensor.detach, params)
 
 
 def noise_for(epsilon: float | None, share: float, steps: int) -> float:
@@ -108,7 +108,7 @@ def measure(model: nn.Module, data: dict[str, Any], args: argparse.Namespace) ->
 # -- the usual way -----------------------------------------------------------------------------------------------------
 
 
-class GivenNoise(DPOptimizer):  # type: ignore[misc]
+class GivenNoise(DPOptimizer):
     """Opacus' optimizer with noise that is given, not drawn."""
 
     noise: list[Tensor]
@@ -154,7 +154,7 @@ def both_steps(model: nn.Module, x: Tensor, t: Tensor, sigma: float, seed: int) 
 
     def stepped(each: Any) -> Tree:
         total = each.clipped_sum(start, x, t, max_norm=CLIP).total
-        return optree.tree_map(lambda p, g, z: p - (g + z) / len(x), start, total, noise)  # type: ignore[no-any-return]
+        return optree.tree_map(lambda p, g, z: p - (g + z) / len(x), start, total, noise)
 
     module, parameters = usual(model, start)
     kind = {"noise_multiplier": sigma, "max_grad_norm": CLIP, "expected_batch_size": len(x)}
@@ -167,7 +167,7 @@ def both_steps(model: nn.Module, x: Tensor, t: Tensor, sigma: float, seed: int) 
         optimizer.zero_grad()
         F.cross_entropy(module(x), t).backward()
         optimizer.step()
-        return optree.tree_unflatten(optree.tree_structure(start), parameters)  # type: ignore[no-any-return]
+        return optree.tree_unflatten(optree.tree_structure(start), parameters)
 
     steps = {
         "per_example": lambda: stepped(per_example(loss)),

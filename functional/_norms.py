@@ -59,7 +59,13 @@ def clip_by_norm(stacked: Any, max_norm: float | Tensor) -> Any:
 def clip_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
     """Return what gradients of these norms are multiplied with, `min(1, max_norm / (norm + 1e-6))`.
 
+    Raises:
+        ValueError: A negative `max_norm`, which would turn gradients around.
+
     >>> clip_factors(torch.tensor([0.5, 4.0]), 1.0)
     tensor([1.0000, 0.2500])
     """
-    return (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    if not isinstance(max_norm, Tensor) and not max_norm >= 0:
+        raise ValueError(f"max_norm is {max_norm!r}, expected a number from 0 on: the largest norm after clipping")
+    factors: Tensor = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    return factors

@@ -136,7 +136,9 @@ class PerExample:
         >>> each.clipped_sum({"w": torch.ones(2)}, torch.tensor([[3.0, 4.0], [0.0, 0.5]]), max_norm=1.0).total["w"]
         tensor([0.6000, 1.3000])
         """
-        totals, each_norm, each_loss = [], [], []
+        totals: list[Tree] = []
+        each_norm: list[Tensor] = []
+        each_loss: list[Tensor] = []
         for losses, grads in self._chunks(params, args, kwargs):
             each_norm.append(norms(grads))
             each_loss.append(losses)

@@ -174,6 +174,7 @@ def test_random_numbers_are_an_error_unless_one_says_how():
             "for each of the 2 positional",
         ),
         (lambda p, f, x, t: per_example(lambda p, x: x)(p, x), ValueError, "(1, 6) for a batch of one example"),
+        (lambda p, f, x, t: per_example(f).clipped_sum(p, x, t, max_norm=-1.0), ValueError, "max_norm is -1.0"),
         (lambda p, f, x, t: per_example(f)({}, x, t), ValueError, "the tree has no leaves"),
         (lambda p, f, x, t: per_example(f)(None, x, t), TypeError, "expected a tensor"),
         (lambda p, f, x, t: per_example(f, stacked=True)(p, x, t), ValueError, "looks like a stack of 7 adapters"),
