@@ -89,6 +89,6 @@ def _scales(std: Any, one: Tree, count: int, single: bool) -> Tree:
         raise ValueError(f"perturb: std has shape {tuple(std.shape)}, expected a number or one for each generator")
     if not isinstance(std, Tensor) and not (isinstance(std, (int, float)) and 0 <= std < float("inf")):
         raise ValueError(f"perturb: std is {std!r}, expected a number from 0 on, a tensor or a tree")
-    each = isinstance(std, Tensor) and std.ndim == 1
-    scales: Tree = optree.tree_map(lambda leaf: std.view(-1, *(1,) * leaf.ndim) if each else std, one)
+    each = torch.as_tensor(std)
+    scales: Tree = optree.tree_map(lambda leaf: each.view(-1, *(1,) * leaf.ndim) if each.ndim else std, one)
     return scales

@@ -170,14 +170,16 @@ def shared_basis(weights: list[Tensor], alpha: float) -> Tensor:
     """
     together = torch.cat(weights, 0)
     if together.shape[0] < together.shape[1]:
-        return torch.linalg.svd(together, full_matrices=True)[2].T
+        basis: Tensor = torch.linalg.svd(together, full_matrices=True)[2].T
+        return basis
     q, r = torch.linalg.qr(together)
     ridge = alpha * torch.eye(r.shape[1], dtype=r.dtype, device=r.device)
     mean = torch.zeros_like(ridge)
     for part in q.split([len(weight) for weight in weights]):
         mean += torch.linalg.inv(part.T @ part + ridge)
     mean /= len(weights)
-    return r.T @ torch.linalg.eigh(mean)[1]
+    mixed: Tensor = r.T @ torch.linalg.eigh(mean)[1]
+    return mixed
 
 
 def own_basis(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,7 @@ def own_basis(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     w, basis = _in_memory(weight, torch.float64), _in_memory(v, torch.float64)
     try:
         turned = torch.linalg.solve(basis, w.T).T
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined,unused-ignore] # strict alone sees it
         turned = w @ torch.linalg.pinv(basis, rtol=1e-6).T
     lengths = torch.linalg.norm(turned, dim=0)
     there = lengths > 1e-12

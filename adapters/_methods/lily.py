@@ -154,7 +154,7 @@ def init(
     return made
 
 
-def apply(config: LilyConfig, site: Site, leaves: dict[str, Map], base: Layer, x: Tensor) -> Tensor:
+def apply(config: LilyConfig, site: Site, leaves: dict[str, Any], base: Layer, x: Tensor) -> Tensor:
     """`base(x) + s h sum_e p_e B_e`, the sum in the wider dtype and rounded once to the base's.
 
     `B` is multiplied with all products `p_e h_i` in one row, so that no example has a matrix of its own.

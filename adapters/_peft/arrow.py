@@ -78,7 +78,7 @@ def create_arrow_model(
     }
     check_without_effect("create_arrow_model", adapter_kwargs)
 
-    def read(path: str | os.PathLike[str]) -> tuple[AdapterConfig, Tree]:
+    def read(path: str | os.PathLike[str]) -> tuple[Any, Tree]:
         folder = local_folder(path, **where)
         config = AdapterConfig.from_pretrained(folder)
         graft = bind(base_model, config)

@@ -1645,11 +1645,7 @@ METHODS = {
         PeanutConfig(r=2, scaling=3, init_weights=False, **BOTH),
         {"depth": 1},
         OF_PEANUT,
-        exempt=(
-            Exempt(
-                NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "linear (registered)"}, NotImplementedError
-            ),
-        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, NotImplementedError),),
     ),
     "peanut deep": Row(
         PeanutConfig(r=3, depth=2, act_fn="tanh", **BOTH),
@@ -1657,11 +1653,7 @@ METHODS = {
         PeanutConfig(r=3, depth=2, act_fn="tanh", scaling=0.5, **BOTH),
         {"act_fn": "relu"},
         OF_PEANUT,
-        exempt=(
-            Exempt(
-                NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)", "linear (registered)"}, NotImplementedError
-            ),
-        ),
+        exempt=(Exempt(NOT_IN_PEFTS, LINEAR_IN_PEFT, CHANNELS | {"linear (Conv1D)"}, NotImplementedError),),
     ),
     "glora": Row(
         GloraConfig(r=2, **BOTH),

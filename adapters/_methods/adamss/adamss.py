@@ -180,7 +180,8 @@ def _rank(config: AdamssConfig, site: Site, left: Tensor) -> int:
 
 def shapes(config: AdamssConfig, site: Site) -> dict[str, tuple[int, ...]]:
     """`A_i` is `"rank r"`, `B_i` is `"rows rank"`."""
-    r, found = len(site.constants.adamss_newB), {}
+    r = len(site.constants.adamss_newB)
+    found: dict[str, tuple[int, ...]] = {}
     for i, (rows, rank) in enumerate(site.constants.sizes):
         found |= {f"{A}.{i}": (rank, r), f"{B}.{i}": (rows, rank)}
     return found

@@ -94,7 +94,8 @@ def whole(matrix: Tensor, blocks: int) -> Tensor:
         return matrix
     each = matrix.unflatten(-2, (blocks, -1))
     here = torch.eye(blocks, dtype=matrix.dtype, device=matrix.device)[:, None, :, None]
-    return (each.unsqueeze(-2) * here).flatten(-4, -3).flatten(-2)
+    result: Tensor = (each.unsqueeze(-2) * here).flatten(-4, -3).flatten(-2)
+    return result
 
 
 def of_leaves(a: Tensor, b: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:

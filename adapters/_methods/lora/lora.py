@@ -269,7 +269,7 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
     of_a, of_b, _ = site.constants.blocks or (1, 1, r)
     if (blocks := of_a if leaf == "lora_A" else of_b) > 1:
         sizes = (site.in_features, r) if leaf == "lora_A" else (r, site.out_features)
-        return BlockDiagonalLinear(*sizes, blocks)
+        return BlockDiagonalLinear(sizes[0], sizes[1], blocks)
     how: dict[str, Any] = {"bias": config.lora_bias and leaf == "lora_B", "device": "meta"}
     if site.geometry is None:
         return nn.Linear(site.in_features, r, **how) if leaf == "lora_A" else nn.Linear(r, site.out_features, **how)
