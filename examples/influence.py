@@ -168,7 +168,7 @@ def without(graft: Graft, data: dict[str, Any], found: Tensor, args: argparse.Na
     chosen = {
         "those that count most": found.argsort(1, descending=True),
         "any": torch.stack([torch.randperm(count, generator=digits.seeded(1000 + i)) for i in range(test)]),
-        "those that count least": found.argsort(1),
+        "those that count against it": found.argsort(1),
     }
     rows = torch.cat([order[:, GONE:] for order in chosen.values()])
     everything = torch.arange(count).expand(args.seeds, -1)
@@ -226,7 +226,7 @@ def draw(path: Path, result: dict[str, Any], data: dict[str, Any], found: Tensor
             tile.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
             tile.set_title(str(int(label)), color=color, fontsize=11, pad=2)
             tile.axis("off")
-    axes = figure.add_axes((0.6, 0.53, 0.37, 0.29))
+    axes = figure.add_axes((0.6, 0.5, 0.37, 0.29))
     finish(axes, "correlation with what training again did, by dimensions")
     names = [name for name in result["correlations"] if name != "multiplied only"]
     values = [result["correlations"][name] for name in names]
@@ -236,9 +236,9 @@ def draw(path: Path, result: dict[str, Any], data: dict[str, Any], found: Tensor
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(-0.1, 1)
     axes.grid(axis="y", color=FAINT)
-    bars = figure.add_axes((0.75, 0.08, 0.22, 0.29))
+    bars = figure.add_axes((0.77, 0.05, 0.2, 0.29))
     finish(bars, "")
-    write(0.6, 0.405, f"how much a digit's margin fell without {GONE} examples", color=INK, fontsize=16)
+    write(0.6, 0.375, f"how much a digit's margin fell without {GONE} examples", color=INK, fontsize=16)
     falls = result["falls"]
     means = [float(fall.mean()) for fall in falls.values()]
     errors = [float(2 * fall.std() / len(fall) ** 0.5) for fall in falls.values()]

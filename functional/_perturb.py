@@ -85,10 +85,18 @@ def _scales(std: Any, one: Tree, count: int, single: bool) -> Tree:
         if optree.tree_structure(std) != optree.tree_structure(one):
             raise ValueError("perturb: std is a tree with other keys than those of the tree; make it of tree_map")
         return std
-    if isinstance(std, Tensor) and std.ndim and (single or std.shape != (count,)):
-        raise ValueError(f"perturb: std has shape {tuple(std.shape)}, expected a number or one for each generator")
     if not isinstance(std, Tensor) and not (isinstance(std, (int, float)) and 0 <= std < float("inf")):
         raise ValueError(f"perturb: std is {std!r}, expected a number from 0 on, a tensor or a tree")
+<<<<<<< HEAD
     each = torch.as_tensor(std)
     scales: Tree = optree.tree_map(lambda leaf: each.view(-1, *(1,) * leaf.ndim) if each.ndim else std, one)
+=======
+    scales: Tree
+    if not isinstance(std, Tensor) or std.ndim == 0:
+        scales = optree.tree_map(lambda leaf: std, one)
+        return scales
+    if single or std.shape != (count,):
+        raise ValueError(f"perturb: std has shape {tuple(std.shape)}, expected a number or one for each generator")
+    scales = optree.tree_map(lambda leaf: std.view(-1, *(1,) * leaf.ndim), one)
+>>>>>>> functions
     return scales
