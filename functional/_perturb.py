@@ -87,10 +87,6 @@ def _scales(std: Any, one: Tree, count: int, single: bool) -> Tree:
         return std
     if not isinstance(std, Tensor) and not (isinstance(std, (int, float)) and 0 <= std < float("inf")):
         raise ValueError(f"perturb: std is {std!r}, expected a number from 0 on, a tensor or a tree")
-<<<<<<< HEAD
-    each = torch.as_tensor(std)
-    scales: Tree = optree.tree_map(lambda leaf: each.view(-1, *(1,) * leaf.ndim) if each.ndim else std, one)
-=======
     scales: Tree
     if not isinstance(std, Tensor) or std.ndim == 0:
         scales = optree.tree_map(lambda leaf: std, one)
@@ -98,5 +94,4 @@ def _scales(std: Any, one: Tree, count: int, single: bool) -> Tree:
     if single or std.shape != (count,):
         raise ValueError(f"perturb: std has shape {tuple(std.shape)}, expected a number or one for each generator")
     scales = optree.tree_map(lambda leaf: std.view(-1, *(1,) * leaf.ndim), one)
->>>>>>> functions
     return scales
