@@ -19,6 +19,7 @@ from ._binding.binding import Binding as Binding
 from ._call import functional_call as functional_call
 from ._constants import Constants as Constants
 from ._constants import Varying as Varying
+from ._copy_rows import copy_rows as copy_rows
 from ._dequantized import dequantized as dequantized
 from ._grads import grad as grad
 from ._grads import value_and_grad as value_and_grad
@@ -32,7 +33,11 @@ from ._method import Weights as Weights
 from ._module import AdapterModule as AdapterModule
 from ._norms import clip_by_norm as clip_by_norm
 from ._norms import norms as norms
+from ._per_example import PerExample as PerExample
+from ._per_example import per_example as per_example
+from ._perturb import perturb as perturb
 from ._places import Places as Places
+from ._project import project as project
 from ._routing.route import Routed as Routed
 from ._routing.route import route as route
 from ._rows import PerAdapter as PerAdapter
@@ -47,6 +52,8 @@ from ._trees import unstack as unstack
 from ._unsupported import Unsupported as Unsupported
 from ._unsupported import UnsupportedCall as UnsupportedCall
 from ._unsupported import UnsupportedConfig as UnsupportedConfig
+from ._vectors import ravel as ravel
+from ._vectors import unravel as unravel
 
 __version__ = "0.1.0"
 __all__ = ["__version__", *(name for name in sorted(globals()) if not name.startswith("_"))]

@@ -28,7 +28,7 @@ def norms(stacked: Any) -> Tensor:
     """
     count = adapters_in(stacked, "norms")
     leaves = optree.tree_leaves(stacked)
-    each = [torch.linalg.vector_norm(leaf.reshape(count, -1), dim=1) for leaf in leaves]
+    each = [torch.linalg.vector_norm(leaf.reshape(count, leaf.shape[1:].numel()), dim=1) for leaf in leaves]
     result: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(each[0]) for norm in each]), dim=0)
     return result
 
@@ -52,5 +52,14 @@ def clip_by_norm(stacked: Any, max_norm: float | Tensor) -> Any:
     tensor([[0.6000, 0.8000],
             [0.3000, 0.4000]])
     """
-    factor = (max_norm / (norms(stacked) + 1e-6)).clamp(max=1.0)
+    factor = clip_factors(norms(stacked), max_norm)
     return optree.tree_map(lambda leaf: leaf * factor.to(leaf).view(-1, *(1,) * (leaf.ndim - 1)), stacked)
+
+
+def clip_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
+    """Return what gradients of these norms are multiplied with, `min(1, max_norm / (norm + 1e-6))`.
+
+    >>> clip_factors(torch.tensor([0.5, 4.0]), 1.0)
+    tensor([1.0000, 0.2500])
+    """
+    return (max_norm / (norms + 1e-6)).clamp(max=1.0)

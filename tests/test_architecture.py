@@ -78,7 +78,7 @@ ORDER = {
         .: _messages _unsupported _constants _places _rows _versions
         _tensors: placement wrappers
         _sites: tensors geometry site kernels linear embedding convolution attention kinds parameters factored
-        .: _abilities _method _trees _trainable _norms _grads
+        .: _abilities _method _trees _trainable _norms _grads _vectors _perturb _copy_rows _project _per_example
         _locating: layout finder inputs observed look marks positions tokens
         _layers: around noise base adapted projection routed gathered no_weight compose
         _binding: tied replaced plan leaves binding joined stacking stacked padded members
