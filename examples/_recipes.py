@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 BLUE, ORANGE, GREEN, RED, VIOLET = "#58b7ff", "#ffa657", "#8ddb8c", "#ff7b72", "#a592ff"
+COLORS = [BLUE, GREEN, VIOLET, ORANGE, "#f2cc60", "#4fd6be", RED]
 TARGETS = ["qkv", "out", "up", "down"]
 
 
