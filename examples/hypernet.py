@@ -52,7 +52,8 @@ class Hypernetwork(nn.Module):
     """Labelled images of some worlds to an adapter for each, a stack.
 
     Each example is seen by itself, what was seen is averaged, and a last layer makes all numbers of an adapter of the
-    average. Its bias is an adapter as `init` makes it, so training begins near the frozen model.
+    average. Its bias is an adapter as `init` makes it, so training begins near the frozen model; its input is small, so
+    that a step of Adam, which is of one size for each weight, changes adapters by little.
     """
 
     def __init__(self, like: Tree, width: int = 128):
@@ -61,14 +62,14 @@ class Hypernetwork(nn.Module):
         self.see = nn.Sequential(nn.Linear(8 * 8 + 10, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.think = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.emit = nn.Linear(width, len(ravel(like)))
-        nn.init.normal_(self.emit.weight, std=1e-3)
+        nn.init.normal_(self.emit.weight, std=1e-2)
         self.emit.bias.data.copy_(ravel(like))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tree:
         """`"world k 32 32"` and `"world k"` to leaves `"world ..."`."""
         small = 2 * F.avg_pool2d(images, 4).flatten(-2) - 1
         seen = self.see(torch.cat([small, F.one_hot(labels, 10)], -1)).mean(-2)
-        return unravel(self.emit(self.think(seen)), self.like)
+        return unravel(self.emit(self.think(seen) / self.emit.in_features**0.5), self.like)
 
 
 def logits_of(graft: Graft, adapters: Tree, images: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def train_hypernetwork(graft: Graft, data: recipes.Digits, steps: int, examples:
         adapters = network(images[:, :examples], labels[:, :examples])
         return loss_of(logits_of(graft, adapters, images[:, examples:]), labels[:, examples:])
 
-    recipes.minimise(loss, list(network.parameters()), steps, 2e-3, "hypernetwork", file)
+    recipes.minimise(loss, list(network.parameters()), steps, 1e-3, "hypernetwork", file)
     return network
 
 
@@ -210,11 +211,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("hypernet-out"), help="folder for results, and to resume from")
     parser.add_argument("--base-steps", type=int, default=400, help="training steps of the base model")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the hypernetwork")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of the hypernetwork")
     parser.add_argument("--examples", type=int, default=16, help="labelled digits of a world that it sees")
     parser.add_argument("--rank", type=int, default=4, help="rank of the adapters")
     parser.add_argument("--quick", action="store_true", help="a short run with weak results")
-    parser.set_defaults(few_steps=40, each_steps=150, held_out=300)
+    parser.set_defaults(few_steps=40, each_steps=100, held_out=300)
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(base_steps=80, steps=20, few_steps=5, each_steps=10, held_out=40)
