@@ -66,7 +66,7 @@ def draw(path: Path, scores: dict[str, Score], examples: int) -> None:
         names = [f"{name}\n{one.accuracy:.1%} right" for name, one in scores.items()]
         axes.set_yticks(range(len(scores)), names if i == 0 else [])
         axes.set_xticks([])
-    axes = figure.add_axes((0.63, 0.08, 0.34, 0.73), xlim=(0.2, 1.01), ylim=(0.2, 1.01))
+    axes = figure.add_axes((0.63, 0.08, 0.34, 0.73), xlim=(0, 1.01), ylim=(0, 1.01))
     finish(axes, "accuracy by confidence")
     axes.plot([0, 1], [0, 1], color=FAINT, linestyle=(0, (4, 4)))
     for name, one in scores.items():

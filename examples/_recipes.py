@@ -60,6 +60,11 @@ def new_worlds() -> Tensor:
     return torch.tensor([[60.0 * i + 10, j, (i + j) % 2] for i in range(6) for j in (0, 1)])
 
 
+def turned_only(worlds: Tensor) -> Tensor:
+    """Return the worlds without mirrors and inversion, each once and in order."""
+    return F.pad(worlds[:, :1].unique(dim=0), (0, 2))
+
+
 def called(world: Tensor) -> str:
     """A world's name."""
     angle, mirrored, inverted = world.int().tolist()

@@ -3,8 +3,8 @@
 A small transformer learns scikit-learn's handwritten digits and is frozen, and adapters learn to read them swirled.
 Each has a learning rate and a weight decay of its own, drawn at random, and all train in one bank. Now and then those
 that read other digits worst are replaced by copies of the best ones, with the moments and the step count of their
-optimizers, and go on with settings that were a little changed. Beside each there is a twin in the same batches, with the
-same start, settings and digits, that is never copied: a random search with the same compute.
+optimizers, and go on with settings that were a little changed. Beside each there is a twin in the same batches, with
+the same start, settings and digits, that is never copied: a random search with the same compute.
 
     pip install torchgraft[demo]
     python examples/population.py --out population-out
@@ -128,6 +128,7 @@ def draw(path: Path, ways: dict[str, list[list[Member]]], best: dict[str, list[f
         finish(axes, title)
         axes.set_yscale("log")
         axes.grid(axis="y", color=FAINT)
+        axes.tick_params(which="minor", colors=MUTED, length=0, labelsize=10)
         for way, populations in ways.items():
             curves = [getattr(member, key) for member in populations[0]]
             for curve in curves:
