@@ -9,8 +9,8 @@ SCRIPTS := $(wildcard examples/*.py benchmarks/*.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo arithmetic distributed methods serve sweep tenants text tinker test test-quick test-full peft-tests lint format bench \
-	serve-check clean
+.PHONY: help demo arithmetic distributed methods serve sweep tenants text tinker federated hypernet maml population posterior \
+	test test-quick test-full peft-tests lint format bench serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
@@ -22,6 +22,11 @@ help:
 	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
 	@echo 'make text        run examples/text.py; results in text-out/'
 	@echo 'make tinker      run examples/tinker_server.py, until it is interrupted; checkpoints in tinker-out/'
+	@echo 'make federated   run examples/federated.py; results in federated-out/'
+	@echo 'make hypernet    run examples/hypernet.py; results in hypernet-out/'
+	@echo 'make maml        run examples/maml.py; results in maml-out/'
+	@echo 'make population  run examples/population.py; results in population-out/'
+	@echo 'make posterior   run examples/posterior.py; results in posterior-out/'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make format      let ruff rewrite what it can'
 	@echo 'make test-quick  the tests that take no time, while you work'
@@ -60,6 +65,21 @@ text: $(VENV)/.demo
 tinker: $(VENV)/.tinker
 	$(BIN)/python examples/tinker_server.py --out tinker-out
 
+federated: $(VENV)/.demo
+	$(BIN)/python examples/federated.py --out federated-out
+
+hypernet: $(VENV)/.demo
+	$(BIN)/python examples/hypernet.py --out hypernet-out
+
+maml: $(VENV)/.demo
+	$(BIN)/python examples/maml.py --out maml-out
+
+population: $(VENV)/.demo
+	$(BIN)/python examples/population.py --out population-out
+
+posterior: $(VENV)/.demo
+	$(BIN)/python examples/posterior.py --out posterior-out
+
 test: lint
 	$(PYTEST) -m 'not full'
 
@@ -94,7 +114,8 @@ serve-check: $(VENV)/.test
 	$(BIN)/python tests/serve/check.py --engine $(ENGINE)/bin/python --out serve-check-out --seconds 1800
 
 clean:
-	rm -rf $(VENV) build dist arithmetic-out demo-out distributed-out methods-out serve-out sweep-out tenants-out text-out tinker-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist arithmetic-out demo-out distributed-out methods-out serve-out sweep-out tenants-out text-out tinker-out \
+		federated-out hypernet-out maml-out population-out posterior-out serve-check-out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra. torch comes first and by its exact version, so that no other requirement chooses a build of it.

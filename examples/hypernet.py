@@ -218,7 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(few_steps=40, each_steps=100, held_out=300)
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(base_steps=80, steps=20, few_steps=5, each_steps=10, held_out=40)
+        vars(args).update(base_steps=60, steps=20, few_steps=5, each_steps=10, held_out=40)
     if min(args.steps, args.base_steps, args.examples, args.rank) < 1:
         parser.error("--steps, --base-steps, --examples and --rank are at least 1")
     return args

@@ -7,7 +7,7 @@ one routed forward; Laplace's samples go through `torch.func.jvp` of the graft, 
 each other: accuracy, log likelihood and calibration on held-out digits, beside one adapter alone, its logits divided by
 a temperature, and an ensemble of adapters that are each trained from another start.
 
-    pip install torchgraft[demo] posteriors
+    pip install torchgraft[demo]
     python examples/posterior.py --out posterior-out
 """
 
@@ -17,6 +17,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,18 +36,19 @@ try:
     from _calibration import Score, draw, score
     from _resume import claim, note, until_interrupted
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(f"This example needs {error.name}, which is not installed: pip install torchgraft[demo]") from None
-try:
-    with warnings.catch_warnings():  # defaults of its dataclasses, of which tensordict will make copies
+
+    with warnings.catch_warnings():  # tensordict says of defaults in posteriors what will be otherwise
         warnings.simplefilter("ignore", FutureWarning)
         import posteriors
         import torchopt
 except ImportError as error:
-    raise SystemExit(f"This example needs {error.name}, which is not installed: pip install posteriors") from None
+    raise SystemExit(f"This example needs {error.name}, which is not installed: pip install torchgraft[demo]") from None
 
 BATCH, PRIOR = 32, 0.1
 """Examples of a batch, and the standard deviation of the prior of each number."""
+PRIORS = (0.003, 0.01, 0.03, 0.1)
+"""Deviations that Laplace chooses from."""
+TEMPERED = "... at a temperature"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -146,17 +148,23 @@ def variational(task: Task, params: Tree, samples: int, steps: int) -> Tree:
     return plain(posteriors.vi.diag.sample(state, (samples,)))
 
 
-def precision(task: Task, params: Tree) -> Tree:
-    """Diagonal of the posterior's precision at the mode: the prior's, and the empirical Fisher information."""
+def fisher(task: Task, params: Tree) -> Tree:
+    """Diagonal of the empirical Fisher information at the mode: squares of each example's gradient, summed."""
 
     def each(params: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
         return likelihoods(task.graft, stack([params]), batch)[0], torch.zeros(())
 
-    transform = posteriors.laplace.diag_fisher.build(each, per_sample=True, init_prec_diag=PRIOR**-2)
+    transform = posteriors.laplace.diag_fisher.build(each, per_sample=True)
     state = transform.init(params)
     for images, labels in zip(task.images.split(16), task.labels.split(16), strict=True):
         state, _ = transform.update(state, (images, labels))
     return plain(state.prec_diag)
+
+
+def laplace(params: Tree, information: Tree, prior: float, samples: int) -> Tree:
+    """Draw from Laplace's approximation, `N(theta*, 1 / (F + 1 / prior^2))`."""
+    deviations = optree.tree_map(lambda own: (own + prior**-2).rsqrt(), information)
+    return perturb(params, [digits.seeded(i) for i in range(samples)], deviations)
 
 
 def linearised(graft: Graft, params: Tree, many: Tree, images: Tensor) -> Tensor:
@@ -184,28 +192,34 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 # -- the whole story --------------------------------------------------------------------------------------------------
 
 
-def compare(task: Task, args: argparse.Namespace) -> tuple[dict[str, Score], float]:
-    """Score each way to predict; returns the temperature too."""
+def compare(task: Task, args: argparse.Namespace) -> tuple[dict[str, Score], dict[str, float]]:
+    """Score each way to predict; returns what was chosen on spare digits too: a temperature, and priors of Laplace."""
     torch.manual_seed(0)
     modes = trained(task, args.members, args.steps, args.out / "modes.safetensors")
     one = unstack(modes)[0]
     images, labels = task.test
     with torch.no_grad():
         temperature = best_temperature(task.graft(one, task.spare[0]), task.spare[1])
+        chosen = {TEMPERED: temperature}
         scaled = (task.graft(one, images) / temperature).log_softmax(-1)[None]
     sampled = {
         "Langevin": langevin(task, one, args.members, args.walk),
         "variational": variational(task, one, args.members, args.walk),
     }
-    deviations = optree.tree_map(lambda each: each.rsqrt(), precision(task, one))
-    laplace = perturb(one, [digits.seeded(i) for i in range(args.members)], deviations)
+    information = fisher(task, one)
+    ways: dict[str, Callable[[Tree, Tensor], Tensor]] = {
+        "Laplace": partial(predicted, task.graft),
+        "Laplace, linearised": partial(linearised, task.graft, one),
+    }
     with torch.no_grad():
-        found = {"one adapter": predicted(task.graft, stack([one]), images), "... at a temperature": scaled}
+        found = {"one adapter": predicted(task.graft, stack([one]), images), TEMPERED: scaled}
         found |= {name: predicted(task.graft, many, images) for name, many in sampled.items()}
-        found["Laplace"] = predicted(task.graft, laplace, images)
-        found["Laplace, linearised"] = linearised(task.graft, one, laplace, images)
+        for name, predict in ways.items():
+            drawn = {prior: laplace(one, information, prior, args.members) for prior in PRIORS}
+            chosen[name] = min(PRIORS, key=lambda prior: score(predict(drawn[prior], task.spare[0]), task.spare[1]).nll)
+            found[name] = predict(drawn[chosen[name]], images)
         found[f"{args.members} adapters"] = predicted(task.graft, modes, images)
-    return {name: score(log_probs, labels) for name, log_probs in found.items()}, temperature
+    return {name: score(log_probs, labels) for name, log_probs in found.items()}, chosen
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -214,8 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("posterior-out"), help="folder for results, and to resume from"
     )
     parser.add_argument("--base-steps", type=int, default=400, help="training steps of the base model")
-    parser.add_argument("--examples", type=int, default=128, help="turned digits that an adapter learns from")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of an adapter")
+    parser.add_argument("--examples", type=int, default=256, help="turned digits that an adapter learns from")
+    parser.add_argument("--steps", type=int, default=160, help="training steps of an adapter")
     parser.add_argument(
         "--walk", type=int, default=120, help="steps of Langevin dynamics, and of variational inference"
     )
@@ -245,17 +259,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     task = Task(
         graft, turned[:n], data.labels[:n], (turned[n : 2 * n], data.labels[n : 2 * n]), (held_out, data.test_labels)
     )
-    scores, temperature = compare(task, args)
+    scores, chosen = compare(task, args)
 
     picture = args.out / "posterior.png"
     draw(picture, scores, n)
     print(f"\n{'':<22}{'accuracy':>10}{'neg. log likelihood':>22}{'calibration error':>20}")
     for name, one in scores.items():
         print(f"{name:<22}{one.accuracy:>10.1%}{one.nll:>22.3f}{one.ece:>20.3f}")
-    print(f"\ntemperature   {temperature:.2f}, chosen on {len(task.spare[1])} more labelled digits")
+    print(f"\nchosen        on {len(task.spare[1])} more labelled digits: a temperature of {chosen[TEMPERED]:.2f},")
+    print(
+        f"              deviations of the prior {chosen['Laplace']:g} and, linearised, {chosen['Laplace, linearised']:g}"
+    )
     print(f"picture       {picture}, after {time.perf_counter() - began:.0f} s in all")
     note({name: one._asdict() for name, one in scores.items()}, args.out / "posterior.json")
-    return {"scores": scores, "temperature": temperature, "task": task, "picture": picture}
+    return {"scores": scores, "chosen": chosen, "task": task, "picture": picture}
 
 
 if __name__ == "__main__":
