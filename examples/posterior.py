@@ -267,9 +267,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, one in scores.items():
         print(f"{name:<22}{one.accuracy:>10.1%}{one.nll:>22.3f}{one.ece:>20.3f}")
     print(f"\nchosen        on {len(task.spare[1])} more labelled digits: a temperature of {chosen[TEMPERED]:.2f},")
-    print(
-        f"              deviations of the prior {chosen['Laplace']:g} and, linearised, {chosen['Laplace, linearised']:g}"
-    )
+    priors = ", ".join(f"{chosen[name]:g} for {name}" for name in ("Laplace", "Laplace, linearised"))
+    print(f"{'':<14}deviations of the prior {priors}")
     print(f"picture       {picture}, after {time.perf_counter() - began:.0f} s in all")
     note({name: one._asdict() for name, one in scores.items()}, args.out / "posterior.json")
     return {"scores": scores, "chosen": chosen, "task": task, "picture": picture}

@@ -1,6 +1,7 @@
 """Examples as modules, and a folder with the small base that recipes train first."""
 
 import importlib
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,21 @@ def load_example():
         for name in set(sys.modules) - before:
             if (EXAMPLES / f"{name}.py").exists():
                 del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def run_page():
+    """Run the Python of a recipe's page, block after block in one namespace; returns that."""
+
+    def run(name):
+        page = (EXAMPLES.parent / "docs" / "recipes" / f"{name}.md").read_text()
+        namespace = {}
+        for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+            exec(compile(block, f"{name}.md", "exec"), namespace)
+        assert namespace
+        return namespace
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -45,3 +45,8 @@ def test_the_average_is_weighted_and_its_products_are_not_the_average_of_product
     assert federated.gap(many, weights) == pytest.approx(float(expected), rel=1e-5)
     same = {"0": {"lora_A": a[:1].expand(3, -1, -1), "lora_B": b}}
     assert federated.gap(same, weights) < 1e-6
+
+
+def test_the_lines_of_its_page_run(run_page):
+    there = run_page("federated")
+    assert there["params"]["0"]["lora_B"].shape == (32, 2) and there["params"]["0"]["lora_B"].abs().max() > 0

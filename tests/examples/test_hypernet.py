@@ -95,3 +95,8 @@ def test_minimising_goes_on_where_it_was(recipes, tmp_path):
     parts = run(torch.zeros(3), tmp_path / "leaf.safetensors")
     assert torch.equal(parts, whole) and whole.abs().max() > 0.1
     assert torch.equal(run(torch.zeros(3), tmp_path / "leaf.safetensors", stop=0), whole)  # no step is left
+
+
+def test_the_lines_of_its_page_run(run_page):
+    there = run_page("hypernet")
+    assert there["loss"].isfinite() and there["network"][-1].weight.abs().max() > 0

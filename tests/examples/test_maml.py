@@ -54,3 +54,8 @@ def test_an_inner_step_is_gradient_descent(maml, tiny):
     found = optree.tree_leaves(maml.after(graft, params, rates, images[0], labels[0], 1))
     for leaf, own in zip(leaves, found, strict=True):
         torch.testing.assert_close(own, leaf.detach() - 0.3 * leaf.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_lines_of_its_page_run(run_page):
+    there = run_page("maml")
+    assert all(leaf.grad.abs().max() > 0 for leaf in optree.tree_leaves(there["params"]))

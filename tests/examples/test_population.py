@@ -51,3 +51,9 @@ def test_numbers_that_make_no_population_are_refused(population, wrong, capsys):
     with pytest.raises(SystemExit):
         population.parse(wrong)
     assert "at least 1, --size 2, and --share is from 0 to 0.5" in capsys.readouterr().err
+
+
+def test_the_lines_of_its_page_run(run_page):
+    there = run_page("population")
+    assert there["bank"].steps("b") == there["bank"].steps("a") == 5
+    assert there["bank"].tensors("b")["0"]["lora_A"].equal(there["bank"].tensors("a")["0"]["lora_A"])

@@ -81,3 +81,9 @@ def test_scores_are_those_of_the_mean_of_predictions(posterior):
     assert found.accuracy == 0.5  # confidences 0.8 and 0.7: right, and wrong
     assert found.nll == pytest.approx(-0.5 * (torch.tensor(0.8).log() + torch.tensor(0.3).log()).item(), rel=1e-5)
     assert found.ece == pytest.approx(0.5 * 0.2 + 0.5 * 0.7, abs=1e-5)
+
+
+def test_the_lines_of_its_page_run(run_page):
+    there = run_page("posterior")
+    assert there["prediction"].shape == (40, 3) and there["logits"].shape == (5, 40, 3)
+    torch.testing.assert_close(there["prediction"].sum(1), torch.ones(40))
