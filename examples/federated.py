@@ -161,7 +161,7 @@ def draw(path: Path, curves: dict[str, list[float]], counts: Tensor) -> None:
     axes.legend(facecolor=PAPER, edgecolor=PAPER, labelcolor="linecolor", fontsize=14, loc="lower right")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     table = figure.add_axes((0.72, 0.1, 0.25, 0.7))
-    table.imshow(counts, cmap=LinearSegmentedColormap.from_list("counts", [PAPER, recipes.BLUE]), aspect="auto")
+    table.imshow(counts.numpy(), cmap=LinearSegmentedColormap.from_list("counts", [PAPER, recipes.BLUE]), aspect="auto")
     finish(table, "digits of each client")
     for i, row in enumerate(counts.tolist()):
         for j, value in enumerate(row):

@@ -183,7 +183,7 @@ def draw(path: Path, found: dict[str, list[float]], seconds: dict[str, float], i
     tiles = F.pad(recipes.seen_in(worlds, images[:6].expand(len(worlds), -1, -1, -1)), (1, 1, 1, 1), value=math.nan)
     axes = figure.add_axes((0.17, 0.06, 0.2, 0.76))
     shades = LinearSegmentedColormap.from_list("digits", [PANEL, INK])
-    axes.imshow(torch.cat(list(torch.cat(list(tiles), -2)), -1), cmap=shades, vmin=0, vmax=1, aspect="auto")
+    axes.imshow(torch.cat(list(torch.cat(list(tiles), -2)), -1).numpy(), cmap=shades, vmin=0, vmax=1, aspect="auto")
     finish(axes, "")
     height = tiles.shape[-1]
     axes.set_yticks([height * (i + 0.5) for i in range(len(worlds))], [recipes.called(world) for world in worlds])
