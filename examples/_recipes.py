@@ -47,7 +47,7 @@ def frozen_reader(folder: Path, steps: int) -> tuple[nn.Module, Digits]:
 
 
 def some_worlds(count: int, source: torch.Generator) -> Tensor:
-    """Draw worlds `"count 3"`: an angle in degrees, and whether digits are mirrored and inverted.
+    """Draw worlds `"count 3"`: an angle in degrees, clockwise, and whether digits are mirrored and inverted.
 
     Of each 60 degrees the first 20 are left out, for `new_worlds`.
     """

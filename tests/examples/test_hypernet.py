@@ -63,7 +63,7 @@ def test_worlds_turn_mirror_and_invert(recipes):
     images = torch.rand(1, 5, 32, 32)
     for world, expected in [
         ([0.0, 0, 0], images[0]),
-        ([90.0, 0, 0], images[0].rot90(1, (-2, -1))),
+        ([90.0, 0, 0], images[0].rot90(-1, (-2, -1))),
         ([0.0, 1, 0], images[0].flip(-1)),
         ([180.0, 0, 1], 1 - images[0].rot90(2, (-2, -1))),
     ]:
