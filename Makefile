@@ -6,24 +6,17 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(wildcard torchgraft functional adapters examples benchmarks tests docs/_make)
 SCRIPTS := $(wildcard examples/*.py benchmarks/*.py docs/_make/*.py)
+EXAMPLES := arithmetic evolution federated hypernet influence maml methods population posterior serve sweep tenants text
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 .NOTPARALLEL:
-.PHONY: help demo arithmetic distributed evolution influence methods privacy serve sweep tenants text tinker test test-quick test-full \
-	peft-tests lint format bench docs serve-check clean
+.PHONY: help demo distributed privacy tinker $(EXAMPLES) test test-quick test-full peft-tests lint format bench docs serve-check clean
 
 help:
 	@echo 'make demo        run examples/digits.py; results in demo-out/'
+	@for name in $(EXAMPLES); do printf 'make %-11s run examples/%s.py; results in %s-out/\n' $$name $$name $$name; done
 	@echo 'make distributed run examples/distributed.py on two processes of this machine; checkpoints in distributed-out/'
-	@echo 'make serve       run examples/serve.py; results in serve-out/'
-	@echo 'make arithmetic  run examples/arithmetic.py; results in arithmetic-out/'
-	@echo 'make evolution   run examples/evolution.py; results in evolution-out/'
-	@echo 'make influence   run examples/influence.py; results in influence-out/'
-	@echo 'make methods     run examples/methods.py; results in methods-out/'
 	@echo 'make privacy     run examples/privacy.py, with Opacus; results in privacy-out/'
-	@echo 'make sweep       run examples/sweep.py; results in sweep-out/'
-	@echo 'make tenants     run examples/tenants.py; results in tenants-out/'
-	@echo 'make text        run examples/text.py; results in text-out/'
 	@echo 'make tinker      run examples/tinker_server.py, until it is interrupted; checkpoints in tinker-out/'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make format      let ruff rewrite what it can'
@@ -43,33 +36,12 @@ distributed: $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
 		examples/distributed.py --check --out distributed-out
 
-serve: $(VENV)/.demo
-	$(BIN)/python examples/serve.py --out serve-out
-
-methods: $(VENV)/.demo
-	$(BIN)/python examples/methods.py --out methods-out
-
-arithmetic: $(VENV)/.demo
-	$(BIN)/python examples/arithmetic.py --out arithmetic-out
-
-evolution: $(VENV)/.demo
-	$(BIN)/python examples/evolution.py --out evolution-out
-
-influence: $(VENV)/.demo
-	$(BIN)/python examples/influence.py --out influence-out
+$(EXAMPLES): %: $(VENV)/.demo
+	$(BIN)/python examples/$*.py --out $*-out
 
 privacy: $(VENV)/.demo
 	$(BIN)/python -c 'import opacus' 2>/dev/null || $(INSTALL) opacus
 	$(BIN)/python examples/privacy.py --out privacy-out
-
-sweep: $(VENV)/.demo
-	$(BIN)/python examples/sweep.py --out sweep-out
-
-tenants: $(VENV)/.demo
-	$(BIN)/python examples/tenants.py --out tenants-out
-
-text: $(VENV)/.demo
-	$(BIN)/python examples/text.py --out text-out
 
 tinker: $(VENV)/.tinker
 	$(BIN)/python examples/tinker_server.py --out tinker-out

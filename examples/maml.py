@@ -1,0 +1,222 @@
+"""An adapter that is made to be trained: gradients through its own training steps (MAML).
+
+A small transformer learns scikit-learn's handwritten digits and is frozen. Tasks are worlds in which digits are turned
+by some angle. One start of an adapter, and a rate for each of its leaves, are learned so that a step or two of gradient
+descent on ten labelled digits of a world read others there. The inner step is a function of a tree, `torch.vmap` runs
+it for all worlds of a batch, and the outer gradient goes through it, second derivatives included. Held against it, on
+angles that no training saw: the same without second derivatives, one adapter of all worlds as the start, a fresh one.
+
+    pip install torchgraft[demo]
+    python examples/maml.py --out maml-out
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, vmap
+
+from torchgraft.adapters import LoraConfig
+from torchgraft.functional import Graft, Tree, bind
+
+try:
+    import _recipes as recipes
+    import digits
+    from _panels import FAINT, MUTED, PAPER, finish
+    from _resume import claim, note, until_interrupted
+except ImportError as error:
+    raise SystemExit(f"This example needs {error.name}, which is not installed: pip install torchgraft[demo]") from None
+
+EXAMPLES, ASKED, INNER = 10, 8, 2
+"""Labelled digits of a world, digits that are asked for, and inner steps in training."""
+COLORS = {
+    "MAML": recipes.BLUE,
+    "MAML, first order": recipes.GREEN,
+    "from one for all": recipes.VIOLET,
+    "from a fresh one": recipes.ORANGE,
+}
+
+
+def loss_of(graft: Graft, params: Tree, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(graft(params, images), labels)
+
+
+def stepped(graft: Graft, params: Tree, rates: Tree, images: Tensor, labels: Tensor, first_order: bool) -> Tree:
+    """Take one step of gradient descent: a function of the tree, so the step itself has a gradient."""
+    grads = grad(partial(loss_of, graft))(params, images, labels)
+    if first_order:
+        grads = optree.tree_map(torch.Tensor.detach, grads)
+    result: Tree = optree.tree_map(lambda leaf, rate, g: leaf - rate.exp() * g, params, rates, grads)
+    return result
+
+
+def after(
+    graft: Graft, params: Tree, rates: Tree, images: Tensor, labels: Tensor, steps: int, first_order: bool = False
+) -> Tree:
+    """Return the adapter after some inner steps on a world's examples."""
+    for _ in range(steps):
+        params = stepped(graft, params, rates, images, labels, first_order)
+    return params
+
+
+def meta_train(
+    graft: Graft, choose: Callable[[int, int], tuple[Tensor, Tensor]], steps: int, first_order: bool, file: Path
+) -> tuple[Tree, Tree]:
+    """Learn a start and rates; returns both."""
+    params, rates = fresh(graft)
+
+    def outer(images: Tensor, labels: Tensor) -> Tensor:
+        there = after(graft, params, rates, images[:EXAMPLES], labels[:EXAMPLES], INNER, first_order)
+        return loss_of(graft, there, images[EXAMPLES:], labels[EXAMPLES:])
+
+    def loss(step: int) -> Tensor:
+        return vmap(outer)(*choose(step, EXAMPLES + ASKED)).mean()
+
+    leaves = optree.tree_leaves([params, rates])
+    recipes.minimise(loss, leaves, steps, 1e-2, "first order" if first_order else "second order", file)
+    return params, rates
+
+
+def fresh(graft: Graft) -> tuple[Tree, Tree]:
+    """Return an adapter, and a tree like it with the logarithm of a rate for each leaf."""
+    params = graft.init(digits.seeded(0))
+    return params, optree.tree_map(lambda leaf: torch.tensor(0.1).log(), params)
+
+
+def train_one_for_all(
+    graft: Graft, choose: Callable[[int, int], tuple[Tensor, Tensor]], steps: int, file: Path
+) -> tuple[Tree, Tree]:
+    """Train one adapter on all worlds, on all digits that MAML sees."""
+    params, rates = fresh(graft)
+
+    def loss(step: int) -> Tensor:
+        images, labels = choose(step, EXAMPLES + ASKED)
+        return loss_of(graft, params, images.flatten(0, 1), labels.flatten())
+
+    recipes.minimise(loss, optree.tree_leaves(params), steps, 1e-2, "one for all", file)
+    return params, rates
+
+
+def best_rates(
+    graft: Graft, start: tuple[Tree, Tree], choose: Callable[[int, int], tuple[Tensor, Tensor]]
+) -> tuple[Tree, Tree]:
+    """Give a start that knows no rates the one of five that is best for worlds of the training."""
+    params, rates = start
+    images, labels = choose(-1, EXAMPLES + 4 * ASKED)
+
+    def loss(rate: float) -> float:
+        own = optree.tree_map(lambda leaf: torch.tensor(rate).log(), rates)
+        many = vmap(lambda x, t: after(graft, params, own, x, t, INNER))(images[:, :EXAMPLES], labels[:, :EXAMPLES])
+        return float(vmap(partial(loss_of, graft))(many, images[:, EXAMPLES:], labels[:, EXAMPLES:]).mean())
+
+    best = min((0.01, 0.03, 0.1, 0.3, 1.0), key=loss)
+    return params, optree.tree_map(lambda leaf: torch.tensor(best).log(), rates)
+
+
+@torch.no_grad()
+def read(
+    graft: Graft, start: tuple[Tree, Tree], data: recipes.Digits, repeats: int, held_out: int, most: int
+) -> list[float]:
+    """Accuracy on held-out digits of new worlds after 0, 1, ... inner steps, over draws of the examples."""
+    worlds = recipes.turned_only(recipes.new_worlds()).repeat(repeats, 1)
+    images, labels = recipes.drawn(len(worlds), EXAMPLES, data.images, data.labels, digits.seeded(1))
+    given = recipes.seen_in(worlds, images)
+    asked = recipes.seen_in(worlds, data.test_images[:held_out].expand(len(worlds), -1, -1, -1))
+    params, rates = start
+    many, found = vmap(lambda _: params)(labels), []
+    for step in range(most + 1):
+        if step:
+            many = vmap(lambda p, x, t: stepped(graft, p, rates, x, t, True))(many, given, labels)
+        found.append(float(digits.accuracy(vmap(graft)(many, asked), data.test_labels[:held_out]).mean()))
+    return found
+
+
+def draw(path: Path, found: dict[str, list[float]], seconds: float) -> None:
+    """Draw accuracy by inner steps."""
+    story = (
+        f"Ten labelled digits of a new angle: {found['MAML'][INNER]:.0%} after {INNER} steps from the learned start, "
+        f"{found['from one for all'][INNER]:.0%} from an adapter of all angles, "
+        f"{found['from a fresh one'][INNER]:.0%} from a fresh one."
+    )
+    figure = recipes.sheet("An adapter that is made to be trained", story, 8)
+    axes = figure.add_axes((0.06, 0.1, 0.91, 0.7))
+    finish(axes, "accuracy on held-out digits of new angles, by steps of gradient descent")
+    axes.grid(axis="y", color=FAINT)
+    for name, values in found.items():
+        axes.plot(range(len(values)), values, "o-", color=COLORS[name], linewidth=3, markersize=8)
+        axes.text(len(values) - 0.93, values[-1], name, color=COLORS[name], fontsize=14, va="center")
+    axes.set_xlim(-0.1, len(next(iter(found.values()))) - 0.2)
+    axes.set_xlabel(f"steps; an inner step of a world takes {1e3 * seconds:.0f} ms", color=MUTED, fontsize=13)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.savefig(path, dpi=90, facecolor=PAPER)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("maml-out"), help="folder for results, and to resume from")
+    parser.add_argument("--base-steps", type=int, default=400, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=200, help="outer steps")
+    parser.add_argument("--worlds", type=int, default=6, help="worlds of a batch")
+    parser.add_argument("--quick", action="store_true", help="a short run with weak results")
+    parser.set_defaults(repeats=3, held_out=100, most=5)
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(base_steps=60, steps=4, worlds=2, repeats=1, held_out=20, most=3)
+    if min(args.steps, args.worlds, args.base_steps) < 1:
+        parser.error("--steps, --worlds and --base-steps are at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the example; returns what it measured."""
+    return until_interrupted(run, parse(argv))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Learn starts, or what is left of them; train from each on new worlds, compare and draw."""
+    began = time.perf_counter()
+    claim(args.out, "starts", {key: getattr(args, key) for key in ("base_steps", "steps", "worlds")})
+    model, data = recipes.frozen_reader(args.out, args.base_steps)
+    graft = bind(model, LoraConfig(r=4, lora_alpha=8, target_modules=recipes.TARGETS))
+
+    def choose(step: int, each: int) -> tuple[Tensor, Tensor]:
+        source = digits.seeded(10_000 + step)
+        worlds = recipes.turned_only(recipes.some_worlds(args.worlds, source))
+        images, labels = recipes.drawn(args.worlds, each, data.images, data.labels, source)
+        return recipes.seen_in(worlds, images), labels
+
+    starts = {
+        "MAML": meta_train(graft, choose, args.steps, False, args.out / "second.safetensors"),
+        "MAML, first order": meta_train(graft, choose, args.steps, True, args.out / "first.safetensors"),
+        "from one for all": best_rates(
+            graft, train_one_for_all(graft, choose, args.steps, args.out / "all.safetensors"), choose
+        ),
+        "from a fresh one": best_rates(graft, fresh(graft), choose),
+    }
+    found = {name: read(graft, start, data, args.repeats, args.held_out, args.most) for name, start in starts.items()}
+    images, labels = choose(0, EXAMPLES)
+    start = time.perf_counter()
+    after(graft, *starts["MAML"], images[0], labels[0], 1)
+    seconds = time.perf_counter() - start
+
+    picture = args.out / "maml.png"
+    draw(picture, found, seconds)
+    print(f"\n{'inner steps':<20}" + "".join(f"{step:>8}" for step in range(args.most + 1)))
+    for name, values in found.items():
+        print(f"{name:<20}" + "".join(f"{value:>8.1%}" for value in values))
+    print(f"\npicture       {picture}, after {time.perf_counter() - began:.0f} s in all")
+    note({"found": found}, args.out / "maml.json")
+    return {"found": found, "starts": starts, "graft": graft, "choose": choose, "picture": picture}
+
+
+if __name__ == "__main__":
+    main()
