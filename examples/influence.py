@@ -93,9 +93,6 @@ def margins(graft: Graft, many: Tree, x: Tensor, t: Tensor) -> Tensor:
     return margin(torch.vmap(graft, in_dims=(0, None))(many, x), t.expand(len(ravel(many, stacked=True)), -1))
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
 def features(graft: Graft, params: Tree, x: Tensor, t: Tensor, size: int | None) -> Tensor:
     """Return the gradient of each digit's margin, `"digits size"`, projected where `size` is no `None`."""
 
@@ -143,9 +140,6 @@ def by_chance(scores: Tensor, kept: Tensor, happened: Tensor, draws: int) -> flo
     orders = (torch.randperm(scores.shape[1], generator=digits.seeded(i)) for i in range(draws))
     found = torch.stack([correlation(kept @ scores[:, order].T, happened).mean() for order in orders])
     return float(found.quantile(0.975))
-
-
-# -- training again ----------------------------------------------------------------------------------------------------
 
 
 def halves(graft: Graft, data: dict[str, Any], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -201,9 +195,6 @@ def clock(graft: Graft, params: Tree, x: Tensor, t: Tensor, rounds: int) -> dict
             way()
             seconds[name].append(time.perf_counter() - began)
     return {name: sorted(some)[rounds // 2] for name, some in seconds.items()}
-
-
-# -- the whole story ---------------------------------------------------------------------------------------------------
 
 
 def draw(path: Path, result: dict[str, Any], data: dict[str, Any], found: Tensor) -> None:
