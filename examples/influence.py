@@ -181,19 +181,17 @@ def clock(graft: Graft, params: Tree, x: Tensor, t: Tensor, rounds: int) -> dict
         return margin(graft(params, x), t).sum()
 
     def one_by_one() -> Tensor:
-        grads = [ravel(value_and_grad(total)(params, x[i, None], t[i, None])[1]) for i in range(len(x))]
-        return torch.stack(grads)
+        return torch.stack([ravel(value_and_grad(total)(params, x[i, None], t[i, None])[1]) for i in range(len(x))])
 
     def at_once() -> Tensor:
         return features(graft, params, x, t, None)
 
-    ways = {"at once": at_once, "one by one": one_by_one}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {"at once": [], "one by one": []}
     for _ in range(rounds):
-        for name, way in ways.items():
+        for way, some in zip((at_once, one_by_one), seconds.values(), strict=True):
             began = time.perf_counter()
             way()
-            seconds[name].append(time.perf_counter() - began)
+            some.append(time.perf_counter() - began)
     return {name: sorted(some)[rounds // 2] for name, some in seconds.items()}
 
 
