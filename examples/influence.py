@@ -130,9 +130,8 @@ def scores(graft: Graft, many: Tree, data: dict[str, Any], size: int | None, *, 
 
 def correlation(said: Tensor, happened: Tensor) -> Tensor:
     """Return the rank correlation of each column (Spearman's), `"subsets test"` twice to `"test"`."""
-    ranks = [some.argsort(0).argsort(0).double() for some in (said, happened)]
-    centred = [some - some.mean(0) for some in ranks]
-    return F.cosine_similarity(*centred, dim=0)
+    a, b = (some.argsort(0).argsort(0).double() for some in (said, happened))
+    return F.cosine_similarity(a - a.mean(0), b - b.mean(0), dim=0)
 
 
 def by_chance(scores: Tensor, kept: Tensor, happened: Tensor, draws: int) -> float:
@@ -264,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     train_base(model, images[:BASE], labels[:BASE], 150)
     mirrored = digits.DOMAINS["mirrored"](images[BASE:], digits.seeded(0)), labels[BASE:]
     test = digits.DOMAINS["mirrored"](test_images, digits.seeded(0)), test_labels
-    data = {
+    data: dict[str, Any] = {
         "examples": tuple(some[: args.examples] for some in mirrored),
         "test": tuple(some[: args.test] for some in test),
     }
@@ -279,7 +278,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     correlations = {name: float(correlation(kept @ some.T, happened).mean()) for name, some in by_size.items()}
     found = by_size["all"]
     falls = without(graft, data, found, args)
-    result = {"correlations": correlations, "chance": by_chance(found, kept, happened, 100), "falls": falls}
+    result: dict[str, Any] = {
+        "correlations": correlations,
+        "chance": by_chance(found, kept, happened, 100),
+        "falls": falls,
+    }
     result["times"] = clock(graft, unstack(many)[0], *data["examples"], 3)
     draw(args.out / "influence.png", result, data, found)
 
