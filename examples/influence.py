@@ -278,12 +278,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     correlations = {name: float(correlation(kept @ some.T, happened).mean()) for name, some in by_size.items()}
     found = by_size["all"]
     falls = without(graft, data, found, args)
-    result: dict[str, Any] = {
-        "correlations": correlations,
-        "chance": by_chance(found, kept, happened, 100),
-        "falls": falls,
-    }
-    result["times"] = clock(graft, unstack(many)[0], *data["examples"], 3)
+    chance = by_chance(found, kept, happened, 100)
+    times = clock(graft, unstack(many)[0], *data["examples"], 3)
+    result: dict[str, Any] = {"correlations": correlations, "chance": chance, "falls": falls, "times": times}
     draw(args.out / "influence.png", result, data, found)
 
     with torch.no_grad():
