@@ -14,6 +14,7 @@ perturbed adapter (`route`), and moves the adapter towards the noise that scored
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,6 +98,10 @@ def descend(graft: Graft, x: Tensor, t: Tensor, measure: Callable[[Tree], float]
     return curve
 
 
+def one_by_one(graft: Graft, many: Tree, x: Tensor) -> list[Any]:
+    return [graft(one, x) for one in unstack(many)]
+
+
 @torch.no_grad()
 def throughput(graft: Graft, x: Tensor, t: Tensor, count: int, sizes: Sequence[int], rounds: int) -> dict[str, float]:
     """Return rows a second: of the base alone, of perturbed adapters at once, and of one after the other.
@@ -111,9 +116,9 @@ def throughput(graft: Graft, x: Tensor, t: Tensor, count: int, sizes: Sequence[i
         some, labels = x[:size], t[:size]
         everything = some.repeat(count, 1, 1)
         ways: dict[str, Callable[[], Any]] = {
-            f"the base, {count} x {size} rows": lambda rows=everything: model(rows),
-            f"{count} adapters, {size} rows each": lambda x=some, t=labels: scores(graft, many, x, t),
-            f"one by one, {size} rows each": lambda x=some: [graft(one, x) for one in unstack(many)],
+            f"the base, {count} x {size} rows": functools.partial(model, everything),
+            f"{count} adapters, {size} rows each": functools.partial(scores, graft, many, some, labels),
+            f"one by one, {size} rows each": functools.partial(one_by_one, graft, many, some),
         }
         for _ in range(rounds):
             for name, way in ways.items():

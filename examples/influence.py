@@ -44,6 +44,7 @@ from torchgraft.functional import (
     value_and_grad,
 )
 
+Pair = tuple[Tensor, Tensor]
 BASE, GONE, DAMPING = 600, 20, 0.1
 """Digits that the base learns, examples that are left out for one digit, and `l` relative to the mean diagonal."""
 
@@ -71,7 +72,7 @@ def train_base(model: nn.Module, x: Tensor, t: Tensor, steps: int) -> None:
     model.requires_grad_(False).eval()
 
 
-def train(graft: Graft, x: Tensor, t: Tensor, rows: Tensor, seeds: Sequence[int], steps: int, name: str) -> Tree:
+def train(graft: Graft, given: Pair, rows: Tensor, seeds: Sequence[int], steps: int, name: str) -> Tree:
     """Train adapters at once, each from a seed on examples of its own, `"adapters examples"`; returns a stack."""
 
     def loss(params: Tree, x: Tensor, t: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def train(graft: Graft, x: Tensor, t: Tensor, rows: Tensor, seeds: Sequence[int]
 
     many = stack([graft.init(digits.seeded(seed)) for seed in seeds])
     optimizer = torch.optim.Adam(trainable(many), lr=1e-2)  # element by element, so the adapters stay independent
-    x, t = x[rows], t[rows]
+    x, t = (some[rows] for some in given)
     for _ in tqdm(range(steps), desc=f"{len(rows):>3} {name:<10}", unit="step"):
         optimizer.zero_grad()
         torch.vmap(loss)(many, x, t).sum().backward()
@@ -93,10 +94,7 @@ def margins(graft: Graft, many: Tree, x: Tensor, t: Tensor) -> Tensor:
     return margin(torch.vmap(graft, in_dims=(0, None))(many, x), t.expand(len(ravel(many, stacked=True)), -1))
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
-def features(graft: Graft, params: Tree, x: Tensor, t: Tensor, size: int | None) -> Tensor:
+def features(graft: Graft, params: Tree, given: Pair, size: int | None) -> Tensor:
     """Return the gradient of each digit's margin, `"digits size"`, projected where `size` is no `None`."""
 
     def total(params: Tree, x: Tensor, t: Tensor) -> Tensor:
@@ -105,7 +103,7 @@ def features(graft: Graft, params: Tree, x: Tensor, t: Tensor, size: int | None)
     def few(grads: Tree) -> Tensor:
         return ravel(grads, stacked=True) if size is None else project(grads, size, seed=0, stacked=True)
 
-    found: Tensor = per_example(total, chunk_size=128).map(few, params, x, t)
+    found: Tensor = per_example(total, chunk_size=128).map(few, params, *given)
     return found
 
 
@@ -121,7 +119,7 @@ def scores(graft: Graft, many: Tree, data: dict[str, Any], size: int | None, *, 
     """
     found = []
     for params in unstack(many):
-        examples, test = (features(graft, params, *data[name], size) for name in ("examples", "test"))
+        examples, test = (features(graft, params, data[name], size) for name in ("examples", "test"))
         with torch.no_grad():
             wrong = 1 - margin(graft(params, data["examples"][0]), data["examples"][1]).sigmoid()
         kernel = examples @ examples.T
@@ -133,9 +131,8 @@ def scores(graft: Graft, many: Tree, data: dict[str, Any], size: int | None, *, 
 
 def correlation(said: Tensor, happened: Tensor) -> Tensor:
     """Return the rank correlation of each column (Spearman's), `"subsets test"` twice to `"test"`."""
-    ranks = [some.argsort(0).argsort(0).double() for some in (said, happened)]
-    centred = [some - some.mean(0) for some in ranks]
-    return F.cosine_similarity(*centred, dim=0)
+    a, b = (some.argsort(0).argsort(0).double() for some in (said, happened))
+    return F.cosine_similarity(a - a.mean(0), b - b.mean(0), dim=0)
 
 
 def by_chance(scores: Tensor, kept: Tensor, happened: Tensor, draws: int) -> float:
@@ -143,9 +140,6 @@ def by_chance(scores: Tensor, kept: Tensor, happened: Tensor, draws: int) -> flo
     orders = (torch.randperm(scores.shape[1], generator=digits.seeded(i)) for i in range(draws))
     found = torch.stack([correlation(kept @ scores[:, order].T, happened).mean() for order in orders])
     return float(found.quantile(0.975))
-
-
-# -- training again ----------------------------------------------------------------------------------------------------
 
 
 def halves(graft: Graft, data: dict[str, Any], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -158,7 +152,7 @@ def halves(graft: Graft, data: dict[str, Any], args: argparse.Namespace) -> tupl
     rows = torch.stack([torch.randperm(count, generator=digits.seeded(i))[: count // 2] for i in range(args.subsets)])
     kept = torch.zeros(args.subsets, count).scatter(1, rows, 1.0)
     seeds = [100 + seed for seed in range(args.seeds) for _ in range(args.subsets)]
-    many = train(graft, *data["examples"], rows.repeat(args.seeds, 1), seeds, args.steps, "halves")
+    many = train(graft, data["examples"], rows.repeat(args.seeds, 1), seeds, args.steps, "halves")
     return kept, margins(graft, many, *data["test"]).unflatten(0, (args.seeds, -1)).mean(0)
 
 
@@ -173,37 +167,33 @@ def without(graft: Graft, data: dict[str, Any], found: Tensor, args: argparse.Na
     rows = torch.cat([order[:, GONE:] for order in chosen.values()])
     everything = torch.arange(count).expand(args.seeds, -1)
     seeds = [100 + seed for seed in range(args.seeds) for _ in rows]
-    many = train(graft, *data["examples"], rows.repeat(args.seeds, 1), seeds, args.steps, "without 20")
-    whole = train(graft, *data["examples"], everything, range(100, 100 + args.seeds), args.steps, "with all")
+    many = train(graft, data["examples"], rows.repeat(args.seeds, 1), seeds, args.steps, "without 20")
+    whole = train(graft, data["examples"], everything, range(100, 100 + args.seeds), args.steps, "with all")
     before = margins(graft, whole, *data["test"]).mean(0)
     after = margins(graft, many, *data["test"]).unflatten(0, (args.seeds, len(chosen), test)).mean(0)
     return {name: before - after[i].diagonal() for i, name in enumerate(chosen)}
 
 
-def clock(graft: Graft, params: Tree, x: Tensor, t: Tensor, rounds: int) -> dict[str, float]:
+def clock(graft: Graft, params: Tree, given: Pair, rounds: int) -> dict[str, float]:
     """Return the median time of the examples' gradients, at once and one by one, in seconds."""
 
     def total(params: Tree, x: Tensor, t: Tensor) -> Tensor:
         return margin(graft(params, x), t).sum()
 
     def one_by_one() -> Tensor:
-        grads = [ravel(value_and_grad(total)(params, x[i, None], t[i, None])[1]) for i in range(len(x))]
-        return torch.stack(grads)
+        x, t = given
+        return torch.stack([ravel(value_and_grad(total)(params, x[i, None], t[i, None])[1]) for i in range(len(x))])
 
     def at_once() -> Tensor:
-        return features(graft, params, x, t, None)
+        return features(graft, params, given, None)
 
-    ways = {"at once": at_once, "one by one": one_by_one}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {"at once": [], "one by one": []}
     for _ in range(rounds):
-        for name, way in ways.items():
+        for way, some in zip((at_once, one_by_one), seconds.values(), strict=True):
             began = time.perf_counter()
             way()
-            seconds[name].append(time.perf_counter() - began)
+            some.append(time.perf_counter() - began)
     return {name: sorted(some)[rounds // 2] for name, some in seconds.items()}
-
-
-# -- the whole story ---------------------------------------------------------------------------------------------------
 
 
 def draw(path: Path, result: dict[str, Any], data: dict[str, Any], found: Tensor) -> None:
@@ -275,13 +265,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     train_base(model, images[:BASE], labels[:BASE], 150)
     mirrored = digits.DOMAINS["mirrored"](images[BASE:], digits.seeded(0)), labels[BASE:]
     test = digits.DOMAINS["mirrored"](test_images, digits.seeded(0)), test_labels
-    data = {
+    data: dict[str, Any] = {
         "examples": tuple(some[: args.examples] for some in mirrored),
         "test": tuple(some[: args.test] for some in test),
     }
     graft = bind(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     everything = torch.arange(args.examples).expand(args.seeds, -1)
-    many = train(graft, *data["examples"], everything, range(args.seeds), args.steps, "with all")
+    many = train(graft, data["examples"], everything, range(args.seeds), args.steps, "with all")
 
     # What the scores say, and what training again does.
     kept, happened = halves(graft, data, args)
@@ -290,8 +280,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     correlations = {name: float(correlation(kept @ some.T, happened).mean()) for name, some in by_size.items()}
     found = by_size["all"]
     falls = without(graft, data, found, args)
-    result = {"correlations": correlations, "chance": by_chance(found, kept, happened, 100), "falls": falls}
-    result["times"] = clock(graft, unstack(many)[0], *data["examples"], 3)
+    chance = by_chance(found, kept, happened, 100)
+    times = clock(graft, unstack(many)[0], data["examples"], 3)
+    result: dict[str, Any] = {"correlations": correlations, "chance": chance, "falls": falls, "times": times}
     draw(args.out / "influence.png", result, data, found)
 
     with torch.no_grad():
