@@ -215,7 +215,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=16, help="labelled digits of a world that it sees")
     parser.add_argument("--rank", type=int, default=4, help="rank of the adapters")
     parser.add_argument("--quick", action="store_true", help="a short run with weak results")
-    parser.set_defaults(few_steps=40, each_steps=100, held_out=300)
+    parser.set_defaults(few_steps=80, each_steps=300, held_out=300)
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(base_steps=60, steps=20, few_steps=5, each_steps=10, held_out=40)
