@@ -160,9 +160,8 @@ def draw(path: Path, found: dict[str, list[float]]) -> None:
     finish(axes, "accuracy on held-out digits of new angles, by steps of gradient descent")
     axes.grid(axis="y", color=FAINT)
     for name, values in found.items():
-        axes.plot(range(len(values)), values, "o-", color=COLORS[name], linewidth=3, markersize=8)
-        axes.text(len(values) - 0.93, values[-1], name, color=COLORS[name], fontsize=14, va="center")
-    axes.set_xlim(-0.1, len(next(iter(found.values()))) - 0.2)
+        axes.plot(range(len(values)), values, "o-", color=COLORS[name], linewidth=3, markersize=8, label=name)
+    axes.legend(facecolor=PAPER, edgecolor=PAPER, labelcolor="linecolor", fontsize=14, loc="center right")
     axes.set_xlabel(f"steps; starts are learned through {INNER}", color=MUTED, fontsize=13)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.savefig(path, dpi=90, facecolor=PAPER)
