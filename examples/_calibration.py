@@ -50,7 +50,7 @@ def draw(path: Path, scores: dict[str, Score], examples: int) -> None:
     alone, best = scores["one adapter"], min(scores, key=lambda name: scores[name].nll)
     story = (
         f"An adapter trained on {examples} turned digits is right {alone.accuracy:.0%} of the time; "
-        f"negative log likelihood {alone.nll:.2f} alone, {scores[best].nll:.2f} {best}."
+        f"its negative log likelihood is {alone.nll:.2f}, and the best here {scores[best].nll:.2f}: {best}."
     )
     figure = recipes.sheet("How sure may an adapter be?", story)
     colors = dict(zip(scores, [recipes.RED, MUTED, *recipes.COLORS], strict=False))

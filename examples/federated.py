@@ -66,7 +66,12 @@ def skewed(labels: Tensor, clients: int, skew: float) -> list[Tensor]:
 
 
 def train_locally(
-    graft: Graft, many: Tree, trained: Sequence[str], digits_of: Callable[[int], tuple[Tensor, Tensor]], steps: range
+    graft: Graft,
+    many: Tree,
+    trained: Sequence[str],
+    digits_of: Callable[[int], tuple[Tensor, Tensor]],
+    steps: range,
+    rate: float,
 ) -> Tree:
     """Train the adapters of a stack, each on its own digits, from where they are; returns the stack.
 
@@ -76,10 +81,11 @@ def train_locally(
         trained: Names of the leaves that are trained.
         digits_of: `step -> images "client n 32 32", labels "client n"`.
         steps: The steps to take.
+        rate: The learning rate.
     """
     leaves = {path: {name: leaf.detach().clone() for name, leaf in own.items()} for path, own in many.items()}
     chosen = [leaf.requires_grad_() for own in leaves.values() for name, leaf in own.items() if name in trained]
-    optimizer = torch.optim.Adam(chosen, lr=5e-3)
+    optimizer = torch.optim.Adam(chosen, lr=rate)
     for step in steps:
         images, labels = digits_of(step)
         rows = torch.arange(len(labels)).repeat_interleave(labels.shape[1])
@@ -128,7 +134,7 @@ def run_way(
     weights = torch.tensor([float(len(part)) for part in parts])
     weights = weights / weights.sum()
     many = stack([graft.init(digits.seeded(0))] * len(parts))
-    trained = ["lora_B"] if "shared" in way else ["lora_A", "lora_B"]
+    trained, rate = (["lora_B"], 2e-2) if "shared" in way else (["lora_A", "lora_B"], 1e-2)
 
     def digits_of(step: int) -> tuple[Tensor, Tensor]:
         source = digits.seeded(step)
@@ -137,7 +143,7 @@ def run_way(
 
     curve, gaps = [], []
     for turn in tqdm(range(args.rounds), desc=f"{way[:14]:<14}", unit="round"):
-        many = train_locally(graft, many, trained, digits_of, range(turn * args.local, (turn + 1) * args.local))
+        many = train_locally(graft, many, trained, digits_of, range(turn * args.local, (turn + 1) * args.local), rate)
         if "averaged" in way and way != "never averaged":
             gaps.append(gap(many, weights))
             many = averaged(many, weights)

@@ -84,7 +84,8 @@ def train(bank: Bank, members: Sequence[Member], images: Tensor, labels: Tensor,
 
 @torch.no_grad()
 def logits_of(bank: Bank, member: Member, images: Tensor) -> Tensor:
-    return bank.view([member.name] * len(images))(images)  # type: ignore[no-any-return]
+    logits: Tensor = bank.view([member.name] * len(images))(images)
+    return logits
 
 
 def copy(bank: Bank, from_: str, to: str) -> None:

@@ -46,7 +46,7 @@ except ImportError as error:
 
 BATCH, PRIOR = 32, 0.1
 """Examples of a batch, and the standard deviation of the prior of each number."""
-PRIORS = (0.003, 0.01, 0.03, 0.1)
+PRIORS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Deviations that Laplace chooses from."""
 TEMPERED = "... at a temperature"
 Batch = tuple[Tensor, Tensor]
@@ -172,8 +172,8 @@ def linearised(graft: Graft, params: Tree, many: Tree, images: Tensor) -> Tensor
 
     def logits(there: Tree) -> Tensor:
         away: Tree = optree.tree_map(torch.sub, there, params)
-        value, change = jvp(lambda params: graft(params, images), (params,), (away,))
-        return value + change
+        found = jvp(lambda params: graft(params, images), (params,), (away,))
+        return found[0] + found[1]
 
     return vmap(logits)(many).log_softmax(-1)
 
@@ -215,7 +215,7 @@ def compare(task: Task, args: argparse.Namespace) -> tuple[dict[str, Score], dic
         found = {"one adapter": predicted(task.graft, stack([one]), images), TEMPERED: scaled}
         found |= {name: predicted(task.graft, many, images) for name, many in sampled.items()}
         for name, predict in ways.items():
-            drawn = {prior: laplace(one, information, prior, args.members) for prior in PRIORS}
+            drawn = {prior: laplace(one, information, prior, 4 * args.members) for prior in PRIORS}
             chosen[name] = min(PRIORS, key=lambda prior: score(predict(drawn[prior], task.spare[0]), task.spare[1]).nll)
             found[name] = predict(drawn[chosen[name]], images)
         found[f"{args.members} adapters"] = predicted(task.graft, modes, images)
