@@ -291,7 +291,9 @@ def test_a_graft_refuses_other_projections_than_its_own(tmp_path):
     case = Case("vera")
     save_adapter(case.mine(), tmp_path)
     with_other_projections(tmp_path)
-    with pytest.raises(ValueError, match=r"safetensors: 'base_model.vera_A' is not what this graft has drawn from its"):
+    with pytest.raises(
+        ValueError, match=r"safetensors: 'base_model.vera_A' is not what this graft has made of its seed"
+    ):
         load_adapter(bind(case.model, case.ours), tmp_path)
 
 

@@ -1187,7 +1187,7 @@ METHODS = {
         peft=None,
         exempt=(
             Exempt(
-                ("test_gradients_of_gradients_are_differences",),
+                ("test_gradients_of_gradients_are_differences", "test_hessians_are_the_formulas"),
                 "directions are constants of the gradient, which differences of it vary",
             ),
             dataclasses.replace(UNWEIGHTED, sites=UNTIED, reason="no weight expresses shares that depend on the token"),

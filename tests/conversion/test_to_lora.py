@@ -25,7 +25,7 @@ from torchgraft.functional import UnsupportedConfig, bind, merge, route, stack
 pairs = [(name, site) for name in METHODS for site in KINDS[name]]
 OTHER_BIASES = [("lora with bias", "attention (kdim, vdim)")] + [
     (method, "linear (registered)")
-    for method in ("beft", "glora", "glora vectors", "ia3", "loreft", "road", "road 2", "road 4")
+    for method in ("adamss", "beft", "glora", "glora vectors", "ia3", "loreft", "road", "road 2", "road 4")
 ]
 
 

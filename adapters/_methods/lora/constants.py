@@ -35,6 +35,6 @@ class LoraConstants(Constants):
     rounding: Varying[Tensor | None] = None
     lora_B: Varying[Tensor | None] = None
     lora_embedding_B: Varying[Tensor | None] = None
-    activated: bool = False
+    activated: bool | None = None
     gains: Tensor | None = None
     blocks: tuple[int, int, int] | None = None

@@ -190,7 +190,7 @@ def plan(config: LoraConfig, sites: list[Site], weights: Weights) -> dict[str, L
         _check_site(config, site, r)
         scaling = scaling_of(config, r, alpha)
         special, blocks = constants(config, site, r, scaling, weights), blocks_of(config, site, r)
-        activated = config.alora_invocation_tokens is not None
+        activated = True if config.alora_invocation_tokens is not None else None
         planned[site.path] = LoraConstants(r, alpha, scaling, activated=activated, **special, blocks=blocks)
     return planned
 

@@ -68,8 +68,8 @@ def composes(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
     that no precision is chosen for. Each call of a layer asks, so the questions are few and in one place.
 
     >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
-    >>> composes(x, w, w, w), composes(x.half(), w, w, w)
-    (True, False)
+    >>> composes(x.half(), w, w, w), composes(x, w.double(), w, w)
+    (False, False)
     """
     dtype = x.dtype
     return (

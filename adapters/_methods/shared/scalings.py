@@ -91,6 +91,7 @@ def ranks_of(config: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
 def same_rank(leaf: str, axis: int = 0) -> Callable[[Any, Mapping[str, Mapping[str, Tensor]]], dict[str, Any]]:
     """Return what finds `r` from leaves of files: the size of an axis, where all modules have the same.
 
+    >>> import torch
     >>> same_rank("hra_u", 1)(None, {"a": {"hra_u": torch.ones(4, 2)}, "b": {"hra_u": torch.ones(3, 2)}})
     {'r': 2}
     """
