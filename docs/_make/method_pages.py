@@ -69,7 +69,7 @@ def code(config: type) -> str:
     if not calls:
         raise ValueError(f"{name}: its docstring has no example; begin one with `>>> {name}(...)`")
     given = ast.unparse(calls[0]).replace("'", '"')
-    if getattr(config.form, "tasks", None) is not None:  # one adapter for each task
+    if vars(config)["form"].tasks is not None:  # one adapter for each task
         return (
             f"import torch\nfrom torchgraft import {name}, bind, route\nfrom torchgraft.adapters import split_tasks\n\n"
             f"config = {given}\nsingle, tasks = split_tasks(config, bind(model, config).init())\n"
