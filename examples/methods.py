@@ -37,6 +37,8 @@ TARGETS = ["qkv", "out", "up", "down"]
 RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
 SIZES: dict[str, dict[str, Any]] = {
     "AdaLoraConfig": {"init_r": 4, "target_r": 4, "total_step": 1000},
+    "AdamssConfig": {"r": 32, "num_subspaces": 4, "subspace_rank": 2},
+    "ArrowLoraConfig": {"r": 2},
     "BOFTConfig": {"boft_block_size": 4},
     "BottleneckConfig": {"r": 4},
     "C3AConfig": {"block_size": 32},
@@ -47,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "GraloraConfig": {"r": 4, "gralora_k": 2},
     "HRAConfig": {"r": 4},
     "HiraConfig": {"r": 4},
+    "LilyConfig": {"r": 4},
     "IA3Config": {"feedforward_modules": ["down"]},
     "LoHaConfig": {"r": 4},
     "LoKrConfig": {"r": 4},
@@ -56,6 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "MissConfig": {"r": 4},
     "OFTConfig": {"oft_block_size": 8},
     "PeanutConfig": {"r": 4},
+    "PolyConfig": {"r": 4, "n_skills": 2},
     "PsoftConfig": {"r": 8},
     "PveraConfig": {"r": 64},
     "RandLoraConfig": {"r": 16, "randlora_alpha": 32},
@@ -200,6 +204,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="methods to run, by the names of their types (LORA)")
     parser.add_argument("--quick", action="store_true", help="a short run with weaker results")
     args = parser.parse_args(argv)
+    known = sorted(config.method.name for config in configs().values())
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"--only has {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     if args.quick:
         args.base_steps, args.seeds = 60, 2
     args.steps = args.steps or (6 if args.quick else 80)
