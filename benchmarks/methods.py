@@ -33,6 +33,9 @@ from torchgraft.functional import bind
 SETTINGS = ("training step", "inference", "training step, launch-bound", "inference, launch-bound")
 """Two of the larger model, two of the smaller."""
 
+UNCALLED = {"POLY"}
+"""Methods whose layers PEFT's model cannot be called with alone: they want the tasks of a batch."""
+
 
 def special(block: int) -> dict[str, dict[str, Any]]:
     """Return fields of a method beside its rank, for a model whose sizes are multiples of a number."""
@@ -142,7 +145,8 @@ def config_classes(only: list[str] | None) -> dict[str, type[AdapterConfig]]:
     """Return the config of each method that PEFT has too, by its type."""
     names = [name for name, one in vars(adapters).items() if hasattr(one, "method") and hasattr(peft, name)]
     classes: list[type[AdapterConfig]] = [getattr(adapters, name) for name in names]
-    return {cls.method.name: cls for cls in classes if cls.method.kinds and (not only or cls.method.name in only)}
+    here = {cls.method.name: cls for cls in classes if cls.method.kinds and cls.method.name not in UNCALLED}
+    return {name: cls for name, cls in here.items() if not only or name in only}
 
 
 def draw(found: dict[str, dict[str, Any]]) -> None:
