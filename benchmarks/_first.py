@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
 import gc, time, torch, peft
@@ -39,5 +40,6 @@ def first_bind(rounds: int, layers: int) -> float:
 
 def _seconds(statement: str, layers: int) -> float:
     program = PROGRAM.format(statement=statement, layers=layers)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    command, here = [sys.executable, "-c", program], Path(__file__).parent  # where the models are found
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
     return float(run.stdout.split()[-1])
