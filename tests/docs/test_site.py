@@ -1,5 +1,6 @@
 """The built site: complete, without a word from a network, its links right, its search on board."""
 
+import fcntl
 import json
 import os
 import re
@@ -41,12 +42,22 @@ class Links(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    out = tmp_path_factory.mktemp("site")
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    out = root / "site"
+    with open(root / "site.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "site.built").exists():  # once for all workers
+            build(out)
+            (root / "site.built").touch()
+    return out
+
+
+def build(out):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "WARNING" not in run.stderr, run.stderr
-    return out
 
 
 @pytest.fixture(scope="module")
