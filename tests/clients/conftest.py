@@ -1,10 +1,6 @@
 """Small models of transformers with random weights, and torchgraft in the place of PEFT for the time of a test."""
 
-import fcntl
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
@@ -121,24 +117,3 @@ def _llama() -> Family:
 def alias() -> Iterator[Alias]:
     with as_peft() as alias:
         yield alias
-
-
-@pytest.fixture(scope="session")
-def once_per_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Return `call(name, make)`: a folder that `make` filled, once for all workers of pytest-xdist."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # what the workers of this run share
-
-    def call(name: str, make: Callable[[Path], None]) -> Path:
-        folder, partial = root / name, root / f"{name}.partial"
-        with (root / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released also where a worker is killed; then the next one makes it
-            if not folder.exists():
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                make(partial)
-                partial.rename(folder)
-        return folder
-
-    return call

@@ -1,6 +1,5 @@
 """The built site: complete, without a word from a network, its links right, its search on board."""
 
-import fcntl
 import json
 import os
 import re
@@ -41,16 +40,8 @@ class Links(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    out = root / "site"
-    with open(root / "site.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / "site.built").exists():  # once for all workers
-            build(out)
-            (root / "site.built").touch()
-    return out
+def site(once_per_run):
+    return once_per_run("site", build)
 
 
 def build(out):
