@@ -29,7 +29,7 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
 def test_every_python_block_of_the_page_on_lora_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "adapters" / "LORA.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     namespace = {}
     for block in blocks:
         exec(compile(block, "LORA.md", "exec"), namespace)
