@@ -15,7 +15,7 @@ from ._constants import Constants, register
 from ._places import Places
 from ._rows import Rows
 from ._sites.site import Site
-from ._sites.tensors import Dense, check_leaves
+from ._sites.tensors import Dense, check_leaves, check_shapes
 
 A = TypeVar("A")
 
@@ -214,10 +214,17 @@ class Config(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SiteAdapter:
-    """One adapter's part at one site."""
+    """One adapter's part at one site.
+
+    Attributes:
+        config: The adapter's config.
+        site: The site, with the adapter's constants.
+        expected: Shapes of the leaves there, by leaf; those that are not named may have any.
+    """
 
     config: Config
     site: Site
+    expected: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, kw_only=True, compare=False)
 
     def leaves(self, tree: Tree) -> Leaves:
         """Return this part's leaves in its adapter's tree, those that it shares with other sites among them."""
@@ -226,6 +233,18 @@ class SiteAdapter:
             return with_shared(site, tree.get(site.path, {}), tree)
         leaves: Leaves = tree[site.path]
         return leaves
+
+    def check(self, leaves: Leaves, *stacked: int) -> None:
+        """Refuse leaves of other shapes than the site's, which they can get after the adapter was given.
+
+        Args:
+            leaves: The leaves at this site.
+            stacked: The number of adapters, where the leaves are those of a stack.
+
+        Raises:
+            ValueError: Names the site and the leaf.
+        """
+        check_shapes(self.site.path, leaves, self.expected, stacked)
 
     def with_constants(self, constants: Mapping[str, Any]) -> SiteAdapter:
         """Return this part with some constants of its site replaced."""

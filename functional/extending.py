@@ -8,6 +8,7 @@ from ._abilities import Original as Original
 from ._abilities import Step as Step
 from ._base_with_weights import with_weights as with_weights
 from ._binding.joined import JoinedBinding as JoinedBinding
+from ._binding.leaves import shapes_at as shapes_at
 from ._binding.leaves import shared_shapes as shared_shapes
 from ._binding.padding import Blocks as Blocks
 from ._binding.padding import cut_to as cut_to
@@ -38,7 +39,6 @@ from ._given import check_config as check_config
 from ._given import check_module as check_module
 from ._given import check_no_view as check_no_view
 from ._layers.adapted import Adapted as Adapted
-from ._layers.adapted import check_shapes as check_shapes
 from ._layers.adapted import step_of as step_of
 from ._layers.around import Around as Around
 from ._layers.base import Base as Base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchgraft.functional import Places, Routed, Rows
+from torchgraft.functional.extending import SiteAdapter
 
 from .state import Gathered
 
@@ -20,6 +22,10 @@ class GatheredStack(Routed):
 
     def check(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], what: str) -> None:
         pass
+
+    def along(self, adapter: SiteAdapter, rows: Rows) -> tuple[SiteAdapter, Rows]:
+        adapter, rows = super().along(adapter, rows)
+        return dataclasses.replace(adapter, expected={}), rows
 
     def now(self) -> Routed:
         """Return the stack of a call; in one that is compiled, its rows are values that may be others next time."""

@@ -151,10 +151,11 @@ def _is_whole(site: Site) -> bool:
 
 def _decide(config: MissConfig, site: Site) -> Step | None:
     """Return `apply` as one step for a site of whole shards; `None` for another."""
+    shape = shapes(config, site)["miss_block"]
 
     def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
         block = leaves["miss_block"]
-        if block.is_meta or x.is_nested or (training and config.miss_dropout):
+        if block.is_meta or block.shape != shape or x.is_nested or (training and config.miss_dropout):
             return None
         return _linear(x, weight, bias, block) if fused.fits(x, weight, block, block) else None
 

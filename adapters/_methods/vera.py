@@ -122,10 +122,13 @@ def apply(config: VeraConfig, site: Site, leaves: dict[str, Any], base: Layer, x
 
 def _decide(config: VeraConfig, site: Site) -> Step:
     """Return `apply` as one step."""
+    up, down = (site.out_features,), (config.r,)
 
     def step(x: Tensor, weight: Tensor, bias: Tensor | None, leaves: Leaves, training: bool) -> Tensor | None:
         b, d = leaves["vera_lambda_b"], leaves["vera_lambda_d"]
         if b.is_meta or d.is_meta or x.is_nested or (training and config.vera_dropout):
+            return None
+        if b.shape != up or d.shape != down:
             return None
         return _linear(x, weight, bias, *_projections(site, x.dtype), b, d) if fused.fits(x, weight, b, d) else None
 

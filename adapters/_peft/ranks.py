@@ -34,8 +34,9 @@ def grow(name: str, at: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
             for leaf, tensor in layer.leaves(name).items()
         }
         site = dataclasses.replace(entry.site, constants=entry.site.constants.replace({"r": rank}))
+        shapes = {leaf: tuple(parameter.shape) for leaf, parameter in leaves.items()}
         factor = layer.adjustable.get(name)
-        layer.replace_adapter(name, dataclasses.replace(entry, site=site), leaves)
+        layer.replace_adapter(name, dataclasses.replace(entry, site=site, expected=shapes), leaves)
         if factor is not None:
             layer.adjustable[name] = factor
     if larger:

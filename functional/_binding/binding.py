@@ -24,7 +24,7 @@ from .._sites.parameters import Key, key_of
 from .._sites.site import Site
 from .._tensors.wrappers import modules_of
 from .._trees import TreeForm, check_tree, sort
-from .leaves import initialise, shapes_of
+from .leaves import initialise, shapes_at, shapes_of
 from .plan import check_unchanged, for_model, plan_sites, structure_for
 from .replaced import Plan, conflicts, plan_replaced
 from .tied import TiedSites, plan_tied, tied_adapter
@@ -230,10 +230,10 @@ class Binding:
             if device.type != "meta":  # where constants would lose their values
                 constants = _to(site.constants, device, moved)
                 site = site if constants is site.constants else dataclasses.replace(site, constants=constants)
-            site_adapters[path] = SiteAdapter(self.configs[name], site)
+            site_adapters[path] = SiteAdapter(self.configs[name], site, expected=shapes_at(self.shapes[name], site))
         for path, tied in self.tied[name].items():
             site_adapters[path] = tied_adapter(
-                self.configs[name], path, modules[path], tied, site_adapters[tied.source].site
+                self.configs[name], path, modules[path], tied, site_adapters[tied.source]
             )
         return site_adapters
 

@@ -63,6 +63,17 @@ def shapes_of(config: Config, sites: Mapping[str, Site], replaced: Plan) -> dict
     return dict(sorted(shapes.items()))
 
 
+def shapes_at(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], site: Site) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a site's leaves among those of a tree, with those that it shares by their names there.
+
+    >>> site = Site("a", "linear", 2, 2, shared={"bank": "bank.0"})
+    >>> shapes_at({"a": {"logits": (1,)}, "*": {"bank.0": (2, 2)}}, site)
+    {'logits': (1,), 'bank': (2, 2)}
+    """
+    shared = {leaf: shapes[SHARED][name] for leaf, name in site.shared.items()}
+    return {**shapes.get(site.path, {}), **shared}
+
+
 def shared_shapes(config: Config, sites: Mapping[str, Site]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the leaves that several sites share, by the names that these have under `"*"`."""
     sharing = config.method.ability(SharesLeaves)

@@ -289,7 +289,8 @@ class StackedBinding(Binding):
     def _adapter(self, path: str, adapter: SiteAdapter, modules: Mapping[str, nn.Module]) -> StackedAdapter:
         known = tuple(path in plan for plan in self.plans)
         device = adapter.site.like(modules[adapter.site.owner]).device
-        return StackedAdapter(adapter.config, adapter.site, torch.tensor(known, device=device), known)
+        here = torch.tensor(known, device=device)
+        return StackedAdapter(adapter.config, adapter.site, here, known, expected=adapter.expected)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -41,6 +41,15 @@ class TiedSite:
         """
         return {name: leaves[source].mT if self.transposed else leaves[source] for name, source in self.leaves.items()}
 
+    def turned_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the other site's leaves as this site has them.
+
+        >>> TiedSite("embed", {"a": "b"}).turned_shapes({"b": (2, 3)})
+        {'a': (3, 2)}
+        """
+        held = {name: shapes[source] for name, source in self.leaves.items()}
+        return {name: (*s[:-2], s[-1], s[-2]) for name, s in held.items()} if self.transposed else held
+
 
 TiedSites = Mapping[str, TiedSite]
 """Followers by path."""
@@ -61,8 +70,8 @@ def plan_tied(config: Config, modules: Mapping[str, nn.Module], sites: Mapping[s
     return config.follows(modules, list(sites))
 
 
-def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, source: Site) -> TiedAdapter:
-    """Return the adapter of a module that has a site's parameters, with that site's constants.
+def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, source: SiteAdapter) -> TiedAdapter:
+    """Return the adapter of a module that has a site's parameters, with that site's constants and shapes.
 
     Raises:
         ValueError: A module that carries no adapter.
@@ -70,4 +79,5 @@ def tied_adapter(config: Any, path: str, module: nn.Module, tied: TiedSite, sour
     site = describe(path, module)
     if site is None:
         raise ValueError(f"{path}: is tied to {tied.source}, and a {type(module).__name__} carries no adapter")
-    return TiedAdapter(config, dataclasses.replace(site, constants=source.constants, shared=source.shared), tied)
+    site = dataclasses.replace(site, constants=source.site.constants, shared=source.site.shared)
+    return TiedAdapter(config, site, tied, expected=tied.turned_shapes(source.expected))

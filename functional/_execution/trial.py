@@ -12,6 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from .._binding.binding import Shapes
 from .._locating.finder import Declared, Finder
 from .._locating.inputs import (
     GivenSample,
@@ -86,7 +87,10 @@ class ModelTrial:
         self._binding, self._pool, self._entered = bound.binding, pool, entered
         self._base = {name: unwrapped(tensor) for name, tensor in base.items()}
         self._unrouted = {name: _unwrapped_tree(tree) for name, tree in active.items() if not isinstance(tree, Routed)}
-        self._random = {name: _random(tree.tree) for name, tree in active.items() if isinstance(tree, Routed)}
+        shapes = bound.binding.shapes
+        self._random = {
+            name: _random(tree.tree, shapes[name]) for name, tree in active.items() if isinstance(tree, Routed)
+        }
         parts = [bound.binding.adapters(name) for name in bound.binding.configs]
         sites = {path: adapter.site for adapters in parts for path, adapter in adapters.items()}
         spatial = {path: site.features - 1 for path, site in sites.items()}
@@ -328,20 +332,19 @@ def _is_declared(bound: BoundModel, active: Mapping[str, Any], declared: Declare
     return all(paths <= set(by_path[name]) if name in by_path else said is not None for name, said in given.items())
 
 
-def _random(tree: Tree) -> Tree:
-    """Make random adapters like those of a stack, of a size that shows."""
+def _random(tree: Tree, shapes: Shapes) -> Tree:
+    """Make random adapters like those of a stack, of a size that shows, and of the shapes that were bound."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(leaf: Tensor) -> Tensor:
-        shape = (ADAPTERS, *leaf.shape[1:])
+    def drawn(leaf: Tensor, shape: tuple[int, ...]) -> Tensor:
+        shape = (ADAPTERS, *shape)
         dtype = leaf.dtype if leaf.dtype.is_floating_point or leaf.dtype.is_complex else torch.float32
         values = torch.randn(shape, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
         scale = 0.5 if len(shape) < 3 else 0.7 * max(1, shape[-1]) ** -0.5
         values = (values * scale).to(leaf.device, dtype)
         return values.requires_grad_(leaf.requires_grad or torch._C._functorch.is_gradtrackingtensor(leaf))
 
-    result: Tree = _nested(drawn, tree)
-    return result
+    return {path: {leaf: drawn(one, shapes[path][leaf]) for leaf, one in own.items()} for path, own in tree.items()}
 
 
 def _nested(change: Callable[[Tensor], Tensor], tree: Any) -> Any:

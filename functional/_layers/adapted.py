@@ -12,7 +12,6 @@ from .._method import SiteAdapter, Weighted
 from .._sites.kernels import over_values
 from .._sites.linear import LINEAR
 from .._sites.tensors import check_leaves
-from .._trees import check_tree
 from .base import Base
 
 
@@ -22,6 +21,7 @@ class Adapted(Weighted):
     __slots__ = ("base", "entry", "leaves")
 
     def __init__(self, base: Base | Adapted, adapter: SiteAdapter, leaves: Leaves):
+        adapter.check(leaves)
         self.base, self.entry, self.leaves = base, adapter, leaves
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -62,15 +62,3 @@ def step_of(adapters: Iterable[SiteAdapter]) -> Step | None:
     if others or type(first) is not SiteAdapter or site.shared or site.transposed or ability is None:
         return None
     return ability.decide(first.config, site) if site.kind == LINEAR.name else None
-
-
-def check_shapes(adapter: SiteAdapter, leaves: Leaves) -> None:
-    """Refuse leaves that got other shapes after they were accepted, where a step did not run with them.
-
-    Torch would multiply with some of them: it repeats a `B` of one row. Trained biases beside the leaves are no part.
-
-    Raises:
-        ValueError: A leaf of another shape; names the site and the leaf.
-    """
-    path, shapes = adapter.site.path, adapter.config.method.shapes(adapter.config, adapter.site)
-    check_tree({path: {leaf: tensor for leaf, tensor in leaves.items() if leaf in shapes}}, {path: shapes})

@@ -36,6 +36,7 @@ class RoutedLayer(Weighted):
         declared: Declared,
         tokens: int,
     ):
+        adapter.check(leaves, rows.count)
         self.base, self.entry, self.leaves, self.rows, self.finder = base, adapter, leaves, rows, finder
         self.owner, self.declared, self.tokens = owner, declared, tokens
 
@@ -221,6 +222,7 @@ class SelectedAdapter(Weighted):
     __slots__ = ("base", "entry", "leaves", "on")
 
     def __init__(self, base: Any, adapter: SiteAdapter, leaves: Leaves, on: Tensor | None):
+        adapter.check(leaves)
         self.base, self.entry, self.leaves, self.on = base, adapter, leaves, on
 
     def __call__(self, x: Tensor) -> Tensor:

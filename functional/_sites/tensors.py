@@ -38,6 +38,32 @@ def check_leaves(path: str, leaves: Mapping[str, Tensor], like: Tensor) -> None:
             )
 
 
+def check_shapes(
+    path: str, leaves: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], stacked: tuple[int, ...] = ()
+) -> None:
+    """Refuse leaves of other shapes than a site's: torch would repeat one of a single row without a word.
+
+    Args:
+        path: Path of the site.
+        leaves: Its leaves; those that nobody expects, such as trained biases beside them, are no part of it.
+        expected: Their shapes.
+        stacked: What precedes these in a stack: the number of adapters.
+
+    Raises:
+        ValueError: A leaf of another shape; names the site and the leaf.
+
+    >>> check_shapes("head", {"lora_B": torch.ones(3, 2)}, {"lora_B": (3, 2)})
+    """
+    for leaf, tensor in leaves.items():
+        shape = expected.get(leaf) if isinstance(tensor, Tensor) else None  # others are called
+        if shape is not None and tensor.shape != (*stacked, *shape):
+            raise ValueError(
+                f"{path or 'the model'}: the adapter's {leaf} has shape {tuple(tensor.shape)}, expected "
+                f"{(*stacked, *shape)}; it got another one after it was accepted, as by writing to .data: give the "
+                "call, or the model, a leaf of the expected shape"
+            )
+
+
 def check_base(path: str, weight: Tensor | None, x: Tensor) -> None:
     """Refuse a base without values where the input has some.
 

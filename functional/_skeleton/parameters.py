@@ -136,6 +136,7 @@ def adapted_weight(weight: Tensor, chosen: Sequence[Selected], dense: bool = Fal
     """
     for adapter, leaves, _ in chosen:
         check_leaves(adapter.site.path, leaves, weight)
+        adapter.check(leaves)
     if all(adapter.config.method.ability(AddsProduct) is not None for adapter, _, _ in chosen):
         factored = Factored(weight, [_term(*selected) for selected in chosen])
         return factored.dense() if dense else factored

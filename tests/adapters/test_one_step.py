@@ -286,7 +286,7 @@ def test_leaves_that_torch_would_repeat_are_an_error_in_calls_views_and_in_place
     shortened(params["0"]["lora_B"])
     shortened(placed[0].lora_B["default"].weight)
     for call in calls:
-        with pytest.raises(ValueError, match=r"\['0'\]\['lora_B'\] has shape \(1, 2\), expected \(4, 2\)"):
+        with pytest.raises(ValueError, match=r"0: the adapter's lora_B has shape \(1, 2\), expected \(4, 2\)"):
             call()
 
 

@@ -1,5 +1,6 @@
 """What every method refuses: fields that mean nothing, and trees that do not fit; the error says which and where."""
 
+import copy
 import dataclasses
 import re
 import typing
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchgraft.functional import bind, merge
+from torchgraft.adapters import inject_adapter_in_model
+from torchgraft.functional import bind, merge, stack
 
 from .cases import case, changed
 from .methods import METHODS
@@ -61,3 +63,46 @@ def test_trees_that_do_not_fit_are_errors(name, site):
             one.graft(tree, one.x)
         with pytest.raises((ValueError, KeyError, TypeError), match=words):
             merge(one.graft, tree)
+
+
+def cut(leaf):
+    """Return a leaf with one entry on its first axis that has more; torch would repeat it."""
+    axis = next((axis for axis, size in enumerate(leaf.shape) if size > 1), None)
+    return None if axis is None else leaf.narrow(axis, 0, 1)
+
+
+def leaves_of(tree):
+    return [(path, leaf) for path, leaves in tree.items() for leaf in leaves if cut(leaves[leaf]) is not None]
+
+
+def calls_of(one, tree, stacked):
+    """Return how an adapter and a stack meet the model: once by a call, and as what was made of them before."""
+    x, rows = one.x, torch.arange(len(one.x)) % 2
+    routed = one.route(stacked, rows)
+    view, by_rows = one.graft.view(tree), one.graft.view(routed)
+    return [lambda: one.graft(tree, x), lambda: view(x)], [lambda: one.graft(routed, x), lambda: by_rows(x)]
+
+
+def test_leaves_that_are_cut_after_a_call_are_errors_in_calls_views_and_in_place(name, site):
+    one = case(name, site)
+    tree, stacked = copy.deepcopy(one.params), stack(copy.deepcopy(one.trees[:2]))
+    model = inject_adapter_in_model(one.config, copy.deepcopy(one.model), params=copy.deepcopy(one.params))
+    alone, many = calls_of(one, tree, stacked)
+    for call in (*alone, *many, lambda: model(one.x)):
+        call()
+    for path, leaf in leaves_of(tree):
+        words = rf"{re.escape(leaf.partition('.')[0])}.* has shape .*, expected"
+        for given, calls, of in ((tree, alone, cut), (stacked, many, lambda held: cut(held[0]).unsqueeze(0))):
+            whole = given[path][leaf]
+            kept, whole.data = whole.data, of(whole.data)
+            for call in calls:
+                with pytest.raises(ValueError, match=words):
+                    call()
+            whole.data = kept
+    for parameter in filter(lambda p: p.requires_grad and cut(p) is not None, model.parameters()):
+        kept, parameter.data = parameter.data, cut(parameter.data)
+        with pytest.raises(ValueError, match="has shape .*, expected"):
+            model(one.x)
+        parameter.data = kept
+    for call in (*alone, *many, lambda: model(one.x)):
+        call()

@@ -18,6 +18,7 @@ from torchgraft.functional.extending import (
     Tree,
     check_tree,
     each,
+    shapes_at,
     tied_adapter,
     weights_of,
 )
@@ -157,9 +158,11 @@ def bind_injection(
     planned = binding.sites[""]
     leaves = initial_leaves(config, planned, modules, weights_of(planned, modules, base), meta, params)
     sites = {path: started(config, site, leaves[path]) for path, site in planned.items()}
-    entries: dict[str, SiteAdapter] = {path: SiteAdapter(config, site) for path, site in sites.items()}
+    entries: dict[str, SiteAdapter] = {
+        path: SiteAdapter(config, site, expected=shapes_at(binding.shapes[""], site)) for path, site in sites.items()
+    }
     for path, follow in binding.tied[""].items():
-        entries[path] = tied_adapter(config, path, modules[path], follow, sites[follow.source])
+        entries[path] = tied_adapter(config, path, modules[path], follow, entries[follow.source])
         turned = follow.turned({leaf: parameter.detach() for leaf, parameter in leaves[follow.source].items()})
         leaves[path] = {leaf: nn.Parameter(tensor) for leaf, tensor in turned.items()}  # of one memory, as in PEFT
     return Injection(adapter_name, config, modules, entries, leaves, binding.replaced[""], params)

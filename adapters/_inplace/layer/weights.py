@@ -112,6 +112,7 @@ class MergingLayer(LayerLeaves):
         """Return the base's weight and bias, and both with one adapter in, in float64."""
         entry = self._entries[adapter_name]
         leaves = beside(entry.site, self.numbers(adapter_name))
+        entry.check(leaves)
         weight, bias = self.originals.base(self.get_base_layer(), entry.site).dense()
         return (weight, bias), entry.merge(leaves, weight.double(), None if bias is None else bias.double())
 
