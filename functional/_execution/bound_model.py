@@ -92,7 +92,6 @@ class BoundModel:
         skeleton.swaps = tensor_swaps(skeleton, modules, binding.replaced)
         mark_owners(skeleton.context, skeleton.modules, skeleton.swaps, {id(m): name for name, m in modules.items()})
         skeleton.in_steps = not (self.allow_unreached or skeleton.swaps) and _in_steps(skeleton, adapters)
-        skeleton.remember()
         return skeleton
 
     def __getstate__(self) -> dict[str, Any]:

@@ -118,10 +118,11 @@ class Skeleton:
         del self._memo, self._keep, self._reach
 
     def remember(self) -> None:
-        """Record the skeleton as it is now: the state that a call begins with."""
+        """Record the skeleton as it is now, before its first call: the state that each of them begins with."""
         places = [place for key in self.written for place in self.places[key]]
         places += [place for swap in self.swaps for place in swap.places]
         self.recorded = Recorded(self._copies, [container for container, _ in places])
+        self.recorded.settle()
 
     def end(self, trusted: bool = False) -> list[int] | None:
         """End a call: undo whatever it and the model's forward wrote to the skeleton.
