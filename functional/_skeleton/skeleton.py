@@ -185,13 +185,11 @@ class Skeleton:
         """Find tensors that a forward may write to, and whether it may in the modes that the modules are in now."""
         volatile: dict[int, bool] = {}
         for module, own in self.modules:
-            active = own.training or not isinstance(module, _NormBase)
-            tensors = [*module._buffers.values(), *vars(module).values()]
+            tensors = self.places.keys() & {*map(id, module._buffers.values()), *map(id, vars(module).values())}
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                tensors.append(module.weight)
-            for tensor in tensors:
-                if isinstance(tensor, Tensor) and id(tensor) in self.places:
-                    volatile[id(tensor)] = volatile.get(id(tensor), False) or active
+                tensors.add(id(module.weight))
+            active = own.training or not isinstance(module, _NormBase)
+            volatile |= {key: volatile.get(key, False) or active for key in tensors}
         return volatile
 
     # -- copying ---------------------------------------------------------------------------------------------
@@ -286,12 +284,12 @@ class Skeleton:
             kind = type(value)
             if kind in _ATOMIC:
                 own[key] = value
+            elif key in _INTERNAL and not value:
+                own[key] = kind() if kind in _PLAIN else copy.copy(value)
             elif key in ("_parameters", "_buffers"):
                 own[key] = registry = kind()
                 for name, tensor in value.items():
                     self._put(registry, name, tensor)
-            elif key in _INTERNAL and not value:
-                own[key] = kind() if kind in _PLAIN else copy.copy(value)
             else:
                 self._put(own, key, value)
         if whole in self._adapters:
