@@ -160,11 +160,14 @@ def binding(layers: int) -> Cases:
     """A Llama of 7 targets in each layer."""
     model = llama(64, layers)
     ours, theirs = LoraConfig(r=2, target_modules=LINEARS), peft.LoraConfig(r=2, target_modules=LINEARS)
+    params, ids = bind(model, ours).init(), tokens(1, 8)
     return {
         "PEFT, injection": lambda: peft.inject_adapter_in_model(theirs, copy.deepcopy(model)),
         "torchgraft, injection": lambda: inject_adapter_in_model(ours, copy.deepcopy(model)),
         "torchgraft, bind": lambda: bind(model, ours),
         "base, deepcopy alone": lambda: copy.deepcopy(model),
+        "PEFT, injection and a call": lambda: peft.inject_adapter_in_model(theirs, copy.deepcopy(model))(ids),
+        "torchgraft, bind and a call": lambda: bind(model, ours)(params, ids),
     }
 
 

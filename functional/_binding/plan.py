@@ -16,6 +16,7 @@ from .._method import SHARED, Config, Weights
 from .._sites.kinds import describe
 from .._sites.parameters import describe_parameter, find
 from .._sites.site import Site
+from .._tensors.wrappers import around
 from .._unsupported import UnsupportedConfig
 
 C = TypeVar("C", bound=Config)
@@ -106,10 +107,9 @@ def plan_sites(
 
 def _check_bare(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
     """Refuse modules that another library's adapters, or those in place, are around."""
-    split = (path.split(".") if path else [] for path in paths)
-    for around in dict.fromkeys(".".join(parts[:count]) for parts in split for count in range(len(parts) + 1)):
-        if advice := advice_on(modules.get(around)):
-            raise TypeError(f"{around or 'the model'}: {type(modules[around]).__name__} {advice}")
+    for path in sorted(around(paths)):
+        if advice := advice_on(modules.get(path)):
+            raise TypeError(f"{path or 'the model'}: {type(modules[path]).__name__} {advice}")
 
 
 def _inside(path: str, modules: Mapping[str, nn.Module], kinds: Collection[str]) -> str:

@@ -10,6 +10,7 @@ from .._routing.owners import mark_owners
 from .._sites.parameters import Key
 from .._skeleton.context import CallContext
 from .._skeleton.parameters import check_apart
+from .._skeleton.reach import is_plain
 from .._skeleton.references import check_references
 from .._skeleton.skeleton import Skeleton
 from .._skeleton.swaps import tensor_swaps
@@ -48,7 +49,8 @@ class BoundModel:
         self.compiled = Traced()
         plans = (*binding.sites.values(), *binding.replaced.values())
         check_references(binding.model, {path for plan in plans for path in plan})
-        self.pool()
+        if not self._can_wait():
+            self.pool()
 
     def pool(self) -> Pool:
         """Return the skeletons that fit the model as it is now."""
@@ -61,6 +63,12 @@ class BoundModel:
         pool = Pool(self.build, self.unchanging)
         self.pools = [pool, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
         return pool
+
+    def _can_wait(self) -> bool:
+        """Return whether no copy of the model can fail, so that the first call may make it instead of binding."""
+        alone = len(self.binding.configs) == 1 and not any(self.binding.replaced.values())
+        modules = not any(site.is_parameter for sites in self.binding.sites.values() for site in sites.values())
+        return alone and modules and is_plain(self.binding.model)
 
     def but(self, **changes: bool) -> BoundModel:
         """Return the same binding, bound otherwise; it knows nothing yet."""
@@ -92,7 +100,6 @@ class BoundModel:
         skeleton.swaps = tensor_swaps(skeleton, modules, binding.replaced)
         mark_owners(skeleton.context, skeleton.modules, skeleton.swaps, {id(m): name for name, m in modules.items()})
         skeleton.in_steps = not (self.allow_unreached or skeleton.swaps) and _in_steps(skeleton, adapters)
-        skeleton.remember()
         return skeleton
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +107,6 @@ class BoundModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.pool()
 
 
 def _in_steps(skeleton: Skeleton, adapters: Collection[Key]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections import deque
@@ -97,13 +98,15 @@ class Lease:
 
 
 class Pool:
-    """The skeletons for one state of the model: as many as are in use at once, and one for compiled calls.
+    """The skeletons for one state of the model: as many as are in use at once, and one for compiled calls if any come.
 
     A call may be over and its skeleton still in use: what the autograd graph holds may run it again, and finds the
     call's adapters and tensors as long as it does.
 
     Attributes:
-        traced: The skeleton of compiled calls.
+        modules: The model's modules, each with its copy in the first skeleton.
+        aliases: The detached alias of each tensor of the model in that, by the tensor's id.
+        in_steps: Whether all sites take one step, in which they look at the shapes of their leaves.
         watch: Notices that the model has changed.
         seen: Where rows are, by kind of routed call.
         alike: The same for kinds that differ in numbers alone.
@@ -119,10 +122,19 @@ class Pool:
         self.given: dict[Any, Record] = {}
         self.known: dict[Any, Record] = {}
         self._build = build
-        self.traced = self._make(TracedContext())
-        self.watch = Watch(module for module, _ in self.traced.modules)
+        first = self._make(CallContext())
+        self.modules, self.aliases, self.in_steps = first.modules, first.aliases, first.in_steps
+        self.watch = Watch(module for module, _ in first.modules)
+        self._fresh = iter([first])
         self._free: deque[Skeleton] = deque()
         self._held: deque[tuple[Skeleton, list[int]]] = deque(maxlen=_HELD)
+
+    @functools.cached_property
+    def traced(self) -> Skeleton:
+        """The skeleton of compiled calls."""
+        skeleton = self._make(TracedContext())
+        skeleton.remember()
+        return skeleton
 
     def lease(self) -> Lease:
         """Take a free skeleton, or make one."""
@@ -130,8 +142,8 @@ class Pool:
         try:
             skeleton = self._free.pop()
         except IndexError:
-            skeleton = self._make(CallContext())
-            skeleton.recorded.settle()
+            skeleton = next(self._fresh, None) or self._make(CallContext())
+            skeleton.remember()
         return Lease(skeleton, self)
 
     def take_back(self, skeleton: Skeleton) -> None:

@@ -28,7 +28,7 @@ def call(
     """Run a bound model, as `functional_call` does."""
     base, params = with_base(params)
     pool = None if torch.compiler.is_dynamo_compiling() else bound.pool()
-    active = now(bound.binding.active(params, pool is not None and pool.traced.in_steps))
+    active = now(bound.binding.active(params, pool is not None and pool.in_steps))
     given = Call(active, base, args if isinstance(args, tuple) else (args,), kwargs or {}, return_buffers)
     return _traced(bound, given) if pool is None else run(bound, pool, given)
 

@@ -98,7 +98,7 @@ class ModelTrial:
             spatial | {behind(path): -1 for path, site in sites.items() if site.routing.by_module}
         )
         self._sites = set(sites)
-        tensors = [t for t in pool.traced.aliases.values() if t.device.type != "meta"]
+        tensors = [t for t in pool.aliases.values() if t.device.type != "meta"]
         self._devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
         self.floor = _floor(tensors)
 
@@ -274,7 +274,7 @@ def _like(bound: BoundModel, name: str) -> Tree:
 
 def modes_of(pool: Pool) -> tuple[bool, ...]:
     """Return whether each module is in training mode, in the state of the model that a pool is for."""
-    return tuple(module.training for _, module in pool.traced.modules)
+    return tuple(module.training for _, module in pool.modules)
 
 
 def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bool:

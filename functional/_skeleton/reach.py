@@ -6,7 +6,7 @@ import functools
 import gc
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +20,11 @@ ATOMIC = (
     torch.fx.Graph, torch.fx.Node,
 )  # fmt: skip
 """Types of what is never copied, and leads nowhere."""
+
+_ATOMIC = frozenset(ATOMIC)
+_EMPTY = frozenset({dict, OrderedDict, set, list, tuple})
+_TENSORS = frozenset({type(None), Tensor, nn.Parameter})
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
 class Reach:
@@ -54,6 +59,30 @@ class Reach:
                 stack.extend(_parts(item))
         self._apart.update(seen)
         return False
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Return whether only registries of modules hold a model's modules and tensors, and all of these can be copied.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> before = is_plain(model)
+    >>> model.kept = [model[0].weight]
+    >>> before, is_plain(model)
+    (True, False)
+    """
+    reach = Reach(model)
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        if not _TENSORS.issuperset(map(type, (*module._parameters.values(), *module._buffers.values()))):
+            return False
+        for key, value in vars(module).items():
+            kind = type(value)
+            if kind in _ATOMIC or (kind in _EMPTY and not value) or key in _REGISTRIES:
+                continue
+            if reach.holds(value):
+                return False
+    return True
 
 
 def _parts(x: Any) -> Iterator[Any]:

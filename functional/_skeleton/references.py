@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dis
+import functools
 import types
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
+from .._tensors.wrappers import around
+
 _CONTAINERS = (list, tuple, set, frozenset)
+_HOLDERS = (nn.Module, dict, *_CONTAINERS)
 
 
 def check_references(model: nn.Module, sites: Collection[str]) -> None:
@@ -22,13 +27,14 @@ def check_references(model: nn.Module, sites: Collection[str]) -> None:
     Raises:
         ValueError: Names the method, the variable and the site.
     """
-    parents = {path.rsplit(".", depth)[0] if depth else path for path in sites for depth in range(path.count(".") + 1)}
+    parents = around(sites)
     named = list(model.named_modules())
-    watched = {id(module): name for name, module in named if name in parents or name in sites}
+    watched = {id(module): name for name, module in named if name in parents}
     done: set[Any] = set()
     for where, module in named:
-        instance_functions = [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
-        functions = [(function, False) for function in instance_functions]
+        functions = []
+        if types.FunctionType in map(type, vars(module).values()):
+            functions = [(value, False) for value in vars(module).values() if isinstance(value, types.FunctionType)]
         for cls in type(module).__mro__:
             if cls in done or cls.__module__.startswith("torch."):
                 continue
@@ -56,20 +62,24 @@ def _function(value: Any) -> types.FunctionType | None:
 
 def _named(function: types.FunctionType, from_class: bool) -> Iterator[tuple[str, Any]]:
     """Yield variables from outside of a function. The skeleton rebuilds the closures of an instance's own functions."""
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        for name in code.co_names:
-            value = function.__globals__.get(name)
-            if value is not None and _modules(value) and _reads(code, name):
-                yield name, value
-        codes.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
+    held = function.__globals__
+    for code, name in _global_names(function.__code__):
+        value = held.get(name)
+        if isinstance(value, _HOLDERS) and _modules(value) and _reads(code, name):
+            yield name, value
     if from_class and function.__closure__:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
             try:
                 yield name, cell.cell_contents
             except ValueError:
                 continue
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[tuple[types.CodeType, str], ...]:
+    """Return what may be names of globals in code, and in the functions that it defines."""
+    within = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return (*((code, name) for name in code.co_names), *chain.from_iterable(map(_global_names, within)))
 
 
 def _reads(code: types.CodeType, name: str) -> bool:

@@ -265,7 +265,8 @@ def adapt(
     inner = object.__new__(inner_class(cls, forward_class))
     object.__setattr__(inner, "__dict__", shell.__dict__)
     argument = _first_argument(forward_class.forward)
-    shell.__class__ = adapted_class(cls, forward_class, next(iter(adapters.values())).site)
+    adapted = adapted_class(cls, forward_class, next(iter(adapters.values())).site)
+    object.__setattr__(shell, "__class__", adapted)
     shell.__dict__["_runtime"] = runtime = SiteRuntime(path, context, adapters, inner, argument, cls, forward_class)
     runtime.decide()
 

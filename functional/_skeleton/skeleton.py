@@ -118,10 +118,11 @@ class Skeleton:
         del self._memo, self._keep, self._reach
 
     def remember(self) -> None:
-        """Record the skeleton as it is now: the state that a call begins with."""
+        """Record the skeleton as it is now, before its first call: the state that each of them begins with."""
         places = [place for key in self.written for place in self.places[key]]
         places += [place for swap in self.swaps for place in swap.places]
         self.recorded = Recorded(self._copies, [container for container, _ in places])
+        self.recorded.settle()
 
     def end(self, trusted: bool = False) -> list[int] | None:
         """End a call: undo whatever it and the model's forward wrote to the skeleton.
@@ -184,13 +185,11 @@ class Skeleton:
         """Find tensors that a forward may write to, and whether it may in the modes that the modules are in now."""
         volatile: dict[int, bool] = {}
         for module, own in self.modules:
-            active = own.training or not isinstance(module, _NormBase)
-            tensors = [*module._buffers.values(), *vars(module).values()]
+            tensors = self.places.keys() & {*map(id, module._buffers.values()), *map(id, vars(module).values())}
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                tensors.append(module.weight)
-            for tensor in tensors:
-                if isinstance(tensor, Tensor) and id(tensor) in self.places:
-                    volatile[id(tensor)] = volatile.get(id(tensor), False) or active
+                tensors.add(id(module.weight))
+            active = own.training or not isinstance(module, _NormBase)
+            volatile |= {key: volatile.get(key, False) or active for key in tensors}
         return volatile
 
     # -- copying ---------------------------------------------------------------------------------------------
@@ -285,12 +284,12 @@ class Skeleton:
             kind = type(value)
             if kind in _ATOMIC:
                 own[key] = value
+            elif key in _INTERNAL and not value:
+                own[key] = kind() if kind in _PLAIN else copy.copy(value)
             elif key in ("_parameters", "_buffers"):
                 own[key] = registry = kind()
                 for name, tensor in value.items():
                     self._put(registry, name, tensor)
-            elif key in _INTERNAL and not value:
-                own[key] = kind() if kind in _PLAIN else copy.copy(value)
             else:
                 self._put(own, key, value)
         if whole in self._adapters:

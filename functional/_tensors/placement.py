@@ -108,6 +108,8 @@ def offloading(module: Any) -> Iterator[Any]:
 def copied_hooks(module: Any) -> dict[int, Any]:
     """Copy these hooks for a copy of their module, by identity: each keeps what it knows of a call to itself."""
     hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return {}
     parts = getattr(hook, "hooks", (hook,))
     if not all(hasattr(part, "weights_map") for part in parts):
         return {}
@@ -115,7 +117,7 @@ def copied_hooks(module: Any) -> dict[int, Any]:
     for copied in made.values():
         if copied.tied_params_map is not None:
             copied.tied_params_map = {key: dict(held) for key, held in copied.tied_params_map.items()}
-    if hook is not None and id(hook) not in made:
+    if id(hook) not in made:
         made[id(hook)] = copy.copy(hook)
         made[id(hook)].hooks = tuple(made[id(part)] for part in parts)
     return made

@@ -6,6 +6,7 @@ module around the user's. Names of sites and keys of files are those of the mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +78,20 @@ def bare_name(name: str) -> str:
     if "._" not in name and not name.startswith("_"):  # then no part is one of theirs
         return name
     return ".".join(part for part in name.split(".") if part not in _CHILDREN)
+
+
+def around(paths: Iterable[str]) -> set[str]:
+    """Return the names of modules and of all that they are in, the model's own name, `""`, among them.
+
+    >>> sorted(around(["layers.0.q"]))
+    ['', 'layers', 'layers.0', 'layers.0.q']
+    """
+    found = {""}
+    for path in paths:
+        while path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
