@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,15 +70,8 @@ def register_advice(package: str, cls: type, advice: Callable[[Any], str]) -> No
 
 def advice_on(value: Any) -> str:
     """Return what to do with an object, by the package of its class, and an empty text for any other object."""
-    cls: Any = type(value)
-    packages = _packages(cls)
-    for package, kind, advice in _ADVICE:
-        if isinstance(value, kind) and any(one.startswith(f"{package}.") for one in packages):
+    packages = [f"{cls.__module__}." for cls in type(value).__mro__[:-1]]
+    for package, cls, advice in _ADVICE:
+        if isinstance(value, cls) and any(one.startswith(f"{package}.") for one in packages):
             return advice(value)
     return ""
-
-
-@functools.lru_cache(maxsize=1024)
-def _packages(cls: Any) -> list[str]:
-    """Return the modules that a class and its bases come from, each with a dot at its end."""
-    return [f"{base.__module__}." for base in cls.__mro__[:-1]]

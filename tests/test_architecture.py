@@ -56,7 +56,7 @@ ORDER = {
         _inplace: walk switch merging
         _inplace/states: bare layouts embeddings base_state extract state summaries
         _inplace/injection: overlaps restoring targets_from_keys initial_leaves bound positions placing
-        _inplace/rows: attached copied stacking bound rows
+        _inplace/rows: attached copied stacking bound generating rows
         _inplace: inject __init__
         _arithmetic: products mixing truncated given experts combine vectors soups weighted
         _calibration: progress

@@ -8,6 +8,7 @@ from .merging import merge_adapter as merge_adapter
 from .merging import merge_and_unload as merge_and_unload
 from .merging import unload as unload
 from .merging import unmerge_adapter as unmerge_adapter
+from .rows.generating import cached_tokens as cached_tokens
 from .rows.rows import AdapterRows as AdapterRows
 from .rows.rows import adapter_rows as adapter_rows
 from .states.base_state import IncompatibleKeys as IncompatibleKeys

@@ -60,12 +60,12 @@ def _ids(args: Sequence[Any], kwargs: Mapping[str, Any], generates: bool, offset
     """Return the ids in which the invocation is looked for."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     problem = None
-    if generates:
-        problem = "generate calls the model with other tokens in each step"
-    elif not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+    if generates and ids is None:
+        ids = kwargs.get("inputs")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         problem = "the call has no input_ids, (batch, tokens)"
-    elif kwargs.get("past_key_values") is not None and offsets is None:
-        problem = "with past_key_values the ids are not those of the whole prompt"
+    elif inplace.cached_tokens(args, kwargs) and offsets is None:
+        problem = "with a cache of keys and values the ids are not those of the whole prompt"
     if problem is not None:
         raise UnsupportedCall(
             f"alora_invocation_tokens: {problem}, in which to look for the invocation; say which tokens are adapted: "

@@ -21,6 +21,7 @@ from torchgraft.adapters import (
 )
 from torchgraft.functional import UnsupportedCall, UnsupportedConfig, bind, merge, route, stack
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 IDS = torch.tensor([[3, 9, 7, 8, 5, 4], [7, 8, 2, 7, 8, 1], [1, 2, 3, 8, 7, 4]])
 FIELDS = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -32,7 +33,6 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).eval()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 def test_outputs_are_pefts(llama):
     theirs = peft.get_peft_model(
         copy.deepcopy(llama), peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8], **FIELDS)
@@ -98,7 +98,6 @@ def test_what_an_activated_lora_cannot_have_is_an_error(fields, words):
         LoraConfig(**{"alora_invocation_tokens": [7], **fields})
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 def test_folders_go_both_ways_and_outputs_are_pefts(llama, tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8], **FIELDS)
     theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()
@@ -117,8 +116,9 @@ def test_folders_go_both_ways_and_outputs_are_pefts(llama, tmp_path):
     torch.testing.assert_close(adapter_rows(model, ["default"] * 3, positions=rows)(IDS).logits, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
-def test_a_peft_model_finds_the_positions_of_each_rows_adapter(llama):
+@pytest.fixture(params=[1, 4], ids=["small", "large"])
+def pair(llama, request):
+    """PEFT's model and one of the shim's, each with two activated adapters and one other, of the same numbers."""
     models = []
     for lib in (peft, adapters):
         torch.manual_seed(3)
@@ -126,8 +126,52 @@ def test_a_peft_model_finds_the_positions_of_each_rows_adapter(llama):
         one = lib.get_peft_model(copy.deepcopy(llama), lib.LoraConfig(**alora, **FIELDS))
         one.add_adapter("plain", lib.LoraConfig(task_type="CAUSAL_LM", **FIELDS))
         one.add_adapter("other", lib.LoraConfig(**alora | {"alora_invocation_tokens": [8]}, **FIELDS))
+        for name, parameter in one.named_parameters():
+            parameter.data.mul_(request.param if "lora_" in name else 1)
         models.append(one.eval())
-    theirs, mine = models
+    return models
+
+
+@pytest.mark.parametrize("names", [None, ["other", "plain", "default"], ["default", "__base__", "other"]])
+def test_what_is_generated_is_pefts_token_by_token(pair, names):
+    said = {"return_dict_in_generate": True, "output_logits": True, "attention_mask": torch.ones_like(IDS)}
+    fields = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "adapter_names": names, **said}
+    theirs, mine = (one.generate(input_ids=IDS, **fields) for one in pair)
+    assert torch.equal(mine.sequences, theirs.sequences)
+    torch.testing.assert_close(mine.logits, theirs.logits)
+    again = pair[1].generate(input_ids=IDS, use_cache=False, **fields)
+    torch.testing.assert_close(again.logits, mine.logits)  # PEFT has the base for what was new in other steps
+    padded = torch.nn.functional.pad(IDS, (2, 0))
+    masked = fields | {"attention_mask": (padded > 0).long()}
+    torch.testing.assert_close(pair[1].generate(input_ids=padded, **masked).logits, mine.logits)
+
+
+def test_beams_have_the_adapter_of_their_prompt_and_hooks_of_the_model_run_once_a_step(pair):
+    model, seen = pair[1].get_base_model(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    fields = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "pad_token_id": 0,
+        "do_sample": False,
+    }
+    found = pair[1].generate(input_ids=IDS, **fields, output_scores=True, return_dict_in_generate=True)
+    steps = len(seen)
+    uncached = pair[1].generate(input_ids=IDS, **fields, use_cache=False)
+    assert torch.equal(found.sequences, uncached) and len(found.sequences) == 6 and steps >= 4
+    scores = []
+    for row, sequence in enumerate(found.sequences):
+        positions = activated_positions(IDS[row // 2][None], [7, 8])
+        positions = torch.cat([positions, positions[:, -1:].expand(-1, 4)], 1)
+        logits = adapter_rows(model, ["default"], positions=positions)(sequence[None]).logits.log_softmax(-1)
+        scores.append(logits[0, 5:-1].gather(1, sequence[6:, None]).mean())
+    torch.testing.assert_close(torch.stack(scores), found.sequences_scores)
+
+
+def test_a_peft_model_finds_the_positions_of_each_rows_adapter(llama, pair):
+    theirs, mine = pair
     torch.testing.assert_close(mine(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
     names = ["other", "plain", "default"]
     y, expected = (one(input_ids=IDS, adapter_names=names).logits for one in (mine, theirs))
@@ -137,12 +181,15 @@ def test_a_peft_model_finds_the_positions_of_each_rows_adapter(llama):
     )
     mine(input_ids=IDS, labels=IDS).loss.backward()
     theirs(input_ids=IDS, labels=IDS).loss.backward()
-    grads = [{key: p.grad for key, p in one.named_parameters() if p.grad is not None} for one in models]
-    torch.testing.assert_close(grads[1], grads[0])
+    grads = [{key: p.grad for key, p in one.named_parameters() if p.grad is not None} for one in (mine, theirs)]
+    torch.testing.assert_close(grads[0], grads[1])
     with mine.disable_adapter():
         torch.testing.assert_close(mine(input_ids=IDS).logits, llama(IDS).logits)
     for call, words in (
-        (lambda: mine.generate(input_ids=IDS), "generate calls the model with other tokens in each step, in which to"),
+        (
+            lambda: mine.generate(inputs_embeds=torch.zeros(1, 2, 16)),
+            r"the call has no input_ids, \(batch, tokens\), in",
+        ),
         (lambda: mine(inputs_embeds=torch.zeros(1, 2, 16)), r"the call has no input_ids, \(batch, tokens\), in which"),
     ):
         with pytest.raises(UnsupportedCall, match=words):

@@ -16,6 +16,7 @@ from ..placed import Placed
 from ..switch import check_known
 from ..walk import unwrap
 from .bound import BoundRows, bound_rows
+from .generating import positions_of_step, with_forward
 
 BASE = "__base__"
 """The name that stands for the base alone, as in PEFT."""
@@ -58,12 +59,25 @@ class AdapterRows:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's `generate`; with beams or several sequences for a row, each has the row's adapter.
 
+        Positions are those of the prompt, and the tokens after it are as its last one.
+
         Raises:
             ValueError, UnsupportedCall: As a call does.
         """
+        if self.positions is not None:
+            return with_forward(self.model, self._step).generate(*args, **kwargs)
         bound, params = self._bound((args, kwargs))
         view: Any = bound.graft.view(params)
         return view.generate(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model in a step of `generate`."""
+        assert self.positions is not None
+        positions = positions_of_step(self.positions, args, kwargs)
+        each = len(positions) // len(self.names)
+        names = [name for name in self.names for _ in range(each)]
+        tasks = None if self.tasks is None else [task for task in self.tasks for _ in range(each)]
+        return AdapterRows(self.model, names, self._declared, tasks, positions)(*args, **kwargs)
 
     def view(self) -> nn.Module:
         """Return a module like the user's, for its other methods; a view as `Graft.view` makes them.
@@ -152,7 +166,8 @@ def adapter_rows(
         model: A model with injected adapters.
         adapter_names: The name of an adapter for each row, or `"__base__"`.
         task_ids: The task of each row, for adapters that are one for each of several tasks (Poly); others pass over it.
-        positions: -1 for tokens that the base is to have, `"rows tokens"`, as `activated_positions` returns it.
+        positions: -1 for tokens that the base is to have, `"rows tokens"`, as `activated_positions` returns it; for
+            `generate` those of the prompt.
         batch_dim: As for `route`.
         mixed: As for `route`; by default a `loss`, which models of transformers return where they are given labels.
         check: As for `route`.
