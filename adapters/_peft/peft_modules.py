@@ -28,7 +28,7 @@ from .peft_model import PeftModel
 from .renamed_keys import build_peft_weight_mapping
 from .status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from .tasks import PeftMixedModel, get_peft_model
-from .tuner_classes import MixedModel, tuner_class
+from .tuner_classes import AdamssAsaCallback, MixedModel, tuner_class
 from .tuners import BaseTuner
 from .weights import load_peft_weights
 
@@ -223,6 +223,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     **_CONFIG_MODULES,
     **_MODEL_MODULES,
     "peft.tuners.mixed": {"MixedModel": MixedModel},
+    "peft.tuners.adamss.asa_callback": {"AdamssAsaCallback": AdamssAsaCallback},
     "peft.tuners.lora": {**_ABSENT["peft.tuners.lora"], **_LORA, **_STARTS, **_DATA, **_CONVERSION},
     "peft.tuners.lora.conversion": _CONVERSION,
     "peft.tuners.lora.corda": {"preprocess_corda": preprocess.preprocess_corda},

@@ -142,6 +142,30 @@ class AdamssModel(BaseTuner):
         states[name] = config, state
 
 
+class AdamssAsaCallback:
+    """A callback of transformers' `Trainer` that calls `update_and_allocate` after each step of the optimizer.
+
+    It has no base class, so that nothing of transformers is imported here: all other events are passed over.
+
+    >>> AdamssAsaCallback().on_train_begin(None, None, None)
+    """
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Freeze what the budgets of the model's adapters do not keep, by the gradients of this step."""
+        tuner = getattr(model, "base_model", model)
+        if hasattr(tuner, "update_and_allocate"):
+            tuner.update_and_allocate(state.global_step)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return _pass_over
+
+
+def _pass_over(*args: Any, **kwargs: Any) -> None:
+    """Do nothing at an event."""
+
+
 class VBLoRAModel(BaseTuner):
     """A model with adapters of type VBLORA, which knows how much a file of them holds.
 

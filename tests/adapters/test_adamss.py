@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import grad, vmap
+from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 
 from torchgraft.adapters import (
     AdamssConfig,
@@ -268,3 +269,32 @@ def peft_model():
     from peft import AdamssConfig, get_peft_model
 
     return get_peft_model(net(), AdamssConfig(**FIELDS))
+
+
+def test_a_trainer_calls_the_budget_through_pefts_callback():
+    with as_peft():
+        from peft.tuners.adamss.asa_callback import AdamssAsaCallback
+    torch.manual_seed(3)
+    mine, other = (get_peft_model(net(), AdamssConfig(**FIELDS, **BUDGET, init_weights=None)) for _ in range(2))
+    load_parameters(other, mine)
+    handler = CallbackHandler([AdamssAsaCallback()], mine, None, None, None)
+    state, control = TrainerState(), TrainerControl()
+    handler.on_train_begin(None, state, control)
+
+    class Tuner:
+        def update_and_allocate(self, step):
+            state.global_step = step
+            handler.on_optimizer_step(None, state, control)
+            handler.on_step_end(None, state, control)
+
+    config = mine.peft_config["default"]
+    called = steps_in_place(mine, Tuner(), config, 12)
+    assert called == steps_in_place(other, other.base_model, config, 12) and len(called[-1]) == 3
+    with pytest.raises(AttributeError, match="AdamssAsaCallback has no attribute 'of'"):
+        AdamssAsaCallback().of  # noqa: B018
+
+
+def load_parameters(model, other):
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.copy_(q)
