@@ -200,5 +200,5 @@ def __dir__() -> list[str]:
 if not _typing.TYPE_CHECKING:  # or else type checkers would take any name
 
     def __getattr__(name: str) -> _typing.Any:
-        """Say what stands for a name of PEFT's, or which name was perhaps meant."""
+        """Raise an error that says what to use for a name of PEFT's, or which name was perhaps meant."""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_names.instead_of(name, list(globals()))}")

@@ -1,4 +1,4 @@
-"""What tinker_server.py does for its clients: it trains, samples and keeps adapters in a bank, whoever asks.
+"""What tinker_server.py does for its clients: it trains, samples and keeps adapters in a bank, for all clients.
 
 Jobs wait in a queue, and one thread does them. Those of one client stay in order; what several of them wait for is one
 batch, in training and in sampling.

@@ -62,7 +62,7 @@ NEWCOMER = list(REGISTERS)[-1]
 
 
 def lesson(prose: Sequence[str], register: Callable[[str], str], choose: random.Random) -> tuple[list[int], list[int]]:
-    """A plain opening that goes on in a register, and what to predict: -1 stands for nothing."""
+    """A plain opening that goes on in a register, and what to predict: -1 for nothing."""
     words = choose.choice(prose).split(" ")
     start, opening = choose.randrange(len(words) - 5), choose.randint(2, 5)
     prompt = " ".join(words[start : start + opening]) + " "

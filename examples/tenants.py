@@ -2,9 +2,9 @@
 
 A small transformer learns the language reference that ships with Python, and is frozen. Each tenant is a thread that
 wants it to write one module of the standard library, with a rank, learning rate, batch size and lifetime of its own,
-and knows of nobody else. A bank holds the adapters, and a scheduler mixes what waits into one batch. Afterwards every
-tenant is trained once more alone, with `bind` and torch's AdamW: the curves coincide. Stop it whenever you like: the
-same command goes on where it was.
+and knows nothing of the others. A bank holds the adapters, and a scheduler mixes waiting work into one batch. Each
+tenant is then trained once more alone, with `bind` and torch's AdamW: the curves coincide. Stop it at any time:
+the same command goes on where it was.
 
     pip install torchgraft[demo]
     python examples/tenants.py --out tenants-out

@@ -1,7 +1,7 @@
 """A training service on this machine that the `tinker` package is a client of: one base, many adapters, one bank.
 
-Each client trains and samples from adapters of its own through futures, and knows of no other; what waits is mixed into
-one batch, whoever asks for it. The model writes character by character: symbol 0 is a newline, 1 to 95 are " " to "~".
+Each client trains and samples from adapters of its own through futures, and knows of no other; waiting requests of all
+clients are mixed into one batch. The model writes characters: symbol 0 is a newline, 1 to 95 are " " to "~".
 
     pip install torchgraft[tinker]
     python examples/tinker_server.py --out tinker-out
@@ -15,7 +15,7 @@ create_training_client_from_state and ..._with_optimizer, create_sampling_client
 get_server_capabilities. A client's adapters and snapshots stay until it is closed. Metadata, tags and telemetry are not
 kept. Refused, in words: bases, ranks, losses, optimizers, inputs and options of samples that are not here, load_state
 into a model that exists, checkpoints that expire, and every other route (lists of runs and checkpoints, copies,
-publishing). It listens on loopback, for there are no accounts: whoever can reach it may use it.
+publishing). It listens on loopback, for there are no accounts: every client that reaches it may use it.
 """
 
 from __future__ import annotations

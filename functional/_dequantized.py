@@ -19,7 +19,7 @@ _EIGHT_BITS = 127.0
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """Return a model with the weights of quantised layers as numbers of floating point: the ones that they stand for.
+    """Return a model whose quantised layers are dequantised: with weights in floating point.
 
     Known are torchao's tensors, torch's own dynamic int8 and bitsandbytes' layers of eight and of four bits. Linear
     layers that are modules of their own kind become `nn.Linear`. Everything else is shared with the given model,
@@ -66,7 +66,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def _plain_linear(path: str, module: Any) -> nn.Linear | None:
-    """Return the linear layer that a module of another library's, or of torch's packed kind, stands for."""
+    """Return a module of another library's, or of torch's packed kind, as a linear layer in floating point."""
     site = describe(path, module)
     if site is None:
         return None
@@ -87,7 +87,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _of_bitsandbytes(path: str, module: Any, weight: Any) -> Tensor:
-    """Return the weight that a layer of bitsandbytes stands for.
+    """Return the dequantised weight of a layer of bitsandbytes.
 
     Its functions are those of the library that made the weight, which is there then.
 
@@ -113,7 +113,7 @@ def _of_bitsandbytes(path: str, module: Any, weight: Any) -> Tensor:
 
 
 def _plain_parameter(name: str, parameter: Any) -> Tensor:
-    """Return the parameter itself, or the numbers that a quantised one stands for.
+    """Return the parameter itself, or the dequantised numbers of a quantised one.
 
     Raises:
         TypeError: A form that is not known.

@@ -139,8 +139,8 @@ class Graft:
 
         Args:
             params: A parameter tree, or `(base_params, params)`, as for a call.
-            constant: Promise that nobody writes to the base or to the leaves as long as the view is used, in whatever
-                way. What a method computes from them alone (DoRA's norms) is then computed here, once; writing to them
+            constant: Promise that the base and the leaves are not written to, in any way, as long as the view is used.
+                What a method computes from them alone (DoRA's norms) is then computed here, once; writing to them
                 makes the view wrong, and nothing notices. Without it every call sees what is written.
 
         Raises:
@@ -255,10 +255,10 @@ class Graft:
     def unchanging(self) -> Self:
         """Return this graft for a model that stays as it is, whose calls do not look for changes first.
 
-        It is a promise: nobody replaces, moves or resizes a tensor of the model, exchanges a module, adds or removes a
-        hook, or sets a mode or another attribute, and its forward writes to no attribute of its modules. Values may
-        change, in any way: calls read the model's own tensors. A change makes calls wrong, and what notices are just
-        a look at the whole model's mode in each call, and one at what the forward wrote in calls 1, 2, 4, 8 and so on.
+        You promise that no tensor of the model is replaced, moved or resized, no module exchanged, no hook added or
+        removed, no mode or other attribute set, and that its forward writes to no attribute of its modules. Values of
+        tensors may change, in any way: calls read the model's own tensors. A broken promise makes calls wrong. Two
+        things are checked: the model's mode in each call, and what the forward wrote in calls 1, 2, 4, 8 and so on.
 
         Raises:
             RuntimeError: In calls, where one of these looks sees that the promise is broken.

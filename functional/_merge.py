@@ -31,7 +31,7 @@ def merge(graft: Graft, params: Tree, *, dequantize: bool = False) -> dict[str, 
     Args:
         graft: What `bind` returned.
         params: A parameter tree, as for a call; the result is differentiable in it.
-        dequantize: Merge into the numbers that a quantised base stands for. All its quantised layers are dequantised
+        dequantize: Merge into the dequantised weights of a quantised base. All its quantised layers are dequantised
             (torchao's, torch's dynamic int8, bitsandbytes'), and the state dict is one of that model in floating point,
             `dequantized(model)`. `torchgraft.adapters.requantized` quantises it again, and says the error.
 

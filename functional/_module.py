@@ -34,8 +34,8 @@ class AdapterModule(nn.Module):
 
     Args:
         graft: What `bind` returned.
-        params: A tree, or `{name: tree}`, of leaves that nobody has computed. Of a stack, one module for each adapter:
-            `AdapterModule(graft.member(i), graft.unstack(many)[i])`.
+        params: A tree, or `{name: tree}`, whose tensors are leaves of autograd. Of a stack, make one module for
+            each adapter: `AdapterModule(graft.member(i), graft.unstack(many)[i])`.
 
     Attributes:
         graft: The graft.

@@ -16,7 +16,7 @@ def trainable(params: Any) -> list[Tensor]:
     adapter, one group each: `AdamW([{"params": trainable(a), "lr": 1e-3}, {"params": trainable(b), "lr": 1e-4}])`.
 
     Args:
-        params: A tree, a stack, `{name: tree}`, or a part of one, whose tensors are nobody's result.
+        params: A tree, a stack, `{name: tree}`, or a part of one, whose tensors are leaves of autograd.
 
     Returns:
         Its leaves in the tree's order, each once; `requires_grad` is set.

@@ -140,8 +140,8 @@ def _check_plain(config: AdapterConfig, what: str) -> None:
         )
     if config.alora_invocation_tokens is not None:
         raise UnsupportedConfig(
-            f"{what} has alora_invocation_tokens, from which on alone it adapts a prompt, so that nothing stands for "
-            "several; set it to None in the config to have the products as those of a LoRA"
+            f"{what} has alora_invocation_tokens, and adapts a prompt only from these tokens on, so a sum "
+            "of several has no meaning; set it to None in the config to have the products as those of a LoRA"
         )
     kind = kind_of(config.init_lora_weights)
     if kind in (*REMOVING, "mica"):

@@ -71,7 +71,7 @@ def load_resident(
         if _digest(folder) == digest:
             break
     else:
-        raise RuntimeError(f"{path}: is replaced all the time; load it when nobody writes to it")
+        raise RuntimeError(f"{path}: is replaced again and again; load it when nothing writes to it")
     resident = Resident(name, kind, default if optimizer is None else optimizer, own_generator(None, slots.device))
     if found is None:
         resident.optimizer.check(slots.layout)

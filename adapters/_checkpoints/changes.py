@@ -49,7 +49,7 @@ class Changes:
 
     Attributes:
         base: The model's files.
-        instead: Tensors of the adapter's that stand for the base's own, by name: modules and biases that it trained.
+        instead: Tensors of the adapter that replace the base's own, by name: modules and biases that it trained.
         rows: The same for rows: their indices, and their values.
         sites: The site, and the attribute of its module, that a tensor's name means.
         modules: The modules of the skeleton, by path.
@@ -103,7 +103,7 @@ class Changes:
         return self._read(name) if rows is None else self._read(name, *rows)
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read rows of a tensor, with what stands for the base's own."""
+        """Read rows of a tensor, with those that the adapter replaces."""
         if name in self.instead:
             return self.instead[name][start:stop]
         tensor = self.base.tensors.read(name, start, stop)
@@ -167,7 +167,7 @@ def _check(config: Any) -> None:
 
 
 def _apart(base: ModelFolder, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[Any, Any, set[str]]:
-    """Return tensors that stand for the base's own, rows that do, and the keys of all other tensors."""
+    """Return tensors that replace the base's own, rows that do, and the keys of all other tensors."""
     instead, rows, kept = {}, {}, set()
     for key, tensor in tensors.items():
         name = key.removeprefix("_orig_mod.").removeprefix(PREFIX)

@@ -84,7 +84,7 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, stop: int, report: Rep
     while start < stop:
         data = source.read(min(_BLOCK, stop - start))
         if not data:
-            raise ValueError(f"{source.name}: became shorter while it was read; start again when nobody writes to it")
+            raise ValueError(f"{source.name}: became shorter while it was read; try again when nothing writes to it")
         start += len(data)
         report(target.write(data))
 

@@ -98,7 +98,7 @@ def bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def on_terminal(quiet: bool) -> bool:
-    """Return whether somebody looks at a bar."""
+    """Return whether a progress bar is shown: standard error is a terminal."""
     return not quiet and sys.stderr.isatty()
 
 

@@ -1,4 +1,4 @@
-"""Keys of PEFT's state dicts and files, and the trees they stand for."""
+"""Keys of PEFT's state dicts and files, and trees made from them."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def split_key(config: AdapterConfig, key: str) -> tuple[str, str] | None:
 
 
 def from_keys(config: AdapterConfig, state_dict: Mapping[str, Tensor]) -> tuple[Tree, list[str]]:
-    """Return the tree that keys stand for, and the keys that are no leaf's."""
+    """Return the tree made from a state dict's keys, and the keys that are no leaf's."""
     tree: Tree = {}
     rest = []
     for key, tensor in state_dict.items():

@@ -221,8 +221,8 @@ def _takes_bias(change: Change, biases: str) -> bool:
     if not site.has_bias or site.bias_name != "bias":
         why = "names it otherwise" if site.has_bias else "has none"
         raise UnsupportedConfig(
-            f"to_lora: {path} gets another bias from its adapters, and the module {why}, so that no trained bias can "
-            "stand for it; merge the adapters, or leave that module out of them"
+            f"to_lora: {path} gets another bias from its adapters, and the module {why}, so the LoRA cannot "
+            "have it; merge the adapters, or leave that module out of them"
         )
     if biases == "refuse":
         raise UnsupportedConfig(

@@ -66,7 +66,7 @@ def inject_adapter_in_model(
         TypeError: No module, no config.
         ValueError: A name that is taken or unfit, a config that matches nothing or a module that its method does not
             support, a `state_dict` that does not fit the model; an adapter on what is one of `modules_to_save`;
-            one to be trained in a model that several processes train already, whose gradients nobody would average.
+            one to be trained in a model that several processes train already, as its gradients would not be averaged.
         RuntimeError: Something else wrote to the weights while adapters were merged.
         KeyError: `params` that do not fit.
 

@@ -168,7 +168,7 @@ def merge_over(
 
 
 def _value(leaves: Mapping[str, Tensor], path: str) -> Tensor | None:
-    """Return what stands for a matrix, as its product, its vector or its number; `None` for nothing."""
+    """Return a matrix in the form that a config gives it: a product, a vector or a number; `None` for none."""
     name = f"glora_{path}"
     if f"{name}.Xd" in leaves:
         return leaves[f"{name}.Xd"] @ leaves[f"{name}.Xu"]

@@ -138,7 +138,7 @@ class Finder(importlib.metadata.DistributionFinder, Loader):
         """Return where `peft` and its submodules are.
 
         Raises:
-            ModuleNotFoundError: A submodule that is not here; says what there is.
+            ModuleNotFoundError: A submodule that is not here; lists those that are.
         """
         if fullname.partition(".")[0] != "peft":
             return None

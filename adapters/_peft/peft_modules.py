@@ -295,7 +295,7 @@ def _refuse(name: str) -> Any:
 
 
 def missing(name: str) -> str:
-    """Return what to say when somebody asks for a name that is not here."""
+    """Return the error's words for a name that is not here."""
     module, _, attribute = name.rpartition(".")
     nested = {other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")}
     names = {**MODULES.get(module, {}), **dict.fromkeys(other for other in nested if "." not in other)}

@@ -38,7 +38,7 @@ class Build:
         return place(path)
 
     def _entries(self, entry: Any) -> list[Any]:
-        """Return what stands for an entry of the navigation: itself with paths of the site; nothing for no pages."""
+        """Return an entry of the navigation with the site's paths; nothing for an entry without pages."""
         if isinstance(entry, str):
             return [self._read(entry.removeprefix("../")) if entry.startswith("../") else entry]
         ((name, content),) = entry.items()

@@ -198,7 +198,7 @@ class Binding:
         return did_you_mean(name, self.configs)
 
     def _check(self, tree: Any, name: str, what: str, in_steps: bool = False) -> None:
-        """Refuse a tree, or what stands for one, that does not fit an adapter."""
+        """Refuse a tree, or an `ActiveTree`, that does not fit an adapter."""
         if self.members is None and getattr(tree, "places", None) is not None:
             raise ValueError(
                 "route: places are given, and this graft was bound with one config for all adapters of a stack; bind "

@@ -21,7 +21,7 @@ from .._tensors.placement import resting, whole
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """A leaf that stands for a tensor of the base.
+    """A leaf that replaces a tensor of the base.
 
     Attributes:
         names: Names of the tensor in the model; those of a tied one that get the leaf, and no others.
@@ -49,7 +49,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None = None) -> Replaced:
-    """Describe the tensor that a leaf stands for.
+    """Describe the tensor that a leaf replaces.
 
     Args:
         modules: The model's modules by name.
@@ -72,7 +72,7 @@ def replaced(modules: Modules, names: Iterable[str], rows: Sequence[int] | None 
         raise ValueError(f"{names[0]}: has no shape yet; run the model once before bind")
     if getattr(modules[path], "max_norm", None) is not None:
         raise ValueError(
-            f"{path}: an Embedding with max_norm rewrites its weight in each forward, so nothing can stand for it; set "
+            f"{path}: an Embedding with max_norm rewrites its weight in each forward, so nothing can replace it; set "
             "max_norm=None"
         )
     if rows is None:
@@ -104,7 +104,7 @@ def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Ite
     """Return the tensors that a config replaces beside its sites; none, for configs without `replaces`.
 
     Raises:
-        ValueError: Two leaves that stand for the same tensor.
+        ValueError: Two leaves that replace the same tensor.
     """
     plan: Plan = config.replaces(modules, model, list(paths))
     leaves = list(each(plan))
@@ -119,7 +119,7 @@ def plan_replaced(config: Config, modules: Modules, model: nn.Module, paths: Ite
 
 
 def each(plan: Plan) -> Iterator[tuple[str, str, Replaced]]:
-    """Yield path, leaf and the tensor that it stands for."""
+    """Yield path, leaf and the tensor that it replaces."""
     for path, leaves in plan.items():
         for leaf, replacement in leaves.items():
             yield path, leaf, replacement

@@ -13,7 +13,7 @@ class Call(NamedTuple):
 
     Attributes:
         active: The active trees, or `ActiveTree`s in their place, by adapter name.
-        base: Tensors that stand for the base's, by their names in the user's model.
+        base: Tensors that replace the base's in this call, by their names in the user's model.
         args: Positional arguments of the model's forward.
         kwargs: Its arguments by name.
         return_buffers: Whether what the forward left in the model's buffers is asked for too.

@@ -41,7 +41,7 @@ def fill(skeleton: Skeleton, call: Call, current: Mapping[int, Tensor]) -> None:
 
 
 def named_base(skeleton: Skeleton, base: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Return the tensors of `base` by the id of the model's tensor that each stands for, validated against it."""
+    """Return the tensors of `base` by the id of the model's tensor that each replaces, validated against it."""
     tensors: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     for name, tensor in base.items():

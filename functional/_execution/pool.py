@@ -147,7 +147,7 @@ class Pool:
         return Lease(skeleton, self)
 
     def take_back(self, skeleton: Skeleton) -> None:
-        """Free a skeleton whose call is over, now or when nobody refers to it any more."""
+        """Free a skeleton whose call is over, now or when nothing refers to it any more."""
         self._calls += 1
         counts = skeleton.end(self.unchanging and self._calls & (self._calls - 1) != 0)  # not calls 1, 2, 4, 8, ...
         if counts is None:
@@ -161,7 +161,7 @@ class Pool:
             )
 
     def sweep(self) -> None:
-        """Free the skeletons that nobody refers to any more."""
+        """Free the skeletons that nothing refers to any more."""
         for _ in range(len(self._held)):
             try:
                 skeleton, counts = self._held.popleft()

@@ -136,7 +136,7 @@ class RoutedLayer(Weighted):
             result: Tensor = layer(x)
             return result
 
-        # Tensors are leaves, and `None` stands for a layer that every group has.
+        # Tensors are leaves, and `None` is for a layer that every group has.
         wide, narrow = _under_autocast(x)  # which does not reach into vmap
         wide = groups[0].mask(wide.unflatten(0, (groups[0].size, -1)), 0)
         own: Any = None

@@ -103,7 +103,7 @@ class Finder:
         return layout
 
     def expect(self, path: str, ndim: int, owner: Any) -> Place | None:
-        """Return where a tensor that is still to be put together will have the rows; `None` where nobody knows.
+        """Return where a tensor that is still to be put together will have the rows; `None` where that is not known.
 
         Args:
             path: The name under which such tensors were seen.

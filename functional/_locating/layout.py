@@ -95,7 +95,7 @@ class Place:
     even: bool = False
 
     def holds(self, shape: Sequence[int], size: int, length: int | None, tokens: int = 1) -> bool:
-        """Return whether a tensor of this shape can be such a one.
+        """Return whether a tensor of this shape can have this layout.
 
         Args:
             shape: The shape.

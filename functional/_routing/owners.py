@@ -35,7 +35,7 @@ class RoutedOwner:
     Attributes:
         path: Path of the user's module.
         context: CallContext of the skeleton.
-        swaps: The leaves that stand for its tensors.
+        swaps: The leaves that replace its tensors.
         cls: Class of the module, adapted or not.
         site: Where its input has rows.
     """

@@ -23,12 +23,12 @@ _ORIGINS: Any = WeakIdKeyDictionary()
 
 
 def set_origin(alias: Tensor, tensor: Tensor) -> None:
-    """Note which of the user's parameters an alias stands for."""
+    """Note which of the user's parameters an alias is of."""
     _ORIGINS[alias] = weakref.ref(tensor)
 
 
 def is_trained(weight: Tensor) -> bool:
-    """Return whether a weight, or the user's parameter that it stands for, requires a gradient.
+    """Return whether a weight, or the user's parameter that it is an alias of, requires a gradient.
 
     >>> layer = torch.nn.Linear(2, 2)
     >>> is_trained(layer.weight), is_trained(layer.weight.detach())

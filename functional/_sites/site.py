@@ -239,7 +239,7 @@ class Site:
             raise TypeError(
                 f"{self.path}: its weight is {form}, so an adapter cannot be added to it. Call the module instead of "
                 "reading its weight; merge into the model as it was before quantisation, or into the numbers that this "
-                "weight stands for: merge(graft, params, dequantize=True), dequantized(model)"
+                "weight is a code of: merge(graft, params, dequantize=True), dequantized(model)"
             )
         kind = KINDS[self.kind]
         kind.check_readable(self)

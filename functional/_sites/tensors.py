@@ -45,7 +45,7 @@ def check_shapes(
 
     Args:
         path: Path of the site.
-        leaves: Its leaves; those that nobody expects, such as trained biases beside them, are no part of it.
+        leaves: Its leaves; those without an expected shape, such as trained biases, may have any.
         expected: Their shapes.
         stacked: What precedes these in a stack: the number of adapters.
 

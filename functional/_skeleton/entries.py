@@ -1,6 +1,6 @@
 """Which row of a batch each entry of a tensor belongs to, followed through a module's forward.
 
-Experts sort the tokens of all rows, so that nobody can tell from a product's input which token is whose. What happens
+Experts sort the tokens of all rows, so that a product's input does not tell which row a token is of. What happens
 to tokens on their way there is little: they are picked by index, repeated, folded, cast, and go through functions of
 single numbers. Each of these says whose its result's entries are; behind anything else, that is not known any more.
 """

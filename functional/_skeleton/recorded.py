@@ -45,7 +45,7 @@ class Recorded:
         objects: Modules, plain containers, functions and other objects; what they refer to is recorded with them only
             if it is among them, is a module's registry or is a function's closure.
         exchanged: Dicts among these that each call writes to and puts back; they are looked at in any case, and the
-            others where a number says that somebody wrote.
+            others where their version numbers say that they were written to.
 
     >>> layer, cache = nn.Linear(2, 2), {}
     >>> recorded = Recorded([layer, cache])

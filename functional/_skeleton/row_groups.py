@@ -52,7 +52,7 @@ def run_in_groups(runtimes: Iterable[Runtime], forward: Any, args: tuple[Any, ..
         return forward(*args, **kwargs)
     if not any(name in stacks or name in context.apart for one in (first, *others) for name in one.entries):
         return forward(*args, **kwargs)
-    see, context.see = context.see, None  # modules within are run once for each group, which nobody could compare
+    see, context.see = context.see, None  # modules within are run once for each group, which cannot be compared
     try:
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_packed)
         path = next(iter(first.entries.values())).site.path
@@ -168,7 +168,7 @@ class RowGroups:
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def _rows_by_adapters(self) -> dict[tuple[int, ...], list[int]] | None:
-        """Return the rows that have the same adapters, by these; `None` where nobody can read which they have."""
+        """Return the rows by their adapters; `None` where these cannot be read, as under `torch.vmap`."""
         rows: dict[tuple[int, ...], list[int]] = {}
         values = [self._values(tree) for tree in self.stacks.values()]
         if any(value is None for value in values):
@@ -225,7 +225,7 @@ class RowGroups:
         )
 
     def _row_by_row(self) -> Any:
-        """Return the outputs where nobody can read which adapter a row has: each row is run by itself."""
+        """Return the outputs where the adapter of a row cannot be read: each row is run by itself."""
         index = [
             torch.arange(tree.rows.count) if tree.rows.index is None else tree.rows.index
             for tree in self.stacks.values()

@@ -54,7 +54,7 @@ class SiteRuntime:
         vars(self)["step"] = None if step is None else (step, name, adapter.site.path)
 
     def run_in_one_step(self, x: Any, module: Mapping[str, Any]) -> Tensor | None:
-        """Return the output of the one step; `None` unless a tree of one adapter is active, nobody looks, and it fits.
+        """Return the output of the one step; `None` unless one tree is active, no look is in progress, and it fits.
 
         Args:
             x: The input.
@@ -219,7 +219,7 @@ def _adapted_class(
 
 
 def _held(name: str, counts: bool) -> property:
-    """Return a weight or bias as parents see it; whoever reads a weight has reached the module."""
+    """Return a weight or bias as parents see it; reading a weight counts as reaching the module."""
 
     def get(self: Any) -> Tensor | None:
         runtime: SiteRuntime = self.__dict__["_runtime"]

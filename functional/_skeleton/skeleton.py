@@ -131,8 +131,8 @@ class Skeleton:
             trusted: Whether the forward is known to have written nothing.
 
         Returns:
-            `None`; or, if somebody outside still refers to a part of the skeleton and may run it again, the reference
-            counts at which nobody does any more. The skeleton is then left as the call's forward left it.
+            `None`; or, if something outside still refers to a part of the skeleton and may run it again, the reference
+            counts at which nothing does any more. The skeleton is then left as the call's forward left it.
         """
         recorded = self.recorded
         left = [(*place, _at(*place)) for key in self.filled for place in self.places[key]]
@@ -364,7 +364,7 @@ class Skeleton:
 
 
 def _target(proxy: Any) -> Any:
-    """Return what a weak proxy stands for: the owner of its methods."""
+    """Return the object of a weak proxy: the owner of its methods."""
     return proxy.__repr__.__self__
 
 

@@ -99,7 +99,7 @@ def tensor_swaps(skeleton: Skeleton, modules: Modules, plans: Mapping[str, Plan]
 def _check_resting(module: nn.Module, name: str) -> None:
     if next(offloading(module), None) is not None:
         raise ValueError(
-            f"{name}: is offloaded by a hook of accelerate, which would load the base's over what stands for it; keep "
+            f"{name}: is offloaded by a hook of accelerate, which would load the base's over what replaces it; keep "
             f"this module in memory (a device_map, or accelerate.hooks.remove_hook_from_module), or do not train it "
             "(modules_to_save, bias, trainable_token_indices)"
         )

@@ -94,7 +94,7 @@ def shares(ratios: Mapping[str, Tensor], budget: int, leaders: Mapping[str, str]
     Args:
         ratios: The share of each component, by module.
         budget: Sum of the ranks.
-        leaders: For modules of one input, which of them stands for it; it gets the largest rank of them.
+        leaders: For modules of one input, which of them is fitted for all; it gets the largest rank of them.
 
     >>> shares({"a": torch.tensor([0.5, 0.4]), "b": torch.tensor([0.45, 0.1])}, 3, {})
     {'a': 2, 'b': 1}

@@ -148,7 +148,7 @@ def find_folder(path: str | os.PathLike[str], adapter_name: str) -> Folder:
 
 @contextlib.contextmanager
 def open_pair(folder: Folder) -> Iterator[tuple[Path, bytes, BufferedReader]]:
-    """The config and the weights that belong together, also while somebody replaces both.
+    """The config and the weights that belong together, also while another process replaces both.
 
     Yields:
         The config's file, its bytes, and the opened weights.
@@ -168,7 +168,7 @@ def open_pair(folder: Folder) -> Iterator[tuple[Path, bytes, BufferedReader]]:
             if _is(folder.path / WEIGHTS, weights):
                 yield file, data, weights
                 return
-    raise RuntimeError(f"{folder.path / WEIGHTS}: is replaced all the time; load it when nobody writes to it")
+    raise RuntimeError(f"{folder.path / WEIGHTS}: is replaced again and again; load it when nothing writes to it")
 
 
 def _no_weights(folder: Folder) -> str:

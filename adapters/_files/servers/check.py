@@ -1,4 +1,4 @@
-"""Whether an engine serves an adapter's folder, whoever made it."""
+"""Check whether an engine serves an adapter's folder, whichever program made it."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _refuse_kinds(server: Server, sites: Mapping[str, Site]) -> None:
 def _tree_of(
     config: AdapterConfig, sites: Mapping[str, Site], state: Mapping[str, Tensor]
 ) -> tuple[Tree, dict[str, Tensor]]:
-    """Return the tree that keys stand for, by the sites' paths, and tensors that are no leaves."""
+    """Return the tree made from keys, by the sites' paths, and tensors that are no leaves."""
     paths = {place: path for path, place in places(sites).items()}
     tree: Tree = {}
     rest = {}

@@ -132,7 +132,7 @@ class Biases(Switched):
         """Do nothing: only one adapter has biases."""
 
     def check_tied(self, path: str, names: Iterable[str], owners: Owners, placed: Mapping[int, Any]) -> None:
-        """Do nothing: the biases are in the places of the base's, whoever uses these."""
+        """Do nothing: the trained biases are in the base layer itself."""
 
     def merge_adapters(self, names: Iterable[str] | None, safe: bool) -> None:
         """Count the adapter as merged if it is among these."""

@@ -170,13 +170,13 @@ class ActiveAdapters:
         return result
 
     def tensors(self, training: bool) -> list[dict[str, Tensor]]:
-        """Return the parameters of each adapter, as they are now, for whoever computes with their numbers."""
+        """Return the parameters of each adapter, as they are now, for code that computes with their numbers."""
         if not self.watch.attached(training):
             return self.leaves()
         return self._together([holders.maps(called=False) for holders in self.holders])
 
     def stale(self, containers: Mapping[str, Any]) -> bool:
-        """Return whether somebody replaced a parameter, or the module that holds it, since this was collected.
+        """Return whether a parameter, or the module that holds it, was replaced since this was collected.
 
         Args:
             containers: What hangs in the layer, by attribute.

@@ -1,6 +1,6 @@
 """Where a layer's adapters hang, by name: PEFT's containers, which tell the layer when something in them is replaced.
 
-A compiled forward takes what the layer collected for it, so whoever assigns another parameter (transformers' loader
+A compiled forward takes what the layer collected for it, so code that assigns another parameter (transformers' loader
 does, `load_state_dict(assign=True)` does) has to reach that collection. A container of leaves that layers share hangs
 in all of them, and tells each.
 """

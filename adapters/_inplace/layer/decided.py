@@ -16,7 +16,7 @@ _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{kind}") for kind in _HOOKS
 
 
 class Decided:
-    """One step, with the modules that it stands for.
+    """One step, with the modules that it replaces.
 
     It holds as long as no module among them gets other attributes, parameters, hooks or another class: until then each
     call would be decided in the same way.
@@ -24,7 +24,7 @@ class Decided:
     Args:
         step: The step.
         base: The wrapped module.
-        holders: Modules that hold leaves or stand for dropout.
+        holders: Modules that hold leaves, and those of dropout.
         leaves: Reads the leaves, once what they hang in is watched.
         registries: Other dicts that the decision depends on.
     """

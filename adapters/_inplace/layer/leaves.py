@@ -202,7 +202,7 @@ class LayerLeaves(nn.Module):
         return found
 
     def numbers(self, name: str) -> dict[str, Tensor]:
-        """Return an adapter's parameters by leaf, for whoever computes with them instead of calling what holds them.
+        """Return an adapter's parameters by leaf, for code that does not call the modules that hold them.
 
         Raises:
             KeyError: No such adapter on this layer.

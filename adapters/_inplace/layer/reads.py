@@ -1,7 +1,7 @@
 """Who reads a layer's weight: a module's forward that computes with it, or anybody else.
 
 A parent that reads `child.weight` instead of calling the child (Mamba's `dt_proj`) has to get the adapted weight, and
-whoever looks at the layer from outside sees the base's, as in PEFT. So the weight is adapted where a forward is in
+code outside of a forward sees the base's weight, as in PEFT. So the weight is adapted where a forward is in
 progress and the code that reads it does more than to ask for its dtype, its device or its shape.
 """
 

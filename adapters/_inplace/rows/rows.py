@@ -19,7 +19,7 @@ from .bound import BoundRows, bound_rows
 from .generating import positions_of_step, with_forward
 
 BASE = "__base__"
-"""The name that stands for the base alone, as in PEFT."""
+"""The name of the base without an adapter, as in PEFT."""
 
 
 class AdapterRows:

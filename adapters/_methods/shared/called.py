@@ -1,7 +1,7 @@
 """Maps that are modules: how an adapter runs through what is attached to the modules that hold its leaves.
 
 A method's `apply` takes a leaf as a tensor and multiplies with it. In place, a leaf hangs in a module, to which
-somebody may have attached something: hooks, offloading, sharding, a parametrization, another class. Then the leaf is
+something may be attached: hooks, offloading, sharding, a parametrization, another class. Then the leaf is
 `Called`, and `apply` calls the module in the place of the product, as PEFT does.
 """
 
@@ -22,7 +22,7 @@ DROPOUT = "dropout"
 
 
 class Called:
-    """A module that holds a leaf, and computes what the leaf stands for.
+    """A module that holds a leaf, and computes with it.
 
     Attributes:
         module: The module.
