@@ -122,7 +122,7 @@ class DrawsNoise:
 
 @dataclasses.dataclass(frozen=True)
 class TakesComplex:
-    """A meaning for complex weights.
+    """The ability to adapt complex weights.
 
     Attributes:
         refuses: `config -> description` of what of a config has none; `None` for nothing.

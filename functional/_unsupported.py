@@ -19,7 +19,7 @@ class Unsupported(Exception):
 
 
 class UnsupportedConfig(Unsupported, ValueError):
-    """A config that asks for what does not exist for a layer.
+    """A config that asks for something that a layer does not support.
 
     >>> issubclass(UnsupportedConfig, ValueError)
     True
@@ -27,7 +27,7 @@ class UnsupportedConfig(Unsupported, ValueError):
 
 
 class UnsupportedCall(Unsupported, RuntimeError):
-    """A call that a model which is adapted like this cannot have.
+    """A call that is not supported for a model with these adapters.
 
     >>> issubclass(UnsupportedCall, RuntimeError)
     True

@@ -109,7 +109,7 @@ def cosine(first: Adapter, second: Adapter) -> dict[str, Tensor]:
 def subspace_similarity(
     first: Adapter, second: Adapter, rank: int | None = None, side: str = "input"
 ) -> dict[str, Tensor]:
-    """Return how much of what one adapter reads, or writes, another does too, from 0 to 1, by module.
+    """Return how far the subspaces that two adapters read, or write, overlap: from 0 to 1, by module.
 
         |U^T V|_F^2 / min(i, j)
 

@@ -29,7 +29,7 @@ from .stepping import Hyper, take_steps
 
 
 class Bank(Residents):
-    """Adapters with lives of their own in a fixed number of slots over one bound model.
+    """Adapters that are added, trained and removed independently, in a fixed number of slots over one bound model.
 
     Each has its own rank, data, hyper-parameters, step count and noise; what it computes is what it would alone. Losses
     have to be each row's own, normalised by what belongs to the same adapter: a mean over a batch, an auxiliary loss

@@ -26,7 +26,7 @@ from .stepping import Hyper, take_steps
 
 
 class ReplicatedBank(Bank):
-    """A bank whose adapters are on every rank of a process group, and whose batches have their rows on several.
+    """A bank replicated on every rank of a process group, whose batches have rows on several ranks.
 
     The base is the user's: whole on each rank, within `DistributedDataParallel`, or sharded by `fully_shard`. Each rank
     calls `rows` with rows of its own, of whichever adapters. Gradients and counts of tokens stay on their rank until

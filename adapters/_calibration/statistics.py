@@ -66,7 +66,7 @@ def fit_eva(
     passes: int = 1,
     progress: bool = True,
 ) -> LoraConfig:
-    """Look at data for EVA: the main directions of each module's inputs, and ranks by the variance these explain.
+    """Compute EVA's statistics from data: the main directions of each module's inputs, and ranks by the variance these explain.
 
     Batches are gone through until every direction that is used has stayed, up to `tau`, what it was a batch ago. The
     sum of the ranks stays; a module may get up to `rho` times its own, or none, and then is no target any more.
@@ -196,7 +196,7 @@ def fit_corda(
     *,
     progress: bool = True,
 ) -> LoraConfig:
-    """Look at data for CorDA: the covariance of each module's inputs, and the weight as that sees it.
+    """Compute CorDA's statistics from data: each module's input covariance, and its product with the weight.
 
     Only the parts of the weights that the adapter takes are kept, of its rank at each module.
 
@@ -265,7 +265,7 @@ def fit_lora_ga(
     *,
     progress: bool = True,
 ) -> LoraConfig:
-    """Look at data for LoRA-GA: the mean gradient of each targeted weight over the batches.
+    """Compute LoRA-GA's statistics from data: the mean gradient of each targeted weight over the batches.
 
     The model runs in the modes that it has; PEFT sets it to training mode.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PeftError(Exception):
-    """What errors of adapters are that have no built-in class alone.
+    """An error about adapters for which no built-in class fits alone.
 
     >>> issubclass(NoMatchingPeftModuleError, PeftError)
     True
@@ -25,7 +25,7 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 
 class PeftWarning(UserWarning):
-    """What PEFT gives some of its warnings as, and so do we; most are `UserWarning` or `RuntimeWarning`.
+    """The class of some warnings, as in PEFT; most are `UserWarning` or `RuntimeWarning`.
 
     >>> issubclass(PeftWarning, UserWarning)
     True

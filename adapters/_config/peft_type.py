@@ -6,7 +6,7 @@ import enum
 
 
 class PeftType(enum.StrEnum):
-    """Names of the methods, as `peft_type` in `adapter_config.json`: all that PEFT has, of which some are here.
+    """Names of the methods, as `peft_type` in `adapter_config.json`: all of PEFT's, whether they are here or not.
 
     >>> PeftType.LORA == "LORA", PeftType("IA3").value
     (True, 'IA3')

@@ -44,7 +44,7 @@ def extract_lora(
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> tuple[LoraConfig, Tree, ConversionReport]:
-    """Return the LoRA that is nearest to what fine-tuning changed in each layer's weight, and its errors.
+    """Return the LoRA nearest to the change that fine-tuning made to each layer's weight, and its errors.
 
         B A = the nearest of the rank to  W_tuned - W_base
 

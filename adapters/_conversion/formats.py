@@ -24,7 +24,7 @@ FORMS = ("peft", "diffusers", "kohya", "sdxl", "adapterhub")
 
 
 class Formatted(NamedTuple):
-    """A LoRA in a program's form.
+    """A LoRA in another program's file format; made by `to_format`.
 
     Attributes:
         tensors: The tensors of its file.

@@ -30,7 +30,7 @@ def fuse_projections(
     parts: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int] | None = None,
 ) -> Adapter:
-    """Return the LoRA of fused layers that does what one of their separate parts does; exact.
+    """Return a LoRA for fused layers that equals one for their separate projections; exact.
 
     The ranks of parts add up, as each has an `A` of its own; parts with one `A` between them, as
     `split_projections` makes them, share it again.
@@ -99,7 +99,7 @@ def _fused(path: str, parts: Mapping[str, Factors | None], sizes: Mapping[str, i
 
 
 def split_projections(config: LoraConfig, params: Tree, parts: Mapping[str, Mapping[str, int]]) -> Adapter:
-    """Return the LoRA of separate layers that does what one of a fused layer does; exact.
+    """Return a LoRA for separate layers that equals one for the fused layer; exact.
 
     Each part has the fused layer's `A`, and its own rows of `B`.
 

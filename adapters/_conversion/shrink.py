@@ -61,7 +61,7 @@ def shrink(
 
 
 def canonical(config: LoraConfig, params: Tree) -> Adapter:
-    """Return the one form that adapters with the same changes of weights have in common.
+    """Return an adapter's canonical form, which is equal for adapters that change the weights equally.
 
     `B A = (B M)(M^-1 A)` for any invertible `M`, so that adapters which do the same may have nothing alike in their
     numbers. Here `B A = U S V^T`: `A` is `V^T`, whose rows are orthonormal, with the largest entry of each positive,

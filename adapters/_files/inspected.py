@@ -69,7 +69,7 @@ class AdapterFile:
 
 
 def inspect_adapter(path: str | os.PathLike[str], adapter_name: str = "default") -> AdapterFile:
-    """Tell what adapter a directory holds, without a model.
+    """Describe the adapter in a directory, without a model.
 
     The config and the header of the weights are read, no tensor. The header is checked as when loading: sizes, offsets
     and the file's length.

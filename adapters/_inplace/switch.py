@@ -163,7 +163,7 @@ def _of_class(found: Iterable[Placed], layer_cls: type[nn.Module]) -> list[Place
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapters for a while.
+    """Run the model without its adapters, within a `with` block.
 
     Afterwards everything is as it was before, whatever happens inside: active, merged and disabled adapters and which
     parameters require gradients. Contexts nest.

@@ -34,7 +34,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.r
 
 @dataclasses.dataclass(kw_only=True)
 class BottleneckConfig(AdapterConfig):
-    """A bottleneck adapter puts a small network after each targeted module, and adds what it says to the output.
+    """A bottleneck adapter puts a small network after each targeted module, and adds its result to the output.
 
     Supports linear layers, `transformers`' `Conv1D`, embeddings and convolutions, whose channels are the features. No
     weight computes it, so it cannot be merged, and a parent that reads `child.weight` itself has an error.

@@ -32,7 +32,7 @@ R = "lora_xs_R"
 
 @dataclasses.dataclass(kw_only=True)
 class LoraXSConfig(AdapterConfig):
-    """LoRA-XS learns how a weight's principal output directions follow from its principal input directions.
+    """LoRA-XS trains a small square matrix between a weight's principal input and output directions.
 
     Supports linear layers (also `transformers`' `Conv1D`), embeddings, and convolutions in any number of groups. The
     factors are constants of the graft, made from the weights when it is bound; files hold `R` alone, so they belong to

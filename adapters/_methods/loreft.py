@@ -29,7 +29,7 @@ from .shared.scalings import same_rank
 
 @dataclasses.dataclass(kw_only=True)
 class LoReftConfig(AdapterConfig):
-    """LoReFT replaces what a targeted module's output says in a subspace of `r` dimensions.
+    """LoReFT edits a targeted module's output within a subspace of `r` dimensions.
 
     Supports linear layers, `transformers`' `Conv1D` and convolutions, whose channels are the features. The paper edits
     the stream between layers; here it is outputs of modules, such as those that are added to it. A module without a

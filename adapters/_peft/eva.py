@@ -96,7 +96,7 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Have an adapter start again from data, with the ranks that EVA gives its modules; before it is trained.
+    """Initialise an adapter from data before it is trained, with the ranks that EVA gives its modules.
 
     Its parameters are new ones, so make the optimizer afterwards.
 

@@ -22,7 +22,7 @@ _SCALED = ("LORA", "ADALORA")
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scaling factors of a model's LoRA adapters, active or not, for a while.
+    """Multiply the scaling factors of a model's LoRA adapters, active or not, within a `with` block.
 
     Afterwards they are the very numbers that they were; contexts nest. Merged weights follow.
 

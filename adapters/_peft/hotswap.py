@@ -38,7 +38,7 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Have a model's LoRA adapters be swapped for others, of other ranks and scaling factors, without a recompilation.
+    """Prepare a compiled model so that its LoRA adapters can be swapped for others, of other ranks, without recompiling.
 
     Scaling factors become tensors that are written in place, and `A` and `B` get rows and columns of zeros up to a
     rank. The model computes what it did, and the configs in `model.peft_config` say the new rank, so that files are
@@ -86,7 +86,7 @@ def hotswap_adapter(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | None = None,
 ) -> None:
-    """Put the numbers of an adapter in files in the place of one that a model has, under its name.
+    """Replace the numbers of a model's adapter by those of an adapter on disk; its name stays.
 
     Of a model that `prepare_model_for_compiled_hotswap` has seen, compiled calls stay.
 
@@ -118,7 +118,7 @@ def hotswap_adapter_from_state_dict(
     config: AdapterConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Put other numbers in the place of an adapter's, in place, with the scaling factors of their config.
+    """Replace the numbers and the scaling factors of a model's adapter in place, from a state dict.
 
     Smaller ranks are filled up with zeros, and modules that the new adapter lacks get zeros. A larger rank makes new
     parameters, and so a compiled model is compiled again. `model.peft_config` says what is there now, so that saving

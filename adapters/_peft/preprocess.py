@@ -29,7 +29,7 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Look at data for CorDA, while `run_model` runs the model, and put what it says into the config.
+    """Compute CorDA's statistics while `run_model` runs the model, and keep them in the config.
 
     `fit_corda` does the same with batches, and returns a config. Files are those of the config's `corda_config`; they
     are safetensors, and what is there is read instead of looked at.
@@ -126,7 +126,7 @@ def preprocess_loraga(
     train_step: Callable[[], Any],
     cache_file: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Look at data for LoRA-GA, while `train_step` runs the model forth and back, and put it into the config.
+    """Compute LoRA-GA's statistics while `train_step` runs forward and backward, and keep them in the config.
 
     What is put there is the mean gradient of each targeted weight over the backward passes. `fit_lora_ga` does the same
     with batches, and returns a config.

@@ -18,7 +18,7 @@ from .tuners import BaseTuner
 
 
 class PeftMixedModel(PeftModel):
-    """A `PeftModel` made with `mixed=True`, for adapters of several methods, which any may have here.
+    """A `PeftModel` made with `mixed=True`; here every `PeftModel` takes adapters of several methods.
 
     >>> from torchgraft.adapters import IA3Config, LoraConfig
     >>> model = PeftMixedModel(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]), "lora")

@@ -93,7 +93,7 @@ class AdaptedModel(inplace.ModelWrapper):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the model without its adapters for a while."""
+        """Run the model without its adapters, within a `with` block."""
         with inplace.disable_adapter(self.get_base_model()):
             yield
 

@@ -16,7 +16,7 @@ def _check(config: Any, name: str, fits: bool, expected: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EvaConfig:
-    """How EVA looks at data.
+    """Settings of EVA's initialisation from data.
 
     Attributes:
         rho: Most rank of a module, relative to its own; 1 for no redistribution of ranks between modules.
@@ -44,7 +44,7 @@ class EvaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CordaConfig:
-    """What CorDA adapts.
+    """Settings of CorDA.
 
     Attributes:
         cache_file: A file for the decompositions, which `preprocess_corda` writes, or reads where it is there;
@@ -72,7 +72,7 @@ class CordaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoftQConfig:
-    """How LoftQ quantises.
+    """Settings of LoftQ's quantisation.
 
     Attributes:
         loftq_bits: 4 for NF4, 8 for int8.
@@ -92,7 +92,7 @@ class LoftQConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraGAConfig:
-    """How LoRA-GA makes factors of a gradient.
+    """Settings of LoRA-GA's initialisation from gradients.
 
     Attributes:
         direction: Singular vectors of `A` and `B`: `"ArBr"` every other one, `"A2rBr"` the second half and the first,

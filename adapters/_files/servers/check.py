@@ -16,7 +16,7 @@ from .rules import is_fused, problems, ranks_of, split
 
 @dataclasses.dataclass(frozen=True)
 class Servable:
-    """Whether an engine serves a folder right; true if it does, and `print` shows it.
+    """The result of `check_servable`: true if the engine serves the folder right; `print` shows the reasons.
 
     Attributes:
         path: The folder.
@@ -40,7 +40,7 @@ class Servable:
 
 
 def check_servable(path: str | os.PathLike[str], server: str, adapter_name: str = "default") -> Servable:
-    """Tell whether an engine loads and scales the adapter in a directory right, without the engine and without a model.
+    """Check whether an engine loads and scales the adapter in a directory right, without the engine and a model.
 
     The config and the header of the weights are read, no tensor. The rules are those of the engines' sources; whether
     the adapter fits the base that is served is not seen.

@@ -23,7 +23,7 @@ BASE = "__base__"
 
 
 class AdapterRows:
-    """A model with injected adapters, each row of whose batch has one of its own; made by `adapter_rows`.
+    """A model with injected adapters, called with an adapter for each row of the batch; made by `adapter_rows`.
 
     Attributes:
         model: The model.

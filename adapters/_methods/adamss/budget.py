@@ -44,7 +44,7 @@ def adamss_state(config: AdamssConfig, params: Tree) -> Tree:
 
 
 def allocate_subspaces(config: AdamssConfig, params: Tree, grads: Tree, state: Tree, step: int) -> Tree:
-    """Return the state after a step: importance of each cluster, and which go on being trained.
+    """Return the state after a step: the importance of each cluster, and which clusters stay trained.
 
     Call it once per step; it is PEFT's `update_and_allocate`. From step `init_warmup` to `final_warmup` it updates
     importance from `grads`; every `mask_interval` steps of these it keeps as many of the kept clusters as the schedule

@@ -27,7 +27,7 @@ Blocks = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class BdLoraConfig:
-    """Which modules have an `A` of blocks, and which a `B`.
+    """The modules whose `A` is block-diagonal, and those whose `B` is.
 
     Attributes:
         target_modules_bd_a: Parts of the names of modules whose `A` has blocks: those split by inputs.
