@@ -38,7 +38,7 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Prepare a compiled model so that its LoRA adapters can be swapped for others, of other ranks, without recompiling.
+    """Prepare a model so that its LoRA adapters can be swapped for others, of other ranks, without recompiling.
 
     Scaling factors become tensors that are written in place, and `A` and `B` get rows and columns of zeros up to a
     rank. The model computes what it did, and the configs in `model.peft_config` say the new rank, so that files are

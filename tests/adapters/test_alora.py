@@ -81,9 +81,7 @@ def test_calls_that_do_not_say_the_positions_and_merging_are_errors_that_say_wha
             call()
     with pytest.raises(UnsupportedConfig, match="q_proj: an activated LoRA .* no weight does, so there is nothing to"):
         merge(graft, params)
-    with pytest.raises(
-        UnsupportedConfig, match="has alora_invocation_tokens, and adapts a prompt only from"
-    ):
+    with pytest.raises(UnsupportedConfig, match="has alora_invocation_tokens, and adapts a prompt only from"):
         combine([(graft.configs[""], params)] * 2, [0.5, 0.5])
 
 
