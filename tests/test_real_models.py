@@ -194,6 +194,7 @@ def test_compiles_without_recompiling_for_new_values(made):
     if name == "gpt2":
         inputs = {"input_ids": IDS}  # with labels, transformers logs a warning, which torch.compile cannot trace
     graft = bind(model, LoraConfig(r=2, target_modules=targets))
+    model(**inputs)  # BERT notes in its config what kind of labels it has met
     torch._dynamo.reset()
     f = torch.compile(lambda params: graft(params, **inputs)["logits"], fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -66,7 +66,7 @@ def fit_eva(
     passes: int = 1,
     progress: bool = True,
 ) -> LoraConfig:
-    """Compute EVA's statistics from data: main directions of each module's inputs, and ranks by the variance they explain.
+    """Compute EVA's statistics from data: main directions of each module's inputs, and ranks by explained variance.
 
     Batches are gone through until every direction that is used has stayed, up to `tau`, what it was a batch ago. The
     sum of the ranks stays; a module may get up to `rho` times its own, or none, and then is no target any more.

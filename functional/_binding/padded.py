@@ -33,7 +33,9 @@ class PaddedAdapter:
     def layer(self, below: Any, adapter: SiteAdapter, finder: Finder | None) -> SelectedAdapter:
         assert isinstance(adapter, StackedAdapter)
         member, on = adapter.at(self.index)
-        return SelectedAdapter(below, member, adapter.leaves(self.tree), on)
+        leaves = adapter.leaves(self.tree)
+        member.check(leaves)
+        return SelectedAdapter(below, member, leaves, on)
 
     def tensors(self) -> Any:
         return self.tree, self.index

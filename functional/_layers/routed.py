@@ -222,7 +222,6 @@ class SelectedAdapter(Weighted):
     __slots__ = ("base", "entry", "leaves", "on")
 
     def __init__(self, base: Any, adapter: SiteAdapter, leaves: Leaves, on: Tensor | None):
-        adapter.check(leaves)
         self.base, self.entry, self.leaves, self.on = base, adapter, leaves, on
 
     def __call__(self, x: Tensor) -> Tensor:

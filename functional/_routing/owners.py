@@ -165,7 +165,10 @@ def _pick(
             (site_rows.groups() if together else site_rows.each()),
         )
         replaced = {f"{swap.path}.{swap.leaf}": groups.pick(tree.tree[swap.path][swap.leaf]) for swap in mine}
-        at_site: Leaves = {} if adapter is None else adapter.leaves(tree.tree)
+        at_site: Leaves = {}
+        if adapter is not None:
+            at_site = adapter.leaves(tree.tree)
+            adapter.check(at_site, rows.count)
         on = {"replaced": groups.active(1)} if groups.base else {}
         if of_method.base:
             on["leaves"] = of_method.active(1)
