@@ -3,7 +3,8 @@
 A small transformer learns scikit-learn's handwritten digits and is frozen; then digits are turned by 90 degrees, and it
 reads one in six. Each method gets the same number of steps to mend that. Its adapters, one for each seed and learning
 rate, train together in a bank: one forward and one backward for all of them. The learning rate is chosen on digits that
-are neither trained on nor reported; what is drawn is the mean over seeds on held-out ones, and their spread.
+are neither trained on nor reported; what is drawn is the mean over seeds on held-out ones, and their spread. Stop it at
+any time: the same command goes on with the methods that are left.
 
     pip install torchgraft[demo]
     python examples/methods.py --out methods-out
@@ -25,6 +26,7 @@ import optree
 import torch
 import torch.nn.functional as F
 from _panels import INK, MUTED, PAPER, finish
+from _resume import claim, note, until_interrupted
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -215,8 +217,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example; returns what it measured."""
-    args, start = parse(argv), time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
+    return until_interrupted(run, parse(argv))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train the methods that are not in the folder yet, and draw all of them."""
+    start, file = time.perf_counter(), args.out / "methods.json"
+    claim(args.out, "methods", {key: getattr(args, key) for key in ("base_steps", "steps", "seeds")})
     images, labels, test_images, test_labels = digits.load_images(0)
     torch.manual_seed(0)
     model = digits.VisionTransformer()
@@ -229,9 +236,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     with torch.no_grad():
         before = float(digits.accuracy(model(held_out), test_labels))
-    found = {
-        name: train(model, config, data, args.steps, args.seeds, name) for name, config in configs(args.only).items()
-    }
+    known = json.loads(file.read_text())["methods"] if file.exists() else {}
+    found = {}
+    for name, config in configs(args.only).items():
+        one = known.get(name)
+        found[name] = Result(**one) if one else train(model, config, data, args.steps, args.seeds, name)
+        known[name] = vars(found[name])
+        note({"before": before, "methods": known}, file)
     draw(args.out / "methods.png", found, before)
     noise, near = alike(found)
     print(f"\n{'':<12}{'parameters':>12}{'accuracy':>10}{'spread':>8}{'rate':>9}{'ms a step':>11}")
@@ -242,8 +253,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     print(f"\nthe frozen base reads {before:.1%}; differences below {noise:.1%} are noise: {', '.join(near)} are alike")
     print(f"picture {args.out / 'methods.png'}, {time.perf_counter() - start:.0f} s in all")
-    numbers = {name: vars(result) for name, result in found.items()}
-    (args.out / "methods.json").write_text(json.dumps({"before": before, "methods": numbers}, indent=2) + "\n")
     return {"found": found, "before": before, "noise": noise, "near": near, "picture": args.out / "methods.png"}
 
 
