@@ -89,7 +89,9 @@ from ._skeleton.sharded import hooks_of_unit as hooks_of_unit
 from ._skeleton.sharded import is_unit as is_unit
 from ._skeleton.sharded import unsharded_type as unsharded_type
 from ._tensors.placement import agreed as agreed
+from ._tensors.placement import computed as computed
 from ._tensors.placement import copied_hooks as copied_hooks
+from ._tensors.placement import is_computed as is_computed
 from ._tensors.placement import is_sharded as is_sharded
 from ._tensors.placement import local_part as local_part
 from ._tensors.placement import offloading as offloading

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -123,13 +126,51 @@ def copied_hooks(module: Any) -> dict[int, Any]:
     return made
 
 
+def computed(module: Any, name: str) -> Any:
+    """Return a module's tensor of this name as its next call has it.
+
+    Torch's pruning and its older norms set a plain attribute before each call of the module, which until then is what
+    the tensors were at the last one. Here it is computed from what they are now; the module stays as it is.
+
+    >>> linear = torch.nn.utils.prune.l1_unstructured(torch.nn.Linear(2, 1), "weight", 1)
+    >>> _ = linear.weight_orig.data.fill_(3)
+    >>> computed(linear, "weight").sum()
+    tensor(3., grad_fn=<SumBackward0>)
+    """
+    hook = _computing(module, name)
+    if isinstance(hook, BasePruningMethod):
+        return hook.apply_mask(module)
+    if isinstance(hook, SpectralNorm):
+        return hook.compute_weight(module, do_power_iteration=False)
+    return getattr(module, name) if hook is None else hook.compute_weight(module)
+
+
+def is_computed(module: Any, name: str) -> bool:
+    """Return whether a parametrization, pruning or a norm computes a module's tensor of this name from others.
+
+    >>> is_computed(torch.nn.utils.prune.identity(torch.nn.Linear(2, 1), "weight"), "weight")
+    True
+    """
+    return name in vars(module)["_modules"].get("parametrizations", ()) or _computing(module, name) is not None
+
+
+def _computing(module: Any, name: str) -> Any:
+    for hook in vars(module)["_forward_pre_hooks"].values():
+        if isinstance(hook, BasePruningMethod):
+            if hook._tensor_name == name:
+                return hook
+        elif isinstance(hook, (SpectralNorm, WeightNorm)) and hook.name == name:
+            return hook
+    return None
+
+
 def resting(module: Any, name: str) -> Any:
     """Return a module's tensor of this name with its values; of an offloaded one those that its hook would load.
 
     >>> resting(torch.nn.Linear(2, 1), "bias").shape
     torch.Size([1])
     """
-    tensor = getattr(module, name)
+    tensor = computed(module, name)
     if not isinstance(tensor, Tensor) or not tensor.is_meta:
         return tensor
     for hook in offloading(module):

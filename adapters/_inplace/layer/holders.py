@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from torchgraft.functional.extending import SiteAdapter
+from torchgraft.functional.extending import SiteAdapter, computed
 
 from ..._methods.shared.called import DROPOUT, Called, Holder, read
 from .containers import Parameters
@@ -115,7 +115,7 @@ class Holders:
             called: Whether modules will do; else all are tensors, and dropout is left out.
         """
         path = self._entry.site.path
-        found = {leaf: getattr(box, key) for leaf, box, key in self._bare}
+        found = {leaf: computed(box, key) for leaf, box, key in self._bare}
         for leaf, module, *_ in self.parts:
             if called and (self._called or leaf == DROPOUT):
                 found[leaf] = Called(module, path, leaf, self._casts)

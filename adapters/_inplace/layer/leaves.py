@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, as_tree, unwrapped, whole
+from torchgraft.functional.extending import SiteAdapter, TiedAdapter, Tree, as_tree, computed, unwrapped, whole
 
 from ..._config.keys import SHARED, held_at, join
 from ..._methods.shared.called import make_dropout
@@ -190,7 +190,10 @@ class LayerLeaves(nn.Module):
             KeyError: No such adapter on this layer.
             TypeError: A module without a tensor as its weight, in the place of one that holds a parameter.
         """
-        found = {leaf: one if part is None else getattr(one, part) for leaf, one, _, part in self.held(name)}
+        found = {
+            leaf: computed(self._container(attribute), name) if part is None else computed(one, part)
+            for leaf, one, attribute, part in self.held(name)
+        }
         config: Any = self._entries[name].config
         for leaf in (*config.form.modules, *config.form.bare_modules):
             if name in self._modules.get(leaf, ()) and not isinstance(found.get(leaf), Tensor):  # type: ignore[operator]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchgraft.functional.extending import (
     bare_name,
     given_type,
+    is_computed,
     is_sharded,
     offloading,
     resting,
@@ -120,7 +121,7 @@ def set_peft_model_state_dict(
 
     Raises:
         ValueError: A name that the model does not have; shared tensors that are not those of the injected adapter;
-            copies of a parameter that layers have in common which differ.
+            copies of a parameter that layers have in common which differ; a parameter that is computed from others.
         RuntimeError: Tensors of another shape; names the key and both shapes. Complex ones for real parameters. Or
             something else wrote to the weights while adapters were merged. Nothing has been loaded then.
         TypeError: A value that is no tensor.
@@ -134,6 +135,7 @@ def set_peft_model_state_dict(
     expected |= constants
     _check_numbers(given, expected, adapter_name)
     _check_copies(given, slots, adapter_name)
+    _check_held(model, slots, given, adapter_name)
     wrong = _misshapen(given, expected)
     if wrong and not ignore_mismatched_sizes:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -217,6 +219,18 @@ def _misshapen(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
         for key, tensor in expected.items()
         if key in given and given[key].shape != tensor.shape
     }
+
+
+def _check_held(model: nn.Module, slots: Mapping[str, Slot], given: Mapping[str, Any], adapter_name: str) -> None:
+    """Refuse values for parameters that the model computes from others, in which they would be lost."""
+    for key, slot in slots.items():
+        path, _, name = slot.key.rpartition(".")
+        if key in given and slot.put is None and is_computed(submodule(model, path), name):
+            raise ValueError(
+                f"{slot.key} of adapter {adapter_name!r} is computed (a parametrization, pruning or a norm), so no "
+                "value can be loaded into it; nothing was loaded. Remove what computes it first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or leave its key out"
+            )
 
 
 def _load(

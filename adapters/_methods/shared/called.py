@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgraft.functional.extending import whole
+from torchgraft.functional.extending import computed, whole
 
 DROPOUT = "dropout"
 """The key that a dropout module has among the leaves where it is called."""
@@ -122,7 +122,7 @@ def read(module: nn.Module, name: str, path: str, leaf: str) -> Tensor:
         RuntimeError: A tensor without memory.
     """
     with in_memory(module):
-        tensor: Any = getattr(module, name, None)
+        tensor: Any = computed(module, name) if hasattr(module, name) else None
     if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
         form = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(
