@@ -132,7 +132,8 @@ class Graft:
         It has the class, the attributes and the methods of the user's model (`generate`, properties, submodules
         by name), shares the base parameters, has its own buffers and keeps `params` as they are, so gradients flow to
         them. Any number of views live side by side; each is its own module, so flags set on one (`eval()`) stay there,
-        and later changes of the model's structure or placement are not followed: take a new view.
+        and later changes of the model's structure are not followed: take a new view. A call after a parameter of the
+        model was replaced or moved is an error.
 
         Its `state_dict` is the adapted model's, as `merge` gives it. Its `parameters()` are the base's, frozen, since
         code asks them for dtypes and devices; what is trained is `params`. Nothing can be loaded into it.
@@ -146,6 +147,7 @@ class Graft:
         Raises:
             KeyError, TypeError, ValueError: As a call does, for a tree that does not fit; with `constant` also for
                 leaves that require gradients.
+            RuntimeError: In calls of the view, where a parameter of the model was replaced or moved.
 
         >>> from torchgraft.adapters import LoraConfig
         >>> from torchgraft.functional import bind

@@ -88,7 +88,7 @@ ORDER = {
         _skeleton: context marking saving reach recorded references sharded attention runtime row_outputs entries
             row_weights followed row_groups parameters skeleton swaps
         _routing: route owners
-        _execution: call traced pool fill bound_model watched constant token_rows trial run entered views
+        _execution: call traced pool fill bound_model watched constant token_rows trial run entered shared_tensors views
         .: _graft _given _call _dense _dequantized _merge _module _stacks _base_with_weights _bind extending __init__
     """,
 }

@@ -57,7 +57,7 @@ class Watch:
         self._contents = DictContents(one for one in dicts if one)
         self._empty = [one for one in dicts if not one]
         tensors = {id(t): t for one in dicts for t in one.values() if isinstance(t, Tensor)}
-        self._tensors = [t for t in tensors.values() if _has_storage(t)]
+        self._tensors = [t for t in tensors.values() if has_storage(t)]
         self._storages = list(map(Tensor.data_ptr, self._tensors))
         self._sharded = [t for t in tensors.values() if is_sharded(t)]
         self._parts = [local_part(t).data_ptr() for t in self._sharded]
@@ -77,7 +77,8 @@ class Watch:
             return False
 
 
-def _has_storage(tensor: Tensor) -> bool:
+def has_storage(tensor: Tensor) -> bool:
+    """Return whether a tensor is in one piece and has memory, whose place can be compared."""
     try:
         return not is_sharded(tensor) and tensor.data_ptr() != 0
     except RuntimeError:

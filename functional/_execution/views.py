@@ -19,12 +19,14 @@ from .._sites.parameters import find
 from .._sites.tensors import own_tensor
 from .._skeleton.saving import INSTEAD
 from .._skeleton.swaps import swap_tensors
+from .._tensors.placement import is_sharded
 from .._tensors.wrappers import bare_name, modules_of
 from .bound_model import BoundModel
 from .constant import check_constant, precompute
 from .entered import watch
 from .fill import named_base
 from .run import with_base
+from .shared_tensors import SharedTensors
 
 
 def make_view(bound: BoundModel, params: Any, constant: bool) -> nn.Module:
@@ -38,7 +40,8 @@ def make_view(bound: BoundModel, params: Any, constant: bool) -> nn.Module:
     skeleton = bound.build()
     skeleton.context.trees = active
     skeleton.own_buffers()
-    for key, tensor in named_base(skeleton, base).items():
+    replaced = named_base(skeleton, base)
+    for key, tensor in replaced.items():
         for container, name in skeleton.places[key]:
             container[name] = tensor
     swap_tensors(skeleton, active)
@@ -48,6 +51,9 @@ def make_view(bound: BoundModel, params: Any, constant: bool) -> nn.Module:
     guard(skeleton.root, conflict(binding.model, adapters, {name: binding.replaced[name] for name in active}))
     if any(isinstance(tree, Routed) for tree in active.values()):
         watch(bound, skeleton, active, base)
+    modules = [module for module, _ in skeleton.modules]
+    if not constant and not any(is_sharded(parameter) for parameter in binding.model.parameters()):
+        skeleton.root.register_forward_pre_hook(SharedTensors(modules, replaced))
     return skeleton.root
 
 

@@ -126,3 +126,44 @@ def test_parameters_are_the_frozen_bases():
     assert not any(p.requires_grad for p in view.parameters())
     with pytest.raises(AttributeError, match="not an nn.Parameter"):
         view.get_parameter("0.weight")
+
+
+def replaced_data(model):
+    model[0].weight.data = 2 * model[0].weight.data
+
+
+def reassigned(model):
+    model[2].bias = nn.Parameter(torch.ones(3))
+
+
+def loaded(model):
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [replaced_data, reassigned, loaded, nn.Module.double], ids=lambda f: f.__name__)
+def test_a_parameter_that_was_replaced_after_a_view_was_made_is_an_error(change):
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(2, 4)
+    graft = bind(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    params = graft.init()
+    view, constant = graft.view(params), graft.view(params, constant=True)
+    copies = copy.deepcopy(view), pickle.loads(pickle.dumps(view))
+    before = view(x)
+    model[0].weight.data.mul_(1.0)  # a write is seen, and is no replacement
+    torch.testing.assert_close(view(x), before, rtol=0, atol=0)
+    change(model)
+    with pytest.raises(RuntimeError, match=r"replaced or moved after this view of it was made .* take a new view"):
+        view(x)
+    for other in (constant, *copies):  # which promised that nothing changes, or share nothing
+        torch.testing.assert_close(other(x), before, rtol=0, atol=0)
+    y = graft.view(params)(x.to(model[0].weight.dtype))
+    torch.testing.assert_close(y, graft(params, x.to(model[0].weight.dtype)), rtol=0, atol=0)
+
+
+def test_given_base_tensors_are_a_views_own():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    graft = bind(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    params, base = graft.init(), {"0.weight": torch.randn(3, 4)}
+    view = graft.view((base, params))
+    before = view(x)
+    model[0].weight.data = torch.zeros(3, 4)
+    torch.testing.assert_close(view(x), before, rtol=0, atol=0)
