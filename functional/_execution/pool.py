@@ -55,9 +55,9 @@ class Watch:
         dicts = [one for m in modules for one in (vars(m), *(vars(m)[name] for name in _REGISTRIES))]
         dicts += others
         self._contents = DictContents(one for one in dicts if one)
-        self._empty = [one for one in dicts if not one]
+        self._empty = sorted([one for one in dicts if not one], key=id)  # as they lie in memory
         tensors = {id(t): t for one in dicts for t in one.values() if isinstance(t, Tensor)}
-        self._tensors = [t for t in tensors.values() if has_storage(t)]
+        self._tensors = sorted([t for t in tensors.values() if has_storage(t)], key=id)
         self._storages = list(map(Tensor.data_ptr, self._tensors))
         self._sharded = [t for t in tensors.values() if is_sharded(t)]
         self._parts = [local_part(t).data_ptr() for t in self._sharded]

@@ -42,7 +42,7 @@ class SharedTensors:
             if type(module._parameters) is dict and next(offloading(module), None) is None  # hooks replace those
         ]
         held = {id(t): t for registry in registries for t in registry.values() if t is not None and has_storage(t)}
-        self._tensors = [tensor for key, tensor in held.items() if key not in known]
+        self._tensors = sorted([tensor for key, tensor in held.items() if key not in known], key=id)
         self._contents = DictContents(registries)
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
 

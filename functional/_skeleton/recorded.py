@@ -63,7 +63,7 @@ class Recorded:
         self.ids = {id(x) for x in (*self._objects, *containers)}
         self._empty = [container for container in containers if not container]
         quiet = {id(vars(x)[name]) for x in self._objects if isinstance(x, nn.Module) for name in _QUIET}
-        self._watched = [container for container in self._empty if id(container) not in quiet]
+        self._watched = sorted([container for container in self._empty if id(container) not in quiet], key=id)
         full = [container for container in containers if container]
         dicts, known = [container for container in full if isinstance(container, dict)], set(map(id, exchanged))
         self._contents = DictContents(one for one in dicts if id(one) not in known)
