@@ -195,6 +195,12 @@ def main() -> None:
     if args.quick:
         apart()
     rounds = 1 if args.quick else args.rounds
+    torch.set_num_threads(1)  # and first, in memory that no model has left in pieces
+    runs = optimizer_steps(3, 512) if args.quick else optimizer_steps(64, 100_000)
+    steps = ratios(
+        measure(runs, 3 * rounds, label="optimizer steps", warmup=3, clock=time.thread_time), "one fused AdamW"
+    )
+    print(f"a step of 64 adapters, one thread\n{table(steps, 'one fused AdamW')}")
     torch.set_num_threads(2)
     found, memory = {}, {}
     for setting in [Setting(3, (1, 2), 64, 2)] if args.quick else SETTINGS:
@@ -203,13 +209,6 @@ def main() -> None:
         memory[name] = memory_of(setting, runs, held)
         print(f"{name}\n{table(found[name], STACK)}\n  memory, of the floor's:")
         print("\n".join(f"    {case:30}{one['ratio']:8.2f}" for case, one in memory[name].items()))
-    torch.set_num_threads(1)
-    runs = optimizer_steps(3, 512) if args.quick else optimizer_steps(64, 100_000)
-    steps = ratios(
-        measure(runs, 3 * rounds, label="optimizer steps", warmup=3, clock=time.thread_time), "one fused AdamW"
-    )
-    print(f"a step of 64 adapters, one thread\n{table(steps, 'one fused AdamW')}")
-    torch.set_num_threads(2)
     lines: dict[str, list[tuple[int, float]]] = {BANK: []}
     model, slots = llama(64, 2), 2 if args.quick else 64
     counts = [slots * 2**power for power in range(2 if args.quick else 7)]
