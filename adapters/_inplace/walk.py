@@ -154,10 +154,13 @@ def original_base(model: nn.Module) -> Callable[[nn.Module, Site], Base]:
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, list[tuple[str, PlacedModule]]]]:
     """Name and module without adapters, and what they have in its place by name; nothing of wrappers around either."""
-    module = unwrapped(module)
-    part = placed_in(module)
-    bare = module if part is None else part.user_module
-    yield name, bare, [] if part is None else list(part.under_names(name))
-    for child_name, child in bare._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name)
+    waiting: list[tuple[str, nn.Module]] = [(name, module)]
+    while waiting:
+        name, module = waiting.pop()
+        module = unwrapped(module)
+        part = placed_in(module)
+        bare = module if part is None else part.user_module
+        yield name, bare, [] if part is None else list(part.under_names(name))
+        start = f"{name}." if name else ""
+        children = [(start + own, child) for own, child in bare._modules.items() if child is not None]
+        waiting += reversed(children)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .placement import resting
 
-_CHILDREN = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+_CHILDREN = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 """What wrappers call the module that they are around; no other module has children of these names."""
 
 
@@ -29,7 +29,7 @@ def child_of_wrapper(module: nn.Module) -> str | None:
     if isinstance(module, _PARALLEL):
         return "module"
     held = module._modules
-    return next((name for name in _CHILDREN if name in held), None)
+    return None if _CHILDREN.isdisjoint(held) else next(name for name in held if name in _CHILDREN)
 
 
 def unwrapped(module: Any) -> Any:

@@ -62,13 +62,16 @@ class ActiveAdapters:
         self.device = _device(own, base)
         self.entries = [placed(entry, self.device) for entry in own]
         self._hold(layer)
-        attention = any(entry.site.kind == "attention" for entry in self.entries)
+        self.shell: Shell | None = None
+        self.step: Step | None = None
+        if not self.entries:
+            return
         inner: Any = forward_class(base)
-        inherited = type(base).forward is inner.forward and not attention
-        inherited = inherited and not (self.entries and is_parallel(base, self.entries[0].site))
-        self.shell = None if inherited or not self.names else Shell(base, inner, self.entries, self.merged)
-        decided = bool(self.entries) and self.shell is None and self.merged is None
-        self.step = step_of(self.entries) if decided else None
+        attention = any(entry.site.kind == "attention" for entry in self.entries)
+        if attention or type(base).forward is not inner.forward or is_parallel(base, self.entries[0].site):
+            self.shell = Shell(base, inner, self.entries, self.merged)
+        elif self.merged is None:
+            self.step = step_of(self.entries)
 
     def _hold(self, layer: MergingLayer) -> None:
         """Take the leaves as they are, and where they hang."""

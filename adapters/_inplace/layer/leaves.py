@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,8 +36,20 @@ class LayerLeaves(nn.Module):
         self._entries: dict[str, SiteAdapter] = {}
         self.made: dict[tuple[str, str], Traits | None] = {}
 
+    _refreshes = True
+
     def refresh(self) -> None:
         """Take notice of other adapters or parameters."""
+
+    @contextmanager
+    def refreshed_once(self) -> Iterator[None]:
+        """Collect what the forward needs once, at the end, while much is hung in."""
+        self._refreshes = False
+        try:
+            yield
+        finally:
+            del self._refreshes
+            self.refresh()
 
     def get_base_layer(self) -> Any:
         """Return the wrapped module."""
@@ -91,6 +104,12 @@ class LayerLeaves(nn.Module):
             leaves: Its parameters; each is registered as it is.
             containers: Where those hang that layers of the model share.
         """
+        with self.refreshed_once():
+            self._hang(name, entry, leaves, containers)
+
+    def _hang(
+        self, name: str, entry: SiteAdapter, leaves: Mapping[str, nn.Parameter], containers: SharedContainers
+    ) -> None:
         config: Any = entry.config
         for leaf, (attribute, part) in config.form.places(entry.site).items():
             kind = Parameters if part is None else Modules
@@ -120,7 +139,6 @@ class LayerLeaves(nn.Module):
             self.set_leaf(name, leaf, parameter)
         for fact, value in config.form.facts(config, entry.site).items():
             setattr(self, fact, value)
-        self.refresh()
 
     def _is_own(self, attribute: str, kind: type[Parameters] | type[Modules]) -> bool:
         """Return whether a container of this kind hangs here, and in no other layer."""

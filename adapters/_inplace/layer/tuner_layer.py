@@ -169,6 +169,8 @@ class BaseTunerLayer(Switched, NamedLayer):
 
     def refresh(self) -> None:
         """Collect anew what the forward needs."""
+        if not self._refreshes:
+            return
         names = [] if self._disabled else [name for name in self._active if name in self._entries]
         self._live = self._collect(self._inside_out(name for name in names if name not in self.merged_adapters))
 

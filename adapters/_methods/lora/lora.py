@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from torchgraft.functional import (
@@ -272,7 +273,7 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
         return BlockDiagonalLinear(sizes[0], sizes[1], blocks)
     how: dict[str, Any] = {"bias": config.lora_bias and leaf == "lora_B", "device": "meta"}
     if site.geometry is None:
-        return nn.Linear(site.in_features, r, **how) if leaf == "lora_A" else nn.Linear(r, site.out_features, **how)
+        return _linear(site.in_features, r, False) if leaf == "lora_A" else _linear(r, site.out_features, how["bias"])
     conv, g = getattr(nn, f"Conv{len(site.kernel_size)}d"), site.geometry
     if leaf == "lora_B":
         result: nn.Module = conv(r, site.out_features, 1, groups=g.groups, **how)
@@ -281,6 +282,18 @@ def _holder(config: LoraConfig, site: Site, leaf: str) -> nn.Module:
         site.in_features, r, site.kernel_size, g.stride, g.padding, g.dilation, padding_mode=g.padding_mode, **how
     )
     return result
+
+
+def _linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """Make a linear layer whose parameters are put in later: nothing is drawn for them, which would take longest."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = in_features, out_features
+    for name in ("weight", "bias"):
+        layer.register_parameter(name, None)
+    if bias:
+        layer.bias = nn.Parameter(torch.empty(out_features, device="meta"))
+    return layer
 
 
 def _infer(config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
