@@ -1,4 +1,4 @@
-"""What a bank knows of an adapter beside its numbers."""
+"""A bank's record of one adapter, beside its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is in a bank, who of them has a slot, and who gives way."""
+"""The adapters of a bank: which of them have a slot, and which give way."""
 
 from __future__ import annotations
 

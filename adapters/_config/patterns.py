@@ -1,4 +1,4 @@
-r"""Regular expressions from configs, which may come from strangers, matched in bounded time.
+r"""Regular expressions from untrusted configs, matched in bounded time.
 
 Python's `re` tries one way through an expression after the other, and `(\w+\.?)+!` has 2^n of them through a name of n
 characters. Expressions with few ways go through `re`. The others are followed on all ways at once: a set of places in

@@ -152,13 +152,13 @@ def _minus(name: str, new: Tensor, old: Tensor) -> Tensor:
     """Return a difference, in float64.
 
     Raises:
-        ValueError: Numbers that stand for others.
+        ValueError: Quantised codes, which are no weights.
     """
     for tensor in (new, old):
         if quantised_form(tensor) is not None or tensor.dtype.itemsize == 1:
             raise ValueError(
-                f"extract_lora: {name} is {quantised_form(tensor) or tensor.dtype} and changed, and such numbers stand "
-                "for others; give the models as they were before quantisation, or dequantized(model)"
+                f"extract_lora: {name} is {quantised_form(tensor) or tensor.dtype} and changed, and such codes are "
+                "no weights; give the models as they were before quantisation, or dequantized(model)"
             )
     wide = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float64)
     return new.detach().cpu().to(wide) - old.detach().cpu().to(wide)

@@ -71,7 +71,7 @@ def fit(
         base: `() -> {name: tensor}` of the base model, asked for only where the file has more than the adapter.
 
     Raises:
-        KeyError: A key that is missing, or one that nothing has a use for.
+        KeyError: A key that is missing, or one that belongs to nothing in the model.
         ValueError: Another shape, or another kind of dtype.
     """
     wanted = _wanted(config, sites, replaced, follows, saved)

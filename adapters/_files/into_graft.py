@@ -32,7 +32,7 @@ def load_into_graft(graft: Graft, stored: Stored, adapter_name: str) -> Tree:
 
     Raises:
         ValueError: A config that means something else than the graft's; tensors of the base that are not the graft's.
-        KeyError: Tensors that are missing, or that nothing has a use for.
+        KeyError: Tensors that are missing, or that belong to nothing in the model.
     """
     name = adapter_name if graft.binding.named else ""
     if name not in graft.configs:

@@ -31,7 +31,7 @@ def load_into_model(model: nn.Module, stored: Stored, adapter_name: str, is_trai
     Raises:
         ValueError: A name that is taken, a config that does not fit the model, tensors of the base that are not the
             model's.
-        KeyError: Tensors that are missing, or that nothing has a use for.
+        KeyError: Tensors that are missing, or that belong to nothing in the model.
     """
     if adapter_name in (taken := adapter_names(model)):
         raise ValueError(

@@ -61,7 +61,7 @@ def load_adapter(
         FileNotFoundError, NotADirectoryError: No such directory or file; a file in the place of the directory.
         ValueError: Files that are damaged, that contradict each other, the model or the graft, or that lead out of the
             directory; a name that is taken.
-        KeyError: Tensors that are missing, or that nothing has a use for.
+        KeyError: Tensors that are missing, or that belong to nothing in the model.
         TypeError: A target that is neither a model nor a graft, or a path that is none; the graft of a stack.
 
     >>> import tempfile

@@ -264,7 +264,7 @@ def names_given(adapter_names: Any) -> list[str]:
     """Return one name, or several, as a list.
 
     Raises:
-        TypeError: Something else, as weights by name are, which nothing here has a use for.
+        TypeError: Something else, such as weights by name, which are not supported here.
 
     >>> names_given("a"), names_given(["a", "b"])
     (['a'], ['a', 'b'])

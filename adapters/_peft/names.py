@@ -1,4 +1,4 @@
-"""What to say of a name that is not here."""
+"""Words of errors about names that are not here."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class PeftModel(AdaptedModel):
             revision: The repository's branch or commit.
             cache_dir: The Hub's cache.
             ignore_mismatched_sizes: Leave out tensors of another shape, with a warning.
-            strict: Whether tensors that are missing, or that nothing has a use for, are an error; if not, a warning.
+            strict: Whether tensors that are missing, or that belong to nothing, are an error; if not, a warning.
             without_effect: `token` and others of PEFT's about downloads and offloading; other names are errors.
 
         Raises:

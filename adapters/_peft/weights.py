@@ -98,7 +98,7 @@ class Loading:
         is_trainable: Whether it is to be trained.
         device: Device of its parameters; `None` for each layer's own.
         key_mapping: What keys are renamed by.
-        strict: Whether tensors that are missing, or that nothing has a use for, are an error.
+        strict: Whether tensors that are missing, or that belong to nothing, are an error.
         ignore_mismatched_sizes: Whether tensors of another shape are left out.
     """
 

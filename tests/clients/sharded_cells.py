@@ -442,7 +442,7 @@ FLAT = "TypeError", "parameters are parts of a flat one of FullyShardedDataParal
 EXTRACT = "TypeError", "wrapped by FullyShardedDataParallel, whose flat parameters no graft can gather"
 AVERAGED = (
     "ValueError",
-    "nobody would average the gradients of parameters that are added now; inject the adapter before",
+    "the gradients of parameters that are added now would not be averaged; inject the adapter before",
 )
 UNIFORM = "ValueError", "Must flatten tensors with uniform `requires_grad` when `use_orig_params=False`"
 NO_BIAS = (

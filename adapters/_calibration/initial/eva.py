@@ -67,7 +67,7 @@ class Directions:
             self.found = torch.cosine_similarity(self.components, before).cpu() >= self.tau
 
     def _centred(self, rows: Tensor) -> Tensor:
-        """Return the rows around their mean, below what stands for all rows before; also takes their moments in."""
+        """Return the rows around their mean, below a summary of all rows before; also updates the running moments."""
         new, mean = len(rows), rows.mean(0, dtype=torch.float64)
         spread = (rows - mean).square().sum(0)
         centred = rows - mean.to(rows.dtype)

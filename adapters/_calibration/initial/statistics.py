@@ -1,4 +1,4 @@
-"""What initialisations know of data: tensors by module, kept in memory beside a config."""
+"""Statistics of data for initialisations: tensors by module, kept in memory beside a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON from strangers: objects whose meaning is not in doubt, and errors that name the file."""
+"""Strict parsing of untrusted JSON, with errors that name the file."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ def check_averaged(model: Any, trained: bool) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel) or (sharded and dist.get_world_size() > 1):
             what = "sharded by fully_shard" if is_unit(module) else f"wrapped by {type(module).__name__}"
             raise ValueError(
-                f"{name or 'the model'} is {what} already, so nobody would average the gradients of parameters that "
-                "are added now; inject the adapter before that, or give a config with inference_mode=True for one that "
-                "is not trained"
+                f"{name or 'the model'} is {what} already, so the gradients of parameters that are added now would "
+                "not be averaged; inject the adapter before that, or give a config with inference_mode=True for one "
+                "that is not trained"
             )
 
 
