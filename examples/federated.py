@@ -30,7 +30,7 @@ try:
     import _recipes as recipes
     import digits
     from _panels import FAINT, MUTED, PAPER, finish
-    from _resume import note, until_interrupted
+    from _resume import claim, note, until_interrupted
     from matplotlib.colors import LinearSegmentedColormap
     from tqdm import tqdm
 except ImportError as error:
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train in each way, compare and draw."""
     began = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, "a base model", {"base_steps": args.base_steps})
     model, data = recipes.frozen_reader(args.out, args.base_steps)
     graft = bind(model, LoraConfig(r=4, lora_alpha=8, target_modules=recipes.TARGETS))
     turned = data._replace(images=data.images.rot90(1, (-2, -1)), test_images=data.test_images.rot90(1, (-2, -1)))

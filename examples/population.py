@@ -32,7 +32,7 @@ try:
     import _recipes as recipes
     import digits
     from _panels import FAINT, INK, MUTED, PAPER, finish
-    from _resume import note, until_interrupted
+    from _resume import claim, note, until_interrupted
     from tqdm import tqdm
 except ImportError as error:
     raise SystemExit(f"This example needs {error.name}, which is not installed: pip install torchgraft[demo]") from None
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train populations, with copies and without, choose one adapter of each, and draw."""
     began = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, "a base model", {"base_steps": args.base_steps})
     model, data = recipes.frozen_reader(args.out, args.base_steps)
     images, held_out = (digits.swirled(some, digits.seeded(0)) for some in (data.images, data.test_images))
     learnt, chosen_by = slice(args.examples), slice(args.examples, args.examples + args.choose)
