@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -46,6 +47,7 @@ class BoundModel:
         self.binding, self.allow_unreached, self.training = binding, allow_unreached, training
         self.unchanging, self.may_look, self._mode = unchanging, may_look, binding.model.training
         self.pools: list[Pool] = []
+        self._lock = threading.RLock()
         self.compiled = Traced()
         plans = (*binding.sites.values(), *binding.replaced.values())
         check_references(binding.model, {path for plan in plans for path in plan})
@@ -57,12 +59,19 @@ class BoundModel:
         if self.unchanging and self.pools:
             self._check_mode()
             return self.pools[0]
-        for pool in self.pools:
-            if pool.watch.same():
-                return pool
-        pool = Pool(self.build, self.unchanging)
-        self.pools = [pool, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
-        return pool
+        known = self._known()
+        if known is not None:
+            return known
+        with self._lock:  # or calls of several threads would each make one, and know what another has seen
+            known = self._known()
+            if known is None:
+                known = Pool(self.build, self.unchanging)
+                self.pools = [known, *(old for old in self.pools if old.watch.same_tensors())][:_RECENT]
+            return known
+
+    def _known(self) -> Pool | None:
+        """Return the skeletons made for the state that the model is in, if there are any."""
+        return next((pool for pool in self.pools if pool.watch.same()), None)
 
     def _can_wait(self) -> bool:
         """Return whether no copy of the model can fail, so that the first call may make it instead of binding."""
@@ -103,10 +112,11 @@ class BoundModel:
         return skeleton
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "pools": [], "compiled": Traced()}
+        state = {key: value for key, value in vars(self).items() if key != "_lock"}
+        return {**state, "pools": [], "compiled": Traced()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, _lock=threading.RLock())
 
 
 def _in_steps(skeleton: Skeleton, adapters: Collection[Key]) -> bool:

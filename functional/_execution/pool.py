@@ -105,7 +105,7 @@ class Pool:
     call's adapters and tensors as long as it does.
 
     Attributes:
-        modules: The model's modules, each with its copy in the first skeleton.
+        modes: Whether each of the model's modules is in training mode.
         aliases: The detached alias of each tensor of the model in that, by the tensor's id.
         in_steps: Whether all sites take one step, in which they look at the shapes of their leaves.
         watch: Notices that the model has changed.
@@ -124,7 +124,8 @@ class Pool:
         self.known: dict[Any, Record] = {}
         self._build = build
         first = self._make(CallContext())
-        self.modules, self.aliases, self.in_steps = first.modules, first.aliases, first.in_steps
+        self.modes = tuple(module.training for _, module in first.modules)
+        self.aliases, self.in_steps = first.aliases, first.in_steps
         self.watch = Watch(module for module, _ in first.modules)
         self._fresh = iter([first])
         self._free: deque[Skeleton] = deque()

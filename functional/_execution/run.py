@@ -15,7 +15,7 @@ from .call import Call
 from .fill import fill
 from .pool import Pool
 from .traced import forget_writes, skeleton_for, within
-from .trial import Entered, finder_of, modes_of
+from .trial import Entered, finder_of
 
 
 def call(
@@ -52,7 +52,7 @@ def run(bound: BoundModel, pool: Pool, call: Call) -> Any:
     """Run one call in a leased skeleton."""
     finder = None
     if any(isinstance(tree, Routed) for tree in call.active.values()):
-        finder = finder_of(bound, pool, call, Entered("", modes_of(pool)))
+        finder = finder_of(bound, pool, call, Entered("", pool.modes))
     lease = pool.lease()
     try:
         lease.skeleton.context.finder = finder

@@ -192,10 +192,10 @@ def finder_of(bound: BoundModel, pool: Pool, call: Call, entered: Entered) -> Fi
                 record = look_at_tokens(trial, inputs, size, tokens, record, borders_of(stacks), declared, full)
         if not record.lasting:
             return record
-        pool.seen[exact] = record
-        pool.alike.setdefault(alike, {})[exact] = record
         if not record.equal:
             pool.known[key] = _common(pool.known.get(key), record)
+        pool.alike.setdefault(alike, {})[exact] = record
+        pool.seen[exact] = record  # last, for a thread that finds it may ask for the others
         return record
 
     known = pool.seen.get(exact) or pool.given.get(alike) or _of_any_number(pool.alike.get(alike, {}).values())
@@ -228,7 +228,7 @@ def remember(
 ) -> None:
     """Look at a kind of call before it is made, with all adapters of a bound model."""
     pool = bound.pool()
-    entered = Entered("", modes_of(pool))
+    entered = Entered("", pool.modes)
     size = next((len(x) for x in tensors_in(inputs) if x.ndim), 0) if size is None else size
     if size < 2 and tokens == 1:
         raise ValueError(f"look: the sample has {size} rows, expected at least 2 that differ; rows=... says how many")
@@ -270,11 +270,6 @@ def _like(bound: BoundModel, name: str) -> Tree:
         dtype = torch.float64 if wide else torch.float32
         made[path] = {leaf: torch.empty((1, *shape), dtype=dtype, device=device) for leaf, shape in leaves.items()}
     return made
-
-
-def modes_of(pool: Pool) -> tuple[bool, ...]:
-    """Return whether each module is in training mode, in the state of the model that a pool is for."""
-    return tuple(module.training for _, module in pool.modules)
 
 
 def may_look(inputs: Inputs, base: BaseTensors, active: Mapping[str, Any]) -> bool:
