@@ -450,7 +450,7 @@ NO_BIAS = (
     "is no parameter of its own now; wrap the model with FullyShardedDataParallel(..., use_orig_params=",
 )
 NO_COPY = "ValueError", "is offloaded by a hook of accelerate, which no adapter of a parameter can follow into a copy"
-OFFLOADED = "ValueError", "is offloaded by a hook of accelerate, which would load the base's over what stands for it"
+OFFLOADED = "ValueError", "is offloaded by a hook of accelerate, which would load the base's over what replaces it"
 
 
 def error_of(size: int, wrapper: str, method: str, operation: str) -> tuple[str, str] | None:
